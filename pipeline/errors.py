@@ -1,0 +1,62 @@
+"""Every deliberate error of the pipeline.
+
+    PipelineError            the command line prints it as one message and exits with its status
+    ├── InvalidInput         something a person wrote cannot be used: all its problems at once, exit status 2
+    ├── StudyBusy            another process drives the study, exit status 1
+    └── StorageError         a store cannot be read or written, exit status 1
+
+Anything else that is raised is a fault of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with an input."""
+
+    place: str
+    """Where: a dotted path in a file, or an option of the command line; empty for the input as a whole."""
+    message: str
+    """The rule, the value that was given, and what to do."""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}" if self.place else self.message
+
+
+class PipelineError(Exception):
+    """The root of every deliberate error."""
+
+    exit_status = 1
+
+
+class InvalidInput(PipelineError):
+    """Something a person wrote cannot be used as written."""
+
+    exit_status = 2
+
+    def __init__(self, source: str, problems: Iterable[Problem]) -> None:
+        """Collect every problem of `source`, a file name or an option."""
+        self.source = source
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
+
+
+class StudyBusy(PipelineError):
+    """Another process drives the study."""
+
+
+class StorageError(PipelineError):
+    """A store cannot be read or written."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Name the nearest of `known`, or list them all: the last part of a message about an unknown name."""
+    known = list(known)
+    nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"

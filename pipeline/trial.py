@@ -1,0 +1,46 @@
+"""What is known of a trial that has ended: the value that the study stores and MLflow is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pipeline.config import TrialConfig
+from pipeline.trainer import EpochMetrics
+
+
+class TrialState(StrEnum):
+    """How a trial ended."""
+
+    COMPLETE = "complete"
+    """Trained for all its epochs."""
+    PRUNED = "pruned"
+    """Stopped early, being worse than others at the same epoch."""
+    DIVERGED = "diverged"
+    """Its loss or a metric was no longer finite: a result, not an error."""
+    FAILED = "failed"
+    """It raised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndedTrial:
+    """One trial from its proposal to its end."""
+
+    number: int
+    """Counts from 0 in its study."""
+    config: TrialConfig
+    params: Mapping[str, Any]
+    """What the sampler chose, by Optuna's parameter name, such as `adamw.base_lr`."""
+    state: TrialState
+    reason: str | None
+    """Why it ended before its last epoch, in words; None for a complete trial."""
+    value: float | None
+    """The objective after the last epoch; None unless complete."""
+    epochs: tuple[EpochMetrics, ...]
+    """What happened, epoch by epoch."""
+    started: float
+    """Seconds since 1970."""
+    ended: float
+    """Seconds since 1970."""

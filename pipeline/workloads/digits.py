@@ -1,0 +1,79 @@
+"""Handwritten digits: 1,797 images of 8×8 pixels, embedded in scikit-learn (UCI, Alpaydin and Kaynak, 1998)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.workloads.workload import Metric, Split, Workload, accuracy
+
+SPLIT_SEED = 1797
+"""Fixed, so that the test images stay the test images whatever a search's seed."""
+VAL_SAMPLES = TEST_SAMPLES = 270
+
+
+class DigitsCNN(nn.Module):
+    """Two convolutions with max-pooling and a linear head, 6,100 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.fc = nn.Linear(32 * 2 * 2, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 1, 8, 8) to logits (batch, class)."""
+        features = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        features = F.max_pool2d(F.relu(self.conv2(features)), 2)
+        logits: Tensor = self.fc(features.flatten(1))
+        return logits
+
+
+class DigitsMLP(nn.Module):
+    """Two hidden layers of 64 units, 9,000 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden1 = nn.Linear(64, 64)
+        self.hidden2 = nn.Linear(64, 64)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 1, 8, 8) to logits (batch, class)."""
+        features = F.relu(self.hidden2(F.relu(self.hidden1(images.flatten(1)))))
+        logits: Tensor = self.fc(features)
+        return logits
+
+
+MODELS: dict[str, type[nn.Module]] = {"cnn": DigitsCNN, "mlp": DigitsMLP}
+
+
+def digits(model: str = "cnn") -> Workload:
+    """Return the digits workload: 1,257 images to train on, 270 to validate, 270 to test.
+
+    Raises:
+        InvalidInput: There is no such model.
+    """
+    if model not in MODELS:
+        message = f"unknown model {model!r}; {did_you_mean(model, MODELS)}"
+        raise InvalidInput("workload", [Problem("workload.model", message)])
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().unsqueeze(1) / 16
+    labels = torch.from_numpy(data.target).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    test, val, train = order.split([TEST_SAMPLES, VAL_SAMPLES, len(order) - VAL_SAMPLES - TEST_SAMPLES])
+    mean, std = images[train].mean(), images[train].std()
+    images = (images - mean) / std
+    return Workload(
+        name=f"digits · {model}",
+        build_model=MODELS[model],
+        train=Split(images[train], labels[train]),
+        val=Split(images[val], labels[val]),
+        test=Split(images[test], labels[test]),
+        loss=F.cross_entropy,
+        metrics={"accuracy": Metric(accuracy, "maximize")},
+    )
