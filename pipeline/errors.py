@@ -58,5 +58,5 @@ class StorageError(PipelineError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Name the nearest of `known`, or list them all: the last part of a message about an unknown name."""
     known = list(known)
-    nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
     return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"

@@ -44,11 +44,15 @@ class PlainTrials:
         }
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
-        """Train every trial for one epoch and evaluate it; a diverged or broken trial has left the group."""
+        """Train every trial for one epoch and evaluate it; a diverged or failed trial has left the group."""
         results = {}
         for number, trial in list(self._trials.items()):
-            results[number] = trial.train_epoch(self._splits["val"])
-            if results[number].diverged:
+            try:
+                results[number] = trial.train_epoch(self._splits["val"])
+            except Exception as error:  # a model of a person's own may raise anything: this trial ends, others go on
+                failed = f"{type(error).__name__}: {error}"
+                results[number] = EpochMetrics(epoch=trial.epoch, step=trial.step, metrics={}, lr={}, failed=failed)
+            if results[number].diverged or results[number].failed:
                 self.drop(number)
         return results
 

@@ -97,7 +97,7 @@ def loads(text: str, *, source: str) -> dict[str, Any]:
 
 def dumps(data: Mapping[str, Any], *, comment: str | None = None) -> str:
     """Write a mapping as YAML that `loads` reads back exactly; short leaves stay on one line."""
-    text: str = yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     head = "".join(f"# {line}\n" for line in comment.splitlines()) if comment else ""
     return head + text
 

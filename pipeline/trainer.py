@@ -23,13 +23,20 @@ class EpochMetrics:
     that moves once per epoch has one point, at the epoch's last step; one that moves every step has them all."""
     diverged: str | None = None
     """Why the trial cannot go on, if its loss or a metric is no longer finite."""
+    failed: str | None = None
+    """What was raised, if the epoch could not be finished; then `metrics` are empty."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the epoch was trained to its end with finite numbers."""
+        return self.diverged is None and self.failed is None
 
 
 class TrialGroup(Protocol):
     """Trials that train together, one epoch at a time, keyed by trial number. One trial is a group of one."""
 
     def train_epoch(self) -> Mapping[int, EpochMetrics]:
-        """Train every trial of the group for one epoch and evaluate it; a diverged trial has left the group."""
+        """Train every trial for one epoch and evaluate it; a diverged or failed trial has left the group."""
         ...
 
     def drop(self, number: int) -> None:

@@ -44,3 +44,10 @@ class EndedTrial:
     """Seconds since 1970."""
     ended: float
     """Seconds since 1970."""
+    environment: Mapping[str, Any]
+    """What the numbers may depend on besides the config: trainer, device, threads, versions."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics of its last epoch; empty if it finished none."""
+        return self.epochs[-1].metrics if self.epochs else {}

@@ -1,0 +1,156 @@
+"""BackgroundTracker: MLflow in a process of its own.
+
+MLflow's import and its database cost seconds, and no trouble with MLflow may disturb training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking import StudyInfo, Tracker, cause_of
+from pipeline.trial import EndedTrial
+
+
+class BackgroundTracker:
+    """A `Tracker` in a process of its own: nothing here raises or waits for MLflow, but `view_path` and `close`.
+
+    The process starts at once. It is in no danger from Ctrl-C, which only the caller hears, and it ends with `close`
+    or, having written what it was sent, with its parent.
+    """
+
+    def __init__(self, root: Path, study: StudyInfo) -> None:
+        """Start the process."""
+        self._outbox: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._outbox.put(("open", (root.absolute(), study)))
+        self._unanswered: Counter[str] = Counter()
+        self._failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._ready = threading.Event()
+        self._view_path: str | None = None
+        self._warnings: list[str] | None = None
+        # Not multiprocessing: its new process would import the caller's main module once more.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from pipeline.background import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            process_group=0,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._reader.start()
+        self._writer.start()
+
+    def view_path(self) -> str | None:
+        """Return `Tracker.view_path()` once the store is open; None if it could not be opened."""
+        self._ready.wait()
+        return self._view_path
+
+    def log_trial(self, trial: EndedTrial) -> None:
+        """Have `Tracker.log_trial` called."""
+        self._send("log_trial", trial)
+
+    def finish(self, best: EndedTrial | None, note: str, artifacts: Sequence[Path]) -> None:
+        """Have `Tracker.finish` called; the artifacts must stay until `close`."""
+        self._send("finish", best, note, [path.absolute() for path in artifacts])
+
+    def interrupt(self, note: str) -> None:
+        """Have `Tracker.interrupt` called."""
+        self._send("interrupt", note)
+
+    def close(self, timeout: float) -> list[str]:
+        """Wait until all is written, at most `timeout` seconds, and return what went wrong, one sentence each."""
+        if self._warnings is not None:
+            return self._warnings
+        self._outbox.put(None)
+        self._reader.join(timeout)
+        end = None
+        if self._reader.is_alive():
+            end = f"it was not done after {timeout:g} s"
+            self._process.kill()
+            self._reader.join()
+        status = self._process.wait()
+        self._writer.join()
+        if status:
+            end = end or f"its process ended with {_exit(status)}"
+        if end or self._unanswered.total():
+            self._failures[end or "its process ended too early"] += self._unanswered
+        self._warnings = [_sentence(cause, lost) for cause, lost in self._failures.items()]
+        return self._warnings
+
+    def _send(self, verb: str, *arguments: Any) -> None:
+        self._unanswered[verb] += 1
+        self._outbox.put((verb, arguments))
+
+    def _write(self) -> None:
+        """Feed the process from the outbox, so that no caller waits for it."""
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
+            while (message := self._outbox.get()) is not None:
+                pickle.dump(message, pipe)
+                pipe.flush()
+
+    def _read(self) -> None:
+        """Take the process's answers, until it ends."""
+        assert self._process.stdout
+        with contextlib.suppress(EOFError, pickle.UnpicklingError), self._process.stdout as pipe:
+            while True:
+                verb, result, causes = pickle.load(pipe)
+                if verb == "open":
+                    self._view_path = result
+                    self._ready.set()
+                else:
+                    self._unanswered[verb] -= 1
+                for cause in causes:
+                    self._failures[cause][verb] += 1
+        self._ready.set()
+
+
+def serve() -> None:
+    """Run a `Tracker` for a `BackgroundTracker`: verbs come in on standard input, answers go out on standard output."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # some hosts signal every process; the caller decides
+        signal.signal(number, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what MLflow prints must not come between the answers
+    tracker: Tracker | None = None
+    broken = ""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            verb, arguments = pickle.load(sys.stdin.buffer)
+            result, causes = None, []
+            try:
+                if verb == "open":
+                    tracker = Tracker(*arguments)
+                    result, causes = tracker.view_path(), tracker.warnings
+                elif tracker is None:
+                    causes = [broken]
+                else:
+                    getattr(tracker, verb)(*arguments)
+            except Exception as error:
+                causes = [cause_of(error)]
+                broken = broken or causes[0]
+            pickle.dump((verb, result, causes), answers)
+            answers.flush()
+
+
+def _exit(status: int) -> str:
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
+def _sentence(cause: str, lost: Counter[str]) -> str:
+    trials = lost["log_trial"]
+    missing = [f"{trials} trial{'s' if trials > 1 else ''}"] if trials else []
+    missing += ["the summary"] if lost["finish"] or lost["interrupt"] else []
+    verb = "are" if len(missing) > 1 or trials > 1 else "is"
+    return f"MLflow: {cause}" + (f"; {' and '.join(missing)} {verb} not in MLflow" if missing else "")

@@ -1,0 +1,134 @@
+"""What a search shows: progress while it runs, the best trials when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.config import TrialConfig
+from pipeline.space import SearchSpace
+from pipeline.study import Study
+from pipeline.trainer import EpochMetrics
+
+
+class Progress:
+    """Trials done, the best so far and its strategy, time left: a live display, or plain lines in a pipe.
+
+    Args:
+        study: Whose trials are counted.
+        trials: How many there will be.
+        console: Where to show them.
+    """
+
+    def __init__(self, study: Study, *, trials: int, console: Console) -> None:
+        self._study = study
+        self._trials = trials
+        self._console = console
+        self._started = time.monotonic()
+        self._before = len(study.ended)
+        self._epochs = 0
+        self._in_group = 0.0
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Progress:
+        """Begin to show."""
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the last state in sight."""
+        if self._console.is_terminal:
+            self._live.stop()
+            self._console.print(self._render())
+
+    def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
+        """Note an epoch of a group."""
+        self._epochs += len(metrics)
+        self._in_group = sum(m.epoch for m in metrics.values()) / self._study.space.epochs
+
+    def group_ended(self) -> None:
+        """Note that a group's trials are stored; in a pipe, write a line."""
+        self._in_group = 0.0
+        if not self._console.is_terminal:
+            done, counts = self._line_of_best(), self._line_of_counts()
+            self._console.print(f"{done}   {counts}", soft_wrap=True, highlight=False)
+
+    def _render(self) -> RenderableType:
+        done = len(self._study.ended) + self._in_group
+        bar = ProgressBar(total=self._trials, completed=min(done, self._trials), width=36)
+        head = Table.grid(padding=(0, 1))
+        head.add_row(Text(""), bar, Text(f"{self._line_of_best()}   {self._time_left(done)}"))
+        return Group(head, Text(f"  {self._line_of_counts()}", style="dim"))
+
+    def _line_of_best(self) -> str:
+        done = f"{len(self._study.ended)}/{self._trials}"
+        best = self._study.best()
+        if not best:
+            return done
+        assert best[0].value is not None
+        return f"{done}   best {best[0].value:.4f}  {strategy_line(best[0].config)}"
+
+    def _line_of_counts(self) -> str:
+        counts = Counter(trial.state for trial in self._study.ended)
+        states = " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
+        rate = self._epochs / max(time.monotonic() - self._started, 1e-9)
+        return f"{states}   {rate:.0f} trial-epochs/s" if states else f"{rate:.0f} trial-epochs/s"
+
+    def _time_left(self, done: float) -> str:
+        gained = done - self._before
+        if gained <= 0 or done >= self._trials:
+            return ""
+        seconds = (time.monotonic() - self._started) / gained * (self._trials - done)
+        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
+
+
+def best_table(study: Study, *, count: int = 5) -> Table:
+    """Return a table of the best complete trials, with a column for each group whose rate is searched."""
+    metric = study.space.objective.metric
+    groups = _searched_groups(study.space)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
+    for column in ("#", metric, "optimizer", "base_lr", "schedule", *(f"{group} ratio" for group in groups)):
+        table.add_column(column, no_wrap=True)
+    for trial in study.best(count):
+        config = trial.config
+        ratios = [f"{config.param_groups[group].lr_ratio:.3g}" for group in groups]
+        rate = f"{config.optimizer.base_lr:.2e}"
+        value = f"{trial.value:.4f}"
+        table.add_row(str(trial.number), value, config.optimizer.name, rate, schedule_line(config), *ratios)
+    return table
+
+
+def strategy_line(config: TrialConfig) -> str:
+    """Return a strategy in a few words: `adamw 3.1e-03, step 6 × 0.21, head ×2.4`."""
+    ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in config.param_groups.items() if group.lr_ratio != 1]
+    rate = f"{config.optimizer.name} {config.optimizer.base_lr:.1e}"
+    return ", ".join([rate, schedule_line(config), *ratios])
+
+
+def schedule_line(config: TrialConfig) -> str:
+    """Return a schedule in a few words: `step 6 × 0.21`."""
+    schedule = config.to_dict()["scheduler"][config.scheduler.name]
+    match config.scheduler.name:
+        case "step":
+            words = f"step {schedule['step_size']} × {schedule['gamma']:.2g}"
+        case "multistep":
+            words = f"multistep {schedule['milestones']} × {schedule['gamma']:.2g}"
+        case "exponential":
+            words = f"exponential × {schedule['gamma']:.3g}"
+        case "plateau":
+            words = f"plateau {schedule['patience']} × {schedule['factor']:.2g}"
+        case name:
+            words = name
+    return f"{words}, warm-up {schedule['warmup']}" if schedule.get("warmup") else words
+
+
+def _searched_groups(space: SearchSpace) -> list[str]:
+    return [name.split(".", 1)[1] for name in space.searched_hyperparameters() if name.startswith("lr_ratio.")]

@@ -1,0 +1,148 @@
+"""What a search may choose a hyperparameter from: one value, a list of choices, or a range."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+
+
+class Suggests(Protocol):
+    """The part of an Optuna trial that chooses."""
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """Choose a number within [low, high]."""
+        ...
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        """Choose a whole number within [low, high]."""
+        ...
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Choose one of `choices`."""
+        ...
+
+
+class Choices(BaseModel, Generic[T]):
+    """One of several values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choices: tuple[T, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        twice = [choice for index, choice in enumerate(self.choices) if choice in self.choices[:index]]
+        if twice:
+            raise ValueError(f"each choice may stand once, got {_text(twice[0])} twice; remove one")
+        return self
+
+
+class Range(BaseModel, Generic[T]):
+    """Any value within [low, high]; with `log`, as many tries per decade; with `step`, in steps from `low`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: T
+    high: T
+    log: bool = Field(default=False, strict=True)
+    step: T | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        low: Any = self.low
+        high: Any = self.high
+        step: Any = self.step
+        if low > high:
+            raise ValueError(f"`low <= high` must hold, got low={low}, high={high}")
+        if self.log and low <= 0:
+            raise ValueError(f"`low > 0` must hold with log, got low={low}")
+        if step is None:
+            return self
+        if self.log:
+            raise ValueError("`log` and `step` exclude each other; remove one")
+        if step <= 0:
+            raise ValueError(f"`step > 0` must hold, got step={step}")
+        count = (high - low) / step
+        if not math.isclose(count, round(count), rel_tol=1e-9, abs_tol=1e-9):
+            reachable = low + math.floor(count) * step
+            got = f"got low={low}, high={high}, step={step}"
+            raise ValueError(f"`step` must divide the range, {got}; the last step ends at {reachable:g}")
+        return self
+
+
+def is_searched(domain: Any) -> bool:
+    """Say whether a search has more than one value to choose from."""
+    match domain:
+        case Range(low=low, high=high):
+            return bool(low < high)
+        case Choices(choices=choices):
+            return len(choices) > 1
+    return False
+
+
+def extremes(domain: Any) -> tuple[Any, ...]:
+    """Return values such that what holds for each of them, and is monotone, holds for the whole domain."""
+    match domain:
+        case Range(low=low, high=high):
+            return (low, high)
+        case Choices(choices=choices):
+            return choices
+    return (domain,)
+
+
+def suggest(trial: Suggests, name: str, domain: Any) -> Any:
+    """Let a trial choose a value; a domain of one value asks nothing."""
+    if not is_searched(domain):
+        return extremes(domain)[0]
+    match domain:
+        case Choices(choices=choices):
+            labels = [label(choice) for choice in choices]
+            return choices[labels.index(trial.suggest_categorical(name, labels))]
+        case Range(low=int(), high=int()):
+            return trial.suggest_int(name, domain.low, domain.high, step=domain.step or 1, log=domain.log)
+    return trial.suggest_float(name, domain.low, domain.high, step=domain.step, log=domain.log)
+
+
+def label(choice: Any) -> Any:
+    """Return a choice as Optuna stores it: itself, or its text if it is a list."""
+    return json.dumps(choice) if isinstance(choice, tuple | list) else choice
+
+
+def contains(domain: Any, value: Any) -> bool:
+    """Say whether a value could be chosen from a domain."""
+    if isinstance(value, list):
+        value = tuple(value)
+    match domain:
+        case Choices(choices=choices):
+            return value in choices
+        case Range():
+            if isinstance(value, bool) or not isinstance(value, int if isinstance(domain.low, int) else int | float):
+                return False
+            if not domain.low <= value <= domain.high:
+                return False
+            steps = (value - domain.low) / (domain.step or 1)
+            return domain.step is None or math.isclose(steps, round(steps), abs_tol=1e-9)
+    return bool(value == domain)
+
+
+def describe(domain: Any) -> str:
+    """Return a domain in words, for messages."""
+    match domain:
+        case Choices(choices=choices):
+            return "one of " + ", ".join(_text(choice) for choice in choices)
+        case Range(low=low, high=high, step=step):
+            return f"within [{low}, {high}]" + (f" in steps of {step}" if step else "")
+    return _text(domain)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value)

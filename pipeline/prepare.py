@@ -1,0 +1,72 @@
+"""What a run needs besides its file: data, a model that fits, a device. Checked before anything is written."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from pipeline import rules
+from pipeline.errors import InvalidInput, Problem
+from pipeline.space import SearchSpace
+from pipeline.trainer import derive_seed
+from pipeline.workloads import Workload, load_workload
+
+
+def prepare(space: SearchSpace, *, source: str, device: str, searching: bool) -> tuple[Workload, torch.device]:
+    """Load a space's workload and choose the device.
+
+    Args:
+        space: Of a search or, with one point, of a config.
+        source: Name of its file, for messages.
+        device: "auto", "cpu", "cuda" or "cuda:1"; "auto" is CUDA where there is one.
+        searching: Whether the objective matters.
+
+    Raises:
+        InvalidInput: With every problem of the file for this workload, or the device is not there.
+    """
+    chosen = choose_device(device)
+    try:
+        workload = load_workload(space.workload)
+    except InvalidInput as error:
+        raise InvalidInput(source, error.problems) from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(space.seed, "weights"))
+        model = workload.build_model()
+    problems: Iterable[Problem] = rules.problems_with_model(space, workload, model)
+    problems = [*problems, *(rules.objective_problems(space, workload) if searching else ())]
+    if problems:
+        raise InvalidInput(source, problems)
+    return workload, chosen
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name.
+
+    Raises:
+        InvalidInput: It is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = f"there are {count} CUDA devices, cuda:0 to cuda:{count - 1}" if count else "there is no CUDA device"
+        raise InvalidInput("--device", [Problem(name, f"{there}; use --device cpu, or auto")])
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def environment(device: torch.device, *, trainer: str) -> dict[str, Any]:
+    """Return what a trial's numbers may depend on besides its config."""
+    return {
+        "trainer": trainer,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "pipeline": metadata.version("lr-strategy-search"),
+    }

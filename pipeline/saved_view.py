@@ -1,0 +1,152 @@
+"""The saved view of a study in MLflow's web page: which trials, which columns, which charts.
+
+Without it a first-time visitor sees one collapsed row and no learning-rate curve. MLflow keeps a shared view as an
+experiment tag, `mlflow.sharedViewState.<key>`. The format is not documented; this is what MLflow 3.17 reads.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+TAG_PREFIX = "mlflow.sharedViewState."
+
+
+def mlflow_name(text: str) -> str:
+    """Return `text` as MLflow takes it in the name of a metric, a parameter or a tag, and as one part of a path.
+
+    What MLflow refuses becomes `_`, and so does a slash, which would start another section of charts. A text that had
+    to change gets a mark of the original, so that two texts do not share a name: `fc.1` stays, `fc,1` becomes
+    `fc_1-eb1b`.
+    """
+    clean = re.sub(r"[^\w.\- ]|^\.+", "_", text)[:200] or "_"
+    return clean if clean == text else f"{clean}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+
+
+def view_path(experiment_id: str, study: str) -> str:
+    """Return what follows `http://host:port` in the link to a study's saved view."""
+    # Any sort or filter in the link would make the page ignore the view.
+    return (
+        f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+        f"&viewStateShareKey={quote(mlflow_name(study))}&compareRunsMode=CHART"
+    )
+
+
+def saved_view(
+    *, study: str, metric: str, direction: str, params: Sequence[str], lr_metrics: Sequence[str], created_ms: int
+) -> tuple[str, str]:
+    """Return the experiment tag, key and value, that holds the view of one study.
+
+    Args:
+        study: Its trials are shown, by their tag `hpo.study`.
+        metric: The objective; the trials are sorted by it.
+        direction: Of the objective, "maximize" or "minimize".
+        params: Parameters worth a column and an axis.
+        lr_metrics: Metrics that hold learning rates, one chart each.
+        created_ms: Milliseconds since 1970.
+    """
+    state = {
+        "searchFilter": f"tags.`hpo.kind` = 'trial' and tags.`hpo.study` = {_quoted(study)}",
+        "orderByKey": f"metrics.`{metric}`",
+        "orderByAsc": direction == "minimize",
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": [
+            f"metrics.`{metric}`",
+            *(f"params.`{name}`" for name in params),
+            "tags.`hpo.state`",
+            "attributes.`Duration`",
+        ],
+        "columnOrder": [],
+        "columnWidths": {},
+        "runsHiddenMode": "SHOW_ALL",
+        "compareRunCharts": _charts(metric, params, lr_metrics),
+        "compareRunSections": _sections(metric),
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+    }
+    packed = base64.b64encode(zlib.compress(json.dumps(state, separators=(",", ":")).encode(), 9)).decode()
+    view = {"name": study, "createdAt": created_ms, "updatedAt": created_ms, "state": f"deflate;{packed}"}
+    return TAG_PREFIX + mlflow_name(study), json.dumps(view)
+
+
+def _quoted(text: str) -> str:
+    """Quote a value of a search filter, which knows no escapes, only two kinds of quotes."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
+def _charts(metric: str, params: Sequence[str], lr_metrics: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            **_chart("PARALLEL", "parallel", "search space"),
+            "selectedParams": list(params),
+            "selectedMetrics": [metric],
+            "showAllRuns": True,
+        },
+        *(_line(name, scale="log") for name in lr_metrics),
+        # A dict, because the objective can be the validation loss itself.
+        *(_line(name, scale="linear") for name in dict.fromkeys([metric, "val/loss", "train/loss"])),
+    ]
+
+
+def _line(name: str, *, scale: str) -> dict[str, Any]:
+    return {
+        **_chart("LINE", name, _section_of(name)),
+        "metricKey": name,
+        "selectedMetricKeys": [name],
+        "scaleType": scale,
+        "xAxisKey": "step",
+        "lineSmoothness": 0,
+        "xAxisScaleType": "linear",
+        "selectedXAxisMetricKey": "",
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+        "useGlobalXaxisKey": True,
+        "useGlobalLineSmoothing": True,
+    }
+
+
+def _chart(kind: str, uuid: str, section: str) -> dict[str, Any]:
+    return {
+        "uuid": f"chart {uuid}",
+        "type": kind,
+        "metricSectionId": f"section {section}",
+        "deleted": False,
+        "isGenerated": False,
+        "runsCountToCompare": 100,
+    }
+
+
+def _sections(metric: str) -> list[dict[str, Any]]:
+    names = dict.fromkeys(["search space", _section_of(metric), "lr", "val", "train"])
+    return [
+        {
+            "uuid": f"section {name}",
+            "name": name,
+            "display": True,
+            "isReordered": False,
+            "deleted": False,
+            "isGenerated": False,
+            "columns": 1 if name == "search space" else 2,
+        }
+        for name in names
+    ]
+
+
+def _section_of(metric: str) -> str:
+    """Return the section in which the page itself would file a metric: what precedes the last slash."""
+    return metric.rpartition("/")[0] or "Model metrics"

@@ -1,0 +1,249 @@
+"""Search learning-rate strategies: `python -m pipeline.search --trials 50`.
+
+`search` reads a search space, asks the study for trials, turns each into a TrialConfig, splits the model into
+parameter groups, builds optimizers and schedulers, trains epochs, reports metrics to the study and to MLflow, and
+exports best.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import cli
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from pipeline.background import BackgroundTracker
+    from pipeline.space import SearchSpace
+    from pipeline.store import Store
+    from pipeline.study import Study
+    from pipeline.workloads import Workload
+
+DEFAULT_SPACE = Path(__file__).resolve().parent.parent / "search_spaces" / "default.yaml"
+DEFAULT_TRIALS = 50
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says, read but not yet checked against anything."""
+
+    space: Path | None
+    trials: int | None
+    timeout: float | None
+    """In minutes."""
+    study: str | None
+    root: Path
+    device: str
+    seed: int | None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    options = _parse(argv)
+    from rich.console import Console
+
+    return search(options, Console(highlight=False))
+
+
+def search(options: Options, console: Console) -> int:
+    """Run or go on with a search, from its file to best.yaml; return the exit status."""
+    space, trials = _read_space(options)
+
+    from pipeline.prepare import prepare
+    from pipeline.store import Store
+
+    workload, device = prepare(space, source=_source(options), device=options.device, searching=True)
+    store = Store(options.root)
+    name, exists = store.choose(space, trials=trials, name=options.study)
+    with store.lock(name), _Interrupts(options.timeout) as interrupts:
+        study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
+        console.print(_headline(study, workload, device, trials), soft_wrap=True)
+        with _tracked(study, store) as tracker:
+            _run(study, trials, workload, device, tracker, interrupts, console)
+            _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
+    if interrupts.reason and len(study.ended) < trials:
+        console.print(f"{interrupts.reason}; go on with: {_command(options, study.name, trials)}", soft_wrap=True)
+    return interrupts.exit_status
+
+
+def _run(
+    study: Study,
+    trials: int,
+    workload: Workload,
+    device: torch.device,
+    tracker: BackgroundTracker,
+    interrupts: _Interrupts,
+    console: Console,
+) -> None:
+    """Train group after group until `trials` have ended."""
+    from pipeline.display import Progress
+    from pipeline.loop import run_group
+    from pipeline.plain import PlainTrials
+    from pipeline.prepare import environment
+
+    noted = environment(device, trainer="plain")
+    with Progress(study, trials=trials, console=console) as progress:
+        while not interrupts.reason and (proposals := study.next_group(trials)):
+            configs = {number: config for number, (config, _) in proposals.items()}
+            group = PlainTrials(configs, workload, device=device)
+            for trial in run_group(
+                group, proposals, study, environment=noted, on_epoch=progress.epoch, interrupted=interrupts.asked
+            ):
+                study.add(trial)
+                tracker.log_trial(trial)
+            progress.group_ended()
+
+
+def _read_space(options: Options) -> tuple[SearchSpace, int]:
+    """Read the space and the number of trials: from the options, else a named study's own, else the defaults."""
+    import dataclasses
+
+    from pipeline import rules
+    from pipeline.space import load_space, space_from_document
+
+    header = None
+    if options.study is not None and (options.root / "mlruns" / "optuna.db").exists():
+        from pipeline.store import Store
+
+        header = next((h for h in Store(options.root).headers() if h.name == options.study), None)
+    if options.space is None and header is not None:
+        space = space_from_document(header.document, name=header.space)
+    else:
+        space = load_space(options.space or DEFAULT_SPACE)
+    if options.seed is not None:
+        document = {**space.document, "seed": options.seed}
+        space = dataclasses.replace(space, seed=options.seed, document=document)
+    for warning in rules.warnings(space):
+        print(f"warning: {warning}", file=sys.stderr)
+    return space, options.trials or (header.trials if header else DEFAULT_TRIALS)
+
+
+@contextlib.contextmanager
+def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
+    """Tell MLflow of a study from a process of its own; whatever fails there is a warning."""
+    from pipeline.background import BackgroundTracker
+    from pipeline.strict_yaml import dumps
+    from pipeline.tracking import StudyInfo
+
+    space = study.space
+    info = StudyInfo(
+        name=study.name,
+        experiment=f"{space.workload.name}-{space.workload.model}",
+        metric=space.objective.metric,
+        direction=space.objective.direction,
+        groups=tuple(space.param_groups),
+        searched=tuple("log10_base_lr" if n == "base_lr" else n for n in space.searched_hyperparameters()),
+        space=dumps(space.document),
+        seed=space.seed,
+    )
+    tracker = BackgroundTracker(store.root, info)
+    try:
+        yield tracker
+    finally:
+        for warning in tracker.close(timeout=60):
+            print(f"warning: {warning}", file=sys.stderr)
+
+
+def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Console, *, finished: bool) -> None:
+    """Write best.yaml, close MLflow's record, and say what was found and where."""
+    from pipeline.display import best_table, strategy_line
+    from pipeline.export import config_file
+    from pipeline.strict_yaml import write_atomic
+
+    best = study.best()
+    if not best:
+        console.print("no trial is complete: each was pruned, diverged or failed")
+        for trial in study.ended[-3:]:
+            console.print(f"  trial {trial.number} {trial.state}: {trial.reason}", soft_wrap=True)
+        tracker.interrupt("No trial is complete.")
+        return
+    path = store.folder(study.name) / "best.yaml"
+    write_atomic(path, config_file(study, best[0]))
+    note = f"Best of {len(study.ended)} trials: #{best[0].number}, {study.space.objective.metric} {best[0].value:.4f}, "
+    note += f"{strategy_line(best[0].config)}. Train it again: `python -m pipeline.train best.yaml`."
+    if finished:
+        tracker.finish(best[0], note, [path])
+    else:
+        tracker.interrupt(note)
+    console.print()
+    console.print(best_table(study))
+    console.print()
+    console.print(f"best config   {path}   train it again: python -m pipeline.train {cli.quoted(path)}", soft_wrap=True)
+    if (view := tracker.view_path()) is not None:
+        here = store.root.resolve() == Path.cwd()
+        command = "mlflow ui" if here else f"python -m pipeline.ui --root {cli.quoted(store.root)}"
+        console.print(f"compare       {command}   then open http://127.0.0.1:5000{view}", soft_wrap=True)
+
+
+def _headline(study: Study, workload: Workload, device: torch.device, trials: int) -> str:
+    space, size = study.space, min(study.group_size, trials)
+    together = f"{size} trials at once" if size > 1 else "one trial at a time"
+    what = f"{workload.name} · {space.epochs} epochs · {device}, {together}"
+    went_on = f", goes on from trial {len(study.ended)}" if study.ended else ""
+    return f"{what}   study {study.name}, seed {space.seed}{went_on}"
+
+
+def _source(options: Options) -> str:
+    return str(options.space) if options.space else f"study {options.study}" if options.study else str(DEFAULT_SPACE)
+
+
+def _command(options: Options, study: str, trials: int) -> str:
+    root = "" if options.root == Path() else f" --root {cli.quoted(options.root)}"
+    return f"python -m pipeline.search --study {study} --trials {trials}{root}"
+
+
+class _Interrupts:
+    """Ctrl-C, SIGTERM and the time limit, asked about between epochs; a second signal ends the process at once."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.reason: str | None = None
+        self.exit_status = 0
+        self._deadline = time.monotonic() + minutes * 60 if minutes is not None else None
+        self._minutes = minutes
+
+    def __enter__(self) -> _Interrupts:
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Say whether to stop now."""
+        if self._deadline is not None and time.monotonic() >= self._deadline and self.reason is None:
+            self.reason = f"stopped after {self._minutes:g} minutes"
+        return self.reason is not None
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.exit_status:
+            raise KeyboardInterrupt
+        self.reason = "interrupted"
+        self.exit_status = 128 + number
+
+
+def _parse(argv: list[str] | None) -> Options:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.search", description="Search learning-rate strategies.")
+    parser.add_argument("--space", type=Path, metavar="FILE", help=f"what to search (default: {DEFAULT_SPACE.name})")
+    at_least_one = cli.whole_number(1)
+    parser.add_argument("--trials", type=at_least_one, metavar="N", help=f"in total (default: {DEFAULT_TRIALS})")
+    parser.add_argument("--timeout", type=cli.positive_number, metavar="MINUTES", help="stop after this long")
+    cli.add_study(parser, help="go on with this study, or begin it (default: the newest unfinished one that fits)")
+    cli.add_root(parser)
+    cli.add_device(parser)
+    parser.add_argument("--seed", type=cli.whole_number(0, 2**32 - 1), metavar="N", help="instead of the file's")
+    return Options(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

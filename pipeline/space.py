@@ -1,0 +1,270 @@
+"""SearchSpace: one file says everything that a search is. `load_space` checks it; `sample` draws a TrialConfig.
+
+A trial's config is a space of one point, so `load_config` reads it by the same rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StringConstraints, create_model
+
+from pipeline import rules, strict_yaml
+from pipeline.config import TrialConfig, WorkloadChoice
+from pipeline.domains import Choices, Suggests, contains, describe, is_searched, label, suggest
+from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.forms import FORM, check, form_of, one_or_more
+from pipeline.pruning import Median, NoPruner, Pruner, SuccessiveHalving
+from pipeline.strategy import OPTIMIZERS, SCHEDULERS, Interval, ParamGroup
+
+Domains = Mapping[str, Any]
+"""Hyperparameter name to what a search may choose it from: a value, `Choices` or a `Range`."""
+
+FOUND = "found"
+"""Key of a config file under which a search notes what it found; not part of the config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What decides between trials: a validation metric after the last epoch."""
+
+    metric: str = "val/accuracy"
+    direction: Literal["minimize", "maximize"] = "maximize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Which of Optuna's samplers proposes trials."""
+
+    name: Literal["tpe", "gp", "random", "qmc"] = "tpe"
+    n_startup_trials: Annotated[int, Interval(ge=1)] = 10
+    """Random trials before TPE and GP begin to model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Everything that a search is, but for how many trials it runs and where."""
+
+    name: str
+    """The file's, without its ending; studies are named after it."""
+    workload: WorkloadChoice
+    epochs: int
+    batch_size: int
+    seed: int
+    objective: Objective
+    optimizers: Mapping[str, Domains]
+    """Optimizer name to its hyperparameters; a trial has one optimizer."""
+    schedulers: Mapping[str, Domains]
+    param_groups: Mapping[str, Domains]
+    """Group name to `pattern`, `lr_ratio` and `weight_decay`, in the order in which patterns are tried."""
+    sampler: Sampler
+    pruner: Pruner
+    enqueue: tuple[Mapping[str, Any], ...]
+    """What to try first, each by parameter name; what is not named is sampled."""
+    document: Mapping[str, Any]
+    """The file with every default filled in: two spaces are the same if their documents are."""
+
+    def sample(self, trial: Suggests) -> TrialConfig:
+        """Let a trial choose a value of everything that is searched."""
+        optimizer = suggest(trial, "optimizer", _one_of(self.optimizers))
+        optimizer_values = _suggest_all(trial, self.optimizers[optimizer], prefix=f"{optimizer}.")
+        scheduler = suggest(trial, "scheduler", _one_of(self.schedulers))
+        scheduler_values = _suggest_all(trial, self.schedulers[scheduler], prefix=f"{scheduler}.")
+        groups = {name: _suggest_all(trial, group, suffix=f".{name}") for name, group in self.param_groups.items()}
+        return TrialConfig(
+            workload=self.workload,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            optimizer=OPTIMIZERS[optimizer](**optimizer_values),
+            scheduler=SCHEDULERS[scheduler](**scheduler_values),
+            param_groups={name: ParamGroup(**values) for name, values in groups.items()},
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """Return every parameter by its name in Optuna, such as `adamw.base_lr` or `lr_ratio.head`, with its domain."""
+        named = {"optimizer": _one_of(self.optimizers), "scheduler": _one_of(self.schedulers)}
+        for owner, domains in [*self.optimizers.items(), *self.schedulers.items()]:
+            named |= {f"{owner}.{name}": domain for name, domain in domains.items()}
+        for group, domains in self.param_groups.items():
+            named |= {f"{name}.{group}": domain for name, domain in domains.items()}
+        return named
+
+    def searched_hyperparameters(self) -> tuple[str, ...]:
+        """Return the names, as in `TrialConfig.hyperparameters`, of those that differ between trials."""
+        parts = {name: name.split(".") for name, domain in self.parameters().items() if is_searched(domain)}
+        owners = {*self.optimizers, *self.schedulers}
+        names = [part[1] if part[0] in owners and len(part) > 1 else name for name, part in parts.items()]
+        return tuple(dict.fromkeys(names))
+
+
+def load_space(path: Path) -> SearchSpace:
+    """Read a search-space file and check all that needs no model; see `pipeline.rules` for the rest.
+
+    Raises:
+        InvalidInput: With every problem of the file.
+    """
+    data = strict_yaml.load(path)
+    space, problems = _read(data, name=path.stem)
+    if space is not None and not problems and not any(is_searched(d) for d in space.parameters().values()):
+        problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
+    if problems or space is None:
+        raise InvalidInput(str(path), problems)
+    return space
+
+
+def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpace:
+    """Rebuild a space from its `document`, as a study stores it.
+
+    Raises:
+        InvalidInput: The document is not of this version's format.
+    """
+    space, problems = _read(document, name=name)
+    if problems or space is None:
+        raise InvalidInput(f"the space of study {name}", problems)
+    return space
+
+
+def load_config(path: Path) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
+    """Read a config file, such as best.yaml.
+
+    Returns:
+        The space of one point that it is, the config, and what a search noted about it, if anything.
+
+    Raises:
+        InvalidInput: With every problem of the file.
+    """
+    data = strict_yaml.load(path)
+    found = data.pop(FOUND, {})
+    space, problems = _read(data, name=path.stem)
+    if space is not None:
+        searched = [name for name, domain in space.parameters().items() if is_searched(domain)]
+        problems += [
+            Problem(name, "must be one value in a config, got a choice; search it with --space") for name in searched
+        ]
+        if not isinstance(found, dict):
+            problems.append(Problem(FOUND, f"must be a mapping, got {found!r}"))
+    if problems or space is None:
+        raise InvalidInput(str(path), problems)
+    return space, space.sample(_NoChoice()), found
+
+
+def file_form() -> type[BaseModel]:
+    """Return the form of a search-space file."""
+    count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
+    seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+    group_name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=64)]
+    pruners = [form_of(cls, searchable=False) for cls in (SuccessiveHalving, Median, NoPruner)]
+    fields: dict[str, Any] = {
+        "workload": (form_of(WorkloadChoice, searchable=False), ...),
+        "epochs": (count, Field(description="Passes over the training data per trial.")),
+        "batch_size": (count, Field(description="Samples per optimizer step.")),
+        "seed": (seed, Field(0, description="Decides proposals, initial weights, data order and dropout.")),
+        "objective": (form_of(Objective, searchable=False), Field(default_factory=dict, validate_default=True)),
+        "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
+        "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
+        "param_groups": (dict[group_name, form_of(ParamGroup, searchable=True)], Field(min_length=1)),  # type: ignore[misc]
+        "sampler": (form_of(Sampler, searchable=False), Field(default_factory=dict, validate_default=True)),
+        "pruner": (_named_union(pruners), Field(default_factory=lambda: {"name": "none"}, validate_default=True)),
+        "enqueue": (list[dict[str, Any]], Field(default=[], description="Configs to try first, in a file's words.")),
+    }
+    return create_model("SearchSpace", __config__=FORM, **fields)
+
+
+def _named_union(forms: list[type[BaseModel]]) -> Any:
+    union: Any = forms[0]
+    for form in forms[1:]:
+        union = union | form
+    return Annotated[union, Field(discriminator="name")]
+
+
+def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, list[Problem]]:
+    """Check data against the form, then against the rules that connect fields."""
+    form, problems = check(file_form(), data)
+    if form is None:
+        return None, problems
+    values: Any = form
+    space = SearchSpace(
+        name=name,
+        workload=WorkloadChoice(**dict(values.workload)),
+        epochs=values.epochs,
+        batch_size=values.batch_size,
+        seed=values.seed,
+        objective=Objective(**dict(values.objective)),
+        optimizers=_present(values.optimizer),
+        schedulers=_present(values.scheduler),
+        param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
+        sampler=Sampler(**dict(values.sampler)),
+        pruner=_PRUNERS[values.pruner.name](**dict(values.pruner)),
+        enqueue=(),
+        document=form.model_dump(mode="json", exclude_none=True),
+    )
+    problems = [*rules.problems(space)]
+    known: list[Mapping[str, Any]] = []
+    for index, entry in enumerate(values.enqueue):
+        known.append(dict(_enqueued(space, entry, f"enqueue.{index}", problems)))
+    return dataclasses.replace(space, enqueue=tuple(known)), problems
+
+
+_PRUNERS: dict[str, Any] = {"successive_halving": SuccessiveHalving, "median": Median, "none": NoPruner}
+
+
+def _present(forms: BaseModel) -> dict[str, dict[str, Any]]:
+    return {name: dict(form) for name, form in forms if form is not None}
+
+
+def _one_of(options: Mapping[str, Any]) -> Any:
+    return Choices[str](choices=tuple(options))
+
+
+def _suggest_all(trial: Suggests, domains: Domains, *, prefix: str = "", suffix: str = "") -> dict[str, Any]:
+    return {name: suggest(trial, f"{prefix}{name}{suffix}", domain) for name, domain in domains.items()}
+
+
+def _enqueued(
+    space: SearchSpace, entry: Mapping[str, Any], place: str, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    """Translate a config to try first into parameters by Optuna's names; append what is wrong with it."""
+    parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
+    for key, value in entry.items():
+        if key not in parts:
+            problems.append(Problem(f"{place}.{key}", f"unknown key; {did_you_mean(key, parts)}"))
+            continue
+        if not isinstance(value, dict) or (key != "param_groups" and len(value) != 1):
+            problems.append(Problem(f"{place}.{key}", f"must be a mapping with one name as its key, got {value!r}"))
+            continue
+        for owner, values in value.items():
+            if owner not in parts[key] or not isinstance(values, dict):
+                message = f"is not in this space; {did_you_mean(owner, parts[key])}"
+                problems.append(Problem(f"{place}.{key}.{owner}", message))
+                continue
+            if key != "param_groups" and len(parts[key]) > 1:
+                yield key, owner
+            yield from _enqueued_values(parts[key][owner], values, key, owner, place, problems)
+
+
+def _enqueued_values(
+    domains: Domains, values: Mapping[str, Any], key: str, owner: str, place: str, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        here = f"{place}.{key}.{owner}.{name}"
+        if name not in domains:
+            problems.append(Problem(here, f"unknown key; {did_you_mean(name, domains)}"))
+        elif not contains(domains[name], value):
+            problems.append(Problem(here, f"must be {describe(domains[name])}, as in this space, got {value!r}"))
+        elif is_searched(domains[name]):
+            yield (f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"), label(value)
+
+
+class _NoChoice:
+    """The trial of a config, which leaves nothing to choose."""
+
+    def suggest_float(self, name: str, *arguments: Any, **options: Any) -> float:
+        raise AssertionError(name)
+
+    suggest_int: Any = suggest_float
+    suggest_categorical: Any = suggest_float

@@ -1,0 +1,210 @@
+"""Where studies live: `mlruns/optuna.db` for what ended, `mlruns/studies/<study>/` for what a person opens."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+
+from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
+from pipeline.space import SearchSpace, space_from_document
+from pipeline.study import Study, group_size, storage_errors
+
+FORMAT = 1
+"""Of what a study stores about itself and its trials."""
+
+_HEADER = "pipeline"
+"""The user attribute of an Optuna study that holds what we store about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyHeader:
+    """What is known of a study without its trials."""
+
+    name: str
+    space: str
+    """Name of its space."""
+    document: Mapping[str, Any]
+    """Of its space."""
+    trials: int
+    """How many it was last asked for, in total."""
+    group_size: int
+    ended: int
+    """How many trials it holds."""
+    created: float
+    """Seconds since 1970."""
+
+
+class Store:
+    """The studies below a root folder.
+
+    Args:
+        root: Folder that holds `mlruns/`, made when the first study is.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.database = root / "mlruns" / "optuna.db"
+
+    def headers(self) -> list[StudyHeader]:
+        """Return every study, oldest first; writes nothing.
+
+        Raises:
+            InvalidInput: The database cannot be read, or holds a study of another format.
+        """
+        if not self.database.exists():
+            return []
+        headers = []
+        for summary in optuna.get_all_study_summaries(self._storage()):
+            header = summary.user_attrs.get(_HEADER)
+            if header is None:
+                continue  # made by another program
+            if header["format"] != FORMAT:
+                message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
+                raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
+            values = {key: header[key] for key in ("space", "document", "trials", "group_size", "created")}
+            headers.append(StudyHeader(name=summary.study_name, ended=summary.n_trials, **values))
+        return sorted(headers, key=lambda header: header.created)
+
+    def choose(self, space: SearchSpace, *, trials: int, name: str | None) -> tuple[str, bool]:
+        """Choose the study that a search goes on with or begins; writes nothing.
+
+        Without a name that is the newest unfinished study of the same space, seed and number of trials, else a new
+        `<space>-N`.
+
+        Returns:
+            The study's name, and whether it exists.
+
+        Raises:
+            InvalidInput: The named study was made with another space; the message shows each difference.
+        """
+        known = {header.name: header for header in self.headers()}
+        if name is None:
+            for header in reversed(known.values()):
+                if header.trials == trials and header.ended < trials and header.document == space.document:
+                    return header.name, True
+            return next(n for i in itertools.count(1) if (n := f"{space.name}-{i}") not in known), False
+        if name not in known:
+            return name, False
+        if differences := list(_differences(known[name].document, space.document)):
+            remedy = Problem("", "a study keeps its space; choose another --study, or the space that it was made with")
+            raise InvalidInput(f"--study {name}", [*differences, remedy])
+        return name, True
+
+    def create(self, space: SearchSpace, *, name: str, trials: int) -> Study:
+        """Begin a study.
+
+        Raises:
+            InvalidInput: The database cannot be written.
+        """
+        header = {
+            "format": FORMAT,
+            "space": space.name,
+            "document": space.document,
+            "trials": trials,
+            "group_size": group_size(trials),
+            "created": time.time(),
+        }
+        storage = self._storage(create=True)
+        with storage_errors(f"creating study {name}"):
+            direction = space.objective.direction
+            study = optuna.create_study(storage=storage, study_name=name, direction=direction)
+            study.set_user_attr(_HEADER, header)
+        return Study(space, name=name, group_size=group_size(trials), storage=storage)
+
+    def open(self, name: str | None, *, trials: int | None = None) -> Study:
+        """Open a study, by default the newest, with the space that it was made with; note a new total of trials.
+
+        Raises:
+            InvalidInput: There is no such study.
+        """
+        known = {header.name: header for header in self.headers()}
+        if not known:
+            remedy = "run `python -m pipeline.search`, or name another --root"
+            raise InvalidInput("--root", [Problem(str(self.root), f"holds no study; {remedy}")])
+        header = known[name] if name in known else None if name else list(known.values())[-1]
+        if header is None:
+            raise InvalidInput(
+                "--study", [Problem(str(name), f"there is no such study; {did_you_mean(str(name), known)}")]
+            )
+        storage = self._storage()
+        with storage_errors(f"opening study {header.name}"):
+            if trials is not None and trials != header.trials:
+                study = optuna.load_study(study_name=header.name, storage=storage)
+                study.set_user_attr(_HEADER, study.user_attrs[_HEADER] | {"trials": trials})
+            space = space_from_document(header.document, name=header.space)
+            return Study(space, name=header.name, group_size=header.group_size, storage=storage)
+
+    def folder(self, study: str) -> Path:
+        """Return the folder of what a study writes for people."""
+        return self.root / "mlruns" / "studies" / study
+
+    @contextlib.contextmanager
+    def lock(self, study: str) -> Iterator[None]:
+        """Hold the one right to drive a study; the system takes it back when the process ends, however it ends.
+
+        Raises:
+            StudyBusy: Another process holds it.
+            StorageError: The folder cannot be written.
+        """
+        path = self.folder(study) / "lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise StorageError(f"{path.parent}: cannot be written: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise StudyBusy(f"study {study} is driven by {holder}; wait for it, or name another --study") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+    def _storage(self, *, create: bool = False) -> RDBStorage:
+        """Open the database, in the journal mode that lets people read it while a search writes."""
+        try:
+            if create:
+                self.database.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.closing(sqlite3.connect(self.database)) as connection:
+                    connection.execute("PRAGMA journal_mode=WAL")
+            with storage_errors("opening"):
+                return RDBStorage(f"sqlite:///{self.database.resolve()}")
+        except (StorageError, sqlite3.Error, OSError) as error:
+            remedy = "move it away, or name another --root"
+            message = f"cannot be used as Optuna's database: {error}; {remedy}"
+            raise InvalidInput(str(self.database), [Problem("", message)]) from None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield each place in which two documents differ."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    for place in [*before, *(place for place in after if place not in before)]:
+        if before.get(place) != after.get(place):
+            yield Problem(
+                place, f"the study has {before.get(place, 'nothing')}, the file {after.get(place, 'nothing')}"
+            )
+
+
+def _leaves(data: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _leaves(value, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, json.dumps(data)

@@ -1,0 +1,255 @@
+"""MLflow, and the only file that imports it: a run per study, a child run per trial, and a view to compare them.
+
+MLflow is told only what the study has stored already, so whatever is missing here can be logged again. A search uses
+`pipeline.background.BackgroundTracker`, which runs a `Tracker` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.saved_view import mlflow_name, saved_view, view_path
+from pipeline.strict_yaml import dumps
+from pipeline.trial import EndedTrial, TrialState
+from pipeline.trial_record import lr_csv, lr_metric, metric_points, trial_params, trial_tags
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+STATUS = {
+    TrialState.COMPLETE: "FINISHED",
+    TrialState.PRUNED: "KILLED",
+    TrialState.DIVERGED: "KILLED",
+    TrialState.FAILED: "FAILED",
+}
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # MLflow's own 7 retries of 120 s keep a search waiting for minutes at its end when the server is away.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+"""Defaults; what the user set stays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyInfo:
+    """What MLflow is told of a study before its first trial."""
+
+    name: str
+    experiment: str
+    """Name of the MLflow experiment, shared by studies that can be compared."""
+    metric: str
+    """The objective, such as `val/accuracy`."""
+    direction: str
+    """Of the objective: "maximize" or "minimize"."""
+    groups: tuple[str, ...]
+    """Names of the parameter groups."""
+    searched: tuple[str, ...]
+    """Parameters worth a column and an axis, such as `optimizer`, `log10_base_lr`, `lr_ratio.head`."""
+    space: str
+    """The search space as YAML text."""
+    seed: int
+
+
+class Tracker:
+    """Writes one study to MLflow: `root/mlflow.db`, artifacts below `root/mlruns`, or MLFLOW_TRACKING_URI if set.
+
+    Every method raises what MLflow raises.
+    """
+
+    def __init__(self, root: Path, study: StudyInfo) -> None:
+        """Open or create the store, the experiment, the study's run and its view."""
+        self.study = study
+        self.warnings: list[str] = []
+        """What went wrong without harm to the record, one sentence each."""
+        self._client = _open_store(root.absolute())
+        self._experiment = self._find_or_create_experiment(root.absolute())
+        self._run_id = self._find_or_create_run()
+        self._ended: set[int] = set()
+        self._unfinished: defaultdict[int, list[str]] = defaultdict(list)
+        for run in self._search(f"tags.mlflow.parentRunId = '{self._run_id}'"):
+            number = int(run.data.tags["hpo.trial"])
+            if run.info.status == "RUNNING":
+                self._unfinished[number].append(run.info.run_id)
+            else:
+                self._ended.add(number)
+        self._save_view()
+
+    def view_path(self) -> str:
+        """Return what follows `http://host:port` in the link to the study's view."""
+        return view_path(self._experiment.experiment_id, self.study.name)
+
+    def log_trial(self, trial: EndedTrial) -> None:
+        """Write a trial, complete, as a child run; do nothing if it is there, replace what a crash left of it."""
+        if trial.number in self._ended:
+            return
+        for run_id in self._unfinished.pop(trial.number, []):
+            self._client.delete_run(run_id)
+        config = trial.config
+        run = self._client.create_run(
+            self._experiment.experiment_id,
+            start_time=_milliseconds(trial.started),
+            run_name=f"#{trial.number:03} {config.optimizer.name} · {config.scheduler.name}",
+            tags={"mlflow.parentRunId": self._run_id, "hpo.study": self.study.name, **trial_tags(trial)},
+        )
+        run_id = run.info.run_id
+        self._unfinished[trial.number].append(run_id)
+        self._log_values(run_id, trial)
+        self._client.log_text(run_id, dumps(config.to_dict()), "config.yaml")
+        if history := lr_csv(trial):
+            self._client.log_text(run_id, history, "lr_history.csv")
+        self._client.set_terminated(run_id, STATUS[trial.state], end_time=_milliseconds(trial.ended))
+        del self._unfinished[trial.number]
+        self._ended.add(trial.number)
+
+    def finish(self, best: EndedTrial | None, note: str, artifacts: Sequence[Path]) -> None:
+        """End the study's run.
+
+        Args:
+            best: The trial that won, if any completed.
+            note: Markdown that takes the place of the run's description.
+            artifacts: Files to keep with the run, such as `best.yaml`.
+        """
+        self._client.set_tag(self._run_id, "mlflow.note.content", note)
+        if best is not None:
+            # Tags and not metrics: a metric that only this run has would make a section of one bar on the page.
+            self._client.set_tag(self._run_id, "hpo.best_trial", str(best.number))
+            self._client.set_tag(self._run_id, "hpo.best_value", repr(best.value))
+        self._client.set_terminated(self._run_id, "FINISHED")
+        for path in artifacts:
+            self._client.log_artifact(self._run_id, str(path))
+
+    def interrupt(self, note: str) -> None:
+        """Mark the study's run as stopped, truthfully even if nobody ever resumes; opening it again makes it run."""
+        self._client.set_tag(self._run_id, "mlflow.note.content", note)
+        self._client.set_terminated(self._run_id, "KILLED")
+
+    def _find_or_create_experiment(self, root: Path) -> Experiment:
+        name = self.study.experiment
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            # Absolute, because MLflow resolves a relative one against the working folder of whoever reads it.
+            local = None if _remote_uri() else (root / "mlruns" / "artifacts" / mlflow_name(name)).as_uri()
+            return self._client.get_experiment(self._client.create_experiment(name, artifact_location=local))
+        if experiment.lifecycle_stage == "deleted":
+            self._client.restore_experiment(experiment.experiment_id)
+        return experiment
+
+    def _find_or_create_run(self) -> str:
+        study = self.study
+        tags = {
+            "hpo.kind": "study",
+            "hpo.study": study.name,
+            "hpo.metric": study.metric,
+            "hpo.direction": study.direction,
+            "hpo.seed": str(study.seed),
+            "mlflow.note.content": f"Study **{study.name}**, seed {study.seed}: {study.direction} `{study.metric}`.\n\n"
+            f"[Compare its trials]({self.view_path()[1:]})\n\n```yaml\n{study.space.strip()}\n```\n",
+        }
+        for run in self._search("tags.`hpo.kind` = 'study'"):
+            if run.data.tags["hpo.study"] == study.name:
+                for key, value in tags.items():
+                    self._client.set_tag(run.info.run_id, key, value)
+                self._client.update_run(run.info.run_id, status="RUNNING")
+                return str(run.info.run_id)
+        run = self._client.create_run(self._experiment.experiment_id, run_name=study.name, tags=tags)
+        self._client.log_text(run.info.run_id, study.space, "space.yaml")
+        return str(run.info.run_id)
+
+    def _search(self, condition: str) -> Iterator[Run]:
+        token = None
+        while True:
+            page = self._client.search_runs([self._experiment.experiment_id], condition, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _save_view(self) -> None:
+        study = self.study
+        key, value = saved_view(
+            study=study.name,
+            metric=study.metric,
+            direction=study.direction,
+            params=[mlflow_name(name) for name in study.searched],
+            lr_metrics=[lr_metric(group) for group in study.groups],
+            created_ms=_milliseconds(time.time()),
+        )
+        if key in self._experiment.tags:  # perhaps changed by a person since
+            return
+        try:
+            self._client.set_experiment_tag(self._experiment.experiment_id, key, value)
+        except Exception as error:  # the runs are whole without it
+            self.warnings.append(f"the view to compare trials could not be saved: {cause_of(error)}")
+
+    def _log_values(self, run_id: str, trial: EndedTrial) -> None:
+        from mlflow.entities import Metric, Param
+
+        points = metric_points(trial)
+        last_step = max((step for _, step, _ in points), default=1)
+        duration = trial.ended - trial.started
+        self._client.log_batch(  # splits what exceeds MLflow's limits for one call
+            run_id,
+            # A trial has no clock of its own among those that train with it: its steps share its time evenly.
+            [
+                Metric(name, value, _milliseconds(trial.started + duration * step / last_step), step)
+                for name, step, value in points
+                if math.isfinite(value)  # MLflow would store an infinity as 1.8e308, which ruins every chart
+            ],
+            [Param(key, value) for key, value in trial_params(trial).items()],
+            synchronous=True,
+        )
+
+
+def cause_of(error: BaseException) -> str:
+    """Return an error's first line, which has the reason; SQL statements follow."""
+    first, *_ = (str(error) or type(error).__name__).splitlines()
+    return first if len(first) <= 300 else f"{first[:300]}…"
+
+
+def _open_store(root: Path) -> MlflowClient:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    if remote := _remote_uri():
+        return MlflowClient(remote)
+    database = root / "mlflow.db"
+    if not database.exists():
+        _create_database(database)
+    return MlflowClient(f"sqlite:///{database}")
+
+
+def _remote_uri() -> str | None:
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def _create_database(database: Path) -> None:
+    """Create MLflow's tables, whole or not at all: half its migrations, or two at once, leave a file beyond repair."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=database.parent, prefix="mlflow.db.") as folder:
+        new = Path(folder) / "mlflow.db"
+        # The experiment "Default", which MLflow makes here, would otherwise point below the working folder.
+        store = SqlAlchemyStore(f"sqlite:///{new}", str(database.parent / "mlruns"))  # type: ignore[no-untyped-call]
+        store.engine.dispose()
+        with contextlib.suppress(FileExistsError):  # another search was faster
+            database.hardlink_to(new)
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)

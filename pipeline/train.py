@@ -1,0 +1,87 @@
+"""Train a config again: `python -m pipeline.train best.yaml`.
+
+The trainer, the initial weights and the order of the data are the search's, so on the same machine's CPU the
+validation metrics are too, to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli
+from pipeline.errors import InvalidInput, Problem
+from pipeline.trainer import EpochMetrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description="Train a config, such as best.yaml.")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file: of a search, or written by hand")
+    parser.add_argument("--test", action="store_true", help="report the test split too; never choose by it")
+    parser.add_argument("--root", type=cli.folder, default=Path(), metavar="DIR", help="where to save model.pt")
+    cli.add_device(parser)
+    arguments = parser.parse_args(argv)
+
+    from pipeline.space import load_config
+
+    space, config, found = load_config(arguments.config)
+
+    import torch
+
+    from pipeline.plain import PlainTrials
+    from pipeline.prepare import prepare
+    from pipeline.strict_yaml import write_atomic
+
+    workload, device = prepare(space, source=str(arguments.config), device=arguments.device, searching=False)
+    _use_threads(found)
+    group = PlainTrials({0: config}, workload, device=device)
+    for _ in range(config.epochs):
+        (epoch,) = group.train_epoch().values()
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in epoch.metrics.items())
+        rates = "  ".join(f"lr/{name} {points[-1][1]:.2e}" for name, points in epoch.lr.items())
+        print(f"epoch {epoch.epoch:>3}/{config.epochs}  {metrics}  {rates}", flush=True)
+        if not epoch.finished:
+            print(f"ended: {epoch.diverged or epoch.failed}")
+            return 1
+    for line in _comparison(epoch, found):
+        print(line)
+    if arguments.test:
+        print("test        ", "  ".join(f"{name} {value:.4f}" for name, value in group.test()[0].items()))
+    buffer = io.BytesIO()
+    torch.save(group.model_state(0), buffer)
+    path = arguments.root / "model.pt"
+    try:
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:
+        raise InvalidInput("--root", [Problem(str(path), f"cannot be written: {error.strerror}")]) from None
+    print(f"model        {path}   a state dict: torch.load({str(path)!r}, weights_only=True)")
+    return 0
+
+
+def _use_threads(found: Mapping[str, Any]) -> None:
+    """Use as many threads as the search did: sums over another number of parts differ in their last bits."""
+    import torch
+
+    environment = found.get("environment")
+    threads = environment.get("threads") if isinstance(environment, dict) else None
+    if isinstance(threads, int) and 1 <= threads <= 1024:
+        torch.set_num_threads(threads)
+
+
+def _comparison(epoch: EpochMetrics, found: Mapping[str, Any]) -> list[str]:
+    """Say whether the search's metrics came out again; of a pruned trial there is nothing to compare."""
+    before = found.get("metrics")
+    if not isinstance(before, dict) or found.get("epochs") != epoch.epoch:
+        return []
+    differing = [name for name, value in epoch.metrics.items() if name in before and before[name] != value]
+    if not differing:
+        return ["repeated     every metric of the search, to the last bit"]
+    return [f"differs      {name}: {epoch.metrics[name]!r}, the search had {before[name]!r}" for name in differing]
+
+
+if __name__ == "__main__":
+    cli.run(main)
