@@ -92,7 +92,11 @@ def _strict(annotation: Any) -> Any:
         return Union[tuple(_strict(argument) for argument in arguments)]  # noqa: UP007
     if origin is tuple:
         several = Annotated[tuple[_strict(arguments[0]), ...], Field(min_length=1)]  # type: ignore[misc, valid-type]
-        return Annotated[several, BeforeValidator(_listed)] if arguments[0] is str else several
+        return (
+            Annotated[several, BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+            if arguments[0] is str
+            else several
+        )
     if annotation is float:
         return Annotated[float, Field(strict=True, allow_inf_nan=False)]
     return Annotated[annotation, Field(strict=True)] if annotation in (int, bool, str) else annotation
