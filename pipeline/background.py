@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking import StudyInfo, Tracker, cause_of
+from pipeline.tracking import StudyInfo, Tracker, cause_of, remote_uri
 from pipeline.trial import EndedTrial
 
 
@@ -33,7 +33,9 @@ class BackgroundTracker:
         """Start the process."""
         self._outbox: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._outbox.put(("open", (root.absolute(), study)))
-        self._unanswered: Counter[str] = Counter()
+        self._store = "at MLFLOW_TRACKING_URI" if remote_uri() else f"in {root.absolute()}"
+        self._sent: Counter[str] = Counter()
+        self._answered: Counter[str] = Counter()  # by the reader's thread, hence a counter of its own
         self._failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._ready = threading.Event()
         self._view_path: str | None = None
@@ -51,6 +53,11 @@ class BackgroundTracker:
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._reader.start()
         self._writer.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
 
     def view_path(self) -> str | None:
         """Return `Tracker.view_path()` once the store is open; None if it could not be opened."""
@@ -84,13 +91,14 @@ class BackgroundTracker:
         self._writer.join()
         if status:
             end = end or f"its process ended with {_exit(status)}"
-        if end or self._unanswered.total():
-            self._failures[end or "its process ended too early"] += self._unanswered
-        self._warnings = [_sentence(cause, lost) for cause, lost in self._failures.items()]
+        unanswered = self._sent - self._answered
+        if end or unanswered:
+            self._failures[end or "its process ended too early"] += unanswered
+        self._warnings = [f"MLflow {self._store}: {_sentence(cause, lost)}" for cause, lost in self._failures.items()]
         return self._warnings
 
     def _send(self, verb: str, *arguments: Any) -> None:
-        self._unanswered[verb] += 1
+        self._sent[verb] += 1
         self._outbox.put((verb, arguments))
 
     def _write(self) -> None:
@@ -104,17 +112,19 @@ class BackgroundTracker:
     def _read(self) -> None:
         """Take the process's answers, until it ends."""
         assert self._process.stdout
-        with contextlib.suppress(EOFError, pickle.UnpicklingError), self._process.stdout as pipe:
-            while True:
-                verb, result, causes = pickle.load(pipe)
-                if verb == "open":
-                    self._view_path = result
-                    self._ready.set()
-                else:
-                    self._unanswered[verb] -= 1
-                for cause in causes:
-                    self._failures[cause][verb] += 1
-        self._ready.set()
+        try:
+            with contextlib.suppress(EOFError, pickle.UnpicklingError), self._process.stdout as pipe:
+                while True:
+                    verb, result, causes = pickle.load(pipe)
+                    for cause in causes:
+                        self._failures[cause][verb] += 1
+                    if verb == "open":
+                        self._view_path = result
+                        self._ready.set()
+                    else:
+                        self._answered[verb] += 1
+        finally:
+            self._ready.set()
 
 
 def serve() -> None:
@@ -153,4 +163,4 @@ def _sentence(cause: str, lost: Counter[str]) -> str:
     missing = [f"{trials} trial{'s' if trials > 1 else ''}"] if trials else []
     missing += ["the summary"] if lost["finish"] or lost["interrupt"] else []
     verb = "are" if len(missing) > 1 or trials > 1 else "is"
-    return f"MLflow: {cause}" + (f"; {' and '.join(missing)} {verb} not in MLflow" if missing else "")
+    return f"{cause}; {' and '.join(missing)} {verb} not in MLflow" if missing else cause

@@ -102,7 +102,7 @@ class PlainTrial:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "weights"))
             self.model = workload.build_model().to(device, dtype)
-        parameters = dict(self.model.named_parameters())
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         patterns = {name: group.pattern for name, group in config.param_groups.items()}
         groups, problems = assign_groups(parameters, patterns)
         assert not problems, problems

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import sqlite3
 import tempfile
 import time
 from collections import defaultdict
@@ -141,7 +142,7 @@ class Tracker:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             # Absolute, because MLflow resolves a relative one against the working folder of whoever reads it.
-            local = None if _remote_uri() else (root / "mlruns" / "artifacts" / mlflow_name(name)).as_uri()
+            local = None if remote_uri() else (root / "mlruns" / "artifacts" / mlflow_name(name)).as_uri()
             return self._client.get_experiment(self._client.create_experiment(name, artifact_location=local))
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
@@ -213,10 +214,22 @@ class Tracker:
         )
 
 
+def remote_uri() -> str | None:
+    """Return the store that the user chose in place of the root's, if any."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def cause_of(error: BaseException) -> str:
-    """Return an error's first line, which has the reason; SQL statements follow."""
-    first, *_ = (str(error) or type(error).__name__).splitlines()
-    return first if len(first) <= 300 else f"{first[:300]}…"
+    """Return in one line why MLflow failed: the system's reason where there is one, without SQL, retries and paths."""
+    chain = [error]
+    while behind := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(behind)
+    if not isinstance(error, OSError):
+        error = next((link for link in reversed(chain) if isinstance(link, OSError | sqlite3.Error)), error)
+    # A path names the run, and the same cause must read the same for every trial.
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    text = next(iter(text.strip().splitlines()), type(error).__name__)
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _open_store(root: Path) -> MlflowClient:
@@ -225,16 +238,14 @@ def _open_store(root: Path) -> MlflowClient:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    if remote := _remote_uri():
+    if remote := remote_uri():
         return MlflowClient(remote)
     database = root / "mlflow.db"
     if not database.exists():
         _create_database(database)
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA schema_version")  # MLflow would try for minutes to open what cannot be opened
     return MlflowClient(f"sqlite:///{database}")
-
-
-def _remote_uri() -> str | None:
-    return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
 def _create_database(database: Path) -> None:

@@ -1,0 +1,141 @@
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pipeline import ui
+
+RUN_S = 60
+"""Far beyond what the command line takes on a busy machine."""
+
+
+def run_ui(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "pipeline.ui", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=RUN_S)
+
+
+def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+
+
+def imports_mlflow(done: subprocess.CompletedProcess[str]) -> bool:
+    return any(line.endswith("| mlflow") for line in done.stderr.splitlines())
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A store with the part of MLflow's tables that is read without MLflow; test_tracking has the real ones."""
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("CREATE TABLE runs (run_uuid, experiment_id, lifecycle_stage, start_time)")
+        database.execute("CREATE TABLE tags (run_uuid, key, value)")
+        for number, (study, stage) in enumerate([("first", "active"), ("gone", "deleted"), ("my last", "active")]):
+            database.execute("INSERT INTO runs VALUES (?, 4, ?, ?)", [f"r{number}", stage, number])
+            database.execute("INSERT INTO tags VALUES (?, 'hpo.kind', 'study')", [f"r{number}"])
+            database.execute("INSERT INTO tags VALUES (?, 'hpo.study', ?)", [f"r{number}", study])
+    return tmp_path
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind((ui.HOST, 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((ui.HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def test_help_needs_no_mlflow() -> None:
+    done = run_ui("--help")
+    assert done.returncode == 0
+    assert "--root" in done.stdout
+    assert not imports_mlflow(done)
+
+
+def test_bad_input_is_told_at_once_without_mlflow(tmp_path: Path) -> None:
+    done = run_ui("--root", str(tmp_path), "--port", "70000")
+    assert done.returncode == 2
+    assert not imports_mlflow(done)
+    assert messages(done) == [
+        "pipeline.ui: 2 problems",
+        f"  --root: must hold an mlflow.db, got {tmp_path}; search first, `python -m pipeline.search`, "
+        "or name the folder of a search that ran",
+        "  --port: must be from 1 to 65535, got 70000",
+    ]
+
+
+def test_a_busy_port_is_refused_with_a_remedy(root: Path, busy_port: int) -> None:
+    done = run_ui("--root", str(root), "--port", str(busy_port))
+    assert done.returncode == 2
+    assert messages(done) == [
+        "pipeline.ui: 1 problem",
+        f"  --port: must be free, got {busy_port}: Address already in use; choose another, "
+        f"such as --port {busy_port + 1}",
+    ]
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path, free_port: int) -> None:
+    (tmp_path / "mlflow.db").write_text("no database " * 1000)
+    done = run_ui("--root", str(tmp_path), "--port", str(free_port))
+    assert done.returncode == 2
+    assert messages(done)[1].endswith("which gives: file is not a database")
+
+
+def test_a_store_elsewhere_is_named_where_the_root_has_none(
+    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    done = run_ui("--root", str(tmp_path), "--port", str(free_port))
+    assert messages(done)[1].endswith("with MLFLOW_TRACKING_URI set, runs are at http://tracking:5000")
+
+
+def test_studies_come_newest_first_without_deleted_ones(root: Path) -> None:
+    assert ui.newest_studies(root / "mlflow.db") == [("4", "my last"), ("4", "first")]
+
+
+def test_the_server_gets_this_store_this_machine_and_one_worker(tmp_path: Path) -> None:
+    command = ui.server_command(tmp_path, 5001)
+    assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
+    options = dict(zip(command[4::2], command[5::2], strict=True))
+    assert options == {
+        "--backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db",
+        "--artifacts-destination": f"{tmp_path}/mlruns",
+        "--host": "127.0.0.1",
+        "--port": "5001",
+        "--workers": "1",
+        "--uvicorn-opts": "--log-level warning",
+    }
+
+
+def test_ctrl_c_ends_the_server_and_leaves_quietly() -> None:
+    # `serve` as the command line runs it, with a server that says when it listens.
+    server = "print('listening', flush=True); import signal; signal.pause()"
+    code = f"import sys; from pipeline import ui; sys.exit(ui.serve([sys.executable, '-c', {server!r}]))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"listening\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=RUN_S)  # ends only when the server, too, has let go of the pipe
+    assert (process.returncode, errors) == (0, b"")
+
+
+def test_the_link_of_the_newest_study_is_printed_first(
+    root: Path, free_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ui, "serve", lambda command: 0)
+    assert ui.main(["--root", str(root), "--port", str(free_port)]) == 0
+    link = (
+        f"http://127.0.0.1:{free_port}/#/experiments/4/runs?workflowType=machine_learning&viewStateShareKey=my%20last"
+    )
+    assert link in capsys.readouterr().out.splitlines()[0]
