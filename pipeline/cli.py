@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shlex
@@ -19,6 +20,9 @@ INTERRUPTED = 130
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a command to its exit status; a deliberate error is one message on standard error, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without `·` is no reason to stop
     try:
         status = main()
         sys.stdout.flush()
@@ -82,10 +86,9 @@ def positive_number(text: str) -> float:
 
 def folder(text: str) -> Path:
     """Read the path of a folder that exists."""
-    path = Path(text)
-    if "\0" in text or not path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder that exists, got {text!r}; make it first")
-    return path
+    if not os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        raise argparse.ArgumentTypeError(f"must be a folder that exists, got {text[:120]!r}; make it first")
+    return Path(text)
 
 
 def quoted(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
-Number = TypeVar("Number", int, float)
+Step = TypeVar("Step")
 
 
 class Suggests(Protocol):
@@ -46,7 +46,7 @@ class Choices(BaseModel, Generic[T]):
         return self
 
 
-class Range(BaseModel, Generic[T]):
+class Range(BaseModel, Generic[T, Step]):
     """Any value within [low, high]; with `log`, as many tries per decade; with `step`, in steps from `low`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +54,7 @@ class Range(BaseModel, Generic[T]):
     low: T
     high: T
     log: bool = Field(default=False, strict=True)
-    step: T | None = None
+    step: Step | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -123,7 +123,7 @@ def contains(domain: Any, value: Any) -> bool:
         value = tuple(value)
     match domain:
         case Choices(choices=choices):
-            return value in choices
+            return any(_same(choice, value) for choice in choices)
         case Range():
             if isinstance(value, bool) or not isinstance(value, int if isinstance(domain.low, int) else int | float):
                 return False
@@ -131,7 +131,11 @@ def contains(domain: Any, value: Any) -> bool:
                 return False
             steps = (value - domain.low) / (domain.step or 1)
             return domain.step is None or math.isclose(steps, round(steps), abs_tol=1e-9)
-    return bool(value == domain)
+    return _same(domain, value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)  # 1 is no truth value
 
 
 def describe(domain: Any) -> str:

@@ -32,7 +32,12 @@ FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
 """Fields that say what a strategy is rather than how large something is."""
 
-_KINDS = ("value", "choices", "range")
+MAX_COUNT = 10**9
+"""Of whatever is counted: beyond it lies a slip of the finger, and beyond floats no sampler works."""
+
+_KINDS = (_VALUE, _CHOICES, _RANGE) = ("<value>", "<choices>", "<range>")
+"""Pydantic's names of what a searchable field accepts, spelt unlike any key of a file."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -49,7 +54,7 @@ def form_of(cls: type[Any], *, searchable: bool) -> type[BaseModel]:
 
 def one_or_more(name: str, classes: Mapping[str, type[Any]]) -> type[BaseModel]:
     """Derive the form of a mapping from names, such as optimizers', to the searchable form of each."""
-    fields: dict[str, Any] = {key: (form_of(cls, searchable=True) | None, None) for key, cls in classes.items()}
+    fields: dict[str, Any] = {key: (form_of(cls, searchable=True), None) for key, cls in classes.items()}
     return create_model(name, __config__=FORM, **fields)
 
 
@@ -58,28 +63,30 @@ def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
     try:
         return form.model_validate(data), []
     except ValidationError as error:
-        return None, [_problem(form, details) for details in error.errors()]
+        # A list with a wrong item is said to be too short besides.
+        found = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
+        return None, [_problem(form, details) for details in found]
 
 
 def _domain(annotation: Any) -> Any:
     """Return what a searchable field accepts."""
     value = _strict(annotation)
     element = _strict(_without_none(annotation))
-    kinds: list[Any] = [Annotated[value, Tag("value")], Annotated[Choices[element], Tag("choices")]]  # type: ignore[valid-type]
-    if _without_annotations(_without_none(annotation)) in (int, float):
-        kinds.append(Annotated[Range[element], Tag("range")])  # type: ignore[valid-type]
+    kinds: list[Any] = [Annotated[value, Tag(_VALUE)], Annotated[Choices[element], Tag(_CHOICES)]]  # type: ignore[valid-type]
+    if (number := _without_annotations(_without_none(annotation))) in (int, float):
+        kinds.append(Annotated[Range[element, _strict(number)], Tag(_RANGE)])  # type: ignore[misc, valid-type]
         return Annotated[Union[tuple(kinds)], Discriminator(_number_kind)]  # noqa: UP007 - built at run time
     return Annotated[Union[tuple(kinds)], Discriminator(_word_kind)]  # noqa: UP007
 
 
 def _number_kind(data: Any) -> str:
     if isinstance(data, dict):
-        return "choices" if "choices" in data else "range"
-    return "choices" if isinstance(data, Choices) else "range" if isinstance(data, Range) else "value"
+        return _CHOICES if "choices" in data else _RANGE
+    return _CHOICES if isinstance(data, Choices) else _RANGE if isinstance(data, Range) else _VALUE
 
 
 def _word_kind(data: Any) -> str:
-    return "choices" if isinstance(data, dict | Choices) else "value"
+    return _CHOICES if isinstance(data, dict | Choices) else _VALUE
 
 
 def _strict(annotation: Any) -> Any:
@@ -99,7 +106,9 @@ def _strict(annotation: Any) -> Any:
         )
     if annotation is float:
         return Annotated[float, Field(strict=True, allow_inf_nan=False)]
-    return Annotated[annotation, Field(strict=True)] if annotation in (int, bool, str) else annotation
+    if annotation is int:
+        return Annotated[int, Field(strict=True, le=MAX_COUNT)]
+    return Annotated[annotation, Field(strict=True)] if annotation in (bool, str) else annotation
 
 
 def _listed(value: Any) -> Any:
@@ -122,9 +131,7 @@ def _without_annotations(annotation: Any) -> Any:
 
 def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
     """Put one of pydantic's errors into a line: the place, the rule, the value, the remedy."""
-    place = [part for part in details["loc"] if part not in _KINDS and part != "[key]"]
-    if details["loc"][-1:] == ("choices",) and details["type"] in ("missing", "too_short"):
-        place.append("choices")
+    place = _place(details["loc"])
     got, context = details["input"], details.get("ctx", {})
     kind = details["type"]
     match kind:
@@ -134,7 +141,7 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
             message = "is missing and has no default; add it"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}[kind]
-            message = f"must be {sign} {next(iter(context.values())):g}, got {_shown(got)}"
+            message = f"must be {sign} {next(iter(context.values())):.10g}, got {_shown(got)}"
         case "int_type" | "int_from_float":
             message = f"must be a whole number, got {_shown(got)}"
         case "float_type" | "finite_number":
@@ -166,6 +173,12 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
     return Problem(".".join(str(part) for part in place), message)
 
 
+def _place(loc: tuple[int | str, ...]) -> list[int | str]:
+    """Return where in the file a problem is: pydantic names the chosen form of a union as if it were a key."""
+    pruner = loc[:1] == ("pruner",)
+    return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (pruner and index == 1)]
+
+
 def _noun(place: list[Any]) -> str:
     return {"optimizer": "optimizer", "scheduler": "scheduler"}.get(str(place[0]) if len(place) == 2 else "", "key")
 
@@ -176,10 +189,9 @@ def _hint(got: Any, known: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return f"the text {value!r}"
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    shown = text if len(text) <= 60 else text[:57] + "…"
+    return f"the text {shown}" if isinstance(value, str) else shown
 
 
 def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
@@ -195,9 +207,15 @@ def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
         if following:
             candidates = following
         elif part in _KINDS:
-            wanted = {"choices": "Choices", "range": "Range"}.get(str(part), "")
+            wanted = {_CHOICES: "Choices", _RANGE: "Range"}.get(str(part), "")
             candidates = [model for model in candidates if model.__name__.startswith(wanted)] or candidates
+        else:
+            candidates = [model for model in candidates if _name_of(model) == part] or candidates
     return [name for model in candidates for name in model.model_fields]
+
+
+def _name_of(form: type[BaseModel]) -> Any:
+    return form.model_fields["name"].default if "name" in form.model_fields else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

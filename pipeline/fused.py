@@ -7,6 +7,7 @@ and schedulers, one `Strategy` per trial over placeholder parameters.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from pipeline.config import TrialConfig
-from pipeline.fused_optim import Carry, Rule, build_rule
-from pipeline.optim import Strategy, torch_class
+from pipeline.fused_optim import RULES, Carry, Coefficients, Rule
+from pipeline.optim import Strategy
 from pipeline.param_groups import assign_groups
-from pipeline.plain import EVAL_BATCH, epoch_order, mean_loss, why_diverged
+from pipeline.plain import EVAL_BATCH, epoch_order, fork_rng, mean_loss, why_diverged
+from pipeline.strategy import OPTIMIZERS
 from pipeline.trainer import EpochMetrics, derive_seed
 from pipeline.workloads.workload import Split, Workload
 
@@ -42,6 +44,19 @@ class _Layout:
         return {name: part.view(-1, *shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The coefficients of a block's epoch, on the device; see `Coefficients`."""
+
+    rate: Tensor
+    """(step, group, row, 1)"""
+    direction: Tensor
+    """(step, coefficient, row, 1)"""
+    l2: Tensor | None
+    """(step, group, row, 1), as is `shrink`."""
+    shrink: Tensor | None
+
+
 @dataclass
 class _Block:
     """Rows that share an optimizer and its boolean options."""
@@ -51,8 +66,6 @@ class _Block:
     states: list[Tensor]
     """Each (row, parameter)."""
     carry: Carry = field(default_factory=dict)
-    coefficients: Tensor | None = None
-    """(step, group, coefficient, row, 1), of the current epoch."""
 
 
 class FusedTrials:
@@ -65,6 +78,7 @@ class FusedTrials:
         workload: Data, model, loss and metrics of all of them.
         device: Where data and matrix live.
         dtype: Of parameters and floating-point data.
+        seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
     """
 
     def __init__(
@@ -74,8 +88,10 @@ class FusedTrials:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        seeded: bool = True,
     ) -> None:
-        self._configs = dict(sorted(configs.items(), key=lambda item: (_block_key(item[1]), item[0])))
+        self._seeded = seeded
+        self.configs = dict(sorted(configs.items(), key=lambda item: (_block_key(item[1]), item[0])))
         self._workload = workload
         self._device = device
         self._splits: dict[str, Split] = {
@@ -83,14 +99,14 @@ class FusedTrials:
         }
         self._epoch = 0
         self._step = 0
-        self._config = next(iter(self._configs.values()))
+        self._config = next(iter(self.configs.values()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._config.seed, "weights"))
             self._model = workload.build_model().to(device, dtype)
         self._layout = _lay_out(self._model, self._config)
         trained = {name: p.detach() for name, p in self._model.named_parameters() if name in self._layout.names}
         row = torch.cat([trained[name].reshape(-1) for name in self._layout.names])
-        rows = len(self._configs)
+        rows = len(self.configs)
         self._matrix = row.repeat(rows, 1)
         self._constants = {
             name: p.detach() for name, p in self._model.named_parameters() if name not in self._layout.names
@@ -98,22 +114,25 @@ class FusedTrials:
         self._buffers = {
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
-        self._strategies = {number: self._placeholders(config) for number, config in self._configs.items()}
+        self._strategies = {number: self._placeholders(config) for number, config in self.configs.items()}
         self._blocks = self._build_blocks()
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it; a diverged trial has left the group."""
+        if not self.configs:
+            return {}
         config, train = self._config, self._splits["train"]
         steps = math.ceil(len(train) / config.batch_size)
-        learning_rates = self._plan_epoch(steps)
+        plans, learning_rates = self._plan_epoch(steps)
         losses: list[Tensor] = []
         sizes: list[int] = []
         self._model.train()
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+        with fork_rng(self._device) if self._seeded else contextlib.nullcontext():
             for number, (inputs, targets) in enumerate(self._batches()):
-                torch.manual_seed(derive_seed(config.seed, "step", self._epoch, number))
+                if self._seeded:
+                    torch.manual_seed(derive_seed(config.seed, "step", self._epoch, number))
                 row_losses, gradients = self._gradients(inputs, targets)
-                self._update(number, gradients)
+                self._update(number, gradients, plans)
                 losses.append(row_losses)
                 sizes.append(len(inputs))
         self._epoch += 1
@@ -122,7 +141,7 @@ class FusedTrials:
 
     def drop(self, number: int) -> None:
         """Stop training a trial: its row leaves the matrix."""
-        self._keep([other for other in self._configs if other != number])
+        self._keep([other for other in self.configs if other != number])
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
@@ -130,7 +149,7 @@ class FusedTrials:
 
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
-        row = list(self._configs).index(number)
+        row = list(self.configs).index(number)
         with torch.no_grad():
             parameters = dict(self._model.named_parameters())
             for name, value in self._layout.views(self._matrix).items():
@@ -143,7 +162,7 @@ class FusedTrials:
     def state_dict(self) -> dict[str, Any]:
         """Return the matrix and all else that the next epoch depends on."""
         return {
-            "numbers": list(self._configs),
+            "numbers": list(self.configs),
             "epoch": self._epoch,
             "step": self._step,
             "matrix": self._matrix,
@@ -166,11 +185,17 @@ class FusedTrials:
         for strategy, its_state in zip(self._strategies.values(), state["strategies"], strict=True):
             strategy.load_state_dict(its_state)
 
+    def time_step(self) -> None:
+        """Make the arithmetic of one step on the first batch, for whoever takes the time; changes no parameter."""
+        batch = slice(0, self._config.batch_size)
+        self._model.train()
+        self._gradients(self._splits["train"].inputs[batch], self._splits["train"].targets[batch])
+
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         train = self._splits["train"]
         order = epoch_order(len(train), seed=self._config.seed, epoch=self._epoch).to(self._device)
         for indices in order.split(self._config.batch_size):
-            yield train.inputs[indices], train.targets[indices]
+            yield train.inputs.index_select(0, indices), train.targets.index_select(0, indices)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's loss (row,) and gradients (row, parameter) on one batch."""
@@ -191,47 +216,65 @@ class FusedTrials:
         return outputs
 
     @torch.no_grad()
-    def _update(self, step: int, gradients: Tensor) -> None:
-        for block in self._blocks:
-            assert block.coefficients is not None
-            for index, columns in enumerate(self._layout.groups.values()):
-                states = [state[:, columns] for state in block.states]
-                coefficients = block.coefficients[step, index].unbind(0)
-                at = (block.rows, columns)
-                block.rule.update(self._matrix[at], gradients[at], states, coefficients)
+    def _update(self, step: int, gradients: Tensor, plans: Sequence[_Plan]) -> None:
+        """Make one update of every row."""
+        groups = self._layout.groups.values()
+        for block, plan in zip(self._blocks, plans, strict=True):
+            p, g = self._matrix[block.rows], gradients[block.rows]
+            if plan.l2 is not None:
+                for columns, l2 in zip(groups, plan.l2[step], strict=True):
+                    g[:, columns].addcmul_(p[:, columns], l2)
+            direction = block.rule.direction(g, block.states, plan.direction[step].unbind())
+            if plan.shrink is not None:
+                for columns, shrink in zip(groups, plan.shrink[step], strict=True):
+                    p[:, columns].mul_(shrink)
+            for columns, rate in zip(groups, plan.rate[step], strict=True):
+                p[:, columns].addcmul_(direction[:, columns], rate, value=-1)
 
-    def _plan_epoch(self, steps: int) -> dict[int, dict[str, list[float]]]:
-        """Ask every trial's schedulers for the whole epoch, and turn it into coefficients.
+    def _plan_epoch(self, steps: int) -> tuple[list[_Plan], dict[int, dict[str, list[float]]]]:
+        """Ask every trial's schedulers for the whole epoch, and turn the answers into coefficients.
 
         Returns:
-            Trial number to group name to the rate of each step.
+            The plan of each block; trial number to group name to the rate of each step.
         """
         groups = list(self._layout.groups)
         settings = {number: list(self._settings(strategy, steps)) for number, strategy in self._strategies.items()}
         numbers = torch.arange(self._step + 1, self._step + steps + 1, dtype=torch.float64).view(-1, 1, 1)
-        members = list(self._configs)
+        members, plans = list(self.configs), []
         for block in self._blocks:
             rows = [settings[number] for number in members[block.rows]]
             hyper = {
                 name: torch.stack([_table(row, name, groups).expand(steps, -1) for row in rows], dim=1)
                 for name in rows[0][0][groups[0]]
             }
-            shape = (steps, len(rows), len(groups))
-            columns = [c.expand(shape) for c in block.rule.coefficients(hyper, numbers, block.carry)]
-            stacked = torch.stack(columns, dim=-1).permute(0, 2, 3, 1).unsqueeze(-1)
-            block.coefficients = stacked.to(self._matrix.dtype).contiguous().to(self._device, non_blocking=True)
+            plans.append(self._to_plan(block.rule.coefficients(hyper, numbers, block.carry)))
         rates = {}
         for number, of_steps in settings.items():
             used = of_steps if len(of_steps) == steps else of_steps * steps
             rates[number] = {
                 name: [step[name]["lr"] if name in step else 0.0 for step in used] for name in self._config.param_groups
             }
-        return rates
+        return plans, rates
+
+    def _to_plan(self, coefficients: Coefficients) -> _Plan:
+        def columns(values: Tensor) -> Tensor:
+            on_device = values.permute(0, 2, 1).unsqueeze(-1).to(self._matrix.dtype).contiguous()
+            return on_device.to(self._device, non_blocking=True)
+
+        rate, l2, shrink = coefficients.rate, coefficients.l2, coefficients.shrink
+        alike = [values[:, :, 0].expand(rate.shape[:2]) for values in coefficients.direction]
+        return _Plan(
+            rate=columns(rate),
+            direction=columns(torch.stack(alike, dim=-1) if alike else rate[:, :, :0]),
+            l2=columns(l2) if l2 is not None and bool(l2.any()) else None,
+            shrink=columns(shrink) if shrink is not None and bool((shrink != 1).any()) else None,
+        )
 
     def _settings(self, strategy: Strategy, steps: int) -> Iterator[dict[str, dict[str, float]]]:
         """Yield group name to hyperparameters, for each step if the schedule moves every step, else once."""
+        (optimizer,) = strategy.optimizers
         for _ in range(steps if strategy.per_step else 1):
-            yield {group["group"]: _numbers(group) for group in strategy.optimizers[0].param_groups}
+            yield {group["group"]: _numbers(group, optimizer.defaults) for group in optimizer.param_groups}
             if strategy.per_step:
                 for scheduler in strategy.schedulers:
                     scheduler.step()
@@ -254,7 +297,7 @@ class FusedTrials:
             results[number] = EpochMetrics(
                 epoch=self._epoch, step=self._step, metrics=metrics, lr=lr, diverged=diverged
             )
-        self._keep([number for number in self._configs if results[number].diverged is None])
+        self._keep([number for number in self.configs if results[number].diverged is None])
         return dict(sorted(results.items()))
 
     @torch.no_grad()
@@ -272,19 +315,18 @@ class FusedTrials:
         }
         numbers = {measure: torch.stack(rows).tolist() for measure, rows in values.items()}
         return {
-            number: {measure: rows[row] for measure, rows in numbers.items()}
-            for row, number in enumerate(self._configs)
+            number: {measure: rows[row] for measure, rows in numbers.items()} for row, number in enumerate(self.configs)
         }
 
     def _keep(self, numbers: Sequence[int]) -> None:
         """Keep the rows of these trials; what stays is copied as it is, so no row notices."""
-        if len(numbers) == len(self._configs):
+        if len(numbers) == len(self.configs):
             return
-        staying = [row for row, number in enumerate(self._configs) if number in numbers]
+        staying = [row for row, number in enumerate(self.configs) if number in numbers]
         index = torch.tensor(staying, dtype=torch.long, device=self._device)
         self._matrix = self._matrix[index]
         self._buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
-        self._configs = {n: c for n, c in self._configs.items() if n in numbers}
+        self.configs = {n: c for n, c in self.configs.items() if n in numbers}
         self._strategies = {n: s for n, s in self._strategies.items() if n in numbers}
         blocks, start = [], 0
         for block in self._blocks:
@@ -310,28 +352,26 @@ class FusedTrials:
         return strategy
 
     def _build_blocks(self) -> list[_Block]:
-        keys = [_block_key(config) for config in self._configs.values()]
+        keys = [_block_key(config) for config in self.configs.values()]
         blocks = []
         for key in dict.fromkeys(keys):
             start, count = keys.index(key), keys.count(key)
             name, options = key
-            rule = build_rule(name, dict(options))
-            assert rule is not None, f"no rule for {name}"
+            rule = RULES[name](dict(options))
             states = [torch.zeros_like(self._matrix[:count]) for _ in rule.states]
             blocks.append(_Block(rule, slice(start, start + count), states))
         return blocks
 
 
-def has_rule(config: TrialConfig) -> bool:
-    """Say whether a config's optimizer can train as rows."""
-    name, options = _block_key(config)
-    return build_rule(name, dict(options)) is not None
+def has_rule(optimizer: str) -> bool:
+    """Say whether trials of an optimizer, by its name in a file, can be rows."""
+    return OPTIMIZERS[optimizer].__name__ in RULES
 
 
 def _block_key(config: TrialConfig) -> tuple[str, tuple[tuple[str, bool], ...]]:
     """Return what rows of one block have in common: the optimizer and its boolean options."""
     options = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if isinstance(value, bool)}
-    return torch_class(config.optimizer).__name__, tuple(sorted(options.items()))
+    return type(config.optimizer).__name__, tuple(sorted(options.items()))
 
 
 def _table(settings: Sequence[Mapping[str, Mapping[str, float]]], name: str, groups: Sequence[str]) -> Tensor:
@@ -339,10 +379,10 @@ def _table(settings: Sequence[Mapping[str, Mapping[str, float]]], name: str, gro
     return torch.tensor([[of_group[group][name] for group in groups] for of_group in settings], dtype=torch.float64)
 
 
-def _numbers(group: Mapping[str, Any]) -> dict[str, float]:
-    """Return the hyperparameters of one of torch's parameter groups as numbers."""
-    values = {name: value for name, value in group.items() if isinstance(value, int | float) and name != "initial_lr"}
-    if "betas" in group:
+def _numbers(group: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, float]:
+    """Return the optimizer's own hyperparameters, `names`, of one of torch's parameter groups as numbers."""
+    values = {name: group[name] for name in names if isinstance(group[name], int | float)}
+    if "betas" in names:
         values["beta1"], values["beta2"] = group["betas"]
     return {name: float(value) for name, value in values.items()}
 

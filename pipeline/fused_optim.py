@@ -1,45 +1,68 @@
 """Update rules of optimizers on a matrix with one trial per row, each equal to its `torch.optim` twin.
 
-A rule is two functions. `coefficients` turns hyperparameters into numbers, once per epoch, on the CPU, in float64, as
-PyTorch does with Python floats. `update` is elementwise arithmetic on the matrix, once per step, with each coefficient
-as a column: no row can notice another, and on a GPU nothing waits for the host.
+Every optimizer here makes the same step: add the weight decay to the gradient, turn the gradient into a direction,
+shrink the parameters, and move them along the direction:
 
-Shapes: hyperparameters and coefficients (step, row, group); parameters, gradients and state (row, parameter), cut to
-the columns of one group; coefficients in `update` (row, 1).
+    g = g + l2 * p        d = direction(g)        p = shrink * p - rate * d
+
+Rules differ in the direction and in what these numbers are. `coefficients` computes the numbers for a whole epoch, on
+the CPU, in float64, as PyTorch does with Python floats; `direction` is elementwise arithmetic once per step. So no row
+can notice another, and on a GPU nothing waits for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Hyper = Mapping[str, Tensor]
-"""Hyperparameter name to (step, row, group), float64, on the CPU; `lr` and all else as PyTorch's `param_groups` say."""
+"""Hyperparameter name to (step, row, group), float64; named and valued as in PyTorch's `param_groups`."""
 Carry = dict[str, Tensor]
 """Name to (row, group): what `coefficients` needs from one epoch to the next."""
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The numbers of an epoch's steps, float64."""
+
+    rate: Tensor
+    """(step, row, group)"""
+    direction: Sequence[Tensor]
+    """What `direction` takes, each (step, row, group), alike in all groups."""
+    l2: Tensor | None = None
+    """(step, row, group); None: no weight decay in the gradient."""
+    shrink: Tensor | None = None
+    """(step, row, group); None: parameters are not shrunk."""
 
 
 class Rule(Protocol):
     """One optimizer, with its boolean options decided."""
 
     states: tuple[str, ...]
-    """Names of its state matrices (row, parameter), which begin as zeros unless `initial` says otherwise."""
+    """Names of its state matrices (row, parameter), which begin as zeros."""
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return what `update` needs, each (step, row, group).
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """Return an epoch's numbers.
 
         Args:
-            hyper: Of each step of an epoch.
-            steps: (step, 1, 1), numbers of the epoch's updates, counted from 1 over the run.
+            hyper: Of each step.
+            steps: (step, 1, 1), numbers of the updates, counted from 1 over the run.
             carry: Read and written.
         """
         ...
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """Update parameters `p` and `states` in place from gradients `g`, which it may overwrite."""
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """Return the direction (row, parameter) of a step and update `states` in place.
+
+        Args:
+            g: Gradients (row, parameter), which may be overwritten.
+            states: As `self.states` names them.
+            c: The step's `Coefficients.direction`, each (row, 1).
+        """
         ...
 
 
@@ -50,45 +73,40 @@ class SGD:
         self.states: tuple[str, ...] = ("momentum_buffer",)
         self.nesterov = nesterov
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return lr, weight decay, momentum, and the gradient's weight, which is 1 at first and without momentum."""
-        whole = (steps == 1) | (hyper["momentum"] == 0)
-        weight = torch.where(whole, 1.0, 1 - hyper["dampening"])
-        return hyper["lr"], hyper["weight_decay"], hyper["momentum"], weight
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`; the gradient counts in full at the first step and without momentum."""
+        in_full = (steps == 1) | (hyper["momentum"] == 0)
+        weight = torch.where(in_full, 1.0, 1 - hyper["dampening"])
+        return Coefficients(hyper["lr"], (hyper["momentum"], weight), l2=hyper["weight_decay"])
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        lr, weight_decay, momentum, weight = coefficients
-        (buffer,) = states
-        g.addcmul_(p, weight_decay)
-        buffer.mul_(momentum).addcmul_(g, weight)
-        step = g.addcmul_(buffer, momentum) if self.nesterov else buffer
-        p.addcmul_(step, lr, value=-1)
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        momentum, weight = c
+        buffer = states[0].mul_(momentum).addcmul_(g, weight)
+        return g.addcmul_(buffer, momentum) if self.nesterov else buffer
 
 
 class Adam:
     """`torch.optim.Adam` and, with `decoupled` weight decay, `torch.optim.AdamW`."""
 
     def __init__(self, *, amsgrad: bool, decoupled: bool) -> None:
-        self.states: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+        self.states: tuple[str, ...] = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
         self.amsgrad = amsgrad
         self.decoupled = decoupled
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return the decay, both moments' weights, the second's bias correction, eps and the step size."""
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`."""
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
-        step_size = hyper["lr"] / (1 - beta1**steps)
         correction2 = (1 - beta2**steps).sqrt()
-        return _decay(hyper, self.decoupled), 1 - beta1, beta2, 1 - beta2, correction2, hyper["eps"], step_size
+        direction = (1 - beta1, beta2, 1 - beta2, correction2, hyper["eps"])
+        return Coefficients(hyper["lr"] / (1 - beta1**steps), direction, **_decay(hyper, self.decoupled))
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        decay, weight1, beta2, weight2, correction2, eps, step_size = coefficients
-        _apply_decay(p, g, decay, self.decoupled)
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        weight1, beta2, weight2, correction2, eps = c
         _moments(g, states, weight1, beta2, weight2)
         second = torch.maximum(states[2], states[1], out=states[2]) if self.amsgrad else states[1]
-        denominator = second.sqrt().div_(correction2).add_(eps)
-        p.addcdiv_(torch.mul(states[0], step_size, out=g), denominator, value=-1)
+        return states[0] / second.sqrt().div_(correction2).add_(eps)
 
 
 class NAdam:
@@ -98,9 +116,9 @@ class NAdam:
         self.states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
         self.decoupled = decoupled
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return the decay, the moments' weights, eps, and the weights of the gradient and of the first moment."""
-        beta1, beta2, lr = hyper["beta1"], hyper["beta2"], hyper["lr"]
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`."""
+        beta1, beta2 = hyper["beta1"], hyper["beta2"]
         mu = beta1 * (1 - 0.5 * 0.96 ** (steps * hyper["momentum_decay"]))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((steps + 1) * hyper["momentum_decay"]))
         product = carry.get("mu_product", torch.ones(mu.shape[1:], dtype=torch.get_default_dtype()))
@@ -110,19 +128,16 @@ class NAdam:
             products.append(product.double())
         carry["mu_product"] = product
         through = torch.stack(products)
-        of_gradient = lr * (1 - mu) / (1 - through)
-        of_moment = lr * mu_next / (1 - through * mu_next)
-        correction2 = 1 - beta2**steps
-        decay, eps = _decay(hyper, self.decoupled), hyper["eps"]
-        return decay, 1 - beta1, beta2, 1 - beta2, correction2, eps, of_gradient, of_moment
+        of_gradient, of_moment = (1 - mu) / (1 - through), mu_next / (1 - through * mu_next)
+        direction = (1 - beta1, beta2, 1 - beta2, 1 - beta2**steps, hyper["eps"], of_gradient, of_moment)
+        return Coefficients(hyper["lr"], direction, **_decay(hyper, self.decoupled))
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        decay, weight1, beta2, weight2, correction2, eps, of_gradient, of_moment = coefficients
-        _apply_decay(p, g, decay, self.decoupled)
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        weight1, beta2, weight2, correction2, eps, of_gradient, of_moment = c
         _moments(g, states, weight1, beta2, weight2)
         denominator = states[1].div(correction2).sqrt_().add_(eps)
-        p.addcdiv_(g.mul_(of_gradient).addcmul_(states[0], of_moment), denominator, value=-1)
+        return g.mul_(of_gradient).addcmul_(states[0], of_moment).div_(denominator)
 
 
 class RAdam:
@@ -132,26 +147,24 @@ class RAdam:
         self.states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
         self.decoupled = decoupled
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return the decay, the moments' weights, eps, the step size, and whether the second moment divides it."""
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`."""
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
         correction2 = 1 - beta2**steps
         rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * steps * beta2**steps / correction2
         rectified = rho > 5
         rectification = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
-        step_size = hyper["lr"] / (1 - beta1**steps)
-        step_size = torch.where(rectified, step_size * correction2.sqrt() * rectification, step_size)
-        decay, eps = _decay(hyper, self.decoupled), hyper["eps"]
-        return decay, 1 - beta1, beta2, 1 - beta2, eps, step_size, rectified.double()
+        rate = hyper["lr"] / (1 - beta1**steps)
+        rate = torch.where(rectified, rate * correction2.sqrt() * rectification, rate)
+        direction = (1 - beta1, beta2, 1 - beta2, hyper["eps"], rectified.double())
+        return Coefficients(rate, direction, **_decay(hyper, self.decoupled))
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        decay, weight1, beta2, weight2, eps, step_size, rectified = coefficients
-        _apply_decay(p, g, decay, self.decoupled)
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        weight1, beta2, weight2, eps, rectified = c
         _moments(g, states, weight1, beta2, weight2)
-        denominator = torch.where(rectified != 0, states[1].sqrt().add_(eps), 1.0)
-        p.addcdiv_(torch.mul(states[0], step_size, out=g), denominator, value=-1)
+        return states[0] / torch.where(rectified != 0, states[1].sqrt().add_(eps), 1.0)
 
 
 class Adamax:
@@ -159,46 +172,45 @@ class Adamax:
 
     states: tuple[str, ...] = ("exp_avg", "exp_inf")
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return weight decay, the moments' weights, eps and the step size."""
-        step_size = hyper["lr"] / (1 - hyper["beta1"] ** steps)
-        return hyper["weight_decay"], 1 - hyper["beta1"], hyper["beta2"], hyper["eps"], step_size
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`."""
+        rate = hyper["lr"] / (1 - hyper["beta1"] ** steps)
+        direction = (1 - hyper["beta1"], hyper["beta2"], hyper["eps"])
+        return Coefficients(rate, direction, l2=hyper["weight_decay"])
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        weight_decay, weight1, beta2, eps, step_size = coefficients
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        weight1, beta2, eps = c
         exp_avg, exp_inf = states
-        g.addcmul_(p, weight_decay)
         exp_avg.lerp_(g, weight1)
         torch.maximum(exp_inf.mul_(beta2), g.abs_().add_(eps), out=exp_inf)
-        p.addcdiv_(torch.mul(exp_avg, step_size, out=g), exp_inf, value=-1)
+        return exp_avg / exp_inf
 
 
 class RMSprop:
     """`torch.optim.RMSprop`; a momentum of 0 is a buffer that forgets at once."""
 
     def __init__(self, *, centered: bool) -> None:
-        self.states: tuple[str, ...] = ("square_avg", "momentum_buffer", "grad_avg") if centered else ("square_avg", "momentum_buffer")
+        self.states: tuple[str, ...] = ("square_avg", "momentum_buffer", *(("grad_avg",) if centered else ()))
         self.centered = centered
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return lr, weight decay, the average's weights, eps and momentum."""
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`."""
         alpha = hyper["alpha"]
-        return hyper["lr"], hyper["weight_decay"], alpha, 1 - alpha, hyper["eps"], hyper["momentum"]
+        direction = (alpha, 1 - alpha, hyper["eps"], hyper["momentum"])
+        return Coefficients(hyper["lr"], direction, l2=hyper["weight_decay"])
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        lr, weight_decay, alpha, weight, eps, momentum = coefficients
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        alpha, weight, eps, momentum = c
         square_avg, buffer = states[:2]
-        g.addcmul_(p, weight_decay)
         square_avg.mul_(alpha).addcmul_(g, g * weight)
         if self.centered:
             grad_avg = states[2].lerp_(g, weight)
             average = square_avg.addcmul(grad_avg, grad_avg, value=-1).sqrt_().add_(eps)
         else:
             average = square_avg.sqrt().add_(eps)
-        buffer.mul_(momentum).addcdiv_(g, average)
-        p.addcmul_(buffer, lr, value=-1)
+        return buffer.mul_(momentum).addcdiv_(g, average)
 
 
 class Adagrad:
@@ -206,19 +218,17 @@ class Adagrad:
 
     states: tuple[str, ...] = ("sum",)
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return the decayed rate, weight decay, eps, and what the sum begins with, at the first step."""
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`."""
         rate = hyper["lr"] / (1 + (steps - 1) * hyper["lr_decay"])
         start = torch.where(steps == 1, hyper["initial_accumulator_value"], 0.0)
-        return rate, hyper["weight_decay"], hyper["eps"], start
+        return Coefficients(rate, (hyper["eps"], start), l2=hyper["weight_decay"])
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        rate, weight_decay, eps, start = coefficients
-        (total,) = states
-        g.addcmul_(p, weight_decay)
-        total.add_(start).addcmul_(g, g)
-        p.addcdiv_(g.mul_(rate), total.sqrt().add_(eps), value=-1)
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        eps, start = c
+        total = states[0].add_(start).addcmul_(g, g)
+        return g.div_(total.sqrt().add_(eps))
 
 
 class Adadelta:
@@ -226,20 +236,18 @@ class Adadelta:
 
     states: tuple[str, ...] = ("square_avg", "acc_delta")
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return lr, weight decay, the averages' weights and eps."""
-        rho = hyper["rho"]
-        return hyper["lr"], hyper["weight_decay"], rho, 1 - rho, hyper["eps"]
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`."""
+        return Coefficients(hyper["lr"], (hyper["rho"], 1 - hyper["rho"], hyper["eps"]), l2=hyper["weight_decay"])
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        lr, weight_decay, rho, weight, eps = coefficients
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        rho, weight, eps = c
         square_avg, acc_delta = states
-        g.addcmul_(p, weight_decay)
         square_avg.mul_(rho).addcmul_(g, g * weight)
         delta = acc_delta.add(eps).sqrt_().div_(square_avg.add(eps).sqrt_()).mul_(g)
         acc_delta.mul_(rho).addcmul_(delta, delta * weight)
-        p.addcmul_(delta, lr, value=-1)
+        return delta
 
 
 class ASGD:
@@ -250,56 +258,39 @@ class ASGD:
 
     states: tuple[str, ...] = ()
 
-    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Sequence[Tensor]:
-        """Return eta, weight decay, and what the decay by lambd leaves."""
+    def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
+        """See `Rule`."""
         lr, lambd, alpha = hyper["lr"], hyper["lambd"], hyper["alpha"]
         scalar = torch.get_default_dtype()  # of PyTorch's own eta
         following = (lr / (1 + lambd * lr * steps) ** alpha).to(scalar)
         first = carry.get("eta", lr[0].to(scalar))
         carry["eta"] = following[-1]
         eta = torch.cat([first[None], following[:-1]]).double()
-        return eta, hyper["weight_decay"], 1 - lambd * eta
+        return Coefficients(eta, (), l2=hyper["weight_decay"], shrink=1 - lambd * eta)
 
-    def update(self, p: Tensor, g: Tensor, states: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
-        """See `Rule.update`."""
-        eta, weight_decay, left = coefficients
-        g.addcmul_(p, weight_decay)
-        p.mul_(left).addcmul_(g, eta, value=-1)
+    def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
+        """See `Rule`."""
+        return g
 
 
-def build_rule(torch_class: str, options: Mapping[str, bool]) -> Rule | None:
-    """Return the rule of a `torch.optim` class with these boolean options; None if it has none here."""
-    match torch_class:
-        case "SGD":
-            return SGD(nesterov=options["nesterov"])
-        case "Adam" | "AdamW":
-            return Adam(amsgrad=options["amsgrad"], decoupled=torch_class == "AdamW")
-        case "NAdam":
-            return NAdam(decoupled=options["decoupled_weight_decay"])
-        case "RAdam":
-            return RAdam(decoupled=options["decoupled_weight_decay"])
-        case "RMSprop":
-            return RMSprop(centered=options["centered"])
-        case "Adamax":
-            return Adamax()
-        case "Adagrad":
-            return Adagrad()
-        case "Adadelta":
-            return Adadelta()
-        case "ASGD":
-            return ASGD()
-    return None
+RULES: Mapping[str, Callable[[Mapping[str, bool]], Rule]] = {
+    "SGD": lambda options: SGD(nesterov=options["nesterov"]),
+    "Adam": lambda options: Adam(amsgrad=options["amsgrad"], decoupled=False),
+    "AdamW": lambda options: Adam(amsgrad=options["amsgrad"], decoupled=True),
+    "NAdam": lambda options: NAdam(decoupled=options["decoupled_weight_decay"]),
+    "RAdam": lambda options: RAdam(decoupled=options["decoupled_weight_decay"]),
+    "RMSprop": lambda options: RMSprop(centered=options["centered"]),
+    "Adamax": lambda options: Adamax(),
+    "Adagrad": lambda options: Adagrad(),
+    "Adadelta": lambda options: Adadelta(),
+    "ASGD": lambda options: ASGD(),
+}
+"""Class of `torch.optim` to what makes its rule from its boolean options."""
 
 
-def _decay(hyper: Hyper, decoupled: bool) -> Tensor:
-    return 1 - hyper["lr"] * hyper["weight_decay"] if decoupled else hyper["weight_decay"]
-
-
-def _apply_decay(p: Tensor, g: Tensor, decay: Tensor, decoupled: bool) -> None:
-    if decoupled:
-        p.mul_(decay)
-    else:
-        g.addcmul_(p, decay)
+def _decay(hyper: Hyper, decoupled: bool) -> dict[str, Tensor]:
+    """Return the weight decay where it belongs: decoupled from the gradient or in it."""
+    return {"shrink": 1 - hyper["lr"] * hyper["weight_decay"]} if decoupled else {"l2": hyper["weight_decay"]}
 
 
 def _moments(g: Tensor, states: Sequence[Tensor], weight1: Tensor, beta2: Tensor, weight2: Tensor) -> None:

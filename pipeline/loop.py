@@ -20,7 +20,7 @@ def run_group(
     proposals: Proposals,
     study: Study,
     *,
-    environment: Mapping[str, Any],
+    environment: Callable[[TrialConfig], Mapping[str, Any]],
     on_epoch: Callable[[Mapping[int, EpochMetrics]], None],
     interrupted: Callable[[], bool],
 ) -> Iterator[EndedTrial]:
@@ -30,7 +30,7 @@ def run_group(
         group: Trains them.
         proposals: From `study.next_group`.
         study: Gives the verdicts.
-        environment: Noted with each trial.
+        environment: Gives what is noted of where a config was trained.
         on_epoch: Told each epoch's metrics.
         interrupted: Asked after each epoch; if it says so, what is still running is left.
     """
@@ -60,7 +60,7 @@ def run_group(
                 epochs=tuple(epochs[number]),
                 started=started,
                 ended=time.time(),
-                environment=environment,
+                environment=environment(config),
             )
         running -= outcomes.keys()
         while waiting and waiting[0] in ended:

@@ -110,7 +110,7 @@ def build_optimizers(
     arguments = _optimizer_arguments(config.optimizer)
     if not isinstance(config.optimizer, strategy.Muon):
         groups = _torch_groups(config, parameters)
-        return [torch_class(config.optimizer)(groups, **arguments)]
+        return [_TORCH_OPTIMIZERS[config.optimizer.name](groups, **arguments)]
     hidden = {group: [p for p in some if p[0] in hidden_matrices] for group, some in parameters.items()}
     rest = {group: [p for p in some if p[0] not in hidden_matrices] for group, some in parameters.items()}
     optimizers: list[torch.optim.Optimizer] = []
@@ -140,11 +140,6 @@ def build_scheduler(
     ramp = lr_scheduler.LinearLR(optimizer, start_factor=factor, end_factor=1.0, total_iters=warmup)
     main = _build_schedule(schedule, optimizer, total - warmup, directions)
     return lr_scheduler.SequentialLR(optimizer, [ramp, main], milestones=[warmup])
-
-
-def torch_class(optimizer: strategy.Optimizer) -> type[torch.optim.Optimizer]:
-    """Return the class of `torch.optim` that an optimizer names."""
-    return _TORCH_OPTIMIZERS[optimizer.name]
 
 
 def hidden_matrices(model: nn.Module) -> frozenset[str]:

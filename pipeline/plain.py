@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,6 +28,7 @@ class PlainTrials:
         workload: Data, model, loss and metrics of all of them.
         device: Where data and models live.
         dtype: Of parameters and floating-point data.
+        seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class PlainTrials:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        seeded: bool = True,
     ) -> None:
         self._splits = {name: getattr(workload, name).to(device, dtype) for name in ("train", "val", "test")}
+        self.configs = dict(configs)
         self._trials = {
-            number: PlainTrial(config, workload, self._splits["train"], device=device, dtype=dtype)
+            number: PlainTrial(config, workload, self._splits["train"], device=device, dtype=dtype, seeded=seeded)
             for number, config in configs.items()
         }
 
@@ -58,7 +62,7 @@ class PlainTrials:
 
     def drop(self, number: int) -> None:
         """Stop training a trial."""
-        del self._trials[number]
+        del self._trials[number], self.configs[number]
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
@@ -92,8 +96,10 @@ class PlainTrial:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        seeded: bool,
     ) -> None:
         self.config = config
+        self.seeded = seeded
         self.workload = workload
         self.train = train
         self.device = device
@@ -123,9 +129,10 @@ class PlainTrial:
         sizes: list[int] = []
         lr: dict[str, list[tuple[int, float]]] = {name: [] for name in self.config.param_groups}
         self.model.train()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with fork_rng(self.device) if self.seeded else contextlib.nullcontext():
             for number, (inputs, targets) in enumerate(self._batches()):
-                torch.manual_seed(derive_seed(self.config.seed, "step", self.epoch, number))
+                if self.seeded:
+                    torch.manual_seed(derive_seed(self.config.seed, "step", self.epoch, number))
                 rates = self.strategy.learning_rates()
                 self.strategy.zero_grad()
                 loss = self.workload.loss(self.model(inputs), targets)
@@ -180,7 +187,12 @@ class PlainTrial:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(len(self.train), seed=self.config.seed, epoch=self.epoch).to(self.device)
         for indices in order.split(self.config.batch_size):
-            yield self.train.inputs[indices], self.train.targets[indices]
+            yield self.train.inputs.index_select(0, indices), self.train.targets.index_select(0, indices)
+
+
+def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context that leaves torch's global random states as they were, the CPU's and the device's."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:

@@ -10,20 +10,23 @@ from typing import Any
 import torch
 
 from pipeline import rules
+from pipeline.config import TrialConfig
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space import SearchSpace
 from pipeline.trainer import derive_seed
-from pipeline.workloads import Workload, load_workload
+from pipeline.trainers import Trainer
+from pipeline.workloads import load_workload
 
 
-def prepare(space: SearchSpace, *, source: str, device: str, searching: bool) -> tuple[Workload, torch.device]:
-    """Load a space's workload and choose the device.
+def prepare(space: SearchSpace, *, source: str, device: str, searching: bool, rows: int | None = None) -> Trainer:
+    """Load a space's workload, choose the device, and find out how trials train there.
 
     Args:
         space: Of a search or, with one point, of a config.
         source: Name of its file, for messages.
         device: "auto", "cpu", "cuda" or "cuda:1"; "auto" is CUDA where there is one.
         searching: Whether the objective matters.
+        rows: At most this many trials in a matrix; None: as many as train fastest.
 
     Raises:
         InvalidInput: With every problem of the file for this workload, or the device is not there.
@@ -40,7 +43,7 @@ def prepare(space: SearchSpace, *, source: str, device: str, searching: bool) ->
     problems = [*problems, *(rules.objective_problems(space, workload) if searching else ())]
     if problems:
         raise InvalidInput(source, problems)
-    return workload, chosen
+    return Trainer(workload, space.example(), device=chosen, rows=rows)
 
 
 def choose_device(name: str) -> torch.device:
@@ -59,12 +62,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def environment(device: torch.device, *, trainer: str) -> dict[str, Any]:
+def environment(trainer: Trainer, config: TrialConfig) -> dict[str, Any]:
     """Return what a trial's numbers may depend on besides its config."""
+    device = trainer.device
     return {
-        "trainer": trainer,
+        "trainer": "fused" if trainer.fuses(config) else "plain",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
+        "threads": 1,
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

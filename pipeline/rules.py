@@ -119,6 +119,13 @@ def _count_problems(
     last = max((max(milestones) for milestones in extremes(scheduler.get("milestones", ())) if milestones), default=0)
     if last >= total - warmup:
         yield Problem(f"{place}.milestones", f"must lie within {left}, got {last}")
+    if name == "onecycle":
+        shares = extremes(scheduler["pct_start"])
+        if min(shares) * total <= 1:
+            message = f"must be above {1 / total:g}, so that the rise takes over one of {left}, got {min(shares):g}"
+            yield Problem(f"{place}.pct_start", message)
+        if max(shares) > 0.5 and True in extremes(scheduler["three_phase"]):
+            yield Problem(f"{place}.pct_start", f"must be at most 0.5 with three_phase, got {max(shares):g}")
 
 
 def _rate_floor_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:

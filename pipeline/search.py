@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import signal
 import sys
 import time
@@ -20,14 +21,13 @@ from typing import TYPE_CHECKING
 from pipeline import cli
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from pipeline.background import BackgroundTracker
     from pipeline.space import SearchSpace
     from pipeline.store import Store
     from pipeline.study import Study
-    from pipeline.workloads import Workload
+    from pipeline.trainers import Trainer
 
 DEFAULT_SPACE = Path(__file__).resolve().parent.parent / "search_spaces" / "default.yaml"
 DEFAULT_TRIALS = 50
@@ -44,6 +44,7 @@ class Options:
     study: str | None
     root: Path
     device: str
+    rows: int | None
     seed: int | None
 
 
@@ -62,14 +63,14 @@ def search(options: Options, console: Console) -> int:
     from pipeline.prepare import prepare
     from pipeline.store import Store
 
-    workload, device = prepare(space, source=_source(options), device=options.device, searching=True)
+    trainer = prepare(space, source=_source(options), device=options.device, searching=True, rows=options.rows)
     store = Store(options.root)
     name, exists = store.choose(space, trials=trials, name=options.study)
     with store.lock(name), _Interrupts(options.timeout) as interrupts:
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
-        console.print(_headline(study, workload, device, trials), soft_wrap=True)
+        console.print(_headline(study, trainer, trials), soft_wrap=True)
         with _tracked(study, store) as tracker:
-            _run(study, trials, workload, device, tracker, interrupts, console)
+            _run(study, trials, trainer, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
     if interrupts.reason and len(study.ended) < trials:
         console.print(f"{interrupts.reason}; go on with: {_command(options, study.name, trials)}", soft_wrap=True)
@@ -79,8 +80,7 @@ def search(options: Options, console: Console) -> int:
 def _run(
     study: Study,
     trials: int,
-    workload: Workload,
-    device: torch.device,
+    trainer: Trainer,
     tracker: BackgroundTracker,
     interrupts: _Interrupts,
     console: Console,
@@ -88,16 +88,18 @@ def _run(
     """Train group after group until `trials` have ended."""
     from pipeline.display import Progress
     from pipeline.loop import run_group
-    from pipeline.plain import PlainTrials
     from pipeline.prepare import environment
 
-    noted = environment(device, trainer="plain")
     with Progress(study, trials=trials, console=console) as progress:
         while not interrupts.reason and (proposals := study.next_group(trials)):
-            configs = {number: config for number, (config, _) in proposals.items()}
-            group = PlainTrials(configs, workload, device=device)
+            group = trainer.build({number: config for number, (config, _) in proposals.items()})
             for trial in run_group(
-                group, proposals, study, environment=noted, on_epoch=progress.epoch, interrupted=interrupts.asked
+                group,
+                proposals,
+                study,
+                environment=functools.partial(environment, trainer),
+                on_epoch=progress.epoch,
+                interrupted=interrupts.asked,
             ):
                 study.add(trial)
                 tracker.log_trial(trial)
@@ -162,7 +164,8 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
 
     best = study.best()
     if not best:
-        console.print("no trial is complete: each was pruned, diverged or failed")
+        why = "each was pruned, diverged or failed" if study.ended else "none has ended yet"
+        console.print(f"no trial is complete: {why}")
         for trial in study.ended[-3:]:
             console.print(f"  trial {trial.number} {trial.state}: {trial.reason}", soft_wrap=True)
         tracker.interrupt("No trial is complete.")
@@ -185,10 +188,16 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
         console.print(f"compare       {command}   then open http://127.0.0.1:5000{view}", soft_wrap=True)
 
 
-def _headline(study: Study, workload: Workload, device: torch.device, trials: int) -> str:
+def _headline(study: Study, trainer: Trainer, trials: int) -> str:
+    from pipeline.fused import has_rule
+
     space, size = study.space, min(study.group_size, trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
-    what = f"{workload.name} · {space.epochs} epochs · {device}, {together}"
+    if trainer.plain_because is not None:
+        together += f", each alone, since the model cannot be rows of a matrix: {trainer.plain_because}"
+    elif alone := [name for name in space.optimizers if not has_rule(name)]:
+        together += f", those of {' and '.join(alone)} each alone"
+    what = f"{trainer.workload.name} · {space.epochs} epochs · {trainer.device}, {together}"
     went_on = f", goes on from trial {len(study.ended)}" if study.ended else ""
     return f"{what}   study {study.name}, seed {space.seed}{went_on}"
 
@@ -241,8 +250,14 @@ def _parse(argv: list[str] | None) -> Options:
     cli.add_study(parser, help="go on with this study, or begin it (default: the newest unfinished one that fits)")
     cli.add_root(parser)
     cli.add_device(parser)
+    rows_help = "train at most N trials as rows of one matrix, which changes no result (default: auto)"
+    parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)
     parser.add_argument("--seed", type=cli.whole_number(0, 2**32 - 1), metavar="N", help="instead of the file's")
     return Options(**vars(parser.parse_args(argv)))
+
+
+def _rows(text: str) -> int | None:
+    return None if text == "auto" else cli.whole_number(1)(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ A trial's config is a space of one point, so `load_config` reads it by the same 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +19,7 @@ from pipeline import rules, strict_yaml
 from pipeline.config import TrialConfig, WorkloadChoice
 from pipeline.domains import Choices, Suggests, contains, describe, is_searched, label, suggest
 from pipeline.errors import InvalidInput, Problem, did_you_mean
-from pipeline.forms import FORM, check, form_of, one_or_more
+from pipeline.forms import FORM, MAX_COUNT, check, form_of, one_or_more
 from pipeline.pruning import Median, NoPruner, Pruner, SuccessiveHalving
 from pipeline.strategy import OPTIMIZERS, SCHEDULERS, Interval, ParamGroup
 
@@ -50,7 +52,7 @@ class SearchSpace:
     """Everything that a search is, but for how many trials it runs and where."""
 
     name: str
-    """The file's, without its ending; studies are named after it."""
+    """The file's, without its ending, in the letters that `--study` takes; studies are named after it."""
     workload: WorkloadChoice
     epochs: int
     batch_size: int
@@ -85,6 +87,10 @@ class SearchSpace:
             param_groups={name: ParamGroup(**values) for name, values in groups.items()},
         )
 
+    def example(self) -> TrialConfig:
+        """Return one config of the space, always the same."""
+        return self.sample(_First())
+
     def parameters(self) -> dict[str, Any]:
         """Return every parameter by its name in Optuna, such as `adamw.base_lr` or `lr_ratio.head`, with its domain."""
         named = {"optimizer": _one_of(self.optimizers), "scheduler": _one_of(self.schedulers)}
@@ -109,7 +115,8 @@ def load_space(path: Path) -> SearchSpace:
         InvalidInput: With every problem of the file.
     """
     data = strict_yaml.load(path)
-    space, problems = _read(data, name=path.stem)
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip("-.")[:80] or "space"
+    space, problems = _read(data, name=name)
     if space is not None and not problems and not any(is_searched(d) for d in space.parameters().values()):
         problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
     if problems or space is None:
@@ -142,21 +149,20 @@ def load_config(path: Path) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
     found = data.pop(FOUND, {})
     space, problems = _read(data, name=path.stem)
     if space is not None:
-        searched = [name for name, domain in space.parameters().items() if is_searched(domain)]
-        problems += [
-            Problem(name, "must be one value in a config, got a choice; search it with --space") for name in searched
-        ]
+        message = "must be one value in a config, got a choice; search it with `python -m pipeline.search --space`"
+        problems += [Problem(place, message) for place in _searched_places(space)]
         if not isinstance(found, dict):
             problems.append(Problem(FOUND, f"must be a mapping, got {found!r}"))
     if problems or space is None:
         raise InvalidInput(str(path), problems)
-    return space, space.sample(_NoChoice()), found
+    return space, space.example(), found
 
 
+@functools.cache
 def file_form() -> type[BaseModel]:
-    """Return the form of a search-space file."""
-    count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
-    seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+    """Return the form of a search-space file; made once, since pydantic takes half a second for it."""
+    count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+    seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
     group_name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=64)]
     pruners = [form_of(cls, searchable=False) for cls in (SuccessiveHalving, Median, NoPruner)]
     fields: dict[str, Any] = {
@@ -221,6 +227,15 @@ def _one_of(options: Mapping[str, Any]) -> Any:
     return Choices[str](choices=tuple(options))
 
 
+def _searched_places(space: SearchSpace) -> Iterator[str]:
+    """Yield where a space leaves something to choose, in a file's words."""
+    yield from (kind for kind in ("optimizer", "scheduler") if is_searched(space.parameters()[kind]))
+    parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
+    for kind, options in parts.items():
+        for owner, domains in options.items():
+            yield from (f"{kind}.{owner}.{name}" for name, domain in domains.items() if is_searched(domain))
+
+
 def _suggest_all(trial: Suggests, domains: Domains, *, prefix: str = "", suffix: str = "") -> dict[str, Any]:
     return {name: suggest(trial, f"{prefix}{name}{suffix}", domain) for name, domain in domains.items()}
 
@@ -238,12 +253,17 @@ def _enqueued(
             problems.append(Problem(f"{place}.{key}", f"must be a mapping with one name as its key, got {value!r}"))
             continue
         for owner, values in value.items():
-            if owner not in parts[key] or not isinstance(values, dict):
-                message = f"is not in this space; {did_you_mean(owner, parts[key])}"
-                problems.append(Problem(f"{place}.{key}.{owner}", message))
+            here = f"{place}.{key}.{owner}"
+            if owner not in parts[key]:
+                problems.append(Problem(here, f"is not in this space; {did_you_mean(owner, parts[key])}"))
+                continue
+            if not isinstance(values, dict):
+                problems.append(Problem(here, f"must be a mapping, `key: value`, got {values!r}"))
                 continue
             if key != "param_groups" and len(parts[key]) > 1:
                 yield key, owner
+            if isinstance(values.get("pattern"), str):
+                values = values | {"pattern": [values["pattern"]]}  # as a file may say it
             yield from _enqueued_values(parts[key][owner], values, key, owner, place, problems)
 
 
@@ -260,11 +280,16 @@ def _enqueued_values(
             yield (f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"), label(value)
 
 
-class _NoChoice:
-    """The trial of a config, which leaves nothing to choose."""
+class _First:
+    """A trial that takes the first of everything."""
 
-    def suggest_float(self, name: str, *arguments: Any, **options: Any) -> float:
-        raise AssertionError(name)
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        return low
 
-    suggest_int: Any = suggest_float
-    suggest_categorical: Any = suggest_float
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return low
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return choices[0]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.storages import RDBStorage
 
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
@@ -95,8 +96,12 @@ class Store:
             for header in reversed(known.values()):
                 if header.trials == trials and header.ended < trials and header.document == space.document:
                     return header.name, True
-            return next(n for i in itertools.count(1) if (n := f"{space.name}-{i}") not in known), False
+            taken = self._names()
+            return next(n for i in itertools.count(1) if (n := f"{space.name}-{i}") not in taken), False
         if name not in known:
+            if name in self._names():
+                message = "was made by another program in the same database; choose another name"
+                raise InvalidInput("--study", [Problem(name, message)])
             return name, False
         if differences := list(_differences(known[name].document, space.document)):
             remedy = Problem("", "a study keeps its space; choose another --study, or the space that it was made with")
@@ -177,6 +182,10 @@ class Store:
             file.flush()
             yield
 
+    def _names(self) -> list[str]:
+        """Return the name of every study in the database, other programs' too."""
+        return optuna.get_all_study_names(self._storage()) if self.database.exists() else []
+
     def _storage(self, *, create: bool = False) -> RDBStorage:
         """Open the database, in the journal mode that lets people read it while a search writes."""
         try:
@@ -185,7 +194,8 @@ class Store:
                 with contextlib.closing(sqlite3.connect(self.database)) as connection:
                     connection.execute("PRAGMA journal_mode=WAL")
             with storage_errors("opening"):
-                return RDBStorage(f"sqlite:///{self.database.resolve()}")
+                url = sqlalchemy.URL.create("sqlite", database=str(self.database.resolve()))
+                return RDBStorage(url.render_as_string())  # with `?` and `%` of the path escaped
         except (StorageError, sqlite3.Error, OSError) as error:
             remedy = "move it away, or name another --root"
             message = f"cannot be used as Optuna's database: {error}; {remedy}"

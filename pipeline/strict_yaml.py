@@ -52,11 +52,11 @@ def load(path: Path) -> dict[str, Any]:
         InvalidInput: The file cannot be read, is not strict YAML, or is not a mapping.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InvalidInput(
-                str(path), [Problem("", f"must be at most {MAX_BYTES} bytes, got {path.stat().st_size}")]
-            )
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)  # and no more: what looks like a file may have no end
+        if len(data) > MAX_BYTES:
+            raise InvalidInput(str(path), [Problem("", f"must be at most {MAX_BYTES} bytes, got more")])
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise InvalidInput(str(path), [Problem("", f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
@@ -73,8 +73,6 @@ def loads(text: str, *, source: str) -> dict[str, Any]:
     Raises:
         InvalidInput: The text is not strict YAML, or is not a mapping.
     """
-    if "\0" in text:
-        raise InvalidInput(source, [Problem("", "must be text, got a NUL character; is this a YAML file?")])
     problems: list[Problem] = []
     try:
         loader = _Loader(text, problems)
@@ -84,6 +82,10 @@ def loads(text: str, *, source: str) -> dict[str, Any]:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InvalidInput(source, [Problem(place, _plain_words(error))]) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        message = f"must be text, got the character {text[error.position]!r}; is this a YAML file?"
+        raise InvalidInput(source, [Problem(f"line {line}", message)]) from None
     except (yaml.YAMLError, ValueError) as error:
         raise InvalidInput(source, [Problem("", f"is not YAML: {error}")]) from None
     if not problems and not isinstance(data, dict):
@@ -154,6 +156,8 @@ class _Loader(_CoreSchema, yaml.SafeLoader):
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
                 self.problems.append(Problem(f"line {line}", "a key must be a word, got a list or a mapping"))
+            elif not key.value.isprintable():
+                self.problems.append(Problem(f"line {line}", f"a key must be printable, got {key.value!r}"))
             elif key.value in seen:
                 message = f"key {key.value!r} is already set on line {seen[key.value]}; keep one of them"
                 self.problems.append(Problem(f"line {line}", message))
@@ -197,9 +201,15 @@ def _represent_float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
+def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    """Quote text with line breaks or control characters: PyYAML would write some of them bare and read blanks."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 _Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value))
 
 

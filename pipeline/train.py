@@ -32,13 +32,11 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from pipeline.plain import PlainTrials
     from pipeline.prepare import prepare
     from pipeline.strict_yaml import write_atomic
 
-    workload, device = prepare(space, source=str(arguments.config), device=arguments.device, searching=False)
-    _use_threads(found)
-    group = PlainTrials({0: config}, workload, device=device)
+    trainer = prepare(space, source=str(arguments.config), device=arguments.device, searching=False)
+    group = trainer.build({0: config})
     for _ in range(config.epochs):
         (epoch,) = group.train_epoch().values()
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in epoch.metrics.items())
@@ -60,16 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InvalidInput("--root", [Problem(str(path), f"cannot be written: {error.strerror}")]) from None
     print(f"model        {path}   a state dict: torch.load({str(path)!r}, weights_only=True)")
     return 0
-
-
-def _use_threads(found: Mapping[str, Any]) -> None:
-    """Use as many threads as the search did: sums over another number of parts differ in their last bits."""
-    import torch
-
-    environment = found.get("environment")
-    threads = environment.get("threads") if isinstance(environment, dict) else None
-    if isinstance(threads, int) and 1 <= threads <= 1024:
-        torch.set_num_threads(threads)
 
 
 def _comparison(epoch: EpochMetrics, found: Mapping[str, Any]) -> list[str]:

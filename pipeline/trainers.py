@@ -1,0 +1,224 @@
+"""Which trainer trains which trial: rows of a matrix where that is possible, plain where it is not.
+
+How many rows share a matrix, and how many matrices train at once, changes no result, so it is chosen by measurement.
+On a CPU each matrix, or plain trial, trains with one thread, and several of them in as many threads as PyTorch would
+use: a sum whose parts are split between threads depends on how it is split, and small models wait for each other more
+than they compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from pipeline.config import TrialConfig
+from pipeline.fused import FusedTrials, has_rule
+from pipeline.plain import PlainTrials
+from pipeline.probe import probe
+from pipeline.trainer import EpochMetrics
+from pipeline.workloads.workload import Workload
+
+Part = FusedTrials | PlainTrials
+"""What one thread trains."""
+Result = TypeVar("Result")
+
+
+class Trainer:
+    """Decides once how a workload's trials train, and builds groups of them.
+
+    Args:
+        workload: Data, model, loss and metrics.
+        config: Any trial's, to try the workload with.
+        device: Where to train.
+        dtype: Of parameters and floating-point data.
+        rows: At most this many trials in a matrix; None: as many as train fastest.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        config: TrialConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        rows: int | None = None,
+    ) -> None:
+        self.rows = rows
+        self.workload = workload
+        self.device = device
+        self._dtype = dtype
+        with one_thread(device):
+            finding = probe(workload, config, device=device, dtype=dtype)
+        self.plain_because = finding.cannot_fuse
+        """Why no trial of the workload can be a row; None if they can."""
+        self._seeded = finding.draws_random_numbers
+        # Random numbers come from a state that all threads of the process share.
+        alone = device.type != "cpu" or self._seeded
+        self._threads = 1 if alone else torch.get_num_threads()
+
+    def fuses(self, config: TrialConfig) -> bool:
+        """Say whether a trial trains as a row."""
+        return self.plain_because is None and has_rule(config.optimizer.name)
+
+    def build(self, configs: Mapping[int, TrialConfig]) -> TrialParts:
+        """Build the trainers of a group of trials."""
+        fused = {number: config for number, config in configs.items() if self.fuses(config)}
+        if self.rows is None and len(fused) > 1:
+            self.rows = self._fastest_rows(fused)
+        matrices = [part for alike in _alike(fused) for part in _split(alike, self.rows or 1)]
+        single = [{number: config} for number, config in configs.items() if number not in fused]
+        return TrialParts(self, [self.build_part(part) for part in (*matrices, *single)])
+
+    def build_part(self, configs: Mapping[int, TrialConfig]) -> Part:
+        """Build the trainer of trials that train in one thread: rows of one matrix, or one plain trial."""
+        cls = FusedTrials if all(self.fuses(config) for config in configs.values()) else PlainTrials
+        return cls(configs, self.workload, device=self.device, dtype=self._dtype, seeded=self._seeded)
+
+    def train(self, parts: Sequence[Part]) -> list[dict[int, EpochMetrics] | Exception]:
+        """Train an epoch of each part, at once where that is possible."""
+        return self._at_once(lambda part: _attempt(part.train_epoch), parts)
+
+    def halve(self, part: Part, *, epochs: int) -> list[Part]:
+        """Build a matrix again as two, and train them as far as it had come: then they are what it was."""
+        halves = [self.build_part(half) for half in _split(part.configs, -(-len(part.configs) // 2))]
+        self.rows = max(len(half.configs) for half in halves)
+        for half in halves:
+            for _ in range(epochs):
+                half.train_epoch()
+        return halves
+
+    def _fastest_rows(self, configs: Mapping[int, TrialConfig]) -> int:
+        """Measure a few steps of one matrix of all rows, and of several matrices in as many threads."""
+        whole = len(configs)
+        sizes = dict.fromkeys(-(-whole // count) for count in range(1, min(self._threads, whole) + 1))
+        if len(sizes) == 1:
+            return whole
+        seconds = {size: self._time([self.build_part(part) for part in _split(configs, size)]) for size in sizes}
+        return min(seconds, key=lambda size: (seconds[size], -size))
+
+    def _time(self, parts: Sequence[Part]) -> float:
+        """Return the seconds of a step of all rows, the least of three."""
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            self._at_once(lambda part: part.time_step(), parts)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
+
+    def _at_once(self, function: Callable[[Any], Result], parts: Sequence[Any]) -> list[Result]:
+        """Call a function on every part, in as many threads as there are for it, each of which computes alone."""
+        with one_thread(self.device):
+            if self._threads == 1 or len(parts) == 1:
+                return [function(part) for part in parts]
+            with ThreadPoolExecutor(self._threads) as pool:
+                return list(pool.map(function, parts))
+
+
+class TrialParts:
+    """A group of trials in several trainers; see `TrialGroup` for the contract."""
+
+    def __init__(self, trainer: Trainer, parts: Sequence[Part]) -> None:
+        self._trainer = trainer
+        self._parts = list(parts)
+        self._epochs = 0
+
+    def train_epoch(self) -> dict[int, EpochMetrics]:
+        """Train every trial for one epoch; a matrix that does not fit into memory is halved and trained again."""
+        results: dict[int, EpochMetrics] = {}
+        trained: list[Part] = []
+        waiting = self._parts
+        while waiting:
+            halves: list[Part] = []
+            for part, outcome in zip(waiting, self._trainer.train(waiting), strict=True):
+                if isinstance(outcome, dict):
+                    results |= outcome
+                    trained.append(part)
+                elif isinstance(outcome, torch.OutOfMemoryError) and _can_halve(part):
+                    torch.cuda.empty_cache()
+                    halves += self._trainer.halve(part, epochs=self._epochs)
+                else:
+                    failed = f"{type(outcome).__name__}: {outcome}"
+                    lost = EpochMetrics(epoch=self._epochs, step=0, metrics={}, lr={}, failed=failed)
+                    results |= dict.fromkeys(part.configs, lost)
+            waiting = halves
+        self._parts = [part for part in trained if part.configs]
+        self._epochs += 1
+        return dict(sorted(results.items()))
+
+    def drop(self, number: int) -> None:
+        """Stop training a trial."""
+        self._part(number).drop(number)
+        self._parts = [part for part in self._parts if part.configs]
+
+    def test(self) -> dict[int, dict[str, float]]:
+        """Return each trial's `test/…` metrics."""
+        return {number: values for part in self._parts for number, values in part.test().items()}
+
+    def model_state(self, number: int) -> dict[str, Any]:
+        """Return a trial's parameters and buffers by name, on the CPU."""
+        return self._part(number).model_state(number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every part."""
+        parts = [{"numbers": list(part.configs), "state": part.state_dict()} for part in self._parts]
+        return {"epochs": self._epochs, "parts": parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; how its trials were spread over matrices is taken over from it."""
+        configs = {number: config for part in self._parts for number, config in part.configs.items()}
+        self._epochs = state["epochs"]
+        self._parts = []
+        for saved in state["parts"]:
+            part = self._trainer.build_part({number: configs[number] for number in saved["numbers"]})
+            part.load_state_dict(saved["state"])
+            self._parts.append(part)
+
+    def _part(self, number: int) -> Part:
+        return next(part for part in self._parts if number in part.configs)
+
+
+def _can_halve(part: Part) -> bool:
+    return isinstance(part, FusedTrials) and len(part.configs) > 1
+
+
+def _alike(configs: Mapping[int, TrialConfig]) -> Iterator[dict[int, TrialConfig]]:
+    """Yield trials that freeze the same groups: a frozen group is no part of a row."""
+
+    def frozen(number: int) -> tuple[str, ...]:
+        return tuple(name for name, group in configs[number].param_groups.items() if group.lr_ratio == 0)
+
+    for _, numbers in itertools.groupby(sorted(configs, key=lambda number: (frozen(number), number)), key=frozen):
+        yield {number: configs[number] for number in numbers}
+
+
+def _split(configs: Mapping[int, TrialConfig], size: int) -> Iterator[dict[int, TrialConfig]]:
+    """Yield parts of at most `size` trials, as equal as can be."""
+    items = list(configs.items())
+    count = -(-len(items) // size)
+    for index in range(count):
+        yield dict(items[index * len(items) // count : (index + 1) * len(items) // count])
+
+
+def _attempt(train_epoch: Callable[[], dict[int, EpochMetrics]]) -> dict[int, EpochMetrics] | Exception:
+    try:
+        return train_epoch()
+    except Exception as error:
+        return error
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Let PyTorch compute with one thread on the CPU."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

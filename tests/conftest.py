@@ -1,0 +1,32 @@
+"""A small search space that tests change one section of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.strict_yaml import dumps
+
+SMALL: dict[str, Any] = {
+    "workload": {"name": "digits", "model": "mlp"},
+    "epochs": 4,
+    "batch_size": 64,
+    "optimizer": {"sgd": {"base_lr": {"low": 1e-3, "high": 1.0, "log": True}}},
+    "scheduler": {"constant": {}},
+    "param_groups": {"all": {"pattern": "*"}},
+}
+
+
+@pytest.fixture
+def space_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write the small space, with whole sections replaced or added, to a file."""
+
+    def write(**sections: Any) -> Path:
+        path = tmp_path / "space.yaml"
+        path.write_text(dumps({**SMALL, **sections}))
+        return path
+
+    return write

@@ -1,0 +1,344 @@
+"""What a careful command line refuses: exit status 2, the place, the value and the remedy, and nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from pipeline import cli, export, search, train
+from pipeline.config import TrialConfig, WorkloadChoice
+from pipeline.space import load_space
+from pipeline.store import Store
+from pipeline.strategy import SGD, Constant, ParamGroup
+from pipeline.trainer import EpochMetrics
+from pipeline.trial import EndedTrial, TrialState
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"search": search.main, "train": train.main, "export": export.main}
+
+SPACE = """\
+workload: {name: digits, model: mlp}
+epochs: 4
+batch_size: 64
+optimizer:
+  sgd: {base_lr: {low: 1e-3, high: 1.0, log: true}}
+scheduler:
+  constant: {}
+param_groups:
+  all: {pattern: "*"}
+"""
+CONFIG = SPACE.replace("{low: 1e-3, high: 1.0, log: true}", "0.1")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A command line that is refused, and words that its message must have."""
+
+    command: str
+    words: tuple[str, ...]
+    content: str | bytes = SPACE
+    """Of the file `mine.yaml`, which lies in the working folder."""
+
+    def __str__(self) -> str:
+        return f"{self.command[:60]}: {max(self.words, key=len)}"
+
+
+def option(command: str, *words: str) -> Refused:
+    return Refused(command, words)
+
+
+def space(old: str, new: str, *words: str) -> Refused:
+    """Refuse a search of the file in which `old` is replaced."""
+    assert SPACE.count(old) == 1
+    return Refused("search --space mine.yaml --trials 1", ("mine.yaml: 1 problem", *words), SPACE.replace(old, new))
+
+
+def config(old: str, new: str, *words: str) -> Refused:
+    assert CONFIG.count(old) == 1
+    return Refused("train mine.yaml", ("mine.yaml: 1 problem", *words), CONFIG.replace(old, new))
+
+
+def content(data: str | bytes, *words: str) -> Refused:
+    return Refused("search --space mine.yaml", ("mine.yaml: 1 problem", *words), data)
+
+
+RANGE = "{low: 1e-3, high: 1.0, log: true}"
+NAME_RULE = "argument --study: must be 1 to 100 letters, digits, '_', '-' and '.'"
+NO_STUDY = "holds no study; run `python -m pipeline.search`, or name another --root"
+
+REFUSED = [
+    # The command line itself.
+    option("search --trials 0", "argument --trials: must be a whole number of at least 1, got '0'"),
+    option("search --trials -1", "argument --trials: must be a whole number of at least 1, got '-1'"),
+    option("search --trials 3.5", "argument --trials: must be a whole number of at least 1, got '3.5'"),
+    option("search --trials ten", "argument --trials: must be a whole number of at least 1, got 'ten'"),
+    option("search --seed -1", "argument --seed: must be a whole number from 0 to 4294967295, got '-1'"),
+    option("search --timeout 0", "argument --timeout: must be a number above 0, got '0'"),
+    option("search --timeout nan", "argument --timeout: must be a number above 0, got 'nan'"),
+    option("search --study ../x", NAME_RULE, "got '../x'"),
+    option("search --study=", NAME_RULE, "got ''"),
+    option(f"search --study {'a' * 600}", NAME_RULE, "got 'aaa"),
+    option("search --root nowhere", "--root: must be a folder that exists, got 'nowhere'; make it first"),
+    option("search --root mine.yaml", "--root: must be a folder that exists, got 'mine.yaml'"),
+    option(f"search --root {'x' * 5000}", "--root: must be a folder that exists, got 'xxx"),
+    option("search --device tpu", "argument --device: must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    option("search --device cuda:99", "--device: 1 problem", "cuda:99: there", "use --device cpu, or auto"),
+    option("search --trails 5", "unrecognized arguments: --trails 5"),
+    option("search --space missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),
+    option("search --space .", "cannot be read: Is a directory"),
+    # The file as a file.
+    content("", "got an empty file"),
+    content(SPACE + "---\na: 1\n", "line 10, column 1: must be one document, got a second one"),
+    content("epochs:\n\tmany: 1\n", "line 2, column 1: a tab cannot indent YAML; use blanks"),
+    content("epochs: 1\0\n", "line 1: must be text, got the character '\\x00'"),
+    content("# caf\xe9\n".encode("latin-1"), "must be UTF-8 text, got byte 0xe9 at offset 5; save it as UTF-8"),
+    content(SPACE + "epochs: 5\n", "line 10: key 'epochs' is already set on line 2; keep one of them"),
+    content(SPACE + "epoch: 5\n", "epoch: unknown key; did you mean epochs?"),
+    # Search space.
+    space(RANGE, "{low: 1, high: 0.5}", "optimizer.sgd.base_lr: `low <= high` must hold, got low=1.0, high=0.5"),
+    space(RANGE, "{low: 0.1, high: 0.1}", "nothing is searched; give a `low` and `high`"),
+    space("low: 1e-3", "low: 0", "optimizer.sgd.base_lr.low: must be > 0, got 0"),
+    space("low: 1e-3", "low: .nan", "optimizer.sgd.base_lr.low: must be a finite number, got nan"),
+    space("high: 1.0", "high: .inf", "optimizer.sgd.base_lr.high: must be a finite number, got inf"),
+    space("high: 1.0", "high: 1e999", "optimizer.sgd.base_lr.high: must be a finite number, got inf"),
+    space("low: 1e-3", "low: '1e-3'", "optimizer.sgd.base_lr.low: must be a finite number, got the text '1e-3'"),
+    space("low: 1e-3", "low: true", "optimizer.sgd.base_lr.low: must be a finite number, got True"),
+    space("log: true", "log: true, step: 0.1", "optimizer.sgd.base_lr: `log` and `step` exclude each other"),
+    space(RANGE, "{low: 0.1, high: 1.0, step: 0.4}", "`step` must divide the range", "the last step ends at 0.9"),
+    space(RANGE, "{choices: []}", "optimizer.sgd.base_lr.choices: must hold at least one value, got none"),
+    space(RANGE, "{choices: [.nan]}", "optimizer.sgd.base_lr.choices.0: must be a finite number, got nan"),
+    space(RANGE, "{choices: [{a: 1}]}", "optimizer.sgd.base_lr.choices.0: must be a finite number, got {'a': 1}"),
+    space("constant: {}", "step: {step_size: {low: 1.5, high: 3}}", "step_size.low: must be a whole number, got 1.5"),
+    space("sgd:", "sdg:", "optimizer.sdg: unknown optimizer; did you mean sgd?"),
+    space("constant: {}", "cosin: {}", "scheduler.cosin: unknown scheduler; did you mean cosine?"),
+    space("constant: {}", "constant:", "scheduler.constant: must be a mapping, `key: value`, got None"),
+    # Strategy.
+    space(RANGE, "0", "optimizer.sgd.base_lr: must be > 0, got 0"),
+    space(RANGE, f"{RANGE}, beta1: 0.9", "optimizer.sgd.beta1: unknown key; known: base_lr", "momentum"),
+    space(RANGE, f"{RANGE}, momentum: 1", "optimizer.sgd.momentum: must be < 1, got 1"),
+    space("constant: {}", "exponential: {gamma: 0}", "scheduler.exponential.gamma: must be > 0, got 0"),
+    space("constant: {}", "exponential: {gamma: 1.1}", "scheduler.exponential.gamma: must be <= 1, got 1.1"),
+    space("constant: {}", "step: {step_size: 0}", "scheduler.step.step_size: must be >= 1, got 0"),
+    space("constant: {}", "step: {step_size: 9}", "scheduler.step.step_size: must be at most the 4 epochs", "got 9"),
+    space("constant: {}", "multistep: {milestones: [2, 1]}", "milestones: must increase, got [2, 1]"),
+    space("constant: {}", "constant: {warmup: 4}", "warmup: must be shorter than the run of 4 epochs, got 4"),
+    space("constant: {}", "cosine_warm_restarts: {T_0: 0}", "T_0: must be >= 1, got 0"),
+    space("constant: {}", "cosine: {eta_min: 0.1}", "eta_min: must be at most the smallest rate, 0.001 of sgd"),
+    space("constant: {}", "plateau: {metric: loss}", "unknown metric 'loss'; did you mean val/loss?"),
+    space("constant: {}", "onecycle: {pct_start: 0.01}", "pct_start: must be above 0.0125", "got 0.01"),
+    # Groups.
+    space('all: {pattern: "*"}', 'head: {pattern: "fc.*"}', "no group takes hidden1.weight", "pattern '*'"),
+    space(
+        "all:", 'head: {pattern: "head*"}\n  all:', "pattern 'head*' matches no parameter; the model has hidden1.weight"
+    ),
+    space('"*"', '"*", lr_ratio: -1', "param_groups.all.lr_ratio: must be >= 0, got -1"),
+    space('"*"', '"*", lr_ratio: 0', "param_groups: every group can be frozen (lr_ratio 0) at once"),
+    space("all:", "a.b:", "param_groups.a.b: must be letters, digits, '_' and '-'"),
+    # Data, model, objective.
+    space("name: digits", "name: digit", "workload.name: unknown workload 'digit'; did you mean digits?"),
+    space("model: mlp", "model: mpl", "workload.model: unknown model 'mpl'; did you mean mlp?"),
+    space("epochs: 4", "epochs: 0", "epochs: must be >= 1, got 0"),
+    space("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("epochs: 4", "epochs: 4\nobjective: {metric: val/acuracy}", "unknown metric", "did you mean val/accuracy?"),
+    space(
+        "epochs: 4", "epochs: 4\nobjective: {metric: val/loss}", "objective.direction: must be minimize for val/loss"
+    ),
+    # A config to train.
+    option("train", "the following arguments are required: CONFIG"),
+    option("train missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),
+    option("train mine.yaml", "optimizer.sgd.base_lr: must be one value in a config, got a choice"),
+    config("model: mlp", "model: mpl", "workload.model: unknown model 'mpl'; did you mean mlp?"),
+    config("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    config("epochs: 4", "epochs: 4\nfound: lost", "found: must be a mapping, got 'lost'"),
+    Refused("train mine.yaml", ("mine.yaml: 1 problem", "line 4, column 9: could not find expected ':'"), CONFIG[:70]),
+    Refused("train mine.yaml", ("mine.yaml: 1 problem", "must be UTF-8 text, got byte 0x80"), bytes(range(256))),
+    # No study.
+    option("export", "--root: 1 problem", NO_STUDY),
+    option("export --study default-1", "--root: 1 problem", NO_STUDY),
+    option("export --trial -1", "argument --trial: must be a whole number of at least 0, got '-1'"),
+]
+
+
+def refuse(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must refuse, and return what it says."""
+    name, *arguments = command.split(" ")
+    before = listing()
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: COMMANDS[name](arguments))
+    output = capsys.readouterr()
+    assert caught.value.code == 2, output.err
+    assert "Traceback" not in output.err
+    assert output.out == ""
+    assert listing() == before
+    return output.err
+
+
+def listing() -> dict[Path, bytes | None]:
+    """Return all that is below the working folder, but for what SQLite itself does with a database that is read."""
+    paths = [path for path in Path().rglob("*") if not path.name.endswith(("-wal", "-shm"))]
+    return {path: path.read_bytes() if path.is_file() and path.suffix != ".db" else None for path in paths}
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_a_bad_input_is_refused_in_plain_words_and_nothing_is_written(
+    case: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_bytes(case.content if isinstance(case.content, bytes) else case.content.encode())
+    said = refuse(case.command, capsys)
+    assert [word for word in case.words if word not in said] == [], said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "cuda: there is no CUDA device; use --device cpu, or auto" in refuse("search --device cuda", capsys)
+
+
+def test_a_database_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(SPACE)
+    Path("mlruns").mkdir()
+    Path("mlruns/optuna.db").write_text("not a database " * 100)
+    for command in ("search --space mine.yaml", "search --study mine-1", "export"):
+        said = refuse(command, capsys)
+        assert "mlruns/optuna.db: 1 problem" in said
+        assert "cannot be used as Optuna's database" in said
+        assert "file is not a database; move it away, or name another --root" in said
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a study of two trials, one without trials, and one that another program made."""
+    root = tmp_path_factory.mktemp("studies")
+    (root / "mine.yaml").write_text(SPACE)
+    space = load_space(root / "mine.yaml")
+    study = Store(root).create(space, name="mine-1", trials=2)
+    for number in range(2):
+        study.add(pruned_trial(number))
+    Store(root).create(space, name="mine-2", trials=2)
+    optuna.create_study(study_name="theirs", storage=f"sqlite:///{root}/mlruns/optuna.db")
+    return root
+
+
+def pruned_trial(number: int) -> EndedTrial:
+    config = TrialConfig(
+        workload=WorkloadChoice(name="digits", model="mlp"),
+        epochs=4,
+        batch_size=64,
+        seed=0,
+        optimizer=SGD(base_lr=0.1),
+        scheduler=Constant(),
+        param_groups={"all": ParamGroup(pattern=("*",))},
+    )
+    metrics = {"train/loss": 1.0, "val/loss": 1.0, "val/accuracy": 0.5}
+    return EndedTrial(
+        number=number,
+        config=config,
+        params={"sgd.base_lr": 0.1},
+        state=TrialState.PRUNED,
+        reason="worse than half",
+        value=None,
+        epochs=(EpochMetrics(epoch=1, step=20, metrics=metrics, lr={}),),
+        started=1.0,
+        ended=2.0,
+        environment={},
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("search --study mine-1 --seed 3", ["--study mine-1", "seed: the study has 0, the file 3", "keeps its space"]),
+        (
+            "search --study mine-1 --space other.yaml",
+            [
+                "batch_size: the study has 64, the file 32",
+                "optimizer.sgd.base_lr.high: the study has 1.0, the file 0.5",
+            ],
+        ),
+        ("search --study theirs --space mine.yaml", ["--study", "theirs: was made by another program"]),
+        ("export --study mine1", ["mine1: there is no such study; did you mean mine-1?"]),
+        ("export --study theirs", ["theirs: there is no such study; known: mine-1, mine-2"]),
+        ("export --study mine-1", ["mine-1: no trial is complete", "name one with --trial"]),
+        ("export --study mine-1 --trial 2", ["--trial", "2: there is no such trial; the last of mine-1 is 1"]),
+        ("export --study mine-2 --trial 0", ["--trial", "0: there is no such trial; mine-2 has none yet"]),
+        ("export --study mine-1 --trial 0 --out mine.yaml/x", ["--out", "mine.yaml/x: cannot be written"]),
+        ("export --study mine-1 --trial 0 --out mlruns", ["--out", "mlruns: cannot be written: Is a directory"]),
+    ],
+)
+def test_what_does_not_fit_the_studies_is_refused(
+    command: str,
+    words: Sequence[str],
+    studies: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(studies)
+    Path("other.yaml").write_text(SPACE.replace("batch_size: 64", "batch_size: 32").replace("high: 1.0", "high: 0.5"))
+    said = refuse(command, capsys)
+    assert [word for word in words if word not in said] == [], said
+
+
+def test_a_folder_may_have_the_signs_of_urls_in_its_name(tmp_path: Path) -> None:
+    root = tmp_path / "a?b#c%20d é"
+    root.mkdir()
+    (root / "mine.yaml").write_text(SPACE)
+    Store(root).create(load_space(root / "mine.yaml"), name="mine-1", trials=2)
+    assert [header.name for header in Store(root).headers()] == ["mine-1"]
+    assert [path.name for path in tmp_path.iterdir()] == [root.name]
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_code() -> None:
+    code = "from pipeline import cli; cli.run(lambda: print('8×8') or 0)"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "8\\xd78\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("search", ["--trials", "0"], "argument --trials: must be a whole number of at least 1, got '0'"),
+        ("search", ["--space", "mine.yaml"], "optimizer.sdg: unknown optimizer; did you mean sgd?"),
+        ("train", ["mine.yaml"], "optimizer.sdg: unknown optimizer; did you mean sgd?"),
+        ("export", [], NO_STUDY),
+    ],
+)
+def test_a_real_process_refuses_alike(module: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(SPACE.replace("sgd:", "sdg:"))
+    command = [sys.executable, "-m", f"pipeline.{module}", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--help"], 0), (["--trials", "0"], 2), (["--space", "mine.yaml"], 2)]
+)
+def test_help_and_form_errors_do_not_wait_for_torch(arguments: list[str], status: int, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(SPACE.replace("sgd:", "sdg:"))
+    code = f"""
+import sys
+from pipeline import cli, search
+try:
+    cli.run(lambda: search.main({arguments!r}))
+except SystemExit as ended:
+    print(ended.code, *{{"torch", "optuna", "mlflow", "sklearn"}} & sys.modules.keys(), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == str(status)

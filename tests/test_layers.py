@@ -1,0 +1,137 @@
+"""Imports only go down: who may import what, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TREES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+    for path in sorted((ROOT / "pipeline").rglob("*.py"))
+}
+WITH_TORCH = ("optim", "plain", "fused*", "probe", "trainers", "workloads*")
+TRAINING = ("config", "strategy", "param_groups", "trainer", *WITH_TORCH)
+OWNERS = {
+    "mlflow": ("tracking",),
+    "optuna": ("study", "store", "sampling"),
+    "torch": (*WITH_TORCH, "prepare", "train"),
+    "sklearn": ("workloads*",),
+    "yaml": ("strict_yaml",),
+    "pydantic": ("domains", "forms", "space"),
+}
+
+
+def statements(tree: ast.AST, *, inside_functions: bool) -> Iterator[ast.AST]:
+    """Yield the nodes that run; what is imported for type checking alone does not."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.FunctionDef) and not inside_functions:
+            continue
+        yield node
+        yield from statements(node, inside_functions=inside_functions)
+
+
+def imports(module: str, *, inside_functions: bool) -> set[str]:
+    """Return the modules that a module imports, ours and others', by full name."""
+    found = set()
+    for node in statements(TREES[module], inside_functions=inside_functions):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & TREES.keys()
+            found |= inner or {str(node.module)}
+    return found
+
+
+def reached(module: str) -> set[str]:
+    """Return all that importing a module runs, and all that its functions may import."""
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for name in imports(waiting.pop(), inside_functions=True) - seen:
+            seen.add(name)
+            waiting += [name] if name in TREES else []
+    return seen
+
+
+def is_one_of(module: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(module, f"pipeline.{pattern}") for pattern in patterns)
+
+
+def test_the_whole_program_is_reached_from_the_search() -> None:
+    names = reached("pipeline.search")
+    assert {"mlflow", "optuna", "torch", "sklearn.datasets", "yaml", "pydantic"} <= names
+    assert {"pipeline.study", "pipeline.plain", "pipeline.tracking", "pipeline.workloads.digits"} <= names
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    graph = {module: imports(module, inside_functions=False) & TREES.keys() for module in TREES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports run in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_library_is_imported_by_its_owners_only(library: str) -> None:
+    others = [
+        module
+        for module in TREES
+        if not is_one_of(module, OWNERS[library])
+        and library in {name.partition(".")[0] for name in imports(module, inside_functions=True)}
+    ]
+    assert others == []
+
+
+@pytest.mark.parametrize("module", [module for module in TREES if is_one_of(module, TRAINING)])
+def test_training_knows_nothing_of_search_spaces_studies_or_records(module: str) -> None:
+    upper = {f"pipeline.{name}" for name in ("space", "study", "store", "tracking", "loop", "strict_yaml", "cli")}
+    libraries = {"optuna", "mlflow", "yaml", "pydantic", "rich"}
+    names = reached(module)
+    assert names & upper == set()
+    assert {name.partition(".")[0] for name in names} & libraries == set()
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_a_module_uses_no_private_name_of_another(module: str) -> None:
+    nodes = list(ast.walk(TREES[module]))
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    ours = {
+        alias.asname or alias.name for node in froms if str(node.module).startswith("pipeline") for alias in node.names
+    }
+    private = {name for name in ours if name.startswith("_")}
+    private |= {
+        ast.unparse(node)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if node.value.id in ours and node.attr.startswith("_") and not node.attr.startswith("__")
+    }
+    assert private == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import pipeline", {"pipeline.errors", "pydantic", "torch", "optuna", "mlflow", "yaml", "rich"}),
+        (
+            "import pipeline.search, pipeline.train, pipeline.export",
+            {"torch", "optuna", "mlflow", "yaml", "pydantic", "rich"},
+        ),
+        ("import pipeline.plain", {"optuna", "mlflow", "yaml", "pydantic", "rich"}),
+        ("import pipeline.study, pipeline.store", {"torch", "mlflow", "sklearn"}),
+    ],
+)
+def test_an_import_leaves_the_heavy_libraries_alone(code: str, absent: set[str]) -> None:
+    ask = f"{code}; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert absent & set(done.stdout.split()) == set()

@@ -1,0 +1,338 @@
+"""The command lines end to end: search, go on, train again, export."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pipeline.export
+import pipeline.search
+import pipeline.train
+from pipeline.errors import InvalidInput
+from pipeline.loop import run_group
+from pipeline.prepare import prepare
+from pipeline.space import load_config
+from pipeline.store import Store
+from pipeline.study import Study
+from pipeline.trainer import EpochMetrics
+from pipeline.trainers import Trainer
+from pipeline.trial import EndedTrial, TrialState
+from pipeline.workloads.digits import DigitsMLP, digits
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+# MLflow's own use of SQLAlchemy 2.1.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+
+TRIALS = 12
+"""Proposed two at a time."""
+EPOCHS = 3
+STEPS_PER_EPOCH = 20
+SPACE = """
+workload: {name: digits, model: mlp}
+epochs: 3
+batch_size: 64
+optimizer:
+  sgd: {base_lr: {low: 1e-2, high: 1.0, log: true}, momentum: {choices: [0.0, 0.9]}}
+  adamw: {base_lr: {low: 1e-4, high: 1e-1, log: true}}
+scheduler:
+  step: {step_size: {low: 1, high: 2}, gamma: {low: 0.05, high: 0.9, log: true}}
+param_groups:
+  head: {pattern: "fc.*", lr_ratio: {low: 0.1, high: 10, log: true}}
+  body: {pattern: "*"}
+sampler: {name: tpe, n_startup_trials: 4}
+pruner: {name: successive_halving, min_resource: 2}
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A search that ran to its end in a folder of its own."""
+
+    root: Path
+    printed: str
+
+    @property
+    def study(self) -> Study:
+        return Store(self.root).open(None)
+
+    @property
+    def best_yaml(self) -> Path:
+        return self.root / "mlruns" / "studies" / "small-1" / "best.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _surroundings() -> Iterator[None]:
+    """One thread, which `train` sets to what the search had, and no MLflow server of the user's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+    torch.set_num_threads(threads)
+
+
+def write_space(root: Path) -> Path:
+    path = root / "small.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    root = tmp_path_factory.mktemp("search")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = pipeline.search.main(
+            ["--space", str(write_space(root)), "--trials", str(TRIALS), "--root", str(root), "--device", "cpu"]
+        )
+    assert status == 0
+    return Found(root, printed.getvalue())
+
+
+def outcomes(trials: list[EndedTrial]) -> list[tuple[Any, ...]]:
+    return [(t.number, t.params, t.config, t.state, t.reason, t.value, t.metrics, len(t.epochs)) for t in trials]
+
+
+def test_a_search_leaves_its_record_and_says_where(found: Found) -> None:
+    for name in ("mlflow.db", "mlruns/optuna.db", "mlruns/studies/small-1/best.yaml"):
+        assert (found.root / name).is_file()
+    first, *_ = found.printed.splitlines()
+    assert first == "digits · mlp · 3 epochs · cpu, 2 trials at once   study small-1, seed 0"
+    assert f"{TRIALS}/{TRIALS}   best " in found.printed
+    assert (
+        f"best config   {found.best_yaml}   train it again: python -m pipeline.train {found.best_yaml}" in found.printed
+    )
+    assert (
+        f"python -m pipeline.ui --root {found.root}   then open http://127.0.0.1:5000/#/experiments/1" in found.printed
+    )
+
+
+def test_a_search_ends_every_trial_and_prunes_some(found: Found) -> None:
+    trials = found.study.ended
+    assert [trial.number for trial in trials] == list(range(TRIALS))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+    pruned = [trial for trial in trials if trial.state is TrialState.PRUNED]
+    assert {trial.reason for trial in pruned} == {"successive_halving after epoch 2"}
+    assert {len(trial.epochs) for trial in pruned} == {2}
+
+
+def test_best_yaml_is_the_best_trials_config_and_what_was_found(found: Found) -> None:
+    (best,) = found.study.best()
+    _, config, noted = load_config(found.best_yaml)
+    assert config == best.config
+    assert noted["trial"] == best.number
+    assert noted["metrics"] == best.metrics
+    assert noted["metrics"]["val/accuracy"] == best.value == max(t.value or 0 for t in found.study.ended)
+    assert noted["environment"]["trainer"]
+    comment = f"# Trial {best.number} of study small-1: val/accuracy {best.value:.4f} after 3 epochs, complete."
+    assert found.best_yaml.read_text().startswith(comment)
+
+
+def mlflow_runs(root: Path) -> tuple[list[Run], dict[int, Run], Any]:
+    """Return the parents, the trials by number, and a function from run, group to the points of its rate."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits-mlp")
+    assert experiment is not None
+    runs = list(client.search_runs([experiment.experiment_id]))
+    parents = [run for run in runs if run.data.tags["hpo.kind"] == "study"]
+    children = {int(run.data.tags["hpo.trial"]): run for run in runs if run.data.tags["hpo.kind"] == "trial"}
+    assert all(run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id for run in children.values())
+
+    def lr_history(run: Run, group: str) -> list[tuple[int, float]]:
+        history = client.get_metric_history(run.info.run_id, f"lr/{group}")
+        return sorted((point.step, point.value) for point in history)
+
+    return parents, children, lr_history
+
+
+def pytorch_rates(trial: EndedTrial, group: str) -> list[tuple[int, float]]:
+    """Return the rate at the last step of each epoch that PyTorch's StepLR gives."""
+    hyperparameters = trial.config.hyperparameters()
+    rate = hyperparameters["base_lr"] * hyperparameters[f"lr_ratio.{group}"]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+    scheduler = torch.optim.lr_scheduler.StepLR(
+        optimizer, step_size=hyperparameters["step_size"], gamma=hyperparameters["gamma"]
+    )
+    points = []
+    for epoch in range(1, len(trial.epochs) + 1):
+        points.append((STEPS_PER_EPOCH * epoch, optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return points
+
+
+def test_mlflow_has_a_run_per_trial_below_the_studys_with_pytorchs_rates(found: Found) -> None:
+    parents, children, lr_history = mlflow_runs(found.root)
+    trials = found.study.ended
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert sorted(children) == list(range(TRIALS))
+    for trial in trials:
+        run = children[trial.number]
+        assert run.data.tags["hpo.state"] == trial.state.value
+        assert run.data.metrics["val/accuracy"] == trial.metrics["val/accuracy"]
+        for group in ("head", "body"):
+            assert lr_history(run, group) == pytorch_rates(trial, group)
+
+
+def test_training_best_yaml_repeats_the_search_to_the_last_bit(
+    found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert pipeline.train.main([str(found.best_yaml), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "repeated     every metric of the search, to the last bit\n" in printed
+    assert "differs" not in printed
+    assert "test" not in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_trained_model_loads_and_scores_what_was_printed(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipeline.train.main([str(found.best_yaml), "--device", "cpu", "--root", str(tmp_path), "--test"]) == 0
+    (tested,) = re.findall(r"^test +test/loss (\S+)  test/accuracy (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    model = DigitsMLP()
+    model.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    model.eval()
+    workload = digits("mlp")
+    outputs = model(workload.test.inputs)
+    loss = F.cross_entropy(outputs, workload.test.targets).item()
+    accuracy = (outputs.argmax(dim=1) == workload.test.targets).double().mean().item()
+    assert tested == (f"{loss:.4f}", f"{accuracy:.4f}")
+    val_accuracy = (model(workload.val.inputs).argmax(dim=1) == workload.val.targets).double().mean().item()
+    assert val_accuracy == found.study.best()[0].value
+
+
+def test_export_prints_the_best_trial_as_best_yaml_has_it(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.export.main(["--root", str(found.root)]) == 0
+    assert capsys.readouterr().out == found.best_yaml.read_text()
+
+
+def test_an_exported_pruned_trial_trains_again(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = next(trial.number for trial in found.study.ended if trial.state is TrialState.PRUNED)
+    out = tmp_path / "pruned.yaml"
+    assert pipeline.export.main(["--root", str(found.root), "--trial", str(number), "--out", str(out)]) == 0
+    _, config, noted = load_config(out)
+    assert config == found.study.ended[number].config
+    assert (noted["trial"], noted["state"], noted["epochs"]) == (number, "pruned", 2)
+    assert pipeline.train.main([str(out), "--device", "cpu", "--root", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "epoch   3/3" in printed
+    assert "repeated" not in printed  # it was never trained that far
+    second = next(line for line in printed.splitlines() if line.startswith("epoch   2/3"))
+    assert f"val/accuracy {noted['metrics']['val/accuracy']:.4f}" in second
+
+
+def test_export_refuses_a_trial_that_is_not_there(found: Found) -> None:
+    with pytest.raises(
+        InvalidInput, match=r"--trial: 1 problem\n  99: there is no such trial; the last of small-1 is 11"
+    ):
+        pipeline.export.main(["--root", str(found.root), "--trial", "99"])
+
+
+def test_a_training_that_differs_says_in_what(found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = found.study.best()[0].value
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(found.best_yaml.read_text().replace(f"val/accuracy: {accuracy!r}", "val/accuracy: 0.5"))
+    assert pipeline.train.main([str(changed), "--device", "cpu", "--root", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"differs      val/accuracy: {accuracy!r}, the search had 0.5\n" in printed
+
+
+def test_a_diverging_config_ends_with_its_reason(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, config, _ = load_config(found.best_yaml)
+    values = config.to_dict() | {"optimizer": {"sgd": {"base_lr": 1e30}}}
+    path = tmp_path / "diverging.yaml"
+    path.write_text(str(values))
+    assert pipeline.train.main([str(path), "--device", "cpu", "--root", str(tmp_path)]) == 1
+    assert re.search(r"ended: the loss became (nan|inf) at step 2, in epoch 1\n$", capsys.readouterr().out)
+    assert not (tmp_path / "model.pt").exists()
+
+
+def search_until(study: Study, trainer: Trainer, *, epochs: int | None) -> None:
+    """Search as the command line does, without MLflow; stop after a number of trained epochs."""
+    trained: list[Mapping[int, EpochMetrics]] = []
+
+    def interrupted() -> bool:
+        return len(trained) == epochs
+
+    while not interrupted() and (proposals := study.next_group(TRIALS)):
+        for trial in run_group(
+            trainer.build({number: config for number, (config, _) in proposals.items()}),
+            proposals,
+            study,
+            environment=lambda _: {},
+            on_epoch=trained.append,
+            interrupted=interrupted,
+        ):
+            study.add(trial)
+
+
+def test_a_search_interrupted_within_a_group_goes_on_to_the_same_trials(found: Found, tmp_path: Path) -> None:
+    trainer = prepare(found.study.space, source="small.yaml", device="cpu", searching=True)
+    store = Store(tmp_path)
+    whole, _ = (store.create(found.study.space, name=name, trials=TRIALS) for name in ("whole", "pieces"))
+    search_until(whole, trainer, epochs=None)
+    for epochs in (1, 4, 5):
+        search_until(store.open("pieces"), trainer, epochs=epochs)
+    assert 0 < len(store.open("pieces").ended) < TRIALS
+    search_until(store.open("pieces"), trainer, epochs=None)
+    assert outcomes(store.open("pieces").ended) == outcomes(whole.ended) == outcomes(found.study.ended)
+
+
+def test_ctrl_c_keeps_what_was_finished_and_the_printed_command_goes_on(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--space", str(write_space(tmp_path)), "--trials", str(TRIALS), "--root", str(tmp_path)]
+    command = [sys.executable, "-m", "pipeline.search", *options, "--device", "cpu"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
+        assert process.stdout is not None
+        headline, first_group = process.stdout.readline(), process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors == ""
+    assert headline.endswith("study small-1, seed 0\n")
+    assert first_group.startswith(f"2/{TRIALS}   ")
+    kept = Store(tmp_path).open("small-1").ended
+    assert 2 <= len(kept) < TRIALS
+    assert outcomes(kept) == outcomes(found.study.ended[: len(kept)])
+
+    (command_line,) = re.findall(r"interrupted; go on with: python -m pipeline\.search (.*)\n", printed)
+    assert pipeline.search.main(shlex.split(command_line)) == 0
+    assert f"study small-1, seed 0, goes on from trial {len(kept)}\n" in capsys.readouterr().out
+    assert outcomes(Store(tmp_path).open("small-1").ended) == outcomes(found.study.ended)
+    parents, children, _ = mlflow_runs(tmp_path)
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert sorted(children) == list(range(TRIALS))
+    (_, again, noted), (_, before, noted_before) = (
+        load_config(path) for path in (tmp_path / "mlruns/studies/small-1/best.yaml", found.best_yaml)
+    )
+    assert again == before
+    assert noted["metrics"] == noted_before["metrics"]

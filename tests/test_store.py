@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna_dashboard._app import create_app  # type: ignore[import-untyped]
+
+from pipeline.config import TrialConfig
+from pipeline.errors import InvalidInput, StudyBusy
+from pipeline.space import SearchSpace, space_from_document
+from pipeline.store import Store
+from pipeline.trainer import EpochMetrics
+from pipeline.trial import EndedTrial, TrialState
+
+DOCUMENT: dict[str, Any] = {
+    "workload": {"name": "digits", "model": "mlp"},
+    "epochs": 2,
+    "batch_size": 64,
+    "optimizer": {"sgd": {"base_lr": {"low": 1e-3, "high": 1.0, "log": True}}},
+    "scheduler": {"constant": {}},
+    "param_groups": {"all": {"pattern": "*"}},
+}
+
+
+def space_with(**changes: Any) -> SearchSpace:
+    return space_from_document({**DOCUMENT, **changes}, name="small")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def ended_trial(number: int) -> EndedTrial:
+    rate = 0.01 * (number + 1)
+    config = TrialConfig.from_dict({**DOCUMENT, "seed": 0, "optimizer": {"sgd": {"base_lr": rate}}})
+    metrics = {"train/loss": 0.5, "val/loss": 0.5, "val/accuracy": 0.75}
+    return EndedTrial(
+        number=number,
+        config=config,
+        params={"sgd.base_lr": rate},
+        state=TrialState.COMPLETE,
+        reason=None,
+        value=0.75,
+        epochs=(EpochMetrics(epoch=1, step=20, metrics=metrics, lr={}),),
+        started=1_700_000_000.0,
+        ended=1_700_000_001.0,
+        environment={},
+    )
+
+
+def create(store: Store, space: SearchSpace, *, name: str, trials: int, ended: int = 0) -> None:
+    study = store.create(space, name=name, trials=trials)
+    for number in range(ended):
+        study.add(ended_trial(number))
+
+
+def test_a_root_without_studies_is_only_looked_at(store: Store) -> None:
+    assert store.headers() == []
+    assert store.choose(space_with(), trials=8, name=None) == ("small-1", False)
+    assert list(store.root.iterdir()) == []
+
+
+def test_headers_tell_what_a_study_is_without_its_trials(store: Store) -> None:
+    space = space_with()
+    create(store, space, name="first", trials=50, ended=2)
+    create(store, space, name="second", trials=8)
+    first, second = store.headers()
+    assert (first.name, first.space, first.trials, first.group_size, first.ended) == ("first", "small", 50, 8, 2)
+    assert (second.name, second.ended) == ("second", 0)
+    assert first.document == space.document
+
+
+def test_an_opened_study_has_the_space_that_it_was_made_with(store: Store) -> None:
+    space = space_with()
+    create(store, space, name="first", trials=50)
+    study = store.open("first")
+    assert study.space == space
+    assert study.group_size == 8
+
+
+def test_the_newest_study_opens_by_default(store: Store) -> None:
+    create(store, space_with(), name="z-older", trials=8)
+    create(store, space_with(), name="a-newer", trials=8)
+    assert store.open(None).name == "a-newer"
+
+
+def test_opening_with_another_number_of_trials_notes_it(store: Store) -> None:
+    create(store, space_with(), name="first", trials=12)
+    assert store.open("first", trials=100).group_size == 2
+    (header,) = store.headers()
+    assert (header.trials, header.group_size) == (100, 2)
+
+
+def test_choose_goes_on_with_the_newest_unfinished_study_of_the_same_search(store: Store) -> None:
+    space = space_with()
+    create(store, space, name="unfinished", trials=2, ended=1)
+    create(store, space, name="newer", trials=2, ended=1)
+    create(store, space, name="finished", trials=2, ended=2)
+    create(store, space_with(seed=1), name="other-seed", trials=2)
+    create(store, space_with(epochs=3), name="other-space", trials=2)
+    assert store.choose(space, trials=2, name=None) == ("newer", True)
+    assert store.choose(space_with(seed=1), trials=2, name=None) == ("other-seed", True)
+    assert store.choose(space, trials=3, name=None) == ("small-1", False)
+    assert store.choose(space_with(seed=2), trials=2, name=None) == ("small-1", False)
+
+
+def test_a_new_studys_name_is_the_first_number_that_is_free(store: Store) -> None:
+    for name in ("small-1", "small-3"):
+        create(store, space_with(), name=name, trials=1, ended=1)
+    assert store.choose(space_with(), trials=1, name=None) == ("small-2", False)
+
+
+def test_a_named_study_goes_on_whatever_its_number_of_trials(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=1, ended=1)
+    assert store.choose(space_with(), trials=5, name="mine") == ("mine", True)
+    assert store.choose(space_with(), trials=5, name="new") == ("new", False)
+
+
+def test_a_named_study_of_another_space_is_refused_with_every_difference(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8)
+    changed = space_with(
+        epochs=3,
+        optimizer={"sgd": {"base_lr": {"low": 1e-4, "high": 1.0, "log": True}}, "rprop": {"base_lr": 0.1}},
+    )
+    with pytest.raises(InvalidInput) as refused:
+        store.choose(changed, trials=8, name="mine")
+    message = str(refused.value)
+    assert message.startswith("--study mine: ")
+    assert "\n  epochs: the study has 2, the file 3\n" in message
+    assert "\n  optimizer.sgd.base_lr.low: the study has 0.001, the file 0.0001\n" in message
+    assert "\n  optimizer.rprop.base_lr: the study has nothing, the file 0.1\n" in message
+    assert message.endswith("a study keeps its space; choose another --study, or the space that it was made with")
+    assert "sgd.base_lr.high" not in message
+
+
+def test_opening_a_study_that_is_not_there_names_the_nearest(store: Store) -> None:
+    with pytest.raises(InvalidInput, match=r"holds no study; run `python -m pipeline\.search`, or name another --root"):
+        store.open(None)
+    create(store, space_with(), name="default-1", trials=8)
+    with pytest.raises(InvalidInput, match=r"defualt-1: there is no such study; did you mean default-1\?"):
+        store.open("defualt-1")
+
+
+def test_studies_of_other_programs_are_left_alone(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8)
+    optuna.create_study(study_name="theirs", storage=f"sqlite:///{store.database}")
+    assert [header.name for header in store.headers()] == ["mine"]
+
+
+def test_a_study_of_another_format_is_refused(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8)
+    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
+    study.set_user_attr("pipeline", study.user_attrs["pipeline"] | {"format": 99})
+    with pytest.raises(
+        InvalidInput, match=r"mine: is of format 99, and this version reads format 1; use another --root"
+    ):
+        store.headers()
+
+
+def test_a_database_that_is_none_is_refused(store: Store) -> None:
+    store.database.parent.mkdir()
+    store.database.write_text("not a database, but long enough to be read as one" * 20)
+    with pytest.raises(InvalidInput, match=r"cannot be used as Optuna's database: .*; move it away, or name another"):
+        store.headers()
+
+
+def test_a_database_survives_the_end_of_its_process_without_closing(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8, ended=1)
+    script = (
+        "import os, sys; sys.path[:0] = ['tests']\n"
+        "from pathlib import Path; from test_store import Store, ended_trial\n"
+        f"Store(Path({str(store.root)!r})).open('mine').add(ended_trial(1))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], check=False, cwd=Path(__file__).parent.parent)
+    assert ended.returncode == -9
+    assert [trial.number for trial in store.open("mine").ended] == [0, 1]
+
+
+@pytest.fixture
+def holder(store: Store) -> Iterator[subprocess.Popen[str]]:
+    """A process that drives the study `mine` until it is killed."""
+    script = (
+        "from pathlib import Path; from pipeline.store import Store\n"
+        f"with Store(Path({str(store.root)!r})).lock('mine'):\n"
+        "    print('held', flush=True)\n"
+        "    input()"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_refused_and_told_who_drives_the_study(store: Store, holder: subprocess.Popen[str]) -> None:
+    by = f"process {holder.pid} on {socket.gethostname()}"
+    with pytest.raises(StudyBusy) as refused, store.lock("mine"):
+        pass
+    assert str(refused.value) == f"study mine is driven by {by}; wait for it, or name another --study"
+    with store.lock("other"):
+        pass
+
+
+def test_the_lock_of_a_killed_process_does_not_block(store: Store, holder: subprocess.Popen[str]) -> None:
+    holder.kill()
+    holder.wait()
+    with store.lock("mine"):
+        pass
+    with store.lock("mine"), pytest.raises(StudyBusy) as refused, store.lock("mine"):
+        pass
+    assert f"driven by process {os.getpid()} on {socket.gethostname()};" in str(refused.value)
+
+
+def test_optunas_own_library_reads_a_study(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8, ended=3)
+    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
+    assert study.direction is optuna.study.StudyDirection.MAXIMIZE
+    assert study.best_trial.number == 0
+    assert [trial.params for trial in study.trials] == [ended_trial(number).params for number in range(3)]
+
+
+def test_optunas_command_line_reads_a_study(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8, ended=2)
+    storage = f"sqlite:///{store.database}"
+    command = [sys.executable, "-c", "from optuna.cli import main; main()", "trials", "--study-name", "mine"]
+    shown = subprocess.run(
+        [*command, "--storage", storage, "--format", "json"], check=True, capture_output=True, text=True
+    )
+    trials = json.loads(shown.stdout)
+    assert [(trial["number"], trial["state"], trial["value"]) for trial in trials] == [
+        (0, "COMPLETE", 0.75),
+        (1, "COMPLETE", 0.75),
+    ]
+
+
+def test_optuna_dashboard_serves_a_study(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8, ended=2)
+    app = create_app(optuna.storages.RDBStorage(f"sqlite:///{store.database}"))
+
+    def get(path: str) -> Any:
+        status: list[str] = []
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "wsgi.input": io.BytesIO(), "wsgi.errors": io.StringIO()}
+        body = b"".join(app(environ, lambda line, headers, error=None: status.append(line)))
+        assert status == ["200 OK"]
+        return json.loads(body)
+
+    (summary,) = get("/api/studies")["study_summaries"]
+    assert summary["study_name"] == "mine"
+    trials = get(f"/api/studies/{summary['study_id']}")["trials"]
+    assert [trial["values"] for trial in trials] == [[0.75], [0.75]]

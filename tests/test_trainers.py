@@ -1,0 +1,428 @@
+"""The contract of trainers, held by each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import BATCH, SAMPLES, STEPS_PER_EPOCH, TinyModel, tiny_config, tiny_workload
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import TrialConfig
+from pipeline.plain import PlainTrials, epoch_order
+from pipeline.strategy import (
+    SGD,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    Cyclic,
+    Exponential,
+    MultiStep,
+    Muon,
+    OneCycle,
+    ParamGroup,
+    Plateau,
+    RMSprop,
+    Scheduler,
+    Step,
+)
+from pipeline.trainer import EpochMetrics, TrialGroup
+from pipeline.workloads.digits import digits
+from pipeline.workloads.workload import Split, Workload
+
+Trainer = Callable[..., TrialGroup]
+
+TRAINERS: list[Trainer] = [PlainTrials]
+
+CPU = torch.device("cpu")
+STILL = SGD(base_lr=1e-30)
+"""Too small a rate to change a parameter."""
+HUGE = SGD(base_lr=1e30)
+"""One step of it, and the next loss is not finite."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only get in each other's way with models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=TRAINERS, ids=lambda trainer: trainer.__name__)
+def trainer(request: pytest.FixtureRequest) -> Trainer:
+    made: Trainer = request.param
+    return made
+
+
+def with_dropout() -> nn.Module:
+    return TinyModel(dropout=0.5)
+
+
+def with_batch_norm() -> nn.Module:
+    return TinyModel(batch_norm=True)
+
+
+def various() -> dict[int, TrialConfig]:
+    """Trials that differ in optimizer, rate, schedule and what is frozen."""
+    frozen = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
+    return {
+        3: tiny_config(SGD(base_lr=0.3, momentum=0.9), Step(step_size=1, gamma=0.5)),
+        4: tiny_config(Adam(base_lr=0.01), OneCycle()),
+        7: tiny_config(RMSprop(base_lr=0.01), Plateau(patience=0), param_groups=frozen),
+        8: tiny_config(AdamW(base_lr=0.1), Cosine(warmup=1)),
+        9: tiny_config(Muon(base_lr=0.02), Constant()),
+    }
+
+
+def train(group: TrialGroup, epochs: int) -> list[Mapping[int, EpochMetrics]]:
+    return [group.train_epoch() for _ in range(epochs)]
+
+
+def of(number: int, history: Sequence[Mapping[int, EpochMetrics]]) -> list[EpochMetrics]:
+    return [results[number] for results in history if number in results]
+
+
+def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert different == []
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
+    return loaded
+
+
+def model_in_eval_mode(group: TrialGroup, number: int, model: nn.Module) -> nn.Module:
+    model.load_state_dict(group.model_state(number))
+    return model.eval()
+
+
+def test_all_trials_of_a_seed_begin_with_the_same_weights(trainer: Trainer) -> None:
+    first, second = (trainer(various(), tiny_workload(), device=CPU) for _ in range(2))
+    for number in various():
+        assert_same_bits(first.model_state(number), first.model_state(3))
+        assert_same_bits(first.model_state(number), second.model_state(number))
+
+
+def test_another_seed_has_other_weights(trainer: Trainer) -> None:
+    group = trainer({0: tiny_config(), 1: tiny_config()}, tiny_workload(), device=CPU)
+    other = trainer({0: tiny_config(seed=1)}, tiny_workload(), device=CPU)
+    assert not torch.equal(group.model_state(0)["head.weight"], other.model_state(0)["head.weight"])
+
+
+def test_equal_configs_train_equally_in_one_group_and_in_two(trainer: Trainer) -> None:
+    # One sample per step: another order of the data would show.
+    config = tiny_config(SGD(base_lr=0.1, momentum=0.9), batch_size=1)
+    first = trainer({0: config, 1: config}, tiny_workload(), device=CPU)
+    second = trainer({5: config}, tiny_workload(), device=CPU)
+    history, again = train(first, 2), train(second, 2)
+    assert of(0, history) == of(1, history) == of(5, again)
+    assert_same_bits(first.model_state(0), first.model_state(1))
+    assert_same_bits(first.model_state(0), second.model_state(5))
+
+
+def test_the_order_of_an_epoch_is_a_permutation_that_seed_and_epoch_decide() -> None:
+    order = epoch_order(SAMPLES, seed=0, epoch=0)
+    assert sorted(order.tolist()) == list(range(SAMPLES))
+    assert torch.equal(order, epoch_order(SAMPLES, seed=0, epoch=0))
+    assert not torch.equal(order, epoch_order(SAMPLES, seed=0, epoch=1))
+    assert not torch.equal(order, epoch_order(SAMPLES, seed=1, epoch=0))
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, with_dropout, with_batch_norm])
+def test_a_trial_alone_equals_itself_in_a_group_to_the_bit(
+    trainer: Trainer, build_model: Callable[[], nn.Module]
+) -> None:
+    workload = tiny_workload(build_model)
+    group = trainer(various(), workload, device=CPU)
+    history = train(group, 4)
+    for number, config in various().items():
+        alone = trainer({number: config}, workload, device=CPU)
+        assert of(number, train(alone, 4)) == of(number, history)
+        assert_same_bits(alone.model_state(number), group.model_state(number))
+
+
+def test_a_trial_on_digits_alone_equals_itself_in_a_group_to_the_bit(trainer: Trainer) -> None:
+    groups = {"head": ParamGroup(pattern=("fc.*",), lr_ratio=2.0), "body": ParamGroup(pattern=("*",))}
+    adam, sgd = (
+        tiny_config(optimizer, param_groups=groups, batch_size=64)
+        for optimizer in (Adam(base_lr=1e-3), SGD(base_lr=0.1))
+    )
+    workload = digits("mlp")
+    group = trainer({0: adam, 1: sgd, 2: adam}, workload, device=CPU)
+    alone = trainer({1: sgd}, workload, device=CPU)
+    assert group.train_epoch()[1] == alone.train_epoch()[1]
+    assert_same_bits(group.model_state(1), alone.model_state(1))
+
+
+def test_drop_leaves_other_trials_unchanged(trainer: Trainer) -> None:
+    whole = trainer(various(), tiny_workload(with_dropout), device=CPU)
+    thinned = trainer(various(), tiny_workload(with_dropout), device=CPU)
+    expected = train(whole, 4)
+    history = train(thinned, 1)
+    thinned.drop(3)
+    history += train(thinned, 1)
+    thinned.drop(8)
+    history += train(thinned, 2)
+    assert [sorted(results) for results in history] == [[3, 4, 7, 8, 9], [4, 7, 8, 9], [4, 7, 9], [4, 7, 9]]
+    for number in (4, 7, 9):
+        assert of(number, history) == of(number, expected)
+        assert_same_bits(thinned.model_state(number), whole.model_state(number))
+
+
+def test_a_diverged_trial_names_step_and_epoch_and_leaves(trainer: Trainer) -> None:
+    group = trainer({0: tiny_config(), 1: tiny_config(HUGE), 2: tiny_config()}, tiny_workload(), device=CPU)
+    first, second = train(group, 2)
+    assert first[1].diverged is not None
+    assert first[1].diverged.removeprefix("the loss became ") in (
+        "nan at step 2, in epoch 1",
+        "inf at step 2, in epoch 1",
+    )
+    assert not first[1].finished
+    assert first[0].finished
+    assert sorted(second) == [0, 2]
+    assert second[0] == second[2]
+
+
+def test_a_trial_that_diverges_later_counts_steps_from_its_beginning(trainer: Trainer) -> None:
+    late = tiny_config(HUGE, Constant(warmup=1, warmup_start_factor=1e-33))
+    group = trainer({0: late, 1: tiny_config()}, tiny_workload(), device=CPU)
+    first, second = train(group, 2)
+    assert first[0].finished
+    assert second[0].diverged is not None
+    assert second[0].diverged.endswith("at step 7, in epoch 2")
+    assert sorted(group.train_epoch()) == [1]
+
+
+def test_a_metric_that_is_not_finite_is_divergence_too(trainer: Trainer) -> None:
+    one_step = tiny_config(HUGE, batch_size=SAMPLES)
+    (epoch,) = trainer({0: one_step}, tiny_workload(), device=CPU).train_epoch().values()
+    assert math.isfinite(epoch.metrics["train/loss"])
+    assert epoch.diverged in ("val/loss became nan after epoch 1", "val/loss became inf after epoch 1")
+
+
+class Broken(TinyModel):
+    def forward(self, inputs: Tensor) -> Tensor:
+        raise RuntimeError("no such layer")
+
+
+def test_a_model_that_raises_fails_its_trial_alone() -> None:
+    # Only a plain trainer has a model per trial.
+    models = iter([TinyModel(), Broken(), TinyModel()])
+    group = PlainTrials(dict.fromkeys(range(3), tiny_config()), tiny_workload(lambda: next(models)), device=CPU)
+    first, second = train(group, 2)
+    assert first[1] == EpochMetrics(epoch=0, step=0, metrics={}, lr={}, failed="RuntimeError: no such layer")
+    assert not first[1].finished
+    assert [sorted(results) for results in (first, second)] == [[0, 1, 2], [0, 2]]
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, with_batch_norm])
+def test_a_frozen_groups_parameters_stay_as_they_were(trainer: Trainer, build_model: Callable[[], nn.Module]) -> None:
+    frozen = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
+    decaying = AdamW(base_lr=0.1, weight_decay=0.1)
+    configs = {0: tiny_config(decaying, param_groups=frozen), 1: tiny_config(decaying)}
+    group = trainer(configs, tiny_workload(build_model), device=CPU)
+    names = [name for name, _ in build_model().named_parameters()]
+    before = group.model_state(0)
+    results = train(group, 2)[-1]
+    after = {number: group.model_state(number) for number in (0, 1)}
+    assert results[0].lr["body"] == ((2 * STEPS_PER_EPOCH, 0.0),)
+    for name in names:
+        assert torch.equal(before[name], after[0][name]) == (not name.startswith("head."))
+        assert not torch.equal(before[name], after[1][name])
+
+
+SCHEDULES: list[Scheduler] = [
+    Step(step_size=2, gamma=0.1),
+    MultiStep(milestones=(1, 3)),
+    Exponential(gamma=0.7, interval="step"),
+    Cosine(warmup=1),
+    Cosine(warmup=7, interval="step"),
+    OneCycle(cycle_momentum=True),
+    Cyclic(max_lr_ratio=5.0, step_size_up=3, mode="exp_range", gamma=0.9),
+    Plateau(metric="val/accuracy", patience=0, cooldown=1),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: f"{schedule.name}-{schedule.interval}")
+def test_a_group_goes_on_from_a_saved_state_as_if_never_interrupted(trainer: Trainer, schedule: Scheduler) -> None:
+    workload = tiny_workload(lambda: TinyModel(dropout=0.2, batch_norm=True))
+    adam, sgd = Adam(base_lr=0.01), SGD(base_lr=0.1, momentum=0.9)
+    configs = {2: tiny_config(adam, schedule), 5: tiny_config(sgd, schedule), 6: tiny_config(HUGE, schedule)}
+    uninterrupted = trainer(configs, workload, device=CPU)
+    history = train(uninterrupted, 2)
+    state = saved_and_loaded(uninterrupted.state_dict())
+    history += train(uninterrupted, 2)
+    resumed = trainer(configs, workload, device=CPU)
+    resumed.load_state_dict(state)
+    assert [sorted(results) for results in history] == [[2, 5, 6], [2, 5], [2, 5], [2, 5]]
+    assert train(resumed, 2) == history[2:]
+    for number in (2, 5):
+        assert_same_bits(resumed.model_state(number), uninterrupted.model_state(number))
+
+
+def test_a_group_of_various_trials_goes_on_from_a_saved_state(trainer: Trainer) -> None:
+    uninterrupted = trainer(various(), tiny_workload(), device=CPU)
+    uninterrupted.train_epoch()
+    uninterrupted.drop(4)
+    resumed = trainer(various(), tiny_workload(), device=CPU)
+    resumed.load_state_dict(saved_and_loaded(uninterrupted.state_dict()))
+    assert train(resumed, 3) == train(uninterrupted, 3)
+    for number in (3, 7, 8, 9):
+        assert_same_bits(resumed.model_state(number), uninterrupted.model_state(number))
+
+
+def test_an_epoch_schedule_records_its_rate_once_at_the_epochs_last_step(trainer: Trainer) -> None:
+    ratios = {"head": ParamGroup(pattern=("head.*",), lr_ratio=2.0), "body": ParamGroup(pattern=("*",))}
+    config = tiny_config(SGD(base_lr=0.5), Step(step_size=1, gamma=0.5), param_groups=ratios)
+    history = of(0, train(trainer({0: config}, tiny_workload(), device=CPU), 3))
+    assert [epoch.epoch for epoch in history] == [1, 2, 3]
+    assert [epoch.step for epoch in history] == [5, 10, 15]
+    assert [epoch.lr["body"] for epoch in history] == [((5, 0.5),), ((10, 0.25),), ((15, 0.125),)]
+    assert [epoch.lr["head"] for epoch in history] == [((5, 1.0),), ((10, 0.5),), ((15, 0.25),)]
+
+
+def test_a_step_schedule_records_the_rate_of_every_step(trainer: Trainer) -> None:
+    config = tiny_config(SGD(base_lr=1e-3), Cyclic(max_lr_ratio=3.0, step_size_up=2))
+    history = of(0, train(trainer({0: config}, tiny_workload(), device=CPU), 2))
+    steps, rates = zip(*(point for epoch in history for point in epoch.lr["body"]), strict=True)
+    assert steps == tuple(range(1, 11))
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 2e-3, 1e-3, 2e-3, 3e-3, 2e-3, 1e-3, 2e-3])
+
+
+def test_the_recorded_rate_is_the_one_that_was_used(trainer: Trainer) -> None:
+    # One step of plain SGD moves a parameter by rate times gradient, so half the rate moves it half as far.
+    schedule = Constant(warmup=1, warmup_start_factor=0.5)
+    configs = {
+        0: tiny_config(SGD(base_lr=0.5), batch_size=SAMPLES),
+        1: tiny_config(SGD(base_lr=0.5), schedule, batch_size=SAMPLES),
+    }
+    group = trainer(configs, tiny_workload(), device=CPU, dtype=torch.float64)
+    before = group.model_state(0)["head.weight"]
+    results = group.train_epoch()
+    moved = {number: group.model_state(number)["head.weight"] - before for number in configs}
+    assert {number: results[number].lr["head"] for number in configs} == {0: ((1, 0.5),), 1: ((1, 0.25),)}
+    torch.testing.assert_close(moved[0], 2 * moved[1], rtol=1e-12, atol=1e-15)
+
+
+def test_train_loss_is_the_mean_over_all_samples_those_of_the_last_small_batch_too(trainer: Trainer) -> None:
+    assert SAMPLES % BATCH
+    workload = tiny_workload()
+    group = trainer({0: tiny_config(STILL)}, workload, device=CPU, dtype=torch.float64)
+    (epoch,) = group.train_epoch().values()
+    train_split = workload.train.to(CPU, torch.float64)
+    model = model_in_eval_mode(group, 0, TinyModel().double())
+    expected = F.cross_entropy(model(train_split.inputs), train_split.targets).item()
+    assert epoch.metrics["train/loss"] == pytest.approx(expected, rel=1e-12)  # float64, summed in another order
+    assert epoch.step == STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, with_dropout, with_batch_norm])
+def test_metrics_of_val_and_test_are_taken_in_eval_mode(trainer: Trainer, build_model: Callable[[], nn.Module]) -> None:
+    workload = tiny_workload(build_model)
+    group = trainer({0: tiny_config(), 1: tiny_config(Adam(base_lr=0.1))}, workload, device=CPU, dtype=torch.float64)
+    results = train(group, 2)[-1]
+    for number, test_metrics in group.test().items():
+        model = model_in_eval_mode(group, number, build_model().double())
+        for name, metrics in (("val", results[number].metrics), ("test", test_metrics)):
+            split = getattr(workload, name).to(CPU, torch.float64)
+            outputs = model(split.inputs)
+            assert metrics[f"{name}/loss"] == pytest.approx(F.cross_entropy(outputs, split.targets).item(), rel=1e-12)
+            assert metrics[f"{name}/accuracy"] == (outputs.argmax(dim=1) == split.targets).double().mean().item()
+
+
+def test_metrics_are_those_that_the_workload_announces(trainer: Trainer) -> None:
+    workload = tiny_workload()
+    (epoch,) = trainer({0: tiny_config()}, workload, device=CPU).train_epoch().values()
+    assert epoch.metrics.keys() == workload.directions.keys() == {"train/loss", "val/loss", "val/accuracy"}
+
+
+def test_batch_norm_keeps_running_statistics_per_trial(trainer: Trainer) -> None:
+    configs = {0: tiny_config(STILL), 1: tiny_config(SGD(base_lr=0.5))}
+    group = trainer(configs, tiny_workload(with_batch_norm), device=CPU)
+    assert group.model_state(0)["norm.running_mean"].tolist() == [0.0] * 8
+    train(group, 2)
+    states = [group.model_state(number) for number in configs]
+    assert [state["norm.num_batches_tracked"].item() for state in states] == [2 * STEPS_PER_EPOCH] * 2
+    assert not torch.equal(states[0]["norm.running_mean"], states[1]["norm.running_mean"])
+
+
+def dropout_losses(trainer: Trainer, configs: Mapping[int, TrialConfig], *, global_seed: int) -> dict[int, list[float]]:
+    torch.manual_seed(global_seed)
+    workload: Workload = tiny_workload(with_dropout)
+    history = train(trainer(configs, workload, device=CPU), 2)
+    return {number: [epoch.metrics["train/loss"] for epoch in of(number, history)] for number in configs}
+
+
+def test_dropout_masks_are_a_function_of_seed_epoch_and_step_alone(trainer: Trainer) -> None:
+    # The weights do not move, so that a loss depends on the masks alone.
+    with torch.random.fork_rng():
+        alone = dropout_losses(trainer, {0: tiny_config(STILL)}, global_seed=1)
+        still_adam = tiny_config(Adam(base_lr=1e-30))
+        together = dropout_losses(trainer, {0: tiny_config(STILL), 1: still_adam, 2: tiny_config()}, global_seed=2)
+        other_seed = dropout_losses(trainer, {0: tiny_config(STILL, seed=1)}, global_seed=1)
+    assert alone[0] == together[0] == together[1]
+    assert alone[0][0] != pytest.approx(alone[0][1], rel=1e-3)
+    assert alone[0] != other_seed[0]
+
+
+def test_dropout_masks_differ_from_step_to_step_and_from_epoch_to_epoch(trainer: Trainer) -> None:
+    # The samples are equal and the weights do not move, so that only a mask can change a loss.
+    def losses(samples: int) -> list[float]:
+        train_split = Split(torch.ones(samples, 6), torch.zeros(samples, dtype=torch.long))
+        workload = dataclasses.replace(tiny_workload(with_dropout), train=train_split)
+        history = train(trainer({0: tiny_config(STILL, batch_size=1)}, workload, device=CPU), 4)
+        return [epoch.metrics["train/loss"] for epoch in of(0, history)]
+
+    assert losses(1) != pytest.approx([losses(1)[0]] * 4, rel=1e-6)
+    assert losses(1) != pytest.approx(losses(2), rel=1e-6)
+
+
+def test_a_trainer_leaves_the_global_random_state_alone(trainer: Trainer) -> None:
+    before = torch.get_rng_state()
+    group = trainer(various(), tiny_workload(with_dropout), device=CPU)
+    group.train_epoch()
+    group.test()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_testing_changes_nothing(trainer: Trainer) -> None:
+    workload = tiny_workload(lambda: TinyModel(dropout=0.2, batch_norm=True))
+    tested, untested = (trainer(various(), workload, device=CPU) for _ in range(2))
+    history = []
+    for _ in range(3):
+        history.append(tested.train_epoch())
+        tested.test()
+    assert history == train(untested, 3)
+    for number in various():
+        assert_same_bits(tested.model_state(number), untested.model_state(number))
+
+
+def test_a_models_state_is_a_copy(trainer: Trainer) -> None:
+    group = trainer({0: tiny_config(), 1: tiny_config()}, tiny_workload(), device=CPU)
+    state = group.model_state(0)
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    group.train_epoch()
+    assert_same_bits(state, kept)
+    assert not torch.equal(group.model_state(0)["head.weight"], kept["head.weight"])
+
+
+def test_training_lowers_the_loss(trainer: Trainer) -> None:
+    configs = {number: dataclasses.replace(config, epochs=12) for number, config in various().items()}
+    history = train(trainer(configs, tiny_workload(), device=CPU), 12)
+    for number in configs:
+        losses = [epoch.metrics["train/loss"] for epoch in of(number, history)]
+        assert losses[-1] < 0.8 * losses[0]
