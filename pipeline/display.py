@@ -58,23 +58,27 @@ class Progress:
         """Note that a group's trials are stored; in a pipe, write a line."""
         self._in_group = 0.0
         if not self._console.is_terminal:
-            done, counts = self._line_of_best(), self._line_of_counts()
-            self._console.print(f"{done}   {counts}", soft_wrap=True, highlight=False)
+            parts = (self._done(), self._best_strategy(), self._line_of_counts())
+            self._console.print("   ".join(part for part in parts if part), soft_wrap=True, highlight=False)
 
     def _render(self) -> RenderableType:
         done = len(self._study.ended) + self._in_group
-        bar = ProgressBar(total=self._trials, completed=min(done, self._trials), width=36)
+        bar = ProgressBar(
+            total=self._trials, completed=min(done, self._trials), width=min(36, self._console.width // 2)
+        )
         head = Table.grid(padding=(0, 1))
-        head.add_row(Text(""), bar, Text(f"{self._line_of_best()}   {self._time_left(done)}"))
-        return Group(head, Text(f"  {self._line_of_counts()}", style="dim"))
+        head.add_row("", bar, Text(f"{self._done()}   {self._time_left(done)}"))
+        below = [Text(f"  {line}", style="dim") for line in (self._best_strategy(), self._line_of_counts()) if line]
+        return Group(head, *below)
 
-    def _line_of_best(self) -> str:
-        done = f"{len(self._study.ended)}/{self._trials}"
+    def _done(self) -> str:
         best = self._study.best()
-        if not best:
-            return done
-        assert best[0].value is not None
-        return f"{done}   best {best[0].value:.4f}  {strategy_line(best[0].config)}"
+        done = f"{len(self._study.ended)}/{self._trials}"
+        return f"{done}   best {best[0].value:.4f}" if best else done
+
+    def _best_strategy(self) -> str:
+        best = self._study.best()
+        return strategy_line(best[0].config) if best else ""
 
     def _line_of_counts(self) -> str:
         counts = Counter(trial.state for trial in self._study.ended)

@@ -39,7 +39,14 @@ def view_path(experiment_id: str, study: str) -> str:
 
 
 def saved_view(
-    *, study: str, metric: str, direction: str, params: Sequence[str], lr_metrics: Sequence[str], created_ms: int
+    *,
+    study: str,
+    metric: str,
+    direction: str,
+    columns: Sequence[str],
+    axes: Sequence[str],
+    lr_metrics: Sequence[str],
+    created_ms: int,
 ) -> tuple[str, str]:
     """Return the experiment tag, key and value, that holds the view of one study.
 
@@ -47,7 +54,8 @@ def saved_view(
         study: Its trials are shown, by their tag `hpo.study`.
         metric: The objective; the trials are sorted by it.
         direction: Of the objective, "maximize" or "minimize".
-        params: Parameters worth a column and an axis.
+        columns: Parameters worth a column.
+        axes: Parameters worth an axis of the parallel coordinates, which show only trials that have them all.
         lr_metrics: Metrics that hold learning rates, one chart each.
         created_ms: Milliseconds since 1970.
     """
@@ -61,14 +69,14 @@ def saved_view(
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
             f"metrics.`{metric}`",
-            *(f"params.`{name}`" for name in params),
+            *(f"params.`{name}`" for name in columns),
             "tags.`hpo.state`",
             "attributes.`Duration`",
         ],
         "columnOrder": [],
         "columnWidths": {},
         "runsHiddenMode": "SHOW_ALL",
-        "compareRunCharts": _charts(metric, params, lr_metrics),
+        "compareRunCharts": _charts(metric, axes, lr_metrics),
         "compareRunSections": _sections(metric),
         "viewMaximized": False,
         "runListHidden": False,
@@ -89,11 +97,11 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
-def _charts(metric: str, params: Sequence[str], lr_metrics: Sequence[str]) -> list[dict[str, Any]]:
+def _charts(metric: str, axes: Sequence[str], lr_metrics: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
             **_chart("PARALLEL", "parallel", "search space"),
-            "selectedParams": list(params),
+            "selectedParams": list(axes),
             "selectedMetrics": [metric],
             "showAllRuns": True,
         },

@@ -144,7 +144,8 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
         metric=space.objective.metric,
         direction=space.objective.direction,
         groups=tuple(space.param_groups),
-        searched=tuple("log10_base_lr" if n == "base_lr" else n for n in space.searched_hyperparameters()),
+        columns=space.searched_hyperparameters(),
+        axes=tuple("log10_base_lr" if name == "base_lr" else name for name in space.shared_hyperparameters()),
         space=dumps(space.document),
         seed=space.seed,
     )

@@ -107,6 +107,18 @@ class SearchSpace:
         names = [part[1] if part[0] in owners and len(part) > 1 else name for name, part in parts.items()]
         return tuple(dict.fromkeys(names))
 
+    def shared_hyperparameters(self) -> tuple[str, ...]:
+        """Return those of `searched_hyperparameters` that every trial has, whatever its optimizer and schedule."""
+        owned = {
+            name for options in (self.optimizers, self.schedulers) for domains in options.values() for name in domains
+        }
+        shared = {
+            name
+            for options in (self.optimizers, self.schedulers)
+            for name in set.intersection(*(set(domains) for domains in options.values()))
+        }
+        return tuple(name for name in self.searched_hyperparameters() if name in shared or name not in owned)
+
 
 def load_space(path: Path) -> SearchSpace:
     """Read a search-space file and check all that needs no model; see `pipeline.rules` for the rest.

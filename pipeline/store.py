@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy
 from optuna.storages import RDBStorage
 
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
 from pipeline.space import SearchSpace, space_from_document
+from pipeline.sqlite import sqlite_uri
 from pipeline.study import Study, group_size, storage_errors
 
 FORMAT = 1
@@ -194,8 +194,7 @@ class Store:
                 with contextlib.closing(sqlite3.connect(self.database)) as connection:
                     connection.execute("PRAGMA journal_mode=WAL")
             with storage_errors("opening"):
-                url = sqlalchemy.URL.create("sqlite", database=str(self.database.resolve()))
-                return RDBStorage(url.render_as_string())  # with `?` and `%` of the path escaped
+                return RDBStorage(sqlite_uri(self.database))
         except (StorageError, sqlite3.Error, OSError) as error:
             remedy = "move it away, or name another --root"
             message = f"cannot be used as Optuna's database: {error}; {remedy}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.saved_view import mlflow_name, saved_view, view_path
+from pipeline.sqlite import sqlite_uri
 from pipeline.strict_yaml import dumps
 from pipeline.trial import EndedTrial, TrialState
 from pipeline.trial_record import lr_csv, lr_metric, metric_points, trial_params, trial_tags
@@ -57,8 +58,10 @@ class StudyInfo:
     """Of the objective: "maximize" or "minimize"."""
     groups: tuple[str, ...]
     """Names of the parameter groups."""
-    searched: tuple[str, ...]
-    """Parameters worth a column and an axis, such as `optimizer`, `log10_base_lr`, `lr_ratio.head`."""
+    columns: tuple[str, ...]
+    """Parameters that differ between trials, such as `optimizer`, `base_lr`, `momentum`, `lr_ratio.head`."""
+    axes: tuple[str, ...]
+    """Those of them for parallel coordinates, `log10_base_lr` for `base_lr`; MLflow draws only runs that have all."""
     space: str
     """The search space as YAML text."""
     seed: int
@@ -184,7 +187,8 @@ class Tracker:
             study=study.name,
             metric=study.metric,
             direction=study.direction,
-            params=[mlflow_name(name) for name in study.searched],
+            columns=[mlflow_name(name) for name in study.columns],
+            axes=[mlflow_name(name) for name in study.axes],
             lr_metrics=[lr_metric(group) for group in study.groups],
             created_ms=_milliseconds(time.time()),
         )
@@ -245,7 +249,7 @@ def _open_store(root: Path) -> MlflowClient:
         _create_database(database)
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA schema_version")  # MLflow would try for minutes to open what cannot be opened
-    return MlflowClient(f"sqlite:///{database}")
+    return MlflowClient(sqlite_uri(database))
 
 
 def _create_database(database: Path) -> None:
@@ -256,7 +260,7 @@ def _create_database(database: Path) -> None:
     with tempfile.TemporaryDirectory(dir=database.parent, prefix="mlflow.db.") as folder:
         new = Path(folder) / "mlflow.db"
         # The experiment "Default", which MLflow makes here, would otherwise point below the working folder.
-        store = SqlAlchemyStore(f"sqlite:///{new}", str(database.parent / "mlruns"))  # type: ignore[no-untyped-call]
+        store = SqlAlchemyStore(sqlite_uri(new), str(database.parent / "mlruns"))  # type: ignore[no-untyped-call]
         store.engine.dispose()
         with contextlib.suppress(FileExistsError):  # another search was faster
             database.hardlink_to(new)

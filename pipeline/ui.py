@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import InvalidInput, PipelineError, Problem
 from pipeline.saved_view import view_path
+from pipeline.sqlite import sqlite_uri
 
 HOST = "127.0.0.1"
 """MLflow asks nobody for a password: whoever reaches the port may read and write. From afar, use `ssh -L`."""
@@ -112,7 +113,7 @@ def server_command(root: Path, port: int) -> list[str]:
     root = root.absolute()
     return [
         *(sys.executable, "-m", "mlflow", "ui"),
-        *("--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"),
+        *("--backend-store-uri", sqlite_uri(root / "mlflow.db")),
         *("--artifacts-destination", str(root / "mlruns")),
         *("--host", HOST, "--port", str(port), "--workers", "1"),
         *("--uvicorn-opts", "--log-level warning"),  # no line per request

@@ -42,7 +42,8 @@ def study(name: str = "default-1", *, experiment: str = "digits-cnn") -> StudyIn
         metric="val/accuracy",
         direction="maximize",
         groups=("head", "body"),
-        searched=("optimizer", "log10_base_lr", "step_size", "lr_ratio.head"),
+        columns=("optimizer", "base_lr", "step_size", "lr_ratio.head"),
+        axes=("optimizer", "log10_base_lr", "step_size", "lr_ratio.head"),
         space="epochs: 2\n",
         seed=0,
     )
@@ -272,7 +273,8 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
         study="s 1",
         metric="val/loss",
         direction="minimize",
-        params=["optimizer"],
+        columns=["optimizer"],
+        axes=["optimizer"],
         lr_metrics=["lr/head", "lr/body"],
         created_ms=1,
     )

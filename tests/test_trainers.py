@@ -14,7 +14,9 @@ from tiny import BATCH, SAMPLES, STEPS_PER_EPOCH, TinyModel, tiny_config, tiny_w
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import trainers
 from pipeline.config import TrialConfig
+from pipeline.fused import FusedTrials
 from pipeline.plain import PlainTrials, epoch_order
 from pipeline.strategy import (
     SGD,
@@ -39,13 +41,29 @@ from pipeline.workloads.workload import Split, Workload
 
 Trainer = Callable[..., TrialGroup]
 
-TRAINERS: list[Trainer] = [PlainTrials]
-
 CPU = torch.device("cpu")
+
+
+def in_parts(
+    configs: Mapping[int, TrialConfig],
+    workload: Workload,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> TrialGroup:
+    """Build a group as a search does: matrices of two rows, and what cannot be a row alone."""
+    builder = trainers.Trainer(workload, next(iter(configs.values())), device=device, dtype=dtype, rows=2)
+    return builder.build(configs)
+
+
+TRAINERS: list[Trainer] = [PlainTrials, FusedTrials, in_parts]
+
 STILL = SGD(base_lr=1e-30)
 """Too small a rate to change a parameter."""
 HUGE = SGD(base_lr=1e30)
 """One step of it, and the next loss is not finite."""
+FROZEN_BODY = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
+BODY_AND_FASTER_HEAD = {"head": ParamGroup(pattern=("head.*",), lr_ratio=2.0), "body": ParamGroup(pattern=("*",))}
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +90,22 @@ def with_batch_norm() -> nn.Module:
 
 
 def various() -> dict[int, TrialConfig]:
-    """Trials that differ in optimizer, rate, schedule and what is frozen."""
-    frozen = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
+    """Trials that differ in optimizer, rate and schedule."""
     return {
         3: tiny_config(SGD(base_lr=0.3, momentum=0.9), Step(step_size=1, gamma=0.5)),
         4: tiny_config(Adam(base_lr=0.01), OneCycle()),
-        7: tiny_config(RMSprop(base_lr=0.01), Plateau(patience=0), param_groups=frozen),
+        7: tiny_config(RMSprop(base_lr=0.01), Plateau(patience=0)),
         8: tiny_config(AdamW(base_lr=0.1), Cosine(warmup=1)),
-        9: tiny_config(Muon(base_lr=0.02), Constant()),
+        9: tiny_config(SGD(base_lr=0.1), param_groups=BODY_AND_FASTER_HEAD),
+    }
+
+
+def with_all_kinds() -> dict[int, TrialConfig]:
+    """Trials that cannot all be rows of one matrix: one freezes a group, and Muon's have no rule."""
+    return {
+        **various(),
+        10: tiny_config(Muon(base_lr=0.02), Exponential(gamma=0.9)),
+        11: tiny_config(Adam(base_lr=0.01), param_groups=FROZEN_BODY),
     }
 
 
@@ -144,8 +170,11 @@ def test_the_order_of_an_epoch_is_a_permutation_that_seed_and_epoch_decide() -> 
 
 @pytest.mark.parametrize("build_model", [TinyModel, with_dropout, with_batch_norm])
 def test_a_trial_alone_equals_itself_in_a_group_to_the_bit(
-    trainer: Trainer, build_model: Callable[[], nn.Module]
+    request: pytest.FixtureRequest, trainer: Trainer, build_model: Callable[[], nn.Module]
 ) -> None:
+    if trainer is FusedTrials and build_model is with_batch_norm:
+        reason = "PyTorch sums over a batch of vectors 32 columns at a time, rows side by side, and the rest otherwise"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     workload = tiny_workload(build_model)
     group = trainer(various(), workload, device=CPU)
     history = train(group, 4)
@@ -231,18 +260,18 @@ def test_a_model_that_raises_fails_its_trial_alone() -> None:
 
 @pytest.mark.parametrize("build_model", [TinyModel, with_batch_norm])
 def test_a_frozen_groups_parameters_stay_as_they_were(trainer: Trainer, build_model: Callable[[], nn.Module]) -> None:
-    frozen = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
     decaying = AdamW(base_lr=0.1, weight_decay=0.1)
-    configs = {0: tiny_config(decaying, param_groups=frozen), 1: tiny_config(decaying)}
-    group = trainer(configs, tiny_workload(build_model), device=CPU)
+    frozen = tiny_config(decaying, param_groups=FROZEN_BODY)
+    group = trainer({0: frozen, 1: frozen}, tiny_workload(build_model), device=CPU)
+    unfrozen = trainer({2: tiny_config(decaying)}, tiny_workload(build_model), device=CPU)
     names = [name for name, _ in build_model().named_parameters()]
     before = group.model_state(0)
     results = train(group, 2)[-1]
-    after = {number: group.model_state(number) for number in (0, 1)}
+    train(unfrozen, 2)
     assert results[0].lr["body"] == ((2 * STEPS_PER_EPOCH, 0.0),)
     for name in names:
-        assert torch.equal(before[name], after[0][name]) == (not name.startswith("head."))
-        assert not torch.equal(before[name], after[1][name])
+        assert torch.equal(before[name], group.model_state(0)[name]) == (not name.startswith("head."))
+        assert not torch.equal(before[name], unfrozen.model_state(2)[name])
 
 
 SCHEDULES: list[Scheduler] = [
@@ -285,9 +314,23 @@ def test_a_group_of_various_trials_goes_on_from_a_saved_state(trainer: Trainer) 
         assert_same_bits(resumed.model_state(number), uninterrupted.model_state(number))
 
 
+@pytest.mark.parametrize("mixed", [PlainTrials, in_parts])
+def test_trials_of_all_kinds_train_in_one_group_as_they_do_alone(mixed: Trainer) -> None:
+    group = mixed(with_all_kinds(), tiny_workload(with_dropout), device=CPU)
+    history = train(group, 2)
+    resumed = mixed(with_all_kinds(), tiny_workload(with_dropout), device=CPU)
+    resumed.load_state_dict(saved_and_loaded(group.state_dict()))
+    history += train(group, 2)
+    assert train(resumed, 2) == history[2:]
+    assert [list(results) for results in history] == [sorted(with_all_kinds())] * 4
+    for number, config in with_all_kinds().items():
+        alone = mixed({number: config}, tiny_workload(with_dropout), device=CPU)
+        assert of(number, train(alone, 4)) == of(number, history)
+        assert_same_bits(alone.model_state(number), group.model_state(number))
+
+
 def test_an_epoch_schedule_records_its_rate_once_at_the_epochs_last_step(trainer: Trainer) -> None:
-    ratios = {"head": ParamGroup(pattern=("head.*",), lr_ratio=2.0), "body": ParamGroup(pattern=("*",))}
-    config = tiny_config(SGD(base_lr=0.5), Step(step_size=1, gamma=0.5), param_groups=ratios)
+    config = tiny_config(SGD(base_lr=0.5), Step(step_size=1, gamma=0.5), param_groups=BODY_AND_FASTER_HEAD)
     history = of(0, train(trainer({0: config}, tiny_workload(), device=CPU), 3))
     assert [epoch.epoch for epoch in history] == [1, 2, 3]
     assert [epoch.step for epoch in history] == [5, 10, 15]
