@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.strategy import OPTIMIZERS, SCHEDULERS, Optimizer, ParamGroup, Scheduler
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class TrialConfig:
     """Samples per optimizer step; the last step of an epoch takes what is left."""
     seed: int
     """Decides initial weights, data order and dropout; the same for every trial of a search."""
+    precision: Precision = "fp32"
+    """Of the arithmetic in forward and backward passes: "bf16" is `torch.autocast`; parameters stay float32."""
     optimizer: Optimizer
     scheduler: Scheduler
     param_groups: Mapping[str, ParamGroup]
@@ -45,6 +49,7 @@ class TrialConfig:
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "precision": self.precision,
             "optimizer": {self.optimizer.name: _plain(self.optimizer)},
             "scheduler": {self.scheduler.name: _plain(self.scheduler)},
             "param_groups": {name: _plain(group) for name, group in self.param_groups.items()},
@@ -60,6 +65,7 @@ class TrialConfig:
             epochs=data["epochs"],
             batch_size=data["batch_size"],
             seed=data["seed"],
+            precision=data["precision"],
             optimizer=OPTIMIZERS[optimizer](**_frozen(optimizer_values)),
             scheduler=SCHEDULERS[scheduler](**_frozen(scheduler_values)),
             param_groups={name: ParamGroup(**_frozen(group)) for name, group in data["param_groups"].items()},

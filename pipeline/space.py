@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StringConstraints, create_model
 
 from pipeline import rules, strict_yaml
-from pipeline.config import TrialConfig, WorkloadChoice
+from pipeline.config import Precision, TrialConfig, WorkloadChoice
 from pipeline.domains import Choices, Suggests, contains, describe, is_searched, label, suggest
 from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.forms import FORM, MAX_COUNT, check, form_of, one_or_more
@@ -57,6 +57,7 @@ class SearchSpace:
     epochs: int
     batch_size: int
     seed: int
+    precision: Precision
     objective: Objective
     optimizers: Mapping[str, Domains]
     """Optimizer name to its hyperparameters; a trial has one optimizer."""
@@ -82,6 +83,7 @@ class SearchSpace:
             epochs=self.epochs,
             batch_size=self.batch_size,
             seed=self.seed,
+            precision=self.precision,
             optimizer=OPTIMIZERS[optimizer](**optimizer_values),
             scheduler=SCHEDULERS[scheduler](**scheduler_values),
             param_groups={name: ParamGroup(**values) for name, values in groups.items()},
@@ -182,6 +184,7 @@ def file_form() -> type[BaseModel]:
         "epochs": (count, Field(description="Passes over the training data per trial.")),
         "batch_size": (count, Field(description="Samples per optimizer step.")),
         "seed": (seed, Field(0, description="Decides proposals, initial weights, data order and dropout.")),
+        "precision": (Precision, Field("fp32", description="bf16: forward and backward passes by torch.autocast.")),
         "objective": (form_of(Objective, searchable=False), Field(default_factory=dict, validate_default=True)),
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
         "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
@@ -212,6 +215,7 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=values.seed,
+        precision=values.precision,
         objective=Objective(**dict(values.objective)),
         optimizers=_present(values.optimizer),
         schedulers=_present(values.scheduler),

@@ -10,6 +10,7 @@ import os
 import socket
 import sqlite3
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,9 @@ class Store:
         with storage_errors(f"creating study {name}"):
             direction = space.objective.direction
             study = optuna.create_study(storage=storage, study_name=name, direction=direction)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names([space.objective.metric])  # for Optuna's own tables and plots
             study.set_user_attr(_HEADER, header)
         return Study(space, name=name, group_size=group_size(trials), storage=storage)
 

@@ -42,7 +42,9 @@ def store(tmp_path: Path) -> Store:
 
 def ended_trial(number: int) -> EndedTrial:
     rate = 0.01 * (number + 1)
-    config = TrialConfig.from_dict({**DOCUMENT, "seed": 0, "optimizer": {"sgd": {"base_lr": rate}}})
+    config = TrialConfig.from_dict(
+        {**DOCUMENT, "seed": 0, "precision": "fp32", "optimizer": {"sgd": {"base_lr": rate}}}
+    )
     metrics = {"train/loss": 0.5, "val/loss": 0.5, "val/accuracy": 0.75}
     return EndedTrial(
         number=number,
@@ -240,8 +242,8 @@ def test_optunas_command_line_reads_a_study(store: Store) -> None:
     )
     trials = json.loads(shown.stdout)
     assert [(trial["number"], trial["state"], trial["value"]) for trial in trials] == [
-        (0, "COMPLETE", 0.75),
-        (1, "COMPLETE", 0.75),
+        (0, "COMPLETE", {"val/accuracy": 0.75}),
+        (1, "COMPLETE", {"val/accuracy": 0.75}),
     ]
 
 

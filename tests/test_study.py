@@ -133,7 +133,13 @@ def ended_trial(number: int = 0, **changes: Any) -> EndedTrial:
         "param_groups": {"head": {"pattern": ["fc.*"], "lr_ratio": 10 / 3}, "body": {"pattern": ["*"]}},
     }
     config = TrialConfig.from_dict(
-        {**{k: DOCUMENT[k] for k in ("workload", "epochs", "batch_size")}, "seed": 0, **values}
+        {
+            **{k: DOCUMENT[k] for k in ("workload", "epochs", "batch_size")},
+            "seed": 0,
+            "precision": "fp32",
+            "precision": "fp32",
+            **values,
+        }
     )
     trial = EndedTrial(
         number=number,
