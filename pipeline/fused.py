@@ -198,12 +198,19 @@ class FusedTrials:
             yield train.inputs.index_select(0, indices), train.targets.index_select(0, indices)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each row's loss (row,) and gradients (row, parameter) on one batch."""
-        matrix = self._matrix.detach().requires_grad_()
-        outputs = self._forward(self._layout.views(matrix), inputs)
+        """Return each row's loss (row,) and gradients (row, parameter) on one batch.
+
+        Raises:
+            RuntimeError: The loss does not depend on a parameter. PyTorch's optimizers leave such a parameter as it
+                is, without weight decay and without counting the step, which a row cannot.
+        """
+        parameters = {name: p.detach().requires_grad_() for name, p in self._layout.views(self._matrix).items()}
+        outputs = self._forward(parameters, inputs)
         losses = vmap(self._workload.loss, in_dims=(0, None), randomness="same")(outputs, targets)
-        (gradients,) = torch.autograd.grad(losses.sum(), matrix)
-        return losses.detach(), gradients
+        gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
+            raise RuntimeError(f"the loss does not depend on {', '.join(unused)}")
+        return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
 
     def _forward(self, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Return outputs (row, batch, …) of every row on the same inputs (batch, …)."""

@@ -129,13 +129,14 @@ class PlainTrial:
         sizes: list[int] = []
         lr: dict[str, list[tuple[int, float]]] = {name: [] for name in self.config.param_groups}
         self.model.train()
-        with fork_rng(self.device) if self.seeded else contextlib.nullcontext():
+        with seeded_steps(self.seeded, self.device):
             for number, (inputs, targets) in enumerate(self._batches()):
                 if self.seeded:
                     torch.manual_seed(derive_seed(self.config.seed, "step", self.epoch, number))
                 rates = self.strategy.learning_rates()
                 self.strategy.zero_grad()
-                loss = self.workload.loss(self.model(inputs), targets)
+                with autocast(self.config, self.device):
+                    loss = self.workload.loss(self.model(inputs), targets)
                 loss.backward()
                 self.strategy.step()
                 self.step += 1
@@ -163,7 +164,11 @@ class PlainTrial:
     def evaluate(self, name: str, split: Split) -> dict[str, float]:
         """Return the loss and every metric over a split, named after it."""
         self.model.eval()
-        outputs = torch.cat([self.model(inputs) for inputs in split.inputs.split(EVAL_BATCH)])
+        with seeded_steps(self.seeded, self.device), autocast(self.config, self.device):
+            if self.seeded:
+                torch.manual_seed(derive_seed(self.config.seed, name, self.epoch))
+            outputs = torch.cat([self.model(inputs) for inputs in split.inputs.split(EVAL_BATCH)])
+        outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
         values = {f"{name}/loss": float(self.workload.loss(outputs, split.targets))}
         for metric, measure in self.workload.metrics.items():
             values[f"{name}/{metric}"] = float(measure.function(outputs, split.targets))
@@ -188,6 +193,16 @@ class PlainTrial:
         order = epoch_order(len(self.train), seed=self.config.seed, epoch=self.epoch).to(self.device)
         for indices in order.split(self.config.batch_size):
             yield self.train.inputs.index_select(0, indices), self.train.targets.index_select(0, indices)
+
+
+def seeded_steps(seeded: bool, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which steps may seed torch's global random states, if they do."""
+    return fork_rng(device) if seeded else contextlib.nullcontext()
+
+
+def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
+    """Return the context of a config's forward passes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:

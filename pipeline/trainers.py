@@ -80,18 +80,15 @@ class Trainer:
         cls = FusedTrials if all(self.fuses(config) for config in configs.values()) else PlainTrials
         return cls(configs, self.workload, device=self.device, dtype=self._dtype, seeded=self._seeded)
 
-    def train(self, parts: Sequence[Part]) -> list[dict[int, EpochMetrics] | Exception]:
-        """Train an epoch of each part, at once where that is possible."""
-        return self._at_once(lambda part: _attempt(part.train_epoch), parts)
+    def train(self, parts: Sequence[Part], *, epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
+        """Train each part, at once where that is possible; return each trial's last metrics, or what was raised."""
+        return self._at_once(lambda part: _attempt(part, epochs), parts)
 
-    def halve(self, part: Part, *, epochs: int) -> list[Part]:
-        """Build a matrix again as two, and train them as far as it had come: then they are what it was."""
-        halves = [self.build_part(half) for half in _split(part.configs, -(-len(part.configs) // 2))]
-        self.rows = max(len(half.configs) for half in halves)
-        for half in halves:
-            for _ in range(epochs):
-                half.train_epoch()
-        return halves
+    def halve(self, configs: Mapping[int, TrialConfig]) -> list[Part]:
+        """Build the trials of a matrix that does not fit into memory as smaller ones; none is larger from now on."""
+        half = -(-len(configs) // 2)
+        self.rows = min(self.rows or half, half)
+        return [self.build_part(half) for half in _split(configs, self.rows)]
 
     def _fastest_rows(self, configs: Mapping[int, TrialConfig]) -> int:
         """Measure a few steps of one matrix of all rows, and of several matrices in as many threads."""
@@ -129,25 +126,18 @@ class TrialParts:
         self._epochs = 0
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
-        """Train every trial for one epoch; a matrix that does not fit into memory is halved and trained again."""
-        results: dict[int, EpochMetrics] = {}
-        trained: list[Part] = []
-        waiting = self._parts
-        while waiting:
-            halves: list[Part] = []
-            for part, outcome in zip(waiting, self._trainer.train(waiting), strict=True):
-                if isinstance(outcome, dict):
-                    results |= outcome
-                    trained.append(part)
-                elif isinstance(outcome, torch.OutOfMemoryError) and _can_halve(part):
-                    torch.cuda.empty_cache()
-                    halves += self._trainer.halve(part, epochs=self._epochs)
-                else:
-                    failed = f"{type(outcome).__name__}: {outcome}"
-                    lost = EpochMetrics(epoch=self._epochs, step=0, metrics={}, lr={}, failed=failed)
-                    results |= dict.fromkeys(part.configs, lost)
-            waiting = halves
-        self._parts = [part for part in trained if part.configs]
+        """Train every trial for one epoch; a matrix that does not fit into memory is halved and trained again.
+
+        Its halves begin anew and train as far as it had come: then they are what it was.
+        """
+        waiting, self._parts = self._parts, []
+        results, too_large = self._train(waiting, epochs=1)
+        while too_large:
+            del waiting  # its memory is needed
+            torch.cuda.empty_cache()
+            waiting = [half for configs in too_large for half in self._trainer.halve(configs)]
+            more, too_large = self._train(waiting, epochs=self._epochs + 1)
+            results |= more
         self._epochs += 1
         return dict(sorted(results.items()))
 
@@ -179,6 +169,24 @@ class TrialParts:
             part.load_state_dict(saved["state"])
             self._parts.append(part)
 
+    def _train(
+        self, parts: Sequence[Part], *, epochs: int
+    ) -> tuple[dict[int, EpochMetrics], list[Mapping[int, TrialConfig]]]:
+        """Train parts, keep those that have trials left, and return the trials of those that ran out of memory."""
+        results: dict[int, EpochMetrics] = {}
+        too_large: list[Mapping[int, TrialConfig]] = []
+        for part, outcome in zip(parts, self._trainer.train(parts, epochs=epochs), strict=True):
+            if isinstance(outcome, dict):
+                results |= outcome
+                self._parts += [part] if part.configs else []
+            elif isinstance(outcome, torch.OutOfMemoryError) and _can_halve(part):
+                too_large.append(part.configs)
+            else:
+                failed = f"{type(outcome).__name__}: {outcome}"
+                lost = EpochMetrics(epoch=self._epochs, step=0, metrics={}, lr={}, failed=failed)
+                results |= dict.fromkeys(part.configs, lost)
+        return results, too_large
+
     def _part(self, number: int) -> Part:
         return next(part for part in self._parts if number in part.configs)
 
@@ -205,11 +213,14 @@ def _split(configs: Mapping[int, TrialConfig], size: int) -> Iterator[dict[int, 
         yield dict(items[index * len(items) // count : (index + 1) * len(items) // count])
 
 
-def _attempt(train_epoch: Callable[[], dict[int, EpochMetrics]]) -> dict[int, EpochMetrics] | Exception:
+def _attempt(part: Part, epochs: int) -> dict[int, EpochMetrics] | Exception:
+    results: dict[int, EpochMetrics] = {}
     try:
-        return train_epoch()
+        for _ in range(epochs):
+            results |= part.train_epoch()
+        return results
     except Exception as error:
-        return error
+        return error.with_traceback(None)  # which would keep the memory of what was being computed
 
 
 @contextlib.contextmanager

@@ -1,0 +1,447 @@
+"""Which trials train as rows, which plain, and that it makes no difference to any of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from tiny import BODY_AND_HEAD, TinyModel, tiny_config, tiny_workload
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline import strategy as s
+from pipeline import trainers
+from pipeline.config import TrialConfig
+from pipeline.fused import FusedTrials
+from pipeline.plain import PlainTrials
+from pipeline.probe import probe
+from pipeline.strategy import ParamGroup
+from pipeline.trainer import EpochMetrics
+from pipeline.trainers import Trainer, TrialParts, one_thread
+from pipeline.workloads.workload import Workload
+
+CPU = torch.device("cpu")
+EPOCHS = 4
+FROZEN_BODY = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
+FROZEN_HEAD = {"head": ParamGroup(pattern=("head.*",), lr_ratio=0.0), "body": ParamGroup(pattern=("*",))}
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """So that several matrices do train at once, on a machine with one core too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over three pairs of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        logits: Tensor = self.head(self.lstm(inputs.view(-1, 3, 2))[0][:, -1])
+        return logits
+
+
+class Residual(nn.Module):
+    """Tied weights, parameter names with blanks, and a number as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"in put": nn.Linear(6, 6), "0": nn.Linear(6, 6)})
+        self.layers["0"].weight = self.layers["in put"].weight
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        logits: Tensor = self.head(inputs + self.scale * self.layers["0"](torch.tanh(self.layers["in put"](inputs))))
+        return logits
+
+
+class Counting(TinyModel):
+    """Puts a new buffer into the place of the old one, which a row does not see, and reads it in evaluation alone."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        if self.training:
+            self.seen = self.seen + 1
+            return super().forward(inputs)
+        return super().forward(inputs) * self.seen
+
+
+class TransposedDropout(TinyModel):
+    """Drops out of a transposed tensor, whose mask PyTorch draws in the order in which it lies in memory."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        logits: Tensor = self.head(F.dropout(self.hidden(inputs).t(), training=self.training).t())
+        return logits
+
+
+class SpareLayer(TinyModel):
+    """A layer that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+
+class TwoOutputs(TinyModel):
+    """Returns a pair."""
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Map inputs (batch, 6) to a pair."""
+        return super().forward(inputs), inputs
+
+
+def with_rrelu() -> nn.Module:
+    model = TinyModel()
+    model.dropout = nn.RReLU()  # type: ignore[assignment]
+    return model
+
+
+def with_cumulative_batch_norm() -> nn.Module:
+    model = TinyModel()
+    model.norm = nn.BatchNorm1d(8, momentum=None)
+    return model
+
+
+def with_dropout() -> nn.Module:
+    return TinyModel(dropout=0.3)
+
+
+def with_batch_norm() -> nn.Module:
+    return TinyModel(batch_norm=True)
+
+
+def build_trainer(build_model: Callable[[], nn.Module] = TinyModel, *, rows: int | None = None) -> Trainer:
+    return Trainer(tiny_workload(build_model), tiny_config(), device=CPU, rows=rows)
+
+
+def various() -> dict[int, TrialConfig]:
+    """Trials in two matrices, since some freeze the body, and plain ones."""
+    return {
+        1: tiny_config(s.SGD(base_lr=0.1, momentum=0.9), s.OneCycle(cycle_momentum=True)),
+        2: tiny_config(s.Muon(base_lr=0.02), s.Step(step_size=2)),
+        3: tiny_config(s.AdamW(base_lr=0.01), s.Cosine(warmup=1), param_groups=FROZEN_BODY),
+        5: tiny_config(s.NAdam(base_lr=0.01), s.Plateau(patience=0)),
+        6: tiny_config(s.Adafactor(base_lr=0.01), s.Cosine(warmup=1)),
+        7: tiny_config(s.ASGD(base_lr=0.1), s.Step(step_size=1, gamma=0.5), param_groups=FROZEN_BODY),
+        8: tiny_config(s.Rprop(base_lr=1e-3)),
+        9: tiny_config(s.Adam(base_lr=0.01, amsgrad=True)),
+    }
+
+
+def only(number: int, history: list[Mapping[int, EpochMetrics]]) -> list[EpochMetrics]:
+    return [results[number] for results in history if number in results]
+
+
+def train(group: TrialParts, epochs: int = EPOCHS) -> list[Mapping[int, EpochMetrics]]:
+    return [group.train_epoch() for _ in range(epochs)]
+
+
+def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def parts(group: TrialParts) -> list[tuple[str, list[int]]]:
+    """Return what trains which trials, as a state tells it."""
+    saved = group.state_dict()["parts"]
+    return [("rows" if "matrix" in part["state"] else "plain", sorted(part["numbers"])) for part in saved]
+
+
+CANNOT_FUSE: list[tuple[Callable[[], nn.Module], str]] = [
+    (Recurrent, "RuntimeError, Batching rule not implemented for aten::lstm"),
+    (with_rrelu, "RuntimeError, vmap: we do not yet support aten::rrelu"),
+    (with_cumulative_batch_norm, "RuntimeError, vmap: It looks like you're calling .item() on a Tensor"),
+    (SpareLayer, "RuntimeError, the loss does not depend on spare.weight, spare.bias"),
+    (Counting, "as rows it trains to other numbers"),
+    (TransposedDropout, "as rows it trains to other numbers"),
+    (TwoOutputs, "it could not be tried, TypeError: cross_entropy_loss()"),
+]
+
+
+@pytest.mark.parametrize(("build_model", "reason"), CANNOT_FUSE)
+def test_a_model_that_rows_cannot_train_trains_plain_and_says_why(
+    build_model: Callable[[], nn.Module], reason: str
+) -> None:
+    trainer = build_trainer(build_model)
+    assert trainer.plain_because is not None
+    assert trainer.plain_because.startswith(reason)
+    assert "\n" not in trainer.plain_because
+    configs = {0: tiny_config(), 1: tiny_config(s.AdamW(base_lr=0.1, weight_decay=0.1))}
+    group = trainer.build(configs)
+    assert parts(group) == [("plain", [0]), ("plain", [1])]
+    plain = PlainTrials(configs, tiny_workload(build_model), device=CPU)
+    with one_thread(CPU):
+        expected = [plain.train_epoch() for _ in range(2)]
+    assert train(group, 2) == expected
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, with_dropout, with_batch_norm, Residual])
+def test_a_model_that_rows_can_train_trains_as_rows(build_model: Callable[[], nn.Module]) -> None:
+    trainer = build_trainer(build_model)
+    assert trainer.plain_because is None
+    configs = {number: tiny_config(s.Adam(base_lr=0.01 * (1 + number))) for number in range(3)}
+    group = trainer.build(configs)
+    assert {kind for kind, _ in parts(group)} == {"rows"}
+    assert all(metrics.finished for results in train(group) for metrics in results.values())
+
+
+def sampled_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of about half of the samples."""
+    return (F.cross_entropy(outputs, targets, reduction="none") * (torch.rand(len(outputs)) < 0.5)).mean()
+
+
+def test_whether_a_model_or_a_loss_draws_random_numbers_is_found() -> None:
+    def draws(workload: Workload) -> bool:
+        return probe(workload, tiny_config(), device=CPU, dtype=torch.float32).draws_random_numbers
+
+    assert not draws(tiny_workload())
+    assert not draws(tiny_workload(with_batch_norm))
+    assert draws(tiny_workload(with_dropout))
+    assert draws(tiny_workload(with_rrelu))
+    assert draws(dataclasses.replace(tiny_workload(), loss=sampled_loss))
+
+
+def test_a_loss_that_rows_cannot_compute_trains_plain() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return a loss that chooses by its value."""
+        entropy = F.cross_entropy(outputs, targets)
+        return entropy if entropy.item() > 0.5 else entropy / 2
+
+    trainer = Trainer(dataclasses.replace(tiny_workload(), loss=loss), tiny_config(), device=CPU)
+    assert trainer.plain_because is not None
+    assert ".item()" in trainer.plain_because
+
+
+def test_what_a_config_freezes_or_how_fast_it_trains_does_not_decide_whether_its_workload_can_be_rows() -> None:
+    far = {"head": ParamGroup(pattern=("head.*",), lr_ratio=1e30), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
+    for groups in (FROZEN_BODY, FROZEN_HEAD, far):
+        config = tiny_config(s.SGD(base_lr=1e10), param_groups=groups)
+        assert Trainer(tiny_workload(), config, device=CPU).plain_because is None
+
+
+def test_one_group_mixes_rows_and_plain_trials_each_of_which_equals_itself_alone() -> None:
+    trainer = build_trainer(rows=8)
+    group = trainer.build(various())
+    assert parts(group) == [("rows", [1, 5, 9]), ("rows", [3, 7]), ("plain", [2]), ("plain", [6]), ("plain", [8])]
+    history = train(group)
+    tests = group.test()
+    for number, config in various().items():
+        alone = trainer.build({number: config})
+        assert only(number, train(alone)) == only(number, history)
+        assert alone.test() == {number: tests[number]}
+        assert_same_bits(alone.model_state(number), group.model_state(number))
+        if not trainer.fuses(config):
+            plain = PlainTrials({number: config}, tiny_workload(), device=CPU, seeded=False)
+            with one_thread(CPU):
+                assert [plain.train_epoch()[number] for _ in range(EPOCHS)] == only(number, history)
+
+
+def test_configs_that_freeze_different_groups_are_separate_matrices_and_what_is_frozen_stays() -> None:
+    optimizer = s.AdamW(base_lr=0.1, weight_decay=0.1)
+    groups = [BODY_AND_HEAD, FROZEN_BODY, FROZEN_HEAD, FROZEN_BODY]
+    configs = {number: tiny_config(optimizer, param_groups=some) for number, some in enumerate(groups)}
+    group = build_trainer(with_batch_norm, rows=8).build(configs)
+    assert sorted(parts(group)) == [("rows", [0]), ("rows", [1, 3]), ("rows", [2])]
+    before = group.model_state(0)
+    train(group, 2)
+    for number, some in enumerate(groups):
+        for name, _ in with_batch_norm().named_parameters():
+            frozen = some["head" if name.startswith("head.") else "body"].lr_ratio == 0
+            assert torch.equal(group.model_state(number)[name], before[name]) == frozen, (number, name)
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, with_dropout])
+def test_how_many_rows_share_a_matrix_changes_no_result(build_model: Callable[[], nn.Module]) -> None:
+    groups = {rows: build_trainer(build_model, rows=rows).build(various()) for rows in (1, 3, None)}
+    assert [len(numbers) for kind, numbers in parts(groups[1]) if kind == "rows"] == [1] * 5
+    histories = {rows: train(group) for rows, group in groups.items()}
+    assert histories[1] == histories[3] == histories[None]
+    for number in various():
+        for rows in (3, None):
+            assert_same_bits(groups[rows].model_state(number), groups[1].model_state(number))
+
+
+def test_rows_that_are_not_given_are_measured_once() -> None:
+    trainer = build_trainer()
+    trainer.build(various())
+    assert trainer.rows in (2, 3, 5)
+    measured = trainer.rows
+    trainer.build({number: tiny_config() for number in range(20)})
+    assert trainer.rows == measured
+
+
+class Memory:
+    """Stands in for a device's memory, which in a test cannot run out: as many rows as fit into it."""
+
+    def __init__(self) -> None:
+        self.rows = 1_000
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    size = Memory()
+
+    class Limited(FusedTrials):
+        def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            if len(self.configs) > size.rows:
+                raise torch.OutOfMemoryError(f"{len(self.configs)} rows do not fit")
+            return super()._gradients(inputs, targets)
+
+    monkeypatch.setattr(trainers, "FusedTrials", Limited)
+    return size
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, with_dropout])
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("fitting", [1, 2, 4])
+def test_a_matrix_that_runs_out_of_memory_is_halved_to_the_same_results(
+    memory: Memory, build_model: Callable[[], nn.Module], after: int, fitting: int
+) -> None:
+    configs = {number: tiny_config(s.Adam(base_lr=0.01 * (number + 1))) for number in range(7)}
+    configs[7] = tiny_config(s.Muon(base_lr=0.02))
+    expected = build_trainer(build_model, rows=8).build(configs)
+    history = train(expected, 1)
+    expected.drop(3)
+    history += train(expected, EPOCHS - 1)
+
+    trainer = build_trainer(build_model, rows=8)
+    group = trainer.build(configs)
+    if after == 0:
+        memory.rows = fitting
+    found = train(group, 1)
+    group.drop(3)
+    found += train(group, 1)
+    memory.rows = fitting
+    found += train(group, EPOCHS - 2)
+    assert found == history
+    assert max(len(numbers) for _, numbers in parts(group)) <= fitting
+    assert trainer.rows is not None
+    assert trainer.rows <= fitting
+    for number in configs.keys() - {3}:
+        assert_same_bits(group.model_state(number), expected.model_state(number))
+
+
+def test_a_row_that_runs_out_of_memory_alone_fails_and_the_plain_trials_go_on(memory: Memory) -> None:
+    group = build_trainer(rows=8).build(various())
+    train(group, 1)
+    memory.rows = 0
+    results = group.train_epoch()
+    rows, plain = (1, 3, 5, 7, 9), (2, 6, 8)
+    assert {results[number].failed for number in rows} == {"OutOfMemoryError: 1 rows do not fit"}
+    assert all(results[number].finished for number in plain)
+    assert sorted(group.train_epoch()) == [*plain]
+
+
+class Fails(TinyModel):
+    """Raises when it is trained on a batch of 5 samples, the last of an epoch."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        if self.training and len(inputs) == 5:
+            raise ValueError("five")
+        return super().forward(inputs)
+
+
+def test_an_exception_in_a_matrix_fails_its_trials_with_the_cause() -> None:
+    group = build_trainer(Fails, rows=8).build(
+        {0: tiny_config(), 1: tiny_config(), 2: tiny_config(s.Muon(base_lr=0.02))}
+    )
+    assert parts(group) == [("rows", [0, 1]), ("plain", [2])]
+    results = group.train_epoch()
+    assert {metrics.failed for metrics in results.values()} == {"ValueError: five"}
+    assert sorted(results) == [0, 1, 2]
+    assert group.train_epoch() == {}
+
+
+class SometimesSpare(TinyModel):
+    """Has a parameter that takes no part in a batch of 5 samples, the last of an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        logits = super().forward(inputs)
+        return logits if len(inputs) == 5 else logits * self.spare
+
+
+def test_an_exception_in_one_matrix_leaves_the_others_alone() -> None:
+    all_train = {"all": ParamGroup(pattern=("*",))}
+    frozen = {"spare": ParamGroup(pattern=("spare",), lr_ratio=0.0), **all_train}
+    configs = {n: tiny_config(param_groups=groups) for n, groups in enumerate([all_train, frozen, all_train, frozen])}
+    trainer = build_trainer(SometimesSpare, rows=8)
+    group = trainer.build(configs)
+    assert sorted(parts(group)) == [("rows", [0, 2]), ("rows", [1, 3])]
+    history = train(group)
+    assert {history[0][number].failed for number in (0, 2)} == {"RuntimeError: the loss does not depend on spare"}
+    alone = trainer.build({number: configs[number] for number in (1, 3)})
+    expected = train(alone)
+    for number in (1, 3):
+        assert only(number, history) == only(number, expected)
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, with_dropout])
+@pytest.mark.parametrize("rows", [1, 2, None])
+def test_a_saved_group_goes_on_to_the_bit_whatever_its_rows(
+    build_model: Callable[[], nn.Module], rows: int | None
+) -> None:
+    configs = various() | {4: tiny_config(s.SGD(base_lr=1e30))}
+    uninterrupted = build_trainer(build_model, rows=3).build(configs)
+    assert train(uninterrupted, 1)[0][4].diverged
+    uninterrupted.drop(5)
+    buffer = io.BytesIO()
+    torch.save(uninterrupted.state_dict(), buffer)
+    shape = parts(uninterrupted)
+    expected = train(uninterrupted, 3)
+    buffer.seek(0)
+    resumed = build_trainer(build_model, rows=rows).build(configs)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    assert parts(resumed) == shape
+    assert train(resumed, 3) == expected
+    for number in expected[0]:
+        assert_same_bits(resumed.model_state(number), uninterrupted.model_state(number))
+
+
+def test_a_saved_group_that_runs_out_of_memory_is_halved_too(memory: Memory) -> None:
+    configs = {number: tiny_config(s.Adam(base_lr=0.01 * (number + 1))) for number in range(4)}
+    uninterrupted = build_trainer(rows=4).build(configs)
+    train(uninterrupted, 2)
+    resumed = build_trainer(rows=4).build(configs)
+    resumed.load_state_dict(uninterrupted.state_dict())
+    expected = train(uninterrupted, 2)
+    memory.rows = 1
+    assert train(resumed, 2) == expected
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, with_dropout, Recurrent])
+def test_threads_and_the_global_random_state_are_left_as_they_were(build_model: Callable[[], nn.Module]) -> None:
+    random_state = torch.get_rng_state()
+    group = build_trainer(build_model).build(various())
+    group.train_epoch()
+    group.drop(1)
+    group.test()
+    group.model_state(3)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.get_num_threads() == 2
