@@ -179,14 +179,15 @@ class PlainTrial:
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "model": self.model.state_dict(),
+            "model": {**dict(self.model.named_buffers()), **self.model.state_dict()},
             "strategy": self.strategy.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that a trial of the same config returned."""
         self.epoch, self.step = state["epoch"], state["step"]
-        self.model.load_state_dict(state["model"])
+        for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
+            value.data.copy_(state["model"][name])  # also the buffers that `load_state_dict` leaves out
         self.strategy.load_state_dict(state["strategy"])
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -295,7 +295,7 @@ class OneCycle(Scheduler):
     final_div_factor: Annotated[float, Interval(ge=1)] = 1e4
     three_phase: bool = False
     cycle_momentum: bool = False
-    base_momentum: Fraction = 0.85
+    base_momentum: Annotated[float, Interval(gt=0, lt=1)] = 0.85
     max_momentum: Fraction = 0.95
 
 
@@ -313,7 +313,7 @@ class Cyclic(Scheduler):
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
     gamma: Gamma = 1.0
     cycle_momentum: bool = False
-    base_momentum: Fraction = 0.8
+    base_momentum: Annotated[float, Interval(gt=0, lt=1)] = 0.8
     max_momentum: Fraction = 0.9
 
 

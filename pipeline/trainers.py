@@ -27,6 +27,8 @@ from pipeline.workloads.workload import Workload
 Part = FusedTrials | PlainTrials
 """What one thread trains."""
 Result = TypeVar("Result")
+ROUNDS, ROUNDS_SECONDS = 12, 0.5
+"""How often a step is timed to choose the rows of a matrix, at most, and for how long."""
 
 
 class Trainer:
@@ -91,22 +93,26 @@ class Trainer:
         return [self.build_part(half) for half in _split(configs, self.rows)]
 
     def _fastest_rows(self, configs: Mapping[int, TrialConfig]) -> int:
-        """Measure a few steps of one matrix of all rows, and of several matrices in as many threads."""
+        """Measure steps of one matrix of all rows, and of several matrices in as many threads."""
         whole = len(configs)
         sizes = dict.fromkeys(-(-whole // count) for count in range(1, min(self._threads, whole) + 1))
         if len(sizes) == 1:
             return whole
-        seconds = {size: self._time([self.build_part(part) for part in _split(configs, size)]) for size in sizes}
-        return min(seconds, key=lambda size: (seconds[size], -size))
+        parts = {size: [self.build_part(part) for part in _split(configs, size)] for size in sizes}
+        seconds: dict[int, list[float]] = {size: [] for size in sizes}
+        started = time.perf_counter()
+        for _ in range(1 + ROUNDS):  # sizes in turn, so that whatever else the machine does meets all of them
+            for size in sizes:
+                seconds[size].append(self._time_step(parts[size]))
+            if time.perf_counter() - started > ROUNDS_SECONDS and len(seconds[whole]) > 1:
+                break
+        return min(sizes, key=lambda size: min(seconds[size][1:]))
 
-    def _time(self, parts: Sequence[Part]) -> float:
-        """Return the seconds of a step of all rows, the least of three."""
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
-            self._at_once(lambda part: part.time_step(), parts)
-            seconds.append(time.perf_counter() - start)
-        return min(seconds[1:])
+    def _time_step(self, parts: Sequence[Part]) -> float:
+        """Return the seconds of a step of all rows."""
+        start = time.perf_counter()
+        self._at_once(lambda part: part.time_step(), parts)
+        return time.perf_counter() - start
 
     def _at_once(self, function: Callable[[Any], Result], parts: Sequence[Any]) -> list[Result]:
         """Call a function on every part, in as many threads as there are for it, each of which computes alone."""

@@ -1,0 +1,229 @@
+"""The optimizers and schedulers of all rows of a matrix: real ones say the rates, rules make the updates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import TrialConfig
+from pipeline.fused_optim import RULES, Carry, Coefficients, Rule
+from pipeline.optim import Strategy
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The coefficients of a block's epoch, on the device; see `Coefficients`."""
+
+    rate: Tensor
+    """(step, group, row, 1)"""
+    direction: Tensor
+    """(step, coefficient, row, 1)"""
+    l2: Tensor | None
+    """(step, group, row, 1), as is `shrink`."""
+    shrink: Tensor | None
+
+
+@dataclass
+class _Block:
+    """Rows that share an optimizer and its boolean options."""
+
+    rule: Rule
+    rows: slice
+    states: list[Tensor]
+    """Each (row, parameter)."""
+    carry: Carry = field(default_factory=dict)
+
+
+class MatrixOptimizer:
+    """Updates a matrix with one trial per row, each by its own optimizer and schedule.
+
+    Rates, and momenta that a schedule moves, are read from a real `Strategy` per trial over placeholder parameters.
+
+    Args:
+        configs: Trial number to config, in the order of the rows, which is `row_order`'s.
+        groups: Name to columns of each group that is trained.
+        matrix: (row, parameter); says shape, dtype and device.
+        steps_per_epoch: Updates in one epoch.
+        directions: Metric name to "minimize" or "maximize".
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[int, TrialConfig],
+        *,
+        groups: Mapping[str, slice],
+        matrix: Tensor,
+        steps_per_epoch: int,
+        directions: Mapping[str, str],
+    ) -> None:
+        self._groups = groups
+        self._steps_per_epoch = steps_per_epoch
+        self._steps = 0
+        self._device, self._dtype = matrix.device, matrix.dtype
+        self._strategies = {n: _over_placeholders(c, steps_per_epoch, directions) for n, c in configs.items()}
+        self._blocks = _build_blocks(list(configs.values()), matrix)
+        self._plans: list[_Plan] = []
+
+    def plan_epoch(self) -> dict[int, dict[str, list[float]]]:
+        """Ask every trial's schedulers for a whole epoch, and turn the answers into coefficients.
+
+        Returns:
+            Trial number to group name to the rate of each step; a frozen group is not among them.
+        """
+        steps = self._steps_per_epoch
+        settings = {number: list(self._settings(strategy)) for number, strategy in self._strategies.items()}
+        numbers = torch.arange(self._steps + 1, self._steps + steps + 1, dtype=torch.float64).view(-1, 1, 1)
+        names, members = list(self._groups), list(settings)
+        self._plans = []
+        for block in self._blocks:
+            rows = [settings[number] for number in members[block.rows]]
+            hyper = {
+                name: torch.stack([_table(row, name, names).expand(steps, -1) for row in rows], dim=1)
+                for name in rows[0][0][names[0]]
+            }
+            self._plans.append(self._to_plan(block.rule.coefficients(hyper, numbers, block.carry)))
+        self._steps += steps
+        return {
+            number: {name: [of[name]["lr"] for of in _each_step(row, steps)] for name in names}
+            for number, row in settings.items()
+        }
+
+    @torch.no_grad()
+    def update(self, matrix: Tensor, gradients: Tensor, *, step: int) -> None:
+        """Update every row in place.
+
+        Args:
+            matrix: (row, parameter)
+            gradients: (row, parameter); overwritten.
+            step: Within the epoch that was planned, counted from 0.
+        """
+        groups = self._groups.values()
+        for block, plan in zip(self._blocks, self._plans, strict=True):
+            p, g = matrix[block.rows], gradients[block.rows]
+            if plan.l2 is not None:
+                for columns, l2 in zip(groups, plan.l2[step], strict=True):
+                    g[:, columns].addcmul_(p[:, columns], l2)
+            direction = block.rule.direction(g, block.states, plan.direction[step].unbind())
+            if plan.shrink is not None:
+                for columns, shrink in zip(groups, plan.shrink[step], strict=True):
+                    p[:, columns].mul_(shrink)
+            for columns, rate in zip(groups, plan.rate[step], strict=True):
+                p[:, columns].addcmul_(direction[:, columns], rate, value=-1)
+
+    def end_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Move a trial's schedule, if it moves every epoch."""
+        self._strategies[number].end_epoch(metrics)
+
+    def moves_every_step(self, number: int) -> bool:
+        """Say whether a trial's schedule moves every step."""
+        return self._strategies[number].per_step
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows; what stays is copied as it is, so no row notices."""
+        members = list(self._strategies)
+        self._strategies = {members[row]: self._strategies[members[row]] for row in rows}
+        blocks, start = [], 0
+        for block in self._blocks:
+            local = [row - block.rows.start for row in rows if block.rows.start <= row < block.rows.stop]
+            if not local:
+                continue
+            states = [state[torch.tensor(local, device=self._device)] for state in block.states]
+            carry = {name: values[local] for name, values in block.carry.items()}
+            blocks.append(_Block(block.rule, slice(start, start + len(local)), states, carry))
+            start += len(local)
+        self._blocks = blocks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every row's optimizer and scheduler."""
+        return {
+            "steps": self._steps,
+            "blocks": [{"states": block.states, "carry": block.carry} for block in self._blocks],
+            "strategies": [strategy.state_dict() for strategy in self._strategies.values()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of the same rows."""
+        self._steps = state["steps"]
+        for block, saved in zip(self._blocks, state["blocks"], strict=True):
+            for mine, its in zip(block.states, saved["states"], strict=True):
+                mine.copy_(its)
+            block.carry = {name: tensor.cpu().clone() for name, tensor in saved["carry"].items()}
+        for strategy, its_state in zip(self._strategies.values(), state["strategies"], strict=True):
+            strategy.load_state_dict(its_state)
+
+    def _settings(self, strategy: Strategy) -> Iterator[dict[str, dict[str, float]]]:
+        """Yield group name to hyperparameters, for each step if the schedule moves every step, else once."""
+        (optimizer,) = strategy.optimizers
+        for _ in range(self._steps_per_epoch if strategy.per_step else 1):
+            yield {group["group"]: _numbers(group, optimizer.defaults) for group in optimizer.param_groups}
+            if strategy.per_step:
+                for scheduler in strategy.schedulers:
+                    scheduler.step()
+
+    def _to_plan(self, coefficients: Coefficients) -> _Plan:
+        def columns(values: Tensor) -> Tensor:
+            on_host = values.permute(0, 2, 1).unsqueeze(-1).to(self._dtype).contiguous()
+            return on_host.to(self._device, non_blocking=True)
+
+        rate, l2, shrink = coefficients.rate, coefficients.l2, coefficients.shrink
+        alike = [values[:, :, 0].expand(rate.shape[:2]) for values in coefficients.direction]
+        return _Plan(
+            rate=columns(rate),
+            direction=columns(torch.stack(alike, dim=-1) if alike else rate[:, :, :0]),
+            l2=columns(l2) if l2 is not None and bool(l2.any()) else None,
+            shrink=columns(shrink) if shrink is not None and bool((shrink != 1).any()) else None,
+        )
+
+
+def row_order(configs: Mapping[int, TrialConfig]) -> dict[int, TrialConfig]:
+    """Return trials in the order of rows: those of one optimizer beside each other, by number."""
+    return dict(sorted(configs.items(), key=lambda item: (_block_key(item[1]), item[0])))
+
+
+def _block_key(config: TrialConfig) -> tuple[str, tuple[tuple[str, bool], ...]]:
+    """Return what rows of one block have in common: the optimizer and its boolean options."""
+    options = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if isinstance(value, bool)}
+    return type(config.optimizer).__name__, tuple(sorted(options.items()))
+
+
+def _build_blocks(configs: Sequence[TrialConfig], matrix: Tensor) -> list[_Block]:
+    keys = [_block_key(config) for config in configs]
+    blocks = []
+    for key in dict.fromkeys(keys):
+        start, count = keys.index(key), keys.count(key)
+        name, options = key
+        rule = RULES[name](dict(options))
+        states = [torch.zeros_like(matrix[:count]) for _ in rule.states]
+        blocks.append(_Block(rule, slice(start, start + count), states))
+    return blocks
+
+
+def _over_placeholders(config: TrialConfig, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
+    """Build a trial's real optimizer and scheduler over parameters that stand for its groups."""
+    placeholders = {name: [(name, torch.zeros(1))] for name in config.param_groups}
+    strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
+    for optimizer in strategy.optimizers:
+        optimizer.step()  # without gradients it does nothing, but a scheduler wants to have seen it
+    return strategy
+
+
+def _each_step(settings: list[dict[str, dict[str, float]]], steps: int) -> list[dict[str, dict[str, float]]]:
+    return settings if len(settings) == steps else settings * steps
+
+
+def _table(settings: Sequence[Mapping[str, Mapping[str, float]]], name: str, groups: Sequence[str]) -> Tensor:
+    """Return one hyperparameter of one trial as (step, group), float64."""
+    return torch.tensor([[of_group[group][name] for group in groups] for of_group in settings], dtype=torch.float64)
+
+
+def _numbers(group: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, float]:
+    """Return the optimizer's own hyperparameters, `names`, of one of torch's parameter groups as numbers."""
+    values = {name: group[name] for name in names if isinstance(group[name], int | float)}
+    if "betas" in names:
+        values["beta1"], values["beta2"] = group["betas"]
+    return {name: float(value) for name, value in values.items()}
