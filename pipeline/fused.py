@@ -138,24 +138,28 @@ class FusedTrials:
         return {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the matrix and all else that the next epoch depends on."""
+        """Return, by trial, its row and all else that its next epoch depends on."""
         return {
-            "numbers": list(self.configs),
-            "epoch": self._epoch,
-            "step": self._step,
-            "matrix": self._matrix,
-            "buffers": self._buffers,
-            "optimizer": self._optimizer.state_dict(),
+            str(number): {
+                "epoch": self._epoch,
+                "step": self._step,
+                "row": self._matrix[row].clone(),
+                "buffers": {name: buffer[row].clone() for name, buffer in self._buffers.items()},
+                "optimizer": self._optimizer.row_state(number),
+            }
+            for row, number in enumerate(self.configs)
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; trials that it does not hold were dropped."""
-        self._keep(state["numbers"])
-        self._epoch, self._step = state["epoch"], state["step"]
-        self._matrix.copy_(state["matrix"])
-        for name, buffer in self._buffers.items():
-            buffer.copy_(state["buffers"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._keep([number for number in self.configs if str(number) in state])
+        for row, number in enumerate(self.configs):
+            saved = state[str(number)]
+            self._epoch, self._step = saved["epoch"], saved["step"]
+            self._matrix[row] = saved["row"]
+            for name, buffer in self._buffers.items():
+                buffer[row] = saved["buffers"][name]
+            self._optimizer.load_row_state(number, saved["optimizer"], steps=self._step)
 
     def time_step(self) -> None:
         """Make the arithmetic of one step on the first batch, for whoever takes the time; changes no parameter."""

@@ -138,23 +138,31 @@ class MatrixOptimizer:
             start += len(local)
         self._blocks = blocks
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of every row's optimizer and scheduler."""
+    def row_state(self, number: int) -> dict[str, Any]:
+        """Return the state of one trial's optimizer and scheduler."""
+        block, row = self._locate(number)
         return {
-            "steps": self._steps,
-            "blocks": [{"states": block.states, "carry": block.carry} for block in self._blocks],
-            "strategies": [strategy.state_dict() for strategy in self._strategies.values()],
+            "states": [state[row].clone() for state in block.states],
+            "carry": {name: values[row].clone() for name, values in block.carry.items()},
+            "strategy": self._strategies[number].state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same rows."""
-        self._steps = state["steps"]
-        for block, saved in zip(self._blocks, state["blocks"], strict=True):
-            for mine, its in zip(block.states, saved["states"], strict=True):
-                mine.copy_(its)
-            block.carry = {name: tensor.cpu().clone() for name, tensor in saved["carry"].items()}
-        for strategy, its_state in zip(self._strategies.values(), state["strategies"], strict=True):
-            strategy.load_state_dict(its_state)
+    def load_row_state(self, number: int, saved: Mapping[str, Any], *, steps: int) -> None:
+        """Go on from one trial's state, after `steps` updates; every trial of the matrix has made as many."""
+        block, row = self._locate(number)
+        self._steps = steps
+        for state, its in zip(block.states, saved["states"], strict=True):
+            state[row] = its
+        rows = block.rows.stop - block.rows.start
+        for name, its in saved["carry"].items():
+            block.carry.setdefault(name, its.cpu().repeat(rows, 1))[row] = its
+        self._strategies[number].load_state_dict(saved["strategy"])
+
+    def _locate(self, number: int) -> tuple[_Block, int]:
+        """Return a trial's block and its row within it."""
+        row = list(self._strategies).index(number)
+        block = next(block for block in self._blocks if block.rows.start <= row < block.rows.stop)
+        return block, row - block.rows.start
 
     def _settings(self, strategy: Strategy) -> Iterator[dict[str, dict[str, float]]]:
         """Yield group name to hyperparameters, for each step if the schedule moves every step, else once."""

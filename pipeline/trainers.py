@@ -28,7 +28,7 @@ Part = FusedTrials | PlainTrials
 """What one thread trains."""
 Result = TypeVar("Result")
 ROUNDS, ROUNDS_SECONDS = 12, 0.5
-"""How often a step is timed to choose the rows of a matrix, at most, and for how long."""
+"""How often a step is timed to choose the number of matrices, at most, and for how long."""
 
 
 class Trainer:
@@ -52,6 +52,7 @@ class Trainer:
         rows: int | None = None,
     ) -> None:
         self.rows = rows
+        self._matrices: int | None = None
         self.workload = workload
         self.device = device
         self._dtype = dtype
@@ -71,11 +72,18 @@ class Trainer:
     def build(self, configs: Mapping[int, TrialConfig]) -> TrialParts:
         """Build the trainers of a group of trials."""
         fused = {number: config for number, config in configs.items() if self.fuses(config)}
-        if self.rows is None and len(fused) > 1:
-            self.rows = self._fastest_rows(fused)
-        matrices = [part for alike in _alike(fused) for part in _split(alike, self.rows or 1)]
+        if self.rows is None and self._matrices is None and len(fused) > 1:
+            self._matrices = self._fastest(fused)
         single = [{number: config} for number, config in configs.items() if number not in fused]
-        return TrialParts(self, [self.build_part(part) for part in (*matrices, *single)])
+        return TrialParts(self, [self.build_part(part) for part in (*self.spread(fused), *single)])
+
+    def spread(self, configs: Mapping[int, TrialConfig]) -> list[dict[int, TrialConfig]]:
+        """Spread trials that train as rows over matrices, as equally as can be."""
+        parts = []
+        for alike in _alike(configs):
+            size = -(-len(alike) // (self._matrices or 1))
+            parts += list(_split(alike, min(size, self.rows or size)))
+        return parts
 
     def build_part(self, configs: Mapping[int, TrialConfig]) -> Part:
         """Build the trainer of trials that train in one thread: rows of one matrix, or one plain trial."""
@@ -92,21 +100,23 @@ class Trainer:
         self.rows = min(self.rows or half, half)
         return [self.build_part(half) for half in _split(configs, self.rows)]
 
-    def _fastest_rows(self, configs: Mapping[int, TrialConfig]) -> int:
-        """Measure steps of one matrix of all rows, and of several matrices in as many threads."""
-        whole = len(configs)
-        sizes = dict.fromkeys(-(-whole // count) for count in range(1, min(self._threads, whole) + 1))
-        if len(sizes) == 1:
-            return whole
-        parts = {size: [self.build_part(part) for part in _split(configs, size)] for size in sizes}
-        seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    def _fastest(self, configs: Mapping[int, TrialConfig]) -> int:
+        """Measure steps of one matrix of all rows, and of several in as many threads; return how many are fastest."""
+        counts = range(1, min(self._threads, len(configs)) + 1)
+        if len(counts) == 1:
+            return 1
+        parts = {n: [self.build_part(part) for part in _split(configs, -(-len(configs) // n))] for n in counts}
+        seconds: dict[int, list[float]] = {n: [] for n in counts}
         started = time.perf_counter()
-        for _ in range(1 + ROUNDS):  # sizes in turn, so that whatever else the machine does meets all of them
-            for size in sizes:
-                seconds[size].append(self._time_step(parts[size]))
-            if time.perf_counter() - started > ROUNDS_SECONDS and len(seconds[whole]) > 1:
+        for _ in range(1 + ROUNDS):  # in turn, so that whatever else the machine does meets all of them
+            for n in counts:
+                try:
+                    seconds[n].append(self._time_step(parts[n]))
+                except Exception:  # training will meet it too, and say so for each trial
+                    return 1
+            if time.perf_counter() - started > ROUNDS_SECONDS and len(seconds[1]) > 1:
                 break
-        return min(sizes, key=lambda size: min(seconds[size][1:]))
+        return min(counts, key=lambda n: min(seconds[n][1:]))
 
     def _time_step(self, parts: Sequence[Part]) -> float:
         """Return the seconds of a step of all rows."""
@@ -128,7 +138,7 @@ class TrialParts:
 
     def __init__(self, trainer: Trainer, parts: Sequence[Part]) -> None:
         self._trainer = trainer
-        self._parts = list(parts)
+        self.parts = list(parts)
         self._epochs = 0
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
@@ -136,7 +146,8 @@ class TrialParts:
 
         Its halves begin anew and train as far as it had come: then they are what it was.
         """
-        waiting, self._parts = self._parts, []
+        self._rebalance()
+        waiting, self.parts = self.parts, []
         results, too_large = self._train(waiting, epochs=1)
         while too_large:
             del waiting  # its memory is needed
@@ -150,30 +161,42 @@ class TrialParts:
     def drop(self, number: int) -> None:
         """Stop training a trial."""
         self._part(number).drop(number)
-        self._parts = [part for part in self._parts if part.configs]
+        self.parts = [part for part in self.parts if part.configs]
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        return {number: values for part in self._parts for number, values in part.test().items()}
+        return {number: values for part in self.parts for number, values in part.test().items()}
 
     def model_state(self, number: int) -> dict[str, Any]:
         """Return a trial's parameters and buffers by name, on the CPU."""
         return self._part(number).model_state(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every part."""
-        parts = [{"numbers": list(part.configs), "state": part.state_dict()} for part in self._parts]
-        return {"epochs": self._epochs, "parts": parts}
+        """Return the state of every trial; how trials were spread over matrices is no part of it."""
+        trials = {number: state for part in self.parts for number, state in part.state_dict().items()}
+        return {"epochs": self._epochs, "trials": trials}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; how its trials were spread over matrices is taken over from it."""
-        configs = {number: config for part in self._parts for number, config in part.configs.items()}
+        """Go on from a state; trials that it does not hold were dropped."""
         self._epochs = state["epochs"]
-        self._parts = []
-        for saved in state["parts"]:
-            part = self._trainer.build_part({number: configs[number] for number in saved["numbers"]})
-            part.load_state_dict(saved["state"])
-            self._parts.append(part)
+        for part in self.parts:
+            part.load_state_dict(state["trials"])
+        self.parts = [part for part in self.parts if part.configs]
+
+    def _rebalance(self) -> None:
+        """Spread the rows that are left equally over matrices again; rows do not notice."""
+        matrices = [part for part in self.parts if isinstance(part, FusedTrials)]
+        wanted = self._trainer.spread({n: config for part in matrices for n, config in part.configs.items()})
+        if sorted(len(part.configs) for part in matrices) == sorted(len(configs) for configs in wanted):
+            return
+        states = {number: state for part in matrices for number, state in part.state_dict().items()}
+        try:
+            spread = [self._trainer.build_part(configs) for configs in wanted]
+        except torch.OutOfMemoryError:  # while both are in memory; as they are, the matrices fit
+            return
+        for part in spread:
+            part.load_state_dict({str(number): states[str(number)] for number in part.configs})
+        self.parts = [*spread, *(part for part in self.parts if part not in matrices)]
 
     def _train(
         self, parts: Sequence[Part], *, epochs: int
@@ -184,7 +207,7 @@ class TrialParts:
         for part, outcome in zip(parts, self._trainer.train(parts, epochs=epochs), strict=True):
             if isinstance(outcome, dict):
                 results |= outcome
-                self._parts += [part] if part.configs else []
+                self.parts += [part] if part.configs else []
             elif isinstance(outcome, torch.OutOfMemoryError) and _can_halve(part):
                 too_large.append(part.configs)
             else:
@@ -194,7 +217,7 @@ class TrialParts:
         return results, too_large
 
     def _part(self, number: int) -> Part:
-        return next(part for part in self._parts if number in part.configs)
+        return next(part for part in self.parts if number in part.configs)
 
 
 def _can_halve(part: Part) -> bool:

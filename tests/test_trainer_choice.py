@@ -177,9 +177,8 @@ def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
 
 
 def parts(group: TrialParts) -> list[tuple[str, list[int]]]:
-    """Return what trains which trials, as a state tells it."""
-    saved = group.state_dict()["parts"]
-    return [("rows" if "matrix" in part["state"] else "plain", sorted(part["numbers"])) for part in saved]
+    """Return what trains which trials."""
+    return [("rows" if isinstance(part, FusedTrials) else "plain", sorted(part.configs)) for part in group.parts]
 
 
 CANNOT_FUSE: list[tuple[Callable[[], nn.Module], str]] = [
@@ -297,13 +296,21 @@ def test_how_many_rows_share_a_matrix_changes_no_result(build_model: Callable[[]
             assert_same_bits(groups[rows].model_state(number), groups[1].model_state(number))
 
 
-def test_rows_that_are_not_given_are_measured_once() -> None:
-    trainer = build_trainer()
-    trainer.build(various())
-    assert trainer.rows in (2, 3, 5)
-    measured = trainer.rows
-    trainer.build({number: tiny_config() for number in range(20)})
-    assert trainer.rows == measured
+def test_rows_that_pruning_leaves_are_spread_equally_again_and_do_not_notice() -> None:
+    optimizers = [s.ASGD(base_lr=0.1), s.NAdam(base_lr=0.01), s.SGD(base_lr=0.1, momentum=0.9), s.Adam(base_lr=0.01)]
+    configs = {n: tiny_config(optimizer, s.OneCycle()) for n, optimizer in enumerate([*optimizers, *optimizers])}
+    trainer = build_trainer(with_dropout, rows=3)
+    group = trainer.build(configs)
+    assert sorted(len(numbers) for _, numbers in parts(group)) == [2, 3, 3]
+    history = train(group, 2)
+    for number in (2, 3, 4, 6, 7):
+        group.drop(number)
+    history += train(group, 2)
+    assert [numbers for _, numbers in parts(group)] == [[0, 1, 5]]
+    for number in (0, 1, 5):
+        alone = trainer.build({number: configs[number]})
+        assert only(number, history) == only(number, train(alone, 4))
+        assert_same_bits(group.model_state(number), alone.model_state(number))
 
 
 class Memory:
@@ -438,12 +445,10 @@ def test_a_saved_group_goes_on_to_the_bit_whatever_its_rows(
     uninterrupted.drop(5)
     buffer = io.BytesIO()
     torch.save(uninterrupted.state_dict(), buffer)
-    shape = parts(uninterrupted)
     expected = train(uninterrupted, 3)
     buffer.seek(0)
     resumed = build_trainer(build_model, rows=rows).build(configs)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
-    assert parts(resumed) == shape
     assert train(resumed, 3) == expected
     for number in expected[0]:
         assert_same_bits(resumed.model_state(number), uninterrupted.model_state(number))
