@@ -131,6 +131,7 @@ def serve() -> None:
     """Run a `Tracker` for a `BackgroundTracker`: verbs come in on standard input, answers go out on standard output."""
     for number in (signal.SIGINT, signal.SIGTERM):  # some hosts signal every process; the caller decides
         signal.signal(number, signal.SIG_IGN)
+    os.nice(10)  # training comes first; what is left of the cores is enough for this
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what MLflow prints must not come between the answers
     tracker: Tracker | None = None

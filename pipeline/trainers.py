@@ -27,8 +27,8 @@ from pipeline.workloads.workload import Workload
 Part = FusedTrials | PlainTrials
 """What one thread trains."""
 Result = TypeVar("Result")
-ROUNDS, ROUNDS_SECONDS = 12, 0.5
-"""How often a step is timed to choose the number of matrices, at most, and for how long."""
+ROUNDS = 5
+"""How often a step is timed to choose the number of matrices; the least counts."""
 
 
 class Trainer:
@@ -101,28 +101,31 @@ class Trainer:
         return [self.build_part(half) for half in _split(configs, self.rows)]
 
     def _fastest(self, configs: Mapping[int, TrialConfig]) -> int:
-        """Measure steps of one matrix of all rows, and of several in as many threads; return how many are fastest."""
-        counts = range(1, min(self._threads, len(configs)) + 1)
-        if len(counts) == 1:
-            return 1
-        parts = {n: [self.build_part(part) for part in _split(configs, -(-len(configs) // n))] for n in counts}
-        seconds: dict[int, list[float]] = {n: [] for n in counts}
-        started = time.perf_counter()
-        for _ in range(1 + ROUNDS):  # in turn, so that whatever else the machine does meets all of them
-            for n in counts:
-                try:
-                    seconds[n].append(self._time_step(parts[n]))
-                except Exception:  # training will meet it too, and say so for each trial
-                    return 1
-            if time.perf_counter() - started > ROUNDS_SECONDS and len(seconds[1]) > 1:
-                break
-        return min(counts, key=lambda n: min(seconds[n][1:]))
+        """Return how many matrices at once train the rows fastest, from the time of a step of all rows and of half.
 
-    def _time_step(self, parts: Sequence[Part]) -> float:
-        """Return the seconds of a step of all rows."""
-        start = time.perf_counter()
-        self._at_once(lambda part: part.time_step(), parts)
-        return time.perf_counter() - start
+        A step takes a + b · rows: `a` is Python's work, for which threads wait for each other, `b` is arithmetic. One
+        matrix alone is timed, since whatever else runs at this moment would decide between threads.
+        """
+        rows, half = len(configs), -(-len(configs) // 2)
+        if self._threads == 1 or rows == half:
+            return 1
+        whole, part = self.build_part(configs), self.build_part(next(_split(configs, half)))
+        try:
+            times = [(self._time_step(whole), self._time_step(part)) for _ in range(1 + ROUNDS)]
+        except Exception:  # training will meet it too, and say so for each trial
+            return 1
+        slow, fast = (min(seconds) for seconds in zip(*times[1:], strict=True))
+        arithmetic = max(slow - fast, 0.0) / (rows - half)
+        work = max(slow - arithmetic * rows, 0.0)
+        return min(range(1, min(self._threads, rows) + 1), key=lambda n: n * work + arithmetic * rows / n)
+
+    def _time_step(self, part: Part) -> float:
+        """Return the seconds of a step of one matrix."""
+        assert isinstance(part, FusedTrials)
+        with one_thread(self.device):
+            start = time.perf_counter()
+            part.time_step()
+            return time.perf_counter() - start
 
     def _at_once(self, function: Callable[[Any], Result], parts: Sequence[Any]) -> list[Result]:
         """Call a function on every part, in as many threads as there are for it, each of which computes alone."""
