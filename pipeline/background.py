@@ -60,8 +60,8 @@ class BackgroundTracker:
         return self._process.pid
 
     def view_path(self) -> str | None:
-        """Return `Tracker.view_path()` once the store is open; None if it could not be opened."""
-        self._ready.wait()
+        """Return `Tracker.view_path()` once the store is open; None if it could not be, or not within a minute."""
+        self._ready.wait(timeout=60)
         return self._view_path
 
     def log_trial(self, trial: EndedTrial) -> None:

@@ -84,8 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is None:
         sys.stdout.write(text)
         return 0
+    if not arguments.out.absolute().parent.is_dir():
+        message = f"there is no folder {arguments.out.absolute().parent}; make it first"
+        raise InvalidInput("--out", [Problem(str(arguments.out), message)])
     try:
-        write_atomic(arguments.out, text)
+        write_atomic(arguments.out.resolve(), text)
     except OSError as error:
         raise InvalidInput("--out", [Problem(str(arguments.out), f"cannot be written: {error.strerror}")]) from None
     print(f"{arguments.out}   train it: python -m pipeline.train {cli.quoted(arguments.out)}")

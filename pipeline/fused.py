@@ -236,14 +236,16 @@ class FusedTrials:
                 torch.manual_seed(derive_seed(self._config.seed, name, self._epoch))
             outputs = torch.cat([outputs_of(inputs) for inputs in split.inputs.split(EVAL_BATCH)], dim=1)
         outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-        measures = {"loss": self._workload.loss} | {
-            m: measure.function for m, measure in self._workload.metrics.items()
-        }
-        values = {
-            f"{name}/{measure}": [function(row, split.targets) for row in outputs]
-            for measure, function in measures.items()
-        }
-        numbers = {measure: torch.stack(rows).tolist() for measure, rows in values.items()}
+        values = {f"{name}/loss": [self._workload.loss(row, split.targets) for row in outputs]}
+        finite = (
+            torch.isfinite(outputs).flatten(1).all(dim=1).tolist()
+        )  # a metric may raise on what a diverged row puts out
+        for metric, measure in self._workload.metrics.items():
+            values[f"{name}/{metric}"] = [
+                measure.function(row, split.targets) if fine else row.new_tensor(math.nan)
+                for row, fine in zip(outputs, finite, strict=True)
+            ]
+        numbers = {measure: [float(value) for value in rows] for measure, rows in values.items()}
         return {
             number: {measure: rows[row] for measure, rows in numbers.items()} for row, number in enumerate(self.configs)
         }

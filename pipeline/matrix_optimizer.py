@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config import TrialConfig
 from pipeline.fused_optim import RULES, Carry, Coefficients, Rule
-from pipeline.optim import Strategy
+from pipeline.optim import Strategy, over_placeholders
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ class MatrixOptimizer:
         self._steps_per_epoch = steps_per_epoch
         self._steps = 0
         self._device, self._dtype = matrix.device, matrix.dtype
-        self._strategies = {n: _over_placeholders(c, steps_per_epoch, directions) for n, c in configs.items()}
+        self._strategies = {
+            number: over_placeholders(config, steps_per_epoch=steps_per_epoch, directions=directions)
+            for number, config in configs.items()
+        }
         self._blocks = _build_blocks(list(configs.values()), matrix)
         self._plans: list[_Plan] = []
 
@@ -209,15 +212,6 @@ def _build_blocks(configs: Sequence[TrialConfig], matrix: Tensor) -> list[_Block
         states = [torch.zeros_like(matrix[:count]) for _ in rule.states]
         blocks.append(_Block(rule, slice(start, start + count), states))
     return blocks
-
-
-def _over_placeholders(config: TrialConfig, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
-    """Build a trial's real optimizer and scheduler over parameters that stand for its groups."""
-    placeholders = {name: [(name, torch.zeros(1))] for name in config.param_groups}
-    strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
-    for optimizer in strategy.optimizers:
-        optimizer.step()  # without gradients it does nothing, but a scheduler wants to have seen it
-    return strategy
 
 
 def _each_step(settings: list[dict[str, dict[str, float]]], steps: int) -> list[dict[str, dict[str, float]]]:

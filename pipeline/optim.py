@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 
 from pipeline import strategy
 from pipeline.config import TrialConfig
+from pipeline.trainer import EpochMetrics
 
 _TORCH_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     cls.name: getattr(torch.optim, cls.__name__) for cls in strategy.OPTIMIZERS.values()
@@ -95,6 +96,38 @@ class Strategy:
             optimizer.load_state_dict(saved)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
+
+
+def over_placeholders(config: TrialConfig, *, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
+    """Build a config's real optimizer and scheduler over parameters that stand for its groups, to ask for rates."""
+    placeholders = {name: [(name, torch.zeros(1))] for name in config.param_groups}
+    strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
+    for optimizer in strategy.optimizers:
+        optimizer.step()  # without gradients it does nothing, but a scheduler wants to have seen it
+    return strategy
+
+
+def replay_rates(
+    config: TrialConfig, epochs: Sequence[EpochMetrics], *, directions: Mapping[str, str]
+) -> tuple[EpochMetrics, ...]:
+    """Return a trial's epochs with the learning rates that it used: a function of its config and metrics."""
+    if not epochs:
+        return ()
+    steps = epochs[0].step
+    strategy = over_placeholders(config, steps_per_epoch=steps, directions=directions)
+    replayed = []
+    for epoch in epochs:
+        points: dict[str, list[tuple[int, float]]] = {name: [] for name in config.param_groups}
+        for step in range(epoch.step - steps + 1, epoch.step + 1) if strategy.per_step else (epoch.step,):
+            for name, rate in strategy.learning_rates().items():
+                points[name].append((step, rate))
+            if strategy.per_step:
+                for scheduler in strategy.schedulers:
+                    scheduler.step()
+        strategy.end_epoch(epoch.metrics)
+        lr = {name: tuple(of_group) for name, of_group in points.items()}
+        replayed.append(dataclasses.replace(epoch, lr=lr))
+    return tuple(replayed)
 
 
 def build_optimizers(

@@ -170,8 +170,9 @@ class PlainTrial:
             outputs = torch.cat([self.model(inputs) for inputs in split.inputs.split(EVAL_BATCH)])
         outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
         values = {f"{name}/loss": float(self.workload.loss(outputs, split.targets))}
+        finite = bool(torch.isfinite(outputs).all())  # a metric may raise on what a diverged model puts out
         for metric, measure in self.workload.metrics.items():
-            values[f"{name}/{metric}"] = float(measure.function(outputs, split.targets))
+            values[f"{name}/{metric}"] = float(measure.function(outputs, split.targets)) if finite else math.nan
         return values
 
     def state_dict(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def view_path(experiment_id: str, study: str) -> str:
 def saved_view(
     *,
     study: str,
+    identity: str,
     metric: str,
     direction: str,
     columns: Sequence[str],
@@ -51,7 +52,8 @@ def saved_view(
     """Return the experiment tag, key and value, that holds the view of one study.
 
     Args:
-        study: Its trials are shown, by their tag `hpo.study`.
+        study: Name of the view.
+        identity: Its trials are shown, by their tag `hpo.study_id`.
         metric: The objective; the trials are sorted by it.
         direction: Of the objective, "maximize" or "minimize".
         columns: Parameters worth a column.
@@ -60,7 +62,7 @@ def saved_view(
         created_ms: Milliseconds since 1970.
     """
     state = {
-        "searchFilter": f"tags.`hpo.kind` = 'trial' and tags.`hpo.study` = {_quoted(study)}",
+        "searchFilter": f"tags.`hpo.kind` = 'trial' and tags.`hpo.study_id` = {_quoted(identity)}",
         "orderByKey": f"metrics.`{metric}`",
         "orderByAsc": direction == "minimize",
         "startTime": "ALL",

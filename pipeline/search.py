@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import os
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cli
+from pipeline.errors import StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,8 +75,9 @@ def search(options: Options, console: Console) -> int:
         with _tracked(study, store) as tracker:
             _run(study, trials, trainer, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
-    if interrupts.reason and len(study.ended) < trials:
-        console.print(f"{interrupts.reason}; go on with: {_command(options, study.name, trials)}", soft_wrap=True)
+    if len(study.ended) >= trials:
+        return 0 if study.best() else 1
+    console.print(f"{interrupts.reason}; go on with: {_command(options, study.name, trials)}", soft_wrap=True)
     return interrupts.exit_status
 
 
@@ -88,8 +92,12 @@ def _run(
     """Train group after group until `trials` have ended."""
     from pipeline.display import Progress
     from pipeline.loop import run_group
+    from pipeline.optim import replay_rates
     from pipeline.prepare import environment
 
+    for trial in study.ended:  # MLflow passes over those that it has, which after a crash need not be all
+        epochs = replay_rates(trial.config, trial.epochs, directions=trainer.workload.directions)
+        tracker.log_trial(dataclasses.replace(trial, epochs=epochs))
     with Progress(study, trials=trials, console=console) as progress:
         while not interrupts.reason and (proposals := study.next_group(trials)):
             group = trainer.build({number: config for number, (config, _) in proposals.items()})
@@ -108,8 +116,6 @@ def _run(
 
 def _read_space(options: Options) -> tuple[SearchSpace, int]:
     """Read the space and the number of trials: from the options, else a named study's own, else the defaults."""
-    import dataclasses
-
     from pipeline import rules
     from pipeline.space import load_space, space_from_document
 
@@ -140,6 +146,7 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
     space = study.space
     info = StudyInfo(
         name=study.name,
+        identity=study.identity,
         experiment=f"{space.workload.name}-{space.workload.model}",
         metric=space.objective.metric,
         direction=space.objective.direction,
@@ -164,26 +171,31 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
     from pipeline.strict_yaml import write_atomic
 
     best = study.best()
+    path = store.folder(study.name) / "best.yaml"
     if not best:
         why = "each was pruned, diverged or failed" if study.ended else "none has ended yet"
         console.print(f"no trial is complete: {why}")
         for trial in study.ended[-3:]:
             console.print(f"  trial {trial.number} {trial.state}: {trial.reason}", soft_wrap=True)
-        tracker.interrupt("No trial is complete.")
-        return
-    path = store.folder(study.name) / "best.yaml"
-    write_atomic(path, config_file(study, best[0]))
-    note = f"Best of {len(study.ended)} trials: #{best[0].number}, {study.space.objective.metric} {best[0].value:.4f}, "
-    note += f"{strategy_line(best[0].config)}. Train it again: `python -m pipeline.train best.yaml`."
+        note = "No trial is complete."
+    else:
+        console.print()
+        console.print(best_table(study))
+        console.print()
+        note = f"Best of {len(study.ended)} trials: #{best[0].number}, {study.space.objective.metric} "
+        note += f"{best[0].value:.4f}, {strategy_line(best[0].config)}. "
+        note += "Train it again: `python -m pipeline.train best.yaml`."
+        try:
+            write_atomic(path, config_file(study, best[0]))
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
+        train = f"train it again: python -m pipeline.train {cli.quoted(path)}"
+        console.print(f"best config   {path}   {train}", soft_wrap=True)
     if finished:
-        tracker.finish(best[0], note, [path])
+        tracker.finish(best[0] if best else None, note, [path] if best else [])
     else:
         tracker.interrupt(note)
-    console.print()
-    console.print(best_table(study))
-    console.print()
-    console.print(f"best config   {path}   train it again: python -m pipeline.train {cli.quoted(path)}", soft_wrap=True)
-    if (view := tracker.view_path()) is not None:
+    if best and (view := tracker.view_path()) is not None:
         here = store.root.resolve() == Path.cwd()
         command = "mlflow ui" if here else f"python -m pipeline.ui --root {cli.quoted(store.root)}"
         console.print(f"compare       {command}   then open http://127.0.0.1:5000{view}", soft_wrap=True)
@@ -200,16 +212,20 @@ def _headline(study: Study, trainer: Trainer, trials: int) -> str:
         together += f", those of {' and '.join(alone)} each alone"
     what = f"{trainer.workload.name} · {space.epochs} epochs · {trainer.device}, {together}"
     went_on = f", goes on from trial {len(study.ended)}" if study.ended else ""
+    if len(study.ended) >= trials:
+        went_on = f": all of its {len(study.ended)} trials have ended; ask for more with --trials"
     return f"{what}   study {study.name}, seed {space.seed}{went_on}"
 
 
 def _source(options: Options) -> str:
-    return str(options.space) if options.space else f"study {options.study}" if options.study else str(DEFAULT_SPACE)
+    return str(options.space or DEFAULT_SPACE)
 
 
 def _command(options: Options, study: str, trials: int) -> str:
     root = "" if options.root == Path() else f" --root {cli.quoted(options.root)}"
-    return f"python -m pipeline.search --study {study} --trials {trials}{root}"
+    device = "" if options.device == "auto" else f" --device {options.device}"
+    rows = "" if options.rows is None else f" --rows {options.rows}"
+    return f"python -m pipeline.search --study {study} --trials {trials}{root}{device}{rows}"
 
 
 class _Interrupts:
@@ -236,8 +252,10 @@ class _Interrupts:
         return self.reason is not None
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.exit_status:
-            raise KeyboardInterrupt
+        if self.exit_status:  # stored trials are on the disk, and MLflow's process ends with this one
+            with contextlib.suppress(OSError):
+                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")  # the progress display had hidden the cursor
+            os._exit(self.exit_status)
         self.reason = "interrupted"
         self.exit_status = 128 + number
 

@@ -69,7 +69,10 @@ class Store:
         if not self.database.exists():
             return []
         headers = []
-        for summary in optuna.get_all_study_summaries(self._storage()):
+        storage = self._storage()
+        with _readable(self.database):
+            summaries = optuna.get_all_study_summaries(storage)
+        for summary in summaries:
             header = summary.user_attrs.get(_HEADER)
             if header is None:
                 continue  # made by another program
@@ -131,7 +134,8 @@ class Store:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([space.objective.metric])  # for Optuna's own tables and plots
             study.set_user_attr(_HEADER, header)
-        return Study(space, name=name, group_size=group_size(trials), storage=storage)
+        identity = _identity(header["created"])
+        return Study(space, name=name, identity=identity, group_size=group_size(trials), storage=storage)
 
     def open(self, name: str | None, *, trials: int | None = None) -> Study:
         """Open a study, by default the newest, with the space that it was made with; note a new total of trials.
@@ -154,7 +158,8 @@ class Store:
                 study = optuna.load_study(study_name=header.name, storage=storage)
                 study.set_user_attr(_HEADER, study.user_attrs[_HEADER] | {"trials": trials})
             space = space_from_document(header.document, name=header.space)
-            return Study(space, name=header.name, group_size=header.group_size, storage=storage)
+            identity = _identity(header.created)
+            return Study(space, name=header.name, identity=identity, group_size=header.group_size, storage=storage)
 
     def folder(self, study: str) -> Path:
         """Return the folder of what a study writes for people."""
@@ -173,7 +178,8 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
         except OSError as error:
-            raise StorageError(f"{path.parent}: cannot be written: {error.strerror}") from None
+            remedy = "make room or permission for it, or name another --root"
+            raise StorageError(f"{path}: cannot be written: {error.strerror}; {remedy}") from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,21 +194,35 @@ class Store:
 
     def _names(self) -> list[str]:
         """Return the name of every study in the database, other programs' too."""
-        return optuna.get_all_study_names(self._storage()) if self.database.exists() else []
+        if not self.database.exists():
+            return []
+        storage = self._storage()
+        with _readable(self.database):
+            return optuna.get_all_study_names(storage)
 
     def _storage(self, *, create: bool = False) -> RDBStorage:
         """Open the database, in the journal mode that lets people read it while a search writes."""
-        try:
+        with _readable(self.database):
             if create:
                 self.database.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.closing(sqlite3.connect(self.database)) as connection:
                     connection.execute("PRAGMA journal_mode=WAL")
-            with storage_errors("opening"):
-                return RDBStorage(sqlite_uri(self.database))
-        except (StorageError, sqlite3.Error, OSError) as error:
-            remedy = "move it away, or name another --root"
-            message = f"cannot be used as Optuna's database: {error}; {remedy}"
-            raise InvalidInput(str(self.database), [Problem("", message)]) from None
+            return RDBStorage(sqlite_uri(self.database))
+
+
+@contextlib.contextmanager
+def _readable(database: Path) -> Iterator[None]:
+    """Say of a database that cannot be opened what to do."""
+    try:
+        with storage_errors("opening"):
+            yield
+    except StorageError as error:
+        message = f"cannot be used as Optuna's database: {error}; move it away, or name another --root"
+        raise InvalidInput(str(database), [Problem("", message)]) from None
+
+
+def _identity(created: Any) -> str:
+    return f"{created:.6f}"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:
@@ -211,7 +231,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Pro
     for place in [*before, *(place for place in after if place not in before)]:
         if before.get(place) != after.get(place):
             yield Problem(
-                place, f"the study has {before.get(place, 'nothing')}, the file {after.get(place, 'nothing')}"
+                place, f"the study has {before.get(place, 'nothing')}, this search {after.get(place, 'nothing')}"
             )
 
 

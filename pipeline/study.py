@@ -45,13 +45,15 @@ class Study:
     Args:
         space: What is searched.
         name: Of the study in the storage.
+        identity: Of this study and no other, even one of the same name in a new database.
         group_size: How many trials are proposed at a time.
         storage: Where ended trials go.
     """
 
-    def __init__(self, space: SearchSpace, *, name: str, group_size: int, storage: RDBStorage) -> None:
+    def __init__(self, space: SearchSpace, *, name: str, identity: str, group_size: int, storage: RDBStorage) -> None:
         self.space = space
         self.name = name
+        self.identity = identity
         self.group_size = group_size
         self._stored = optuna.load_study(study_name=name, storage=storage)
         self._frozen = self._stored.get_trials(deepcopy=False)
@@ -183,6 +185,9 @@ def _freeze(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
 def _thaw(frozen: FrozenTrial) -> EndedTrial:
     """Return a stored trial; its learning rates are MLflow's to keep."""
     attrs = frozen.user_attrs
+    if "history" not in attrs:
+        remedy = "delete it there, or go on under another --study"
+        raise StorageError(f"trial {frozen.number} was added to the study by another program; {remedy}")
     history = attrs["history"]
     epochs = [
         EpochMetrics(epoch=epoch, step=step, metrics={name: history[name][epoch - 1] for name in history}, lr={})

@@ -50,6 +50,8 @@ class StudyInfo:
     """What MLflow is told of a study before its first trial."""
 
     name: str
+    identity: str
+    """Of this study and no other, even one of the same name in a new database."""
     experiment: str
     """Name of the MLflow experiment, shared by studies that can be compared."""
     metric: str
@@ -80,6 +82,7 @@ class Tracker:
         """What went wrong without harm to the record, one sentence each."""
         self._client = _open_store(root.absolute())
         self._experiment = self._find_or_create_experiment(root.absolute())
+        self._is_new = False
         self._run_id = self._find_or_create_run()
         self._ended: set[int] = set()
         self._unfinished: defaultdict[int, list[str]] = defaultdict(list)
@@ -106,7 +109,12 @@ class Tracker:
             self._experiment.experiment_id,
             start_time=_milliseconds(trial.started),
             run_name=f"#{trial.number:03} {config.optimizer.name} · {config.scheduler.name}",
-            tags={"mlflow.parentRunId": self._run_id, "hpo.study": self.study.name, **trial_tags(trial)},
+            tags={
+                "mlflow.parentRunId": self._run_id,
+                "hpo.study": self.study.name,
+                "hpo.study_id": self.study.identity,
+                **trial_tags(trial),
+            },
         )
         run_id = run.info.run_id
         self._unfinished[trial.number].append(run_id)
@@ -156,6 +164,7 @@ class Tracker:
         tags = {
             "hpo.kind": "study",
             "hpo.study": study.name,
+            "hpo.study_id": study.identity,
             "hpo.metric": study.metric,
             "hpo.direction": study.direction,
             "hpo.seed": str(study.seed),
@@ -163,11 +172,12 @@ class Tracker:
             f"[Compare its trials]({self.view_path()[1:]})\n\n```yaml\n{study.space.strip()}\n```\n",
         }
         for run in self._search("tags.`hpo.kind` = 'study'"):
-            if run.data.tags["hpo.study"] == study.name:
+            if run.data.tags.get("hpo.study_id") == study.identity:
                 for key, value in tags.items():
                     self._client.set_tag(run.info.run_id, key, value)
                 self._client.update_run(run.info.run_id, status="RUNNING")
                 return str(run.info.run_id)
+        self._is_new = True
         run = self._client.create_run(self._experiment.experiment_id, run_name=study.name, tags=tags)
         self._client.log_text(run.info.run_id, study.space, "space.yaml")
         return str(run.info.run_id)
@@ -185,6 +195,7 @@ class Tracker:
         study = self.study
         key, value = saved_view(
             study=study.name,
+            identity=study.identity,
             metric=study.metric,
             direction=study.direction,
             columns=[mlflow_name(name) for name in study.columns],
@@ -192,7 +203,7 @@ class Tracker:
             lr_metrics=[lr_metric(group) for group in study.groups],
             created_ms=_milliseconds(time.time()),
         )
-        if key in self._experiment.tags:  # perhaps changed by a person since
+        if key in self._experiment.tags and not self._is_new:  # perhaps changed by a person since
             return
         try:
             self._client.set_experiment_tag(self._experiment.experiment_id, key, value)

@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 def _comparison(epoch: EpochMetrics, found: Mapping[str, Any]) -> list[str]:
     """Say whether the search's metrics came out again; of a pruned trial there is nothing to compare."""
     before = found.get("metrics")
-    if not isinstance(before, dict) or found.get("epochs") != epoch.epoch:
+    if not isinstance(before, dict) or found.get("epochs") != epoch.epoch or not epoch.metrics.keys() <= before.keys():
         return []
-    differing = [name for name, value in epoch.metrics.items() if name in before and before[name] != value]
+    differing = [name for name, value in epoch.metrics.items() if before[name] != value]
     if not differing:
         return ["repeated     every metric of the search, to the last bit"]
     return [f"differs      {name}: {epoch.metrics[name]!r}, the search had {before[name]!r}" for name in differing]

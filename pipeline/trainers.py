@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.config import TrialConfig
+from pipeline.errors import PipelineError
 from pipeline.fused import FusedTrials, has_rule
 from pipeline.plain import PlainTrials
 from pipeline.probe import probe
@@ -52,7 +53,9 @@ class Trainer:
         rows: int | None = None,
     ) -> None:
         self.rows = rows
-        self._matrices: int | None = None
+        self._matrices = 1
+        self._measured = 1
+        """Rows with which the number of matrices was chosen: a larger group is measured again."""
         self.workload = workload
         self.device = device
         self._dtype = dtype
@@ -72,16 +75,16 @@ class Trainer:
     def build(self, configs: Mapping[int, TrialConfig]) -> TrialParts:
         """Build the trainers of a group of trials."""
         fused = {number: config for number, config in configs.items() if self.fuses(config)}
-        if self.rows is None and self._matrices is None and len(fused) > 1:
-            self._matrices = self._fastest(fused)
+        if self.rows is None and len(fused) > self._measured:
+            self._matrices, self._measured = self._fastest(fused), len(fused)
         single = [{number: config} for number, config in configs.items() if number not in fused]
-        return TrialParts(self, [self.build_part(part) for part in (*self.spread(fused), *single)])
+        return TrialParts(self, [part for some in (*self.spread(fused), *single) for part in self._build(some)])
 
     def spread(self, configs: Mapping[int, TrialConfig]) -> list[dict[int, TrialConfig]]:
         """Spread trials that train as rows over matrices, as equally as can be."""
         parts = []
         for alike in _alike(configs):
-            size = -(-len(alike) // (self._matrices or 1))
+            size = -(-len(alike) // (self._matrices))
             parts += list(_split(alike, min(size, self.rows or size)))
         return parts
 
@@ -90,15 +93,26 @@ class Trainer:
         cls = FusedTrials if all(self.fuses(config) for config in configs.values()) else PlainTrials
         return cls(configs, self.workload, device=self.device, dtype=self._dtype, seeded=self._seeded)
 
+    def _build(self, configs: Mapping[int, TrialConfig]) -> list[Part]:
+        """Build the trainers of trials in as few parts as fit into memory."""
+        try:
+            return [self.build_part(configs)]
+        except torch.OutOfMemoryError:
+            if len(configs) == 1:
+                raise PipelineError(f"{self.device}: no memory is left for even one trial") from None
+            torch.cuda.empty_cache()
+            return [part for half in _split(configs, -(-len(configs) // 2)) for part in self._build(half)]
+
     def train(self, parts: Sequence[Part], *, epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
         """Train each part, at once where that is possible; return each trial's last metrics, or what was raised."""
         return self._at_once(lambda part: _attempt(part, epochs), parts)
 
-    def halve(self, configs: Mapping[int, TrialConfig]) -> list[Part]:
-        """Build the trials of a matrix that does not fit into memory as smaller ones; none is larger from now on."""
-        half = -(-len(configs) // 2)
-        self.rows = min(self.rows or half, half)
-        return [self.build_part(half) for half in _split(configs, self.rows)]
+    def halve(self, configs: Mapping[int, TrialConfig], *, too_large: bool) -> list[Part]:
+        """Build the trials of a matrix that failed as two; if it was too large, none is larger from now on."""
+        size = -(-len(configs) // 2)
+        if too_large:
+            self.rows = min(self.rows or size, size)
+        return [part for half in _split(configs, size) for part in self._build(half)]
 
     def _fastest(self, configs: Mapping[int, TrialConfig]) -> int:
         """Return how many matrices at once train the rows fastest, from the time of a step of all rows and of half.
@@ -145,18 +159,21 @@ class TrialParts:
         self._epochs = 0
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
-        """Train every trial for one epoch; a matrix that does not fit into memory is halved and trained again.
+        """Train every trial for one epoch.
 
+        A matrix that runs out of memory or raises is halved, again and again, so that one trial's trouble is its own.
         Its halves begin anew and train as far as it had come: then they are what it was.
         """
         self._rebalance()
         waiting, self.parts = self.parts, []
-        results, too_large = self._train(waiting, epochs=1)
-        while too_large:
+        results, broken = self._train(waiting, epochs=1)
+        while broken:
             del waiting  # its memory is needed
             torch.cuda.empty_cache()
-            waiting = [half for configs in too_large for half in self._trainer.halve(configs)]
-            more, too_large = self._train(waiting, epochs=self._epochs + 1)
+            waiting = [
+                half for configs, too_large in broken for half in self._trainer.halve(configs, too_large=too_large)
+            ]
+            more, broken = self._train(waiting, epochs=self._epochs + 1)
             results |= more
         self._epochs += 1
         return dict(sorted(results.items()))
@@ -168,7 +185,8 @@ class TrialParts:
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        return {number: values for part in self.parts for number, values in part.test().items()}
+        with one_thread(self._trainer.device):
+            return {number: values for part in self.parts for number, values in part.test().items()}
 
     def model_state(self, number: int) -> dict[str, Any]:
         """Return a trial's parameters and buffers by name, on the CPU."""
@@ -203,21 +221,21 @@ class TrialParts:
 
     def _train(
         self, parts: Sequence[Part], *, epochs: int
-    ) -> tuple[dict[int, EpochMetrics], list[Mapping[int, TrialConfig]]]:
-        """Train parts, keep those that have trials left, and return the trials of those that ran out of memory."""
+    ) -> tuple[dict[int, EpochMetrics], list[tuple[Mapping[int, TrialConfig], bool]]]:
+        """Train parts, keep those that have trials left; return the matrices that failed, and whether for memory."""
         results: dict[int, EpochMetrics] = {}
-        too_large: list[Mapping[int, TrialConfig]] = []
+        broken: list[tuple[Mapping[int, TrialConfig], bool]] = []
         for part, outcome in zip(parts, self._trainer.train(parts, epochs=epochs), strict=True):
             if isinstance(outcome, dict):
                 results |= outcome
                 self.parts += [part] if part.configs else []
-            elif isinstance(outcome, torch.OutOfMemoryError) and _can_halve(part):
-                too_large.append(part.configs)
+            elif _can_halve(part):
+                broken.append((part.configs, isinstance(outcome, torch.OutOfMemoryError)))
             else:
                 failed = f"{type(outcome).__name__}: {outcome}"
                 lost = EpochMetrics(epoch=self._epochs, step=0, metrics={}, lr={}, failed=failed)
                 results |= dict.fromkeys(part.configs, lost)
-        return results, too_large
+        return results, broken
 
     def _part(self, number: int) -> Part:
         return next(part for part in self.parts if number in part.configs)

@@ -260,12 +260,15 @@ def pruned_trial(number: int) -> EndedTrial:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("search --study mine-1 --seed 3", ["--study mine-1", "seed: the study has 0, the file 3", "keeps its space"]),
+        (
+            "search --study mine-1 --seed 3",
+            ["--study mine-1", "seed: the study has 0, this search 3", "keeps its space"],
+        ),
         (
             "search --study mine-1 --space other.yaml",
             [
-                "batch_size: the study has 64, the file 32",
-                "optimizer.sgd.base_lr.high: the study has 1.0, the file 0.5",
+                "batch_size: the study has 64, this search 32",
+                "optimizer.sgd.base_lr.high: the study has 1.0, this search 0.5",
             ],
         ),
         ("search --study theirs --space mine.yaml", ["--study", "theirs: was made by another program"]),

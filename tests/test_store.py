@@ -138,9 +138,9 @@ def test_a_named_study_of_another_space_is_refused_with_every_difference(store: 
         store.choose(changed, trials=8, name="mine")
     message = str(refused.value)
     assert message.startswith("--study mine: ")
-    assert "\n  epochs: the study has 2, the file 3\n" in message
-    assert "\n  optimizer.sgd.base_lr.low: the study has 0.001, the file 0.0001\n" in message
-    assert "\n  optimizer.rprop.base_lr: the study has nothing, the file 0.1\n" in message
+    assert "\n  epochs: the study has 2, this search 3\n" in message
+    assert "\n  optimizer.sgd.base_lr.low: the study has 0.001, this search 0.0001\n" in message
+    assert "\n  optimizer.rprop.base_lr: the study has nothing, this search 0.1\n" in message
     assert message.endswith("a study keeps its space; choose another --study, or the space that it was made with")
     assert "sgd.base_lr.high" not in message
 

@@ -35,8 +35,9 @@ CLOSE_S = 120.0
 """Far beyond what closing takes on a busy machine."""
 
 
-def study(name: str = "default-1", *, experiment: str = "digits-cnn") -> StudyInfo:
+def study(name: str = "default-1", *, experiment: str = "digits-cnn", identity: str | None = None) -> StudyInfo:
     return StudyInfo(
+        identity=identity or f"made {name}",
         name=name,
         experiment=experiment,
         metric="val/accuracy",
@@ -268,9 +269,17 @@ def test_a_deleted_experiment_comes_back(root: Path) -> None:
     assert len(runs(root, "trial")) == 1
 
 
+def test_a_study_of_the_same_name_in_a_new_database_is_another(root: Path) -> None:
+    Tracker(root, study(identity="old")).log_trial(ended())
+    Tracker(root, study(identity="new")).log_trial(ended())
+    assert len(runs(root, "study")) == 2
+    assert sorted(run.data.tags["hpo.study_id"] for run in runs(root, "trial")) == ["new", "old"]
+
+
 def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None:
     key, value = saved_view(
         study="s 1",
+        identity="7.5",
         metric="val/loss",
         direction="minimize",
         columns=["optimizer"],
@@ -281,7 +290,7 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
     assert key == "mlflow.sharedViewState.s 1"
     packed = json.loads(value)["state"].removeprefix("deflate;")
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
-    assert state["searchFilter"] == "tags.`hpo.kind` = 'trial' and tags.`hpo.study` = 's 1'"
+    assert state["searchFilter"] == "tags.`hpo.kind` = 'trial' and tags.`hpo.study_id` = '7.5'"
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/loss`", True)
     assert state["selectedColumns"][:2] == ["metrics.`val/loss`", "params.`optimizer`"]
     parallel, *lines = state["compareRunCharts"]

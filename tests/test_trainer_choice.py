@@ -17,12 +17,13 @@ from pipeline import strategy as s
 from pipeline import trainers
 from pipeline.config import TrialConfig
 from pipeline.fused import FusedTrials
+from pipeline.optim import replay_rates
 from pipeline.plain import PlainTrials
 from pipeline.probe import probe
 from pipeline.strategy import ParamGroup
 from pipeline.trainer import EpochMetrics
 from pipeline.trainers import Trainer, TrialParts, one_thread
-from pipeline.workloads.workload import Workload
+from pipeline.workloads.workload import Metric, Workload
 
 CPU = torch.device("cpu")
 EPOCHS = 4
@@ -488,3 +489,34 @@ def test_bfloat16_on_a_cpu_trains_plain_since_its_rows_would_notice_each_other()
         assert {parameter.dtype for parameter in group.model_state(0).values()} == {torch.float32}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+def refuses(outputs: Tensor, targets: Tensor) -> Tensor:
+    if not bool(torch.isfinite(outputs).all()):
+        raise ValueError("input contains NaN")
+    return (outputs.argmax(dim=1) == targets).double().mean()
+
+
+def test_a_metric_that_refuses_what_diverged_does_not_fail_the_neighbours() -> None:
+    workload = dataclasses.replace(tiny_workload(), metrics={"accuracy": Metric(refuses, "maximize")})
+    configs = {number: tiny_config(s.SGD(base_lr=rate)) for number, rate in enumerate([0.01, 0.02, 1e30])}
+    for rows in (1, 3):
+        results = Trainer(workload, configs[0], device=torch.device("cpu"), rows=rows).build(configs).train_epoch()
+        assert [results[number].finished for number in configs] == [True, True, False]
+        assert results[2].failed is None
+        assert "the loss became" in str(results[2].diverged)
+
+
+def test_the_rates_of_a_stored_trial_are_those_that_it_used() -> None:
+    schedules = [
+        s.OneCycle(),
+        s.Plateau(patience=0, factor=0.5),
+        s.Cosine(warmup=2),
+        s.Cyclic(max_lr_ratio=3.0, step_size_up=2),
+    ]
+    configs = {n: tiny_config(s.SGD(base_lr=0.1), schedule, epochs=6) for n, schedule in enumerate(schedules)}
+    history = train(build_trainer().build(configs), 6)
+    for number, config in configs.items():
+        epochs = only(number, history)
+        stored = [dataclasses.replace(epoch, lr={}) for epoch in epochs]
+        assert list(replay_rates(config, stored, directions=tiny_workload().directions)) == epochs
