@@ -277,7 +277,7 @@ def pruned_trial(number: int) -> EndedTrial:
         ("export --study mine-1", ["mine-1: no trial is complete", "name one with --trial"]),
         ("export --study mine-1 --trial 2", ["--trial", "2: there is no such trial; the last of mine-1 is 1"]),
         ("export --study mine-2 --trial 0", ["--trial", "0: there is no such trial; mine-2 has none yet"]),
-        ("export --study mine-1 --trial 0 --out mine.yaml/x", ["--out", "mine.yaml/x: cannot be written"]),
+        ("export --study mine-1 --trial 0 --out mine.yaml/x", ["--out", "mine.yaml/x: there is no folder"]),
         ("export --study mine-1 --trial 0 --out mlruns", ["--out", "mlruns: cannot be written: Is a directory"]),
     ],
 )
