@@ -35,6 +35,7 @@ class Progress:
         self._before = len(study.ended)
         self._epochs = 0
         self._in_group = 0.0
+        self._spread = ""
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Progress:
@@ -48,6 +49,10 @@ class Progress:
         if self._console.is_terminal:
             self._live.stop()
             self._console.print(self._render())
+
+    def group_begins(self, spread: str) -> None:
+        """Note how a group's trials are spread over matrices."""
+        self._spread = spread
 
     def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
         """Note an epoch of a group."""
@@ -83,8 +88,8 @@ class Progress:
     def _line_of_counts(self) -> str:
         counts = Counter(trial.state for trial in self._study.ended)
         states = " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
-        rate = self._epochs / max(time.monotonic() - self._started, 1e-9)
-        return f"{states}   {rate:.0f} trial-epochs/s" if states else f"{rate:.0f} trial-epochs/s"
+        rate = f"{self._epochs / max(time.monotonic() - self._started, 1e-9):.0f} trial-epochs/s"
+        return "   ".join(part for part in (states, rate, self._spread) if part)
 
     def _time_left(self, done: float) -> str:
         gained = done - self._before

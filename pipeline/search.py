@@ -101,6 +101,7 @@ def _run(
     with Progress(study, trials=trials, console=console) as progress:
         while not interrupts.reason and (proposals := study.next_group(trials)):
             group = trainer.build({number: config for number, (config, _) in proposals.items()})
+            progress.group_begins(group.describe())
             for trial in run_group(
                 group,
                 proposals,

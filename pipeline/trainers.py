@@ -183,6 +183,13 @@ class TrialParts:
         self._part(number).drop(number)
         self.parts = [part for part in self.parts if part.configs]
 
+    def describe(self) -> str:
+        """Return how trials are spread: `rows 4 + 4, plain 1`."""
+        rows = [str(len(part.configs)) for part in self.parts if isinstance(part, FusedTrials)]
+        plain = len(self.parts) - len(rows)
+        words = [f"rows {' + '.join(rows)}" if rows else "", f"plain {plain}" if plain else ""]
+        return ", ".join(word for word in words if word)
+
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
         with one_thread(self._trainer.device):

@@ -308,6 +308,7 @@ def test_rows_that_pruning_leaves_are_spread_equally_again_and_do_not_notice() -
         group.drop(number)
     history += train(group, 2)
     assert [numbers for _, numbers in parts(group)] == [[0, 1, 5]]
+    assert group.describe() == "rows 3"
     for number in (0, 1, 5):
         alone = trainer.build({number: configs[number]})
         assert only(number, history) == only(number, train(alone, 4))
