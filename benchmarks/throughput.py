@@ -200,7 +200,7 @@ def measure_model(model: str, options: Options) -> dict[str, Any]:
     """Return a model's rates, in trial-epochs per second, and what one trial-epoch computes."""
     device = options.device
     workload = build_workload(model, device, options.samples)
-    configs = {number: build_config(model, number) for number in range(max(options.rows))}
+    configs = {number: build_config(model, number) for number in range(max(len(OPTIMIZERS), *options.rows))}
     loop_threads = [None, 1] if device.type == "cpu" and torch.get_num_threads() > 1 else [None]
     loops = [
         Side([Loop(workload, configs[number], device=device) for number in range(len(OPTIMIZERS))], device, threads)
