@@ -87,10 +87,13 @@ def search_by_hand(model: str, trials: int, *, pruning: bool, threads: int | Non
     from torch.utils.data import DataLoader, TensorDataset
 
     from pipeline.workloads.digits import MODELS, digits
+    from pipeline.workloads.workload import Split
 
     if threads:
         torch.set_num_threads(threads)
     data = digits(model)
+    assert isinstance(data.train, Split)
+    assert isinstance(data.val, Split)
     train_set, val_set = (TensorDataset(split.inputs, split.targets) for split in (data.train, data.val))
 
     def objective(trial: optuna.Trial) -> float:

@@ -43,8 +43,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
-from pipeline.config import TrialConfig, WorkloadChoice
-from pipeline.plain import EVAL_BATCH, PlainTrials
+from pipeline.config import Own, TrialConfig
+from pipeline.data import MAX_EVAL_BATCH, first_samples, place, samples_of
+from pipeline.plain import PlainTrials
 from pipeline.strategy import SGD, Adam, AdamW, Constant, Optimizer, ParamGroup, RMSprop
 from pipeline.trainer import EpochMetrics
 from pipeline.trainers import Trainer
@@ -110,9 +111,11 @@ class Loop:
         self.epoch = 0
         self.model = workload.build_model().to(device)
         self.optimizer = torch_optimizer(self.model, config.optimizer)
+        assert isinstance(workload.train, Split)
+        assert isinstance(workload.val, Split)
         train, val = (TensorDataset(split.inputs, split.targets) for split in (workload.train, workload.val))
         self.train_loader = DataLoader(train, batch_size=config.batch_size, shuffle=True)
-        self.val_loader = DataLoader(val, batch_size=EVAL_BATCH)
+        self.val_loader = DataLoader(val, batch_size=MAX_EVAL_BATCH)
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
         """Train for an epoch and evaluate."""
@@ -292,7 +295,7 @@ def build_config(model: str, number: int) -> TrialConfig:
     """Return a trial: the optimizers in turn, rates that none diverges at, head and body at rates of their own."""
     rate = 0.01 * (1 + number % 7 / 7)
     return TrialConfig(
-        workload=WorkloadChoice(name="benchmark", model=model),
+        workload=Own(function=f"benchmark:{model}"),
         epochs=1_000_000,
         batch_size=BATCH[model],
         seed=0,
@@ -332,7 +335,8 @@ def _in_turns(sides: Sequence[Side], options: Options) -> None:
 def _epoch_flops(workload: Workload, batch: int, device: torch.device) -> float:
     """Return the floating-point operations of one trial-epoch, counted on one plain step and one evaluated batch."""
     model = workload.build_model().to(device)
-    inputs, targets = workload.train.inputs[:batch].to(device), workload.train.targets[:batch].to(device)
+    first = first_samples(samples_of(place(workload, device=device, dtype=torch.float32), "train"), batch)
+    inputs, targets = first.inputs, first.targets
     with FlopCounterMode(display=False) as step:
         workload.loss(model(inputs), targets).backward()
     with FlopCounterMode(display=False) as evaluation, torch.no_grad():

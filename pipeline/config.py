@@ -8,20 +8,103 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
-from pipeline.strategy import OPTIMIZERS, SCHEDULERS, Optimizer, ParamGroup, Scheduler
+from pipeline.strategy import OPTIMIZERS, SCHEDULERS, Interval, Optimizer, ParamGroup, Scheduler
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkloadChoice:
-    """Which data and model to train."""
+class Digits:
+    """Handwritten digits of 8×8 pixels, which need no file."""
 
-    name: str = "digits"
-    model: str = "cnn"
+    name: Literal["digits"] = "digits"
+    model: Literal["cnn", "mlp"] = "cnn"
+
+    @property
+    def title(self) -> str:
+        """Of an MLflow experiment."""
+        return f"digits-{self.model}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchvisionDataset:
+    """A data set of torchvision's."""
+
+    name: Literal["mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn"]
+    model: str = "resnet9"
+    """`small_cnn`, `resnet9`, or one of torchvision's classification models by its name there, such as `resnet18`."""
+    weights: str | None = None
+    """To begin with: a name of torchvision's, such as `DEFAULT` or `IMAGENET1K_V1`, or the path of a state dict; the
+    last layer is new if its number of classes is another."""
+    folder: str = "data"
+    """Where torchvision finds its files, and downloads them to."""
+    download: bool = False
+    """Download what is missing; else it is refused."""
+    augment: bool = True
+    """Whether training images are shifted and flipped at random, as is usual for the data set."""
+
+    @property
+    def title(self) -> str:
+        """Of an MLflow experiment."""
+        return f"{self.name}-{self.model}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """Images in one folder per class, or such folders in `train`, `val` and perhaps `test`."""
+
+    name: Literal["image_folder"] = "image_folder"
+    folder: str
+    model: str = "resnet18"
+    """`small_cnn`, `resnet9`, or one of torchvision's classification models by its name there."""
+    weights: str | None = None
+    """To begin with: a name of torchvision's, such as `DEFAULT` or `IMAGENET1K_V1`, or the path of a state dict."""
+    image_size: Annotated[int, Interval(ge=8, le=4096)] = 224
+    """Pixels per side of what the model sees."""
+    augment: bool = True
+    """Whether training images are cropped and flipped at random."""
+    val_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.15
+    """Of the images, where there is no folder `val`."""
+    test_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.15
+    """Of the images, where there is no folder `val`."""
+
+    @property
+    def title(self) -> str:
+        """Of an MLflow experiment."""
+        return f"{PurePath(self.folder).name or 'images'}-{self.model}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """A workload that a function of a person's own returns; see `pipeline.workloads.Workload`."""
+
+    name: Literal["own"] = "own"
+    function: str
+    """`path/to/file.py:function` or `package.module:function`."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """By keyword, what the function is called with."""
+
+    @property
+    def title(self) -> str:
+        """Of an MLflow experiment."""
+        place, _, function = self.function.rpartition(":")
+        return f"{PurePath(place).stem}-{function}"
+
+
+WorkloadChoice = Digits | TorchvisionDataset | ImageFolder | Own
+"""Which data and model to train."""
+
+WORKLOADS: Mapping[str, type[Any]] = {
+    "digits": Digits,
+    **dict.fromkeys(("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn"), TorchvisionDataset),
+    "image_folder": ImageFolder,
+    "own": Own,
+}
+"""By `name`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +119,12 @@ class TrialConfig:
     seed: int
     """Decides initial weights, data order and dropout; the same for every trial of a search."""
     precision: Precision = "fp32"
-    """Of the arithmetic in forward and backward passes: "bf16" is `torch.autocast`; parameters stay float32."""
+    """Of the arithmetic in forward and backward passes: "tf32" lets a CUDA device round the factors of products to 10
+    bits, "bf16" is `torch.autocast`; parameters stay float32."""
+    deterministic: bool = False
+    """Whether a CUDA device uses only algorithms that give the same numbers each time; a CPU always does."""
+    clip_grad_norm: Annotated[float, Interval(gt=0)] | None = None
+    """Longest gradient of all trained parameters together, above 0; longer ones are shortened to it."""
     optimizer: Optimizer
     scheduler: Scheduler
     param_groups: Mapping[str, ParamGroup]
@@ -45,11 +133,13 @@ class TrialConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values in the form of a search-space file; `from_dict` gives back an equal config."""
         return {
-            "workload": dataclasses.asdict(self.workload),
+            "workload": _plain(self.workload),
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "precision": self.precision,
+            "deterministic": self.deterministic,
+            **({"clip_grad_norm": self.clip_grad_norm} if self.clip_grad_norm is not None else {}),
             "optimizer": {self.optimizer.name: _plain(self.optimizer)},
             "scheduler": {self.scheduler.name: _plain(self.scheduler)},
             "param_groups": {name: _plain(group) for name, group in self.param_groups.items()},
@@ -61,11 +151,13 @@ class TrialConfig:
         ((optimizer, optimizer_values),) = data["optimizer"].items()
         ((scheduler, scheduler_values),) = data["scheduler"].items()
         return cls(
-            workload=WorkloadChoice(**data["workload"]),
+            workload=WORKLOADS[data["workload"]["name"]](**data["workload"]),
             epochs=data["epochs"],
             batch_size=data["batch_size"],
             seed=data["seed"],
             precision=data["precision"],
+            deterministic=data["deterministic"],
+            clip_grad_norm=data.get("clip_grad_norm"),
             optimizer=OPTIMIZERS[optimizer](**_frozen(optimizer_values)),
             scheduler=SCHEDULERS[scheduler](**_frozen(scheduler_values)),
             param_groups={name: ParamGroup(**_frozen(group)) for name, group in data["param_groups"].items()},
@@ -79,6 +171,8 @@ class TrialConfig:
             flat[f"lr_ratio.{name}"] = group.lr_ratio
             if group.weight_decay is not None:
                 flat[f"weight_decay.{name}"] = group.weight_decay
+        if self.clip_grad_norm is not None:
+            flat["clip_grad_norm"] = self.clip_grad_norm
         return flat
 
 

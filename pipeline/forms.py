@@ -47,8 +47,8 @@ def form_of(cls: type[Any], *, searchable: bool) -> type[BaseModel]:
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         open_to_search = searchable and field.name not in NOT_SEARCHED
-        annotation = _domain(hints[field.name]) if open_to_search else _strict(hints[field.name])
-        fields[field.name] = (annotation, ... if field.default is dataclasses.MISSING else field.default)
+        annotation = domain_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
+        fields[field.name] = (annotation, _default(field))
     return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields)
 
 
@@ -68,8 +68,8 @@ def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
         return None, [_problem(form, details) for details in found]
 
 
-def _domain(annotation: Any) -> Any:
-    """Return what a searchable field accepts."""
+def domain_of(annotation: Any) -> Any:
+    """Return what a searchable field of a type accepts: a value, choices, or a range."""
     value = _strict(annotation)
     element = _strict(_without_none(annotation))
     kinds: list[Any] = [Annotated[value, Tag(_VALUE)], Annotated[Choices[element], Tag(_CHOICES)]]  # type: ignore[valid-type]
@@ -77,6 +77,12 @@ def _domain(annotation: Any) -> Any:
         kinds.append(Annotated[Range[element, _strict(number)], Tag(_RANGE)])  # type: ignore[misc, valid-type]
         return Annotated[Union[tuple(kinds)], Discriminator(_number_kind)]  # noqa: UP007 - built at run time
     return Annotated[Union[tuple(kinds)], Discriminator(_word_kind)]  # noqa: UP007
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is dataclasses.MISSING else field.default
 
 
 def _number_kind(data: Any) -> str:
@@ -175,8 +181,8 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
 
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:
     """Return where in the file a problem is: pydantic names the chosen form of a union as if it were a key."""
-    pruner = loc[:1] == ("pruner",)
-    return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (pruner and index == 1)]
+    tagged = loc[:1] in (("pruner",), ("workload",))
+    return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (tagged and index == 1)]
 
 
 def _noun(place: list[Any]) -> str:
@@ -210,12 +216,12 @@ def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
             wanted = {_CHOICES: "Choices", _RANGE: "Range"}.get(str(part), "")
             candidates = [model for model in candidates if model.__name__.startswith(wanted)] or candidates
         else:
-            candidates = [model for model in candidates if _name_of(model) == part] or candidates
+            candidates = [model for model in candidates if part in _names_of(model)] or candidates
     return [name for model in candidates for name in model.model_fields]
 
 
-def _name_of(form: type[BaseModel]) -> Any:
-    return form.model_fields["name"].default if "name" in form.model_fields else None
+def _names_of(form: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(form.model_fields["name"].annotation) if "name" in form.model_fields else ()
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

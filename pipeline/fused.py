@@ -8,7 +8,7 @@ and schedulers, one `Strategy` per trial over placeholder parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from pipeline.config import TrialConfig
+from pipeline.data import evaluation_batches, place, training_batches
 from pipeline.fused_optim import RULES
 from pipeline.matrix_optimizer import MatrixOptimizer, row_order
 from pipeline.param_groups import assign_groups
-from pipeline.plain import EVAL_BATCH, autocast, epoch_order, mean_loss, seeded_steps, why_diverged
+from pipeline.plain import Record, autocast, mean_loss, seeded_step, why_diverged
+from pipeline.stepwise import Batches, train_epoch_of
 from pipeline.strategy import OPTIMIZERS
 from pipeline.trainer import EpochMetrics, derive_seed
-from pipeline.workloads.workload import Split, Workload
+from pipeline.workloads.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,8 @@ class FusedTrials:
     ) -> None:
         self._seeded = seeded
         self.configs = row_order(configs)
-        self._workload = workload
-        self._device = device
-        self._splits: dict[str, Split] = {
-            name: getattr(workload, name).to(device, dtype) for name in ("train", "val", "test")
-        }
+        self._workload = place(workload, device=device, dtype=dtype)
+        self._device, self._dtype = device, dtype
         self._epoch = 0
         self._step = 0
         self._config = next(iter(self.configs.values()))
@@ -88,7 +87,10 @@ class FusedTrials:
         self._buffers = {
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
-        self._steps_per_epoch = math.ceil(len(self._splits["train"]) / self._config.batch_size)
+        self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
+        self._record = Record()
+        self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
+        self._first_batch: tuple[Tensor, Tensor] | None = None
         self._optimizer = MatrixOptimizer(
             self.configs,
             groups=self._layout.groups,
@@ -99,23 +101,63 @@ class FusedTrials:
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it; a diverged trial has left the group."""
-        if not self.configs:
-            return {}
-        rates = self._optimizer.plan_epoch()
-        losses: list[Tensor] = []
-        sizes: list[int] = []
+        return train_epoch_of(self) if self.configs else {}
+
+    def training_batches(self) -> Batches:
+        """Yield the batches of the epoch that comes next; see `Stepwise` for this and what follows."""
+        return training_batches(self._workload, self._config, epoch=self._epoch, device=self._device, dtype=self._dtype)
+
+    def evaluation_batches(self, name: str) -> Batches:
+        """Yield the batches of a split."""
+        return evaluation_batches(self._workload, name, self._config, dtype=self._dtype)
+
+    def begin_epoch(self) -> None:
+        """Make ready for the batches of an epoch."""
+        self._record = Record()
+        self._rates = self._optimizer.plan_epoch()
         self._model.train()
-        with seeded_steps(self._seeded, self._device):
-            for step, (inputs, targets) in enumerate(self._batches()):
-                if self._seeded:
-                    torch.manual_seed(derive_seed(self._config.seed, "step", self._epoch, step))
-                row_losses, gradients = self._gradients(inputs, targets)
-                self._optimizer.update(self._matrix, gradients, step=step)
-                losses.append(row_losses)
-                sizes.append(len(inputs))
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Update every row on one batch."""
+        step = len(self._record.sizes)
+        with seeded_step(self._seeded, self._device, self._config.seed, "step", self._epoch, step):
+            row_losses, gradients = self._gradients(inputs, targets)
+        self._optimizer.update(self._matrix, gradients, step=step)
+        self._record.losses.append(row_losses)
+        self._record.sizes.append(len(inputs))
+
+    @torch.no_grad()
+    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Note every row's outputs for one batch of a split."""
+        record = self._record
+        self._model.eval()
+        parameters = self._layout.views(self._matrix)
+        with (
+            seeded_step(self._seeded, self._device, self._config.seed, "evaluation", self._epoch, len(record.outputs)),
+            autocast(self._config, self._device),
+        ):
+            record.outputs.append(self._each_row(lambda model: model(inputs), parameters))
+        record.targets.append(targets)
+
+    def end_epoch(self) -> dict[int, EpochMetrics]:
+        """Return what the epoch came to, and move the schedules that move every epoch; diverged rows leave."""
+        record = self._record
+        first = self._step + 1
         self._epoch += 1
-        self._step += len(sizes)
-        return self._end_epoch(torch.stack(losses, dim=1).tolist(), sizes, rates)
+        self._step += len(record.sizes)
+        evaluated = self._evaluated("val")
+        results = {}
+        for losses, number in zip(torch.stack(record.losses, dim=1).tolist(), self.configs, strict=True):
+            metrics = {"train/loss": mean_loss(losses, record.sizes), **evaluated[number]}
+            diverged = why_diverged(losses, metrics, first_step=first, epoch=self._epoch)
+            if diverged is None:
+                self._optimizer.end_epoch(number, metrics)
+            results[number] = EpochMetrics(
+                epoch=self._epoch, step=self._step, metrics=metrics, lr=self._lr_points(number), diverged=diverged
+            )
+        self._record = Record()
+        self._keep([number for number in self.configs if results[number].diverged is None])
+        return dict(sorted(results.items()))
 
     def drop(self, number: int) -> None:
         """Stop training a trial: its row leaves the matrix."""
@@ -123,7 +165,10 @@ class FusedTrials:
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        return self._evaluate("test")
+        self._record = Record()
+        for inputs, targets in self.evaluation_batches("test"):
+            self.evaluate_step(inputs, targets)
+        return self._evaluated("test")
 
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
@@ -163,15 +208,10 @@ class FusedTrials:
 
     def time_step(self) -> None:
         """Make the arithmetic of one step on the first batch, for whoever takes the time; changes no parameter."""
-        batch = slice(0, self._config.batch_size)
+        if self._first_batch is None:
+            self._first_batch = next(self.training_batches())
         self._model.train()
-        self._gradients(self._splits["train"].inputs[batch], self._splits["train"].targets[batch])
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        train = self._splits["train"]
-        order = epoch_order(len(train), seed=self._config.seed, epoch=self._epoch).to(self._device)
-        for indices in order.split(self._config.batch_size):
-            yield train.inputs.index_select(0, indices), train.targets.index_select(0, indices)
+        self._gradients(*self._first_batch)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's loss (row,) and gradients (row, parameter) on one batch.
@@ -200,49 +240,28 @@ class FusedTrials:
         values: Tensor = vmap(one, randomness="same")(parameters, self._buffers)
         return values
 
-    def _end_epoch(
-        self, losses: list[list[float]], sizes: list[int], rates: Mapping[int, Mapping[str, Sequence[float]]]
-    ) -> dict[int, EpochMetrics]:
-        """Evaluate, move the schedules that move every epoch, and let diverged rows leave."""
+    def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
+        """Return the rates that a trial used in the epoch, by group; a frozen group's are 0."""
+        sizes, rates = self._record.sizes, self._rates[number]
+        of_groups = {name: rates.get(name, [0.0] * len(sizes)) for name in self._config.param_groups}
         first = self._step - len(sizes) + 1
-        evaluated = self._evaluate("val")
-        results = {}
-        for row_losses, number in zip(losses, self.configs, strict=True):
-            metrics = {"train/loss": mean_loss(row_losses, sizes), **evaluated[number]}
-            diverged = why_diverged(row_losses, metrics, first_step=first, epoch=self._epoch)
-            if diverged is None:
-                self._optimizer.end_epoch(number, metrics)
-            of_groups = {name: rates[number].get(name, [0.0] * len(sizes)) for name in self._config.param_groups}
-            lr = {name: tuple(enumerate(values, start=first)) for name, values in of_groups.items()}
-            if not self._optimizer.moves_every_step(number):
-                lr = {name: points[-1:] for name, points in lr.items()}
-            results[number] = EpochMetrics(
-                epoch=self._epoch, step=self._step, metrics=metrics, lr=lr, diverged=diverged
-            )
-        self._keep([number for number in self.configs if results[number].diverged is None])
-        return dict(sorted(results.items()))
+        points = {name: tuple(enumerate(values, start=first)) for name, values in of_groups.items()}
+        if self._optimizer.moves_every_step(number):
+            return points
+        return {name: some[-1:] for name, some in points.items()}
 
     @torch.no_grad()
-    def _evaluate(self, name: str) -> dict[int, dict[str, float]]:
-        """Return each trial's loss and metrics over a split, named after it."""
-        self._model.eval()
-        split, parameters = self._splits[name], self._layout.views(self._matrix)
-
-        def outputs_of(inputs: Tensor) -> Tensor:
-            return self._each_row(lambda model: model(inputs), parameters)
-
-        with seeded_steps(self._seeded, self._device), autocast(self._config, self._device):
-            if self._seeded:
-                torch.manual_seed(derive_seed(self._config.seed, name, self._epoch))
-            outputs = torch.cat([outputs_of(inputs) for inputs in split.inputs.split(EVAL_BATCH)], dim=1)
+    def _evaluated(self, name: str) -> dict[int, dict[str, float]]:
+        """Return each trial's loss and metrics of what was noted of a split, named after it."""
+        outputs, targets = torch.cat(self._record.outputs, dim=1), torch.cat(self._record.targets)
         outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-        values = {f"{name}/loss": [self._workload.loss(row, split.targets) for row in outputs]}
+        values = {f"{name}/loss": [self._workload.loss(row, targets) for row in outputs]}
         finite = (
             torch.isfinite(outputs).flatten(1).all(dim=1).tolist()
         )  # a metric may raise on what a diverged row puts out
         for metric, measure in self._workload.metrics.items():
             values[f"{name}/{metric}"] = [
-                measure.function(row, split.targets) if fine else row.new_tensor(math.nan)
+                measure.function(row, targets) if fine else row.new_tensor(math.nan)
                 for row, fine in zip(outputs, finite, strict=True)
             ]
         numbers = {measure: [float(value) for value in rows] for measure, rows in values.items()}

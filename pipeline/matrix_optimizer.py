@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor
 from pipeline.config import TrialConfig
 from pipeline.fused_optim import RULES, Carry, Coefficients, Rule
 from pipeline.optim import Strategy, over_placeholders
+
+CLIP_EPS = 1e-6
+"""As in `torch.nn.utils.clip_grad_norm_`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ class MatrixOptimizer:
             for number, config in configs.items()
         }
         self._blocks = _build_blocks(list(configs.values()), matrix)
+        limits = [math.inf if config.clip_grad_norm is None else config.clip_grad_norm for config in configs.values()]
+        self._clips = any(map(math.isfinite, limits))
+        self._norm_limits = torch.tensor(limits, device=self._device, dtype=self._dtype).unsqueeze(1)
         self._plans: list[_Plan] = []
 
     def plan_epoch(self) -> dict[int, dict[str, list[float]]]:
@@ -106,6 +113,9 @@ class MatrixOptimizer:
             step: Within the epoch that was planned, counted from 0.
         """
         groups = self._groups.values()
+        if self._clips:
+            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+            gradients.mul_((self._norm_limits / (norms + CLIP_EPS)).clamp_(max=1.0))
         for block, plan in zip(self._blocks, self._plans, strict=True):
             p, g = matrix[block.rows], gradients[block.rows]
             if plan.l2 is not None:
@@ -130,6 +140,7 @@ class MatrixOptimizer:
         """Keep these rows; what stays is copied as it is, so no row notices."""
         members = list(self._strategies)
         self._strategies = {members[row]: self._strategies[members[row]] for row in rows}
+        self._norm_limits = self._norm_limits[torch.tensor(list(rows), dtype=torch.long, device=self._device)]
         blocks, start = [], 0
         for block in self._blocks:
             local = [row - block.rows.start for row in rows if block.rows.start <= row < block.rows.stop]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.config import TrialConfig
+from pipeline.data import evaluation_batches, place, training_batches
 from pipeline.optim import Strategy, hidden_matrices
 from pipeline.param_groups import assign_groups
+from pipeline.stepwise import Batches, train_epoch_of
 from pipeline.trainer import EpochMetrics, derive_seed
-from pipeline.workloads.workload import Split, Workload
-
-EVAL_BATCH = 1024
-"""Samples per forward pass of an evaluation."""
+from pipeline.workloads.workload import Workload
 
 
 class PlainTrials:
@@ -40,25 +40,65 @@ class PlainTrials:
         dtype: torch.dtype = torch.float32,
         seeded: bool = True,
     ) -> None:
-        self._splits = {name: getattr(workload, name).to(device, dtype) for name in ("train", "val", "test")}
         self.configs = dict(configs)
+        self._config = next(iter(configs.values()))
+        self._epoch = 0
+        self._device, self._dtype = device, dtype
+        self._workload = workload = place(workload, device=device, dtype=dtype)
         self._trials = {
-            number: PlainTrial(config, workload, self._splits["train"], device=device, dtype=dtype, seeded=seeded)
+            number: PlainTrial(config, workload, device=device, dtype=dtype, seeded=seeded)
             for number, config in configs.items()
         }
+        self._failed: dict[int, EpochMetrics] = {}
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it; a diverged or failed trial has left the group."""
-        results = {}
+        return train_epoch_of(self)
+
+    def training_batches(self) -> Batches:
+        """Yield the batches of the epoch that comes next; see `Stepwise` for this and what follows."""
+        return training_batches(self._workload, self._config, epoch=self._epoch, device=self._device, dtype=self._dtype)
+
+    def evaluation_batches(self, name: str) -> Batches:
+        """Yield the batches of a split."""
+        return evaluation_batches(self._workload, name, self._config, dtype=self._dtype)
+
+    def begin_epoch(self) -> None:
+        """Make ready for the batches of an epoch."""
+        self._failed = {}
+        self._each(PlainTrial.begin_epoch)
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Update every trial on one batch."""
+        self._each(lambda trial: trial.train_step(inputs, targets))
+
+    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Evaluate every trial on one batch."""
+        self._each(lambda trial: trial.evaluate_step(inputs, targets))
+
+    def end_epoch(self) -> dict[int, EpochMetrics]:
+        """Return what the epoch came to."""
+        self._epoch += 1
+        results: dict[int, EpochMetrics] = {}
+        self._each(lambda trial: trial.end_epoch(), results)
+        for number in [number for number, metrics in results.items() if metrics.diverged]:
+            self.drop(number)
+        return dict(sorted((results | self._failed).items()))
+
+    def _each(self, function: Callable[[PlainTrial], Any], results: dict[int, Any] | None = None) -> None:
+        """Call a function of every trial; one that raises has failed, whatever a person's model raises."""
         for number, trial in list(self._trials.items()):
             try:
-                results[number] = trial.train_epoch(self._splits["val"])
-            except Exception as error:  # a model of a person's own may raise anything: this trial ends, others go on
+                value = function(trial)
+            except Exception as error:
                 failed = f"{type(error).__name__}: {error}"
-                results[number] = EpochMetrics(epoch=trial.epoch, step=trial.step, metrics={}, lr={}, failed=failed)
-            if results[number].diverged or results[number].failed:
+                self._failed[number] = EpochMetrics(
+                    epoch=trial.epoch, step=trial.step, metrics={}, lr={}, failed=failed
+                )
                 self.drop(number)
-        return results
+            else:
+                if results is not None:
+                    results[number] = value
 
     def drop(self, number: int) -> None:
         """Stop training a trial."""
@@ -66,7 +106,10 @@ class PlainTrials:
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        return {number: trial.evaluate("test", self._splits["test"]) for number, trial in self._trials.items()}
+        for inputs, targets in self.evaluation_batches("test"):
+            for trial in self._trials.values():
+                trial.evaluate_step(inputs, targets)
+        return {number: trial.evaluated("test") for number, trial in self._trials.items()}
 
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
@@ -83,25 +126,18 @@ class PlainTrials:
             self.drop(number)
         for number, trial in self._trials.items():
             trial.load_state_dict(state[str(number)])
+            self._epoch = trial.epoch
 
 
 class PlainTrial:
-    """One trial; the epoch reads as a person would write it."""
+    """One trial; its steps read as a person would write them."""
 
     def __init__(
-        self,
-        config: TrialConfig,
-        workload: Workload,
-        train: Split,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        seeded: bool,
+        self, config: TrialConfig, workload: Workload, *, device: torch.device, dtype: torch.dtype, seeded: bool
     ) -> None:
         self.config = config
         self.seeded = seeded
         self.workload = workload
-        self.train = train
         self.device = device
         self.epoch = 0
         self.step = 0
@@ -115,64 +151,73 @@ class PlainTrial:
         for name, group in config.param_groups.items():
             for parameter in groups[name]:
                 parameters[parameter].requires_grad_(group.lr_ratio != 0)
+        self.trained = [p for p in parameters.values() if p.requires_grad]
         self.strategy = Strategy(
             config,
             {group: [(name, parameters[name]) for name in names] for group, names in groups.items()},
-            steps_per_epoch=math.ceil(len(train) / config.batch_size),
+            steps_per_epoch=math.ceil(len(workload.train) / config.batch_size),
             directions=workload.directions,
             hidden_matrices=hidden_matrices(self.model),
         )
+        self.record = Record()
 
-    def train_epoch(self, val: Split) -> EpochMetrics:
-        """Pass over the training data once, then evaluate on `val`."""
-        losses: list[Tensor] = []
-        sizes: list[int] = []
-        lr: dict[str, list[tuple[int, float]]] = {name: [] for name in self.config.param_groups}
+    def begin_epoch(self) -> None:
+        """Make ready for the batches of an epoch."""
+        self.record = Record()
         self.model.train()
-        with seeded_steps(self.seeded, self.device):
-            for number, (inputs, targets) in enumerate(self._batches()):
-                if self.seeded:
-                    torch.manual_seed(derive_seed(self.config.seed, "step", self.epoch, number))
-                rates = self.strategy.learning_rates()
-                self.strategy.zero_grad()
-                with autocast(self.config, self.device):
-                    loss = self.workload.loss(self.model(inputs), targets)
-                loss.backward()
-                self.strategy.step()
-                self.step += 1
-                losses.append(loss.detach())
-                sizes.append(len(inputs))
-                for name, rate in rates.items():
-                    lr[name].append((self.step, rate))
-        if not self.strategy.per_step:
-            lr = {name: points[-1:] for name, points in lr.items()}
-        self.epoch += 1
-        step_losses = torch.stack(losses).tolist()
-        metrics = {"train/loss": mean_loss(step_losses, sizes), **self.evaluate("val", val)}
-        diverged = why_diverged(step_losses, metrics, first_step=self.step - len(sizes) + 1, epoch=self.epoch)
-        if diverged is None:
-            self.strategy.end_epoch(metrics)
-        return EpochMetrics(
-            epoch=self.epoch,
-            step=self.step,
-            metrics=metrics,
-            lr={name: tuple(points) for name, points in lr.items()},
-            diverged=diverged,
-        )
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Update the parameters on one batch."""
+        record = self.record
+        record.rates.append(self.strategy.learning_rates())
+        self.strategy.zero_grad()
+        with seeded_step(self.seeded, self.device, self.config.seed, "step", self.epoch, len(record.sizes)):
+            with autocast(self.config, self.device):
+                loss = self.workload.loss(self.model(inputs), targets)
+            loss.backward()
+        if self.config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
+        self.strategy.step()
+        record.losses.append(loss.detach())
+        record.sizes.append(len(inputs))
 
     @torch.no_grad()
-    def evaluate(self, name: str, split: Split) -> dict[str, float]:
-        """Return the loss and every metric over a split, named after it."""
+    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Note the model's outputs for one batch of a split."""
+        record = self.record
         self.model.eval()
-        with seeded_steps(self.seeded, self.device), autocast(self.config, self.device):
-            if self.seeded:
-                torch.manual_seed(derive_seed(self.config.seed, name, self.epoch))
-            outputs = torch.cat([self.model(inputs) for inputs in split.inputs.split(EVAL_BATCH)])
+        with (
+            seeded_step(self.seeded, self.device, self.config.seed, "evaluation", self.epoch, len(record.outputs)),
+            autocast(self.config, self.device),
+        ):
+            record.outputs.append(self.model(inputs))
+        record.targets.append(targets)
+
+    def end_epoch(self) -> EpochMetrics:
+        """Return what the epoch came to, and move a schedule that moves every epoch."""
+        record = self.record
+        first = self.step + 1
+        self.step += len(record.sizes)
+        self.epoch += 1
+        losses = torch.stack(record.losses).tolist()
+        metrics = {"train/loss": mean_loss(losses, record.sizes), **self.evaluated("val")}
+        diverged = why_diverged(losses, metrics, first_step=first, epoch=self.epoch)
+        if diverged is None:
+            self.strategy.end_epoch(metrics)
+        points = {name: [(first + n, r[name]) for n, r in enumerate(record.rates)] for name in record.rates[0]}
+        lr = {name: tuple(some if self.strategy.per_step else some[-1:]) for name, some in points.items()}
+        self.record = Record()
+        return EpochMetrics(epoch=self.epoch, step=self.step, metrics=metrics, lr=lr, diverged=diverged)
+
+    @torch.no_grad()
+    def evaluated(self, name: str) -> dict[str, float]:
+        """Return the loss and every metric of what was noted of a split, named after it."""
+        outputs, targets = torch.cat(self.record.outputs), torch.cat(self.record.targets)
         outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-        values = {f"{name}/loss": float(self.workload.loss(outputs, split.targets))}
+        values = {f"{name}/loss": float(self.workload.loss(outputs, targets))}
         finite = bool(torch.isfinite(outputs).all())  # a metric may raise on what a diverged model puts out
         for metric, measure in self.workload.metrics.items():
-            values[f"{name}/{metric}"] = float(measure.function(outputs, split.targets)) if finite else math.nan
+            values[f"{name}/{metric}"] = float(measure.function(outputs, targets)) if finite else math.nan
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,15 +236,31 @@ class PlainTrial:
             value.data.copy_(state["model"][name])  # also the buffers that `load_state_dict` leaves out
         self.strategy.load_state_dict(state["strategy"])
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = epoch_order(len(self.train), seed=self.config.seed, epoch=self.epoch).to(self.device)
-        for indices in order.split(self.config.batch_size):
-            yield self.train.inputs.index_select(0, indices), self.train.targets.index_select(0, indices)
+
+@dataclass
+class Record:
+    """What an epoch has come to so far."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    """Of each step: scalars, or (row,)."""
+    sizes: list[int] = field(default_factory=list)
+    """Samples of each step."""
+    rates: list[dict[str, float]] = field(default_factory=list)
+    """Learning rates of each step by group."""
+    outputs: list[Tensor] = field(default_factory=list)
+    """Of each batch of an evaluation: (sample, …), or (row, sample, …)."""
+    targets: list[Tensor] = field(default_factory=list)
 
 
-def seeded_steps(seeded: bool, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which steps may seed torch's global random states, if they do."""
-    return fork_rng(device) if seeded else contextlib.nullcontext()
+@contextlib.contextmanager
+def seeded_step(seeded: bool, device: torch.device, seed: int, *purpose: str | int) -> Iterator[None]:
+    """Seed torch's global random states for a step, and leave them as they were; do nothing unless `seeded`."""
+    if not seeded:
+        yield
+        return
+    with fork_rng(device):
+        torch.manual_seed(derive_seed(seed, *purpose))
+        yield
 
 
 def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
@@ -210,11 +271,6 @@ def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
 def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Return a context that leaves torch's global random states as they were, the CPU's and the device's."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:
-    """Return the order (sample,) in which an epoch visits the training data: a function of seed and epoch alone."""
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
 
 
 def mean_loss(losses: list[float], sizes: list[int]) -> float:

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrialConfig
+from pipeline.data import first_samples, model_inputs, place, samples_of
 from pipeline.fused import FusedTrials
 from pipeline.plain import PlainTrials, fork_rng
 from pipeline.strategy import SGD, Constant, ParamGroup
 from pipeline.trainer import EpochMetrics
-from pipeline.workloads.workload import Split, Workload
+from pipeline.workloads.workload import Workload
 
 SAMPLES, BATCH = 32, 16
 RATES = {0: 0.01, 1: 0.02}
 """Trial number to base rate: rows that differ."""
 MANY, MANY_PARAMETERS = 33, 1 << 22
 """Rows in company: a column more than 32 even of a model with one, but fewer if they have many parameters."""
-TOLERANCE = {"fp32": 0.01, "bf16": 0.25}
+TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
 """By precision: largest difference of a parameter, as a part of the parameters' largest change; likewise of a buffer
 and of a loss. What rounding to float32 leaves of two steps, also behind BatchNorm over few samples, is below a
 thousandth, to bfloat16 below a tenth, and a wrong step is off by all of it."""
@@ -44,6 +45,7 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
     A model that `torch.func.vmap` cannot take is found by its error; one that it would take wrongly, by the result.
     """
     tolerance = TOLERANCE[config.precision]
+    workload = place(workload, device=device, dtype=dtype)
     small = _with_samples(workload, SAMPLES)
     configs = _configs(dataclasses.replace(config, batch_size=min(config.batch_size, BATCH)))
     with fork_rng(device):
@@ -110,17 +112,18 @@ def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
 
 def _with_samples(workload: Workload, count: int) -> Workload:
     """Return a workload with the first samples of its splits."""
-    train, val = (Split(split.inputs[:count], split.targets[:count]) for split in (workload.train, workload.val))
-    return dataclasses.replace(workload, train=train, val=val, test=val)
+    train, val = (first_samples(samples_of(workload, name), count) for name in ("train", "val"))
+    return dataclasses.replace(workload, train=train, val=val, test=None)
 
 
 def _draws_random_numbers(model: nn.Module, workload: Workload, device: torch.device, dtype: torch.dtype) -> bool:
-    batch = workload.train.to(device, dtype)
+    batch = first_samples(samples_of(workload, "train"), BATCH)
+    inputs = model_inputs(workload, batch.inputs, dtype)
     with fork_rng(device), torch.no_grad():
         torch.manual_seed(0)
         before = _random_state(device)
         try:
-            workload.loss(model.train()(batch.inputs[:BATCH]), batch.targets[:BATCH])
+            workload.loss(model.train()(inputs), batch.targets)
         except Exception:
             return True
         return not torch.equal(before, _random_state(device))

@@ -148,7 +148,7 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
     info = StudyInfo(
         name=study.name,
         identity=study.identity,
-        experiment=f"{space.workload.name}-{space.workload.model}",
+        experiment=space.workload.title,
         metric=space.objective.metric,
         direction=space.objective.direction,
         groups=tuple(space.param_groups),

@@ -11,15 +11,24 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, Field, StringConstraints, create_model
 
 from pipeline import rules, strict_yaml
-from pipeline.config import Precision, TrialConfig, WorkloadChoice
+from pipeline.config import (
+    WORKLOADS,
+    Digits,
+    ImageFolder,
+    Own,
+    Precision,
+    TorchvisionDataset,
+    TrialConfig,
+    WorkloadChoice,
+)
 from pipeline.domains import Choices, Suggests, contains, describe, is_searched, label, suggest
 from pipeline.errors import InvalidInput, Problem, did_you_mean
-from pipeline.forms import FORM, MAX_COUNT, check, form_of, one_or_more
+from pipeline.forms import FORM, MAX_COUNT, check, domain_of, form_of, one_or_more
 from pipeline.pruning import Median, NoPruner, Pruner, SuccessiveHalving
 from pipeline.strategy import OPTIMIZERS, SCHEDULERS, Interval, ParamGroup
 
@@ -58,6 +67,9 @@ class SearchSpace:
     batch_size: int
     seed: int
     precision: Precision
+    deterministic: bool
+    clip_grad_norm: Any
+    """None, or what the largest norm of a gradient is chosen from."""
     objective: Objective
     optimizers: Mapping[str, Domains]
     """Optimizer name to its hyperparameters; a trial has one optimizer."""
@@ -84,6 +96,8 @@ class SearchSpace:
             batch_size=self.batch_size,
             seed=self.seed,
             precision=self.precision,
+            deterministic=self.deterministic,
+            clip_grad_norm=suggest(trial, "clip_grad_norm", self.clip_grad_norm),
             optimizer=OPTIMIZERS[optimizer](**optimizer_values),
             scheduler=SCHEDULERS[scheduler](**scheduler_values),
             param_groups={name: ParamGroup(**values) for name, values in groups.items()},
@@ -100,7 +114,7 @@ class SearchSpace:
             named |= {f"{owner}.{name}": domain for name, domain in domains.items()}
         for group, domains in self.param_groups.items():
             named |= {f"{name}.{group}": domain for name, domain in domains.items()}
-        return named
+        return named | ({"clip_grad_norm": self.clip_grad_norm} if self.clip_grad_norm is not None else {})
 
     def searched_hyperparameters(self) -> tuple[str, ...]:
         """Return the names, as in `TrialConfig.hyperparameters`, of those that differ between trials."""
@@ -178,13 +192,16 @@ def file_form() -> type[BaseModel]:
     count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
     seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
     group_name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=64)]
+    workloads = [form_of(cls, searchable=False) for cls in (Digits, TorchvisionDataset, ImageFolder, Own)]
     pruners = [form_of(cls, searchable=False) for cls in (SuccessiveHalving, Median, NoPruner)]
     fields: dict[str, Any] = {
-        "workload": (form_of(WorkloadChoice, searchable=False), ...),
+        "workload": (_named_union(workloads), ...),
         "epochs": (count, Field(description="Passes over the training data per trial.")),
         "batch_size": (count, Field(description="Samples per optimizer step.")),
         "seed": (seed, Field(0, description="Decides proposals, initial weights, data order and dropout.")),
         "precision": (Precision, Field("fp32", description="bf16: forward and backward passes by torch.autocast.")),
+        "deterministic": (bool, Field(False, strict=True, description="Repeatable algorithms only, on a GPU too.")),
+        "clip_grad_norm": (domain_of(get_type_hints(TrialConfig, include_extras=True)["clip_grad_norm"]), None),
         "objective": (form_of(Objective, searchable=False), Field(default_factory=dict, validate_default=True)),
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
         "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
@@ -211,11 +228,13 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
     values: Any = form
     space = SearchSpace(
         name=name,
-        workload=WorkloadChoice(**dict(values.workload)),
+        workload=WORKLOADS[values.workload.name](**dict(values.workload)),
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=values.seed,
         precision=values.precision,
+        deterministic=values.deterministic,
+        clip_grad_norm=values.clip_grad_norm,
         objective=Objective(**dict(values.objective)),
         optimizers=_present(values.optimizer),
         schedulers=_present(values.scheduler),
@@ -250,6 +269,7 @@ def _searched_places(space: SearchSpace) -> Iterator[str]:
     for kind, options in parts.items():
         for owner, domains in options.items():
             yield from (f"{kind}.{owner}.{name}" for name, domain in domains.items() if is_searched(domain))
+    yield from ["clip_grad_norm"] if is_searched(space.clip_grad_norm) else []
 
 
 def _suggest_all(trial: Suggests, domains: Domains, *, prefix: str = "", suffix: str = "") -> dict[str, Any]:

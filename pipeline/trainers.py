@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.config import TrialConfig
+from pipeline.data import is_streamed, place
 from pipeline.errors import PipelineError
 from pipeline.fused import FusedTrials, has_rule
 from pipeline.plain import PlainTrials
 from pipeline.probe import probe
+from pipeline.stepwise import train_epoch_together
 from pipeline.trainer import EpochMetrics
 from pipeline.workloads.workload import Workload
 
@@ -56,11 +58,11 @@ class Trainer:
         self._matrices = 1
         self._measured = 1
         """Rows with which the number of matrices was chosen: a larger group is measured again."""
-        self.workload = workload
+        self.workload = place(workload, device=device, dtype=dtype)
         self.device = device
         self._dtype = dtype
         with one_thread(device):
-            finding = probe(workload, config, device=device, dtype=dtype)
+            finding = probe(self.workload, config, device=device, dtype=dtype)
         self.plain_because = finding.cannot_fuse
         """Why no trial of the workload can be a row; None if they can."""
         self._seeded = finding.draws_random_numbers
@@ -105,7 +107,15 @@ class Trainer:
 
     def train(self, parts: Sequence[Part], *, epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
         """Train each part, at once where that is possible; return each trial's last metrics, or what was raised."""
-        return self._at_once(lambda part: _attempt(part, epochs), parts)
+        if not is_streamed(self.workload) or len(parts) < 2:
+            return self._at_once(lambda part: _attempt(part, epochs), parts)
+        outcomes: list[dict[int, EpochMetrics] | Exception] = [{} for _ in parts]
+        for _ in range(epochs):
+            going = [n for n, part in enumerate(parts) if part.configs and isinstance(outcomes[n], dict)]
+            for n, now in zip(going, train_epoch_together([parts[n] for n in going], self._at_once), strict=True):
+                before = outcomes[n]
+                outcomes[n] = {**before, **now} if isinstance(before, dict) and isinstance(now, dict) else now
+        return outcomes
 
     def halve(self, configs: Mapping[int, TrialConfig], *, too_large: bool) -> list[Part]:
         """Build the trials of a matrix that failed as two; if it was too large, none is larger from now on."""

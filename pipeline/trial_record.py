@@ -57,8 +57,7 @@ def trial_params(trial: EndedTrial) -> dict[str, str]:
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "model": config.workload.model,
-        "workload": config.workload.name,
+        **{"workload" if key == "name" else key: value for key, value in config.to_dict()["workload"].items()},
     }
     return {mlflow_name(key): str(value) for key, value in values.items()}
 

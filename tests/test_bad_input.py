@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline import cli, export, search, train
-from pipeline.config import TrialConfig, WorkloadChoice
+from pipeline.config import Digits, TrialConfig
 from pipeline.space import load_space
 from pipeline.store import Store
 from pipeline.strategy import SGD, Constant, ParamGroup
@@ -142,8 +142,12 @@ REFUSED = [
     space('"*"', '"*", lr_ratio: 0', "param_groups: every group can be frozen (lr_ratio 0) at once"),
     space("all:", "a.b:", "param_groups.a.b: must be letters, digits, '_' and '-'"),
     # Data, model, objective.
-    space("name: digits", "name: digit", "workload.name: unknown workload 'digit'; did you mean digits?"),
-    space("model: mlp", "model: mpl", "workload.model: unknown model 'mpl'; did you mean mlp?"),
+    space(
+        "name: digits",
+        "name: digit",
+        "image_folder, own, got the text 'digit'; did you mean digits?",
+    ),
+    space("model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"),
     space("epochs: 4", "epochs: 0", "epochs: must be >= 1, got 0"),
     space("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
     space("epochs: 4", "epochs: 4\nobjective: {metric: val/acuracy}", "unknown metric", "did you mean val/accuracy?"),
@@ -154,7 +158,9 @@ REFUSED = [
     option("train", "the following arguments are required: CONFIG"),
     option("train missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),
     option("train mine.yaml", "optimizer.sgd.base_lr: must be one value in a config, got a choice"),
-    config("model: mlp", "model: mpl", "workload.model: unknown model 'mpl'; did you mean mlp?"),
+    config(
+        "model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"
+    ),
     config("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
     config("epochs: 4", "epochs: 4\nfound: lost", "found: must be a mapping, got 'lost'"),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "line 4, column 9: could not find expected ':'"), CONFIG[:70]),
@@ -234,7 +240,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pruned_trial(number: int) -> EndedTrial:
     config = TrialConfig(
-        workload=WorkloadChoice(name="digits", model="mlp"),
+        workload=Digits(model="mlp"),
         epochs=4,
         batch_size=64,
         seed=0,

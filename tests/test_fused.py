@@ -261,7 +261,15 @@ def test_models_of_torchvision_equal_the_plain_trainer(name: str) -> None:
 
     norm = Metric(lambda outputs, targets: outputs.norm(), "minimize")
     metrics = {"accuracy": Metric(accuracy, "maximize"), "norm": norm}
-    workload = Workload(name, TORCHVISION[name], split(8), split(4), split(4), F.cross_entropy, metrics)
+    workload = Workload(
+        name=name,
+        build_model=TORCHVISION[name],
+        train=split(8),
+        val=split(4),
+        test=split(4),
+        loss=F.cross_entropy,
+        metrics=metrics,
+    )
     pattern = {"resnet18": "fc.*", "vision_transformer": "heads.*"}.get(name, "classifier.*")
     head = ParamGroup(pattern=(pattern,), lr_ratio=2.0)
     groups = {"head": head, "body": ParamGroup(pattern=("*",))}

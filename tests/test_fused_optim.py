@@ -55,7 +55,13 @@ def workload(seed: int) -> Workload:
     samples *= 10 ** torch.randint(-4, 3, (STEPS, 7), generator=generator)
     samples[torch.rand(STEPS, 7, generator=generator) < 0.2] = 0.0
     split = Split(samples, torch.zeros(STEPS))
-    return Workload("linear", Weights, split, split, split, lambda outputs, targets: (outputs - targets).mean(), {})
+    return Workload(
+        name="linear",
+        build_model=Weights,
+        train=split,
+        val=split,
+        loss=lambda outputs, targets: (outputs - targets).mean(),
+    )
 
 
 def values(name: str, hint: Any) -> st.SearchStrategy[Any]:

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from pipeline import rules
-from pipeline.config import WorkloadChoice
+from pipeline.config import Digits
 from pipeline.errors import InvalidInput
 from pipeline.space import load_space
 from pipeline.workloads import Workload, load_workload
@@ -160,7 +160,7 @@ def test_a_space_that_breaks_a_rule_is_refused_and_its_neighbour_is_not(
 
 @pytest.fixture(scope="module")
 def digits() -> Workload:
-    return load_workload(WorkloadChoice(name="digits", model="cnn"))
+    return load_workload(Digits())
 
 
 def with_model(path: Path, workload: Workload) -> list[str]:

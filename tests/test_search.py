@@ -32,6 +32,7 @@ from pipeline.study import Study
 from pipeline.trainer import EpochMetrics
 from pipeline.trainers import Trainer
 from pipeline.trial import EndedTrial, TrialState
+from pipeline.workloads import Split
 from pipeline.workloads.digits import DigitsMLP, digits
 
 if TYPE_CHECKING:
@@ -215,6 +216,8 @@ def test_a_trained_model_loads_and_scores_what_was_printed(
     model.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     model.eval()
     workload = digits("mlp")
+    assert isinstance(workload.test, Split)
+    assert isinstance(workload.val, Split)
     outputs = model(workload.test.inputs)
     loss = F.cross_entropy(outputs, workload.test.targets).item()
     accuracy = (outputs.argmax(dim=1) == workload.test.targets).double().mean().item()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.background import BackgroundTracker
-from pipeline.config import TrialConfig, WorkloadChoice
+from pipeline.config import Digits, TrialConfig
 from pipeline.saved_view import TAG_PREFIX, mlflow_name, saved_view
 from pipeline.strategy import AdamW, OneCycle, ParamGroup, Scheduler, Step
 from pipeline.strict_yaml import loads
@@ -62,7 +62,7 @@ def ended(
     return EndedTrial(
         number=number,
         config=TrialConfig(
-            workload=WorkloadChoice(),
+            workload=Digits(),
             epochs=2,
             batch_size=64,
             seed=0,

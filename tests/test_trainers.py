@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from pipeline import trainers
 from pipeline.config import TrialConfig
+from pipeline.data import epoch_order
 from pipeline.fused import FusedTrials
-from pipeline.plain import PlainTrials, epoch_order
+from pipeline.plain import PlainTrials
 from pipeline.strategy import (
     SGD,
     Adam,
@@ -366,6 +367,7 @@ def test_train_loss_is_the_mean_over_all_samples_those_of_the_last_small_batch_t
     workload = tiny_workload()
     group = trainer({0: tiny_config(STILL)}, workload, device=CPU, dtype=torch.float64)
     (epoch,) = group.train_epoch().values()
+    assert isinstance(workload.train, Split)
     train_split = workload.train.to(CPU, torch.float64)
     model = model_in_eval_mode(group, 0, TinyModel().double())
     expected = F.cross_entropy(model(train_split.inputs), train_split.targets).item()

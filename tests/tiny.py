@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import TrialConfig, WorkloadChoice
+from pipeline.config import Own, TrialConfig
 from pipeline.strategy import SGD, Constant, Optimizer, ParamGroup, Scheduler
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
@@ -64,7 +64,7 @@ def tiny_config(
 ) -> TrialConfig:
     """Return a config for the problem: by default plain SGD at a constant rate of 0.1."""
     values: dict[str, Any] = {
-        "workload": WorkloadChoice(name="tiny", model="mlp"),
+        "workload": Own(function="tests.tiny:tiny_workload"),
         "batch_size": BATCH,
         "seed": 0,
         "param_groups": BODY_AND_HEAD,

@@ -1,24 +1,33 @@
-"""What is trained: data, model, loss and metrics. One file per built-in workload."""
+"""What is trained: data, model, loss and metrics. One file per kind of workload."""
 
 from __future__ import annotations
 
-from pipeline.config import WorkloadChoice
-from pipeline.errors import InvalidInput, Problem, did_you_mean
-from pipeline.workloads.digits import digits
-from pipeline.workloads.workload import Metric, Split, Workload
+from pipeline.config import Digits, ImageFolder, Own, TorchvisionDataset, WorkloadChoice
+from pipeline.workloads.workload import Dataset, Metric, Split, Workload, accuracy
 
-__all__ = ["BUILT_IN", "Metric", "Split", "Workload", "load_workload"]
-
-BUILT_IN = {"digits": digits}
+__all__ = ["Dataset", "Metric", "Split", "Workload", "accuracy", "load_workload"]
 
 
 def load_workload(choice: WorkloadChoice) -> Workload:
     """Load a workload's data and choose its model.
 
     Raises:
-        InvalidInput: There is no such workload, or it has no such model.
+        InvalidInput: The data or the model cannot be had; places are those of a file, such as `workload.model`.
     """
-    if choice.name not in BUILT_IN:
-        message = f"unknown workload {choice.name!r}; {did_you_mean(choice.name, BUILT_IN)}"
-        raise InvalidInput("workload", [Problem("workload.name", message)])
-    return BUILT_IN[choice.name](choice.model)
+    match choice:
+        case Digits(model=model):
+            from pipeline.workloads.digits import digits
+
+            return digits(model)
+        case TorchvisionDataset():
+            from pipeline.workloads.torchvision_dataset import torchvision_dataset
+
+            return torchvision_dataset(choice)
+        case ImageFolder():
+            from pipeline.workloads.image_folder import image_folder
+
+            return image_folder(choice)
+        case Own():
+            from pipeline.workloads.own import own_workload
+
+            return own_workload(choice)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,53 @@ from torch import Tensor, nn
 Direction = Literal["minimize", "maximize"]
 
 
+class Dataset(Protocol):
+    """Samples that are read one by one, such as a `torch.utils.data.Dataset`'s."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]:
+        """Return a sample: its input, of one shape throughout, and its target; tensors, arrays or numbers."""
+        ...
+
+
+class Samples(Protocol):
+    """The samples of one split, where trials train; `Split` is one in memory, `pipeline.data.Streamed` is read."""
+
+    @property
+    def sample_size(self) -> int:
+        """The count of numbers in the input of one sample."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the inputs and targets of batches.
+
+        Args:
+            indices: Of each batch, (sample,), on the CPU.
+            seed: Decides what samples draw at random, if they do.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Split:
-    """The samples of one split, in memory; they stay on the device for the whole run."""
+    """The samples of one split, in memory."""
 
     inputs: Tensor
     """(sample, …)"""
     targets: Tensor
     """(sample, …)"""
+
+    @property
+    def sample_size(self) -> int:
+        """The count of numbers in the input of one sample."""
+        return self.inputs[:1].numel()
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -27,6 +66,12 @@ class Split:
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Return the split on a device, floating-point tensors in `dtype`."""
         return Split(*(t.to(device, dtype if t.is_floating_point() else None) for t in (self.inputs, self.targets)))
+
+    def batches(self, indices: Sequence[Tensor], *, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the inputs and targets of batches; see `Samples`."""
+        sizes = [len(batch) for batch in indices]
+        for batch in torch.cat(list(indices)).to(self.inputs.device).split(sizes):
+            yield self.inputs.index_select(0, batch), self.targets.index_select(0, batch)
 
 
 @dataclass(frozen=True)
@@ -38,7 +83,7 @@ class Metric:
     direction: Direction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """Data, model, loss and metrics of one problem."""
 
@@ -46,13 +91,20 @@ class Workload:
     """For people: `digits · cnn`."""
     build_model: Callable[[], nn.Module]
     """Makes the model with fresh weights from torch's global random state; called once per trial."""
-    train: Split
-    val: Split
-    test: Split
+    train: Split | Dataset
+    """What fits on the device is moved there once; what does not is read batch by batch, for all trials at once."""
+    val: Split | Dataset
+    test: Split | Dataset | None = None
+    """Never used for choosing."""
     loss: Callable[[Tensor, Tensor], Tensor]
     """(outputs, targets) -> the mean loss over the samples, a scalar."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """Name without a split, such as `accuracy`, to the metric."""
+    preprocess: Callable[[Tensor], Tensor] | None = None
+    """(inputs of a batch, as the data has them) -> what the model sees; on the device, such as a normalisation."""
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    """(inputs of a training batch, as the data has them, a generator of the same device) -> inputs of the same shape,
+    changed at random; before `preprocess`, the same for all trials."""
 
     @property
     def directions(self) -> dict[str, Direction]:
@@ -68,4 +120,5 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
         outputs: (sample, class)
         targets: (sample,)
     """
-    return (outputs.argmax(dim=-1) == targets).double().mean()
+    hits = outputs.argmax(dim=-1) == targets
+    return hits.float().mean() if hits.device.type == "mps" else hits.double().mean()
