@@ -24,11 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", action="store_true", help="report the test split too; never choose by it")
     parser.add_argument("--root", type=cli.folder, default=Path(), metavar="DIR", help="where to save model.pt")
     cli.add_device(parser)
+    cli.add_overrides(parser, workload=True)
     arguments = parser.parse_args(argv)
 
     from pipeline.space import load_config
 
-    space, config, found = load_config(arguments.config)
+    space, config, found = load_config(arguments.config, cli.overrides_of(arguments))
 
     import torch
 
