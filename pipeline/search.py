@@ -199,7 +199,7 @@ def _run(
 def _read_space(options: Options) -> tuple[SearchSpace, int]:
     """Read the space and the number of trials: from the options, else a named study's own, else the defaults."""
     from pipeline import rules
-    from pipeline.space import build_space, load_space
+    from pipeline.space import build_space
 
     header = None
     if options.study is not None and (options.root / "mlruns" / "optuna.db").exists():
@@ -210,10 +210,8 @@ def _read_space(options: Options) -> tuple[SearchSpace, int]:
         document = override(header.document, options.overrides)
         _refuse_stored_code(header, options)
         space = build_space(document, source=f"--study {header.name}", name=header.space)
-    elif isinstance(options.space, Mapping):
-        space = build_space(override(options.space, options.overrides), source="space", name="space")
     else:
-        space = load_space(_space_file(options), options.overrides)
+        space = _given_space(options)
     for warning in rules.warnings(space):
         print(f"warning: {warning}", file=sys.stderr)
     return space, options.trials or (header.trials if header else DEFAULT_TRIALS)
@@ -306,6 +304,17 @@ def _refuse_stored_code(header: StudyHeader, options: Options) -> None:
     if workload["name"] == "own" and "workload" not in options.overrides:
         message = f"trains {workload['function']}, code that is run only when you name it: add --workload"
         raise InvalidInput("--study", [Problem(header.name, f"{message} {workload['function']}")])
+
+
+def _given_space(options: Options) -> SearchSpace:
+    from pipeline.space import build_space, load_space, study_name
+
+    if isinstance(options.space, Mapping):
+        return build_space(override(options.space, options.overrides), source="space", name="search")
+    space = load_space(_space_file(options), options.overrides)
+    if options.space is None and isinstance(space.workload, Own):
+        space = dataclasses.replace(space, name=study_name(space.workload.title))
+    return space
 
 
 def _space_file(options: Options) -> Path:

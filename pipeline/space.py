@@ -144,22 +144,26 @@ def load_space(path: Path, overrides: Overrides = MappingProxyType({})) -> Searc
     Raises:
         InvalidInput: With every problem of the file.
     """
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip("-.")[:80] or "space"
-    return build_space(override(strict_yaml.load(path), overrides), source=str(path), name=name)
+    return build_space(override(strict_yaml.load(path), overrides), source=str(path), name=path.stem)
 
 
 def build_space(data: Mapping[str, Any], *, source: str, name: str) -> SearchSpace:
-    """Make a search space of what a file says; `source` names it in errors, `name` its studies.
+    """Make a search space of what a file says; `source` names it in errors, `name` its studies, as far as they can.
 
     Raises:
         InvalidInput: With every problem of the data.
     """
-    space, problems = _read(data, name=name)
+    space, problems = _read(data, name=study_name(name))
     if space is not None and not problems and not any(is_searched(d) for d in space.parameters().values()):
         problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
     if problems or space is None:
         raise InvalidInput(source, problems)
     return space
+
+
+def study_name(text: str) -> str:
+    """Return a text in the letters that `--study` takes."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:80] or "space"
 
 
 def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpace:
