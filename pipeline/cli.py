@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.errors import PipelineError
+from pipeline.errors import InvalidInput, PipelineError, Problem
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -123,8 +123,14 @@ def _study_name(text: str) -> str:
 
 
 def workload_choice(text: str) -> dict[str, str]:
-    """Return what a file says of a workload that was named in one word."""
+    """Return what a file says of a workload that was named in one word.
+
+    Raises:
+        InvalidInput: It is a file or a module without a function.
+    """
     file, colon, function = text.rpartition(":")
+    if not colon and re.search(r"[./]", text):
+        raise InvalidInput("--workload", [Problem(text, f"has no function; name one, {text}:function")])
     if not colon:
         return {"name": text}
     return {"name": "own", "function": f"{os.path.normpath(file) if file.endswith('.py') else file}:{function}"}

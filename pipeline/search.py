@@ -323,7 +323,9 @@ def _space_file(options: Options) -> Path:
 
 
 def _source(options: Options) -> str:
-    return "space" if isinstance(options.space, Mapping) else str(_space_file(options))
+    file = "space" if isinstance(options.space, Mapping) else str(_space_file(options))
+    workload = options.overrides.get("workload", {})
+    return f"{file} with --workload {workload['function']}" if "function" in workload else file
 
 
 def _best_file(study: Study, store: Store) -> Path:
