@@ -11,9 +11,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipeline.config import Own
 from pipeline.errors import InvalidInput, PipelineError, Problem
+
+if TYPE_CHECKING:
+    from pipeline.space import SearchSpace
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -78,6 +82,12 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what `--workload` and `--set` change, by place."""
     chosen = {"workload": getattr(arguments, "workload", None), "seed": getattr(arguments, "seed", None)}
     return {**{place: value for place, value in chosen.items() if value is not None}, **dict(arguments.set)}
+
+
+def say_own_code(space: SearchSpace, say: Callable[[str], None] = print) -> None:
+    """Say which code of a person's own is about to run, if any."""
+    if isinstance(space.workload, Own):
+        say(f"workload from {space.workload.function}")
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

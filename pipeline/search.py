@@ -130,8 +130,7 @@ def _search(options: Options, console: Console) -> SearchResult:
     from pipeline.prepare import prepare
     from pipeline.store import Store
 
-    if isinstance(space.workload, Own):
-        console.print(f"workload from {space.workload.function}", soft_wrap=True)
+    cli.say_own_code(space, console.print)
     trainer = prepare(
         space,
         source=_source(options),
@@ -264,7 +263,7 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
         console.print(best_table(study))
         console.print()
         note = f"Best of {len(study.ended)} trials: #{best[0].number}, {study.space.objective.metric} "
-        note += f"{best[0].value:.4f}, {strategy_line(best[0].config)}. "
+        note += f"{best[0].score}, {strategy_line(best[0].config)}. "
         note += "Train it again: `python -m pipeline.train best.yaml`."
         try:
             write_atomic(path, config_file(study, best[0]))
