@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.background import BackgroundTracker
+    from pipeline.checkpoint import Checkpoints
     from pipeline.space import SearchSpace
     from pipeline.store import Store
     from pipeline.study import Study
@@ -63,6 +64,7 @@ def search(options: Options, console: Console) -> int:
     """Run or go on with a search, from its file to best.yaml; return the exit status."""
     space, trials = _read_space(options)
 
+    from pipeline.checkpoint import Checkpoints
     from pipeline.prepare import prepare
     from pipeline.store import Store
 
@@ -73,7 +75,8 @@ def search(options: Options, console: Console) -> int:
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
         with _tracked(study, store) as tracker:
-            _run(study, trials, trainer, tracker, interrupts, console)
+            checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=_warn)
+            _run(study, trials, trainer, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
     if len(study.ended) >= trials:
         return 0 if study.best() else 1
@@ -85,6 +88,7 @@ def _run(
     study: Study,
     trials: int,
     trainer: Trainer,
+    checkpoints: Checkpoints,
     tracker: BackgroundTracker,
     interrupts: _Interrupts,
     console: Console,
@@ -106,6 +110,7 @@ def _run(
                 group,
                 proposals,
                 study,
+                checkpoints=checkpoints,
                 environment=functools.partial(environment, trainer),
                 on_epoch=progress.epoch,
                 interrupted=interrupts.asked,
@@ -113,6 +118,8 @@ def _run(
                 study.add(trial)
                 tracker.log_trial(trial)
             progress.group_ended()
+    if not interrupts.reason:
+        checkpoints.clear()  # a crash may have left those of the last group
 
 
 def _read_space(options: Options) -> tuple[SearchSpace, int]:
@@ -133,7 +140,7 @@ def _read_space(options: Options) -> tuple[SearchSpace, int]:
         document = {**space.document, "seed": options.seed}
         space = dataclasses.replace(space, seed=options.seed, document=document)
     for warning in rules.warnings(space):
-        print(f"warning: {warning}", file=sys.stderr)
+        _warn(warning)
     return space, options.trials or (header.trials if header else DEFAULT_TRIALS)
 
 
@@ -162,7 +169,7 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
         yield tracker
     finally:
         for warning in tracker.close(timeout=60):
-            print(f"warning: {warning}", file=sys.stderr)
+            _warn(warning)
 
 
 def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Console, *, finished: bool) -> None:
@@ -216,6 +223,10 @@ def _headline(study: Study, trainer: Trainer, trials: int) -> str:
     if len(study.ended) >= trials:
         went_on = f": all of its {len(study.ended)} trials have ended; ask for more with --trials"
     return f"{what}   study {study.name}, seed {space.seed}{went_on}"
+
+
+def _warn(warning: str) -> None:
+    print(f"warning: {warning}", file=sys.stderr)
 
 
 def _source(options: Options) -> str:

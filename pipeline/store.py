@@ -22,9 +22,10 @@ from optuna.storages import RDBStorage
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
 from pipeline.space import SearchSpace, space_from_document
 from pipeline.sqlite import sqlite_uri
+from pipeline.strict_yaml import sweep
 from pipeline.study import Study, group_size, storage_errors
 
-FORMAT = 1
+FORMAT = 2
 """Of what a study stores about itself and its trials."""
 
 _HEADER = "pipeline"
@@ -190,6 +191,7 @@ class Store:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
+            sweep(path.parent)
             yield
 
     def _names(self) -> list[str]:

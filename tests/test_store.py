@@ -164,7 +164,7 @@ def test_a_study_of_another_format_is_refused(store: Store) -> None:
     study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
     study.set_user_attr("pipeline", study.user_attrs["pipeline"] | {"format": 99})
     with pytest.raises(
-        InvalidInput, match=r"mine: is of format 99, and this version reads format 1; use another --root"
+        InvalidInput, match=r"mine: is of format 99, and this version reads format 2; use another --root"
     ):
         store.headers()
 
