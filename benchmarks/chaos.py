@@ -141,7 +141,7 @@ def attack(one: Round, random_: random.Random, *, training: float) -> bool:
         process.stdout.readline()  # it is about to train; else it may be killed while it imports or creates databases
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(random_.uniform(0, training / 3))
+            process.wait(random_.uniform(0, training / 6))
             break
         victim = random_.choice(VICTIMS)
         one.acknowledge()

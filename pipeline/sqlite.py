@@ -28,7 +28,8 @@ def create_whole(database: Path, build: Callable[[Path], object]) -> None:
         if database.exists():
             return
         new = database.with_name(f".{database.name}.new")
-        for left in database.parent.glob(f"{new.name}*"):  # by a process that was killed
+        # What a killed process left, and the log of a database that someone removed, which the new one would replay.
+        for left in (*database.parent.glob(f"{new.name}*"), *database.parent.glob(f"{database.name}-*")):
             left.unlink()
         build(new)
         new.replace(database)

@@ -62,6 +62,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.database = root / "mlruns" / "optuna.db"
+        self._opened: RDBStorage | None = None  # opening it takes Optuna longer than storing a trial
 
     def headers(self) -> list[StudyHeader]:
         """Return every study, oldest first; writes nothing.
@@ -219,7 +220,8 @@ class Store:
                 create_whole(self.database, _build_database)
                 with contextlib.closing(sqlite3.connect(self.database)) as connection:
                     connection.execute("PRAGMA journal_mode=WAL")
-            return RDBStorage(sqlite_uri(self.database))
+            self._opened = self._opened or RDBStorage(sqlite_uri(self.database))
+            return self._opened
 
 
 def _build_database(database: Path) -> None:

@@ -243,6 +243,11 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
+@functools.cache
+def trainer() -> Trainer:
+    return Trainer(tiny_workload(), space_from_document(DOCUMENT, name="tiny").example(), device=CPU)
+
+
 def begin(store: Store, **changes: Any) -> Study:
     return store.create(space_from_document({**DOCUMENT, **changes}, name="tiny"), name="mine", trials=4 * 6)
 
@@ -261,12 +266,11 @@ def search(
         How many epochs were trained, and the warnings.
     """
     study, warnings = store.open("mine"), list[str]()
-    trainer = Trainer(tiny_workload(), study.space.example(), device=CPU)
     trained: list[Mapping[int, EpochMetrics]] = []
     checkpoints = Checkpoints(store.folder("mine") / "checkpoints", warn=warnings.append, share=1.0)
     while len(trained) != epochs and (proposals := study.next_group(trials)):
         for trial in run_group(
-            trainer.build({number: config for number, (config, _) in proposals.items()}),
+            trainer().build({number: config for number, (config, _) in proposals.items()}),
             proposals,
             study,
             checkpoints=checkpoints,
@@ -379,6 +383,7 @@ def test_a_study_of_the_same_name_does_not_take_the_other_ones_checkpoint(store:
     begin(store)
     search(store, epochs=1)
     store.database.unlink()
+    store = Store(store.root)
     begin(store)
     _, (warning,) = search(store, epochs=1)
     assert "it is of another study that had this name" in warning
