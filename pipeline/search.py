@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.background import BackgroundTracker
+    from pipeline.checkpoint import Checkpoints
     from pipeline.space import SearchSpace
     from pipeline.store import Store, StudyHeader
     from pipeline.study import Study
@@ -127,10 +128,11 @@ def _search(options: Options, console: Console) -> SearchResult:
     """Run or go on with a search, from its file to best.yaml."""
     space, trials = _read_space(options)
 
+    from pipeline.checkpoint import Checkpoints
     from pipeline.prepare import prepare
     from pipeline.store import Store
 
-    cli.say_own_code(space, console.print)
+    cli.say_own_code(space, functools.partial(console.print, soft_wrap=True, markup=False))
     trainer = prepare(
         space,
         source=_source(options),
@@ -145,7 +147,8 @@ def _search(options: Options, console: Console) -> SearchResult:
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
         with _tracked(study, store) as tracker:
-            _run(study, trials, trainer, tracker, interrupts, console)
+            checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=_warn)
+            _run(study, trials, trainer, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
     best = next(iter(study.best()), None)
     status = 0 if best else 1
@@ -165,6 +168,7 @@ def _run(
     study: Study,
     trials: int,
     trainer: Trainer,
+    checkpoints: Checkpoints,
     tracker: BackgroundTracker,
     interrupts: _Interrupts,
     console: Console,
@@ -186,6 +190,7 @@ def _run(
                 group,
                 proposals,
                 study,
+                checkpoints=checkpoints,
                 environment=functools.partial(environment, trainer),
                 on_epoch=progress.epoch,
                 interrupted=interrupts.asked,
@@ -193,6 +198,8 @@ def _run(
                 study.add(trial)
                 tracker.log_trial(trial)
             progress.group_ended()
+    if not interrupts.reason:
+        checkpoints.clear()  # a crash may have left those of the last group
 
 
 def _read_space(options: Options) -> tuple[SearchSpace, int]:
@@ -212,7 +219,7 @@ def _read_space(options: Options) -> tuple[SearchSpace, int]:
     else:
         space = _given_space(options)
     for warning in rules.warnings(space):
-        print(f"warning: {warning}", file=sys.stderr)
+        _warn(warning)
     return space, options.trials or (header.trials if header else DEFAULT_TRIALS)
 
 
@@ -241,7 +248,7 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
         yield tracker
     finally:
         for warning in tracker.close(timeout=60):
-            print(f"warning: {warning}", file=sys.stderr)
+            _warn(warning)
 
 
 def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Console, *, finished: bool) -> None:
@@ -319,6 +326,10 @@ def _given_space(options: Options) -> SearchSpace:
 def _space_file(options: Options) -> Path:
     assert not isinstance(options.space, Mapping)
     return options.space or (OWN_SPACE if "workload" in options.overrides else DEFAULT_SPACE)
+
+
+def _warn(warning: str) -> None:
+    print(f"warning: {warning}", file=sys.stderr)
 
 
 def _source(options: Options) -> str:

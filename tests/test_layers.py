@@ -33,7 +33,7 @@ TRAINING = ("config", "strategy", "param_groups", "trainer", *WITH_TORCH)
 OWNERS = {
     "mlflow": ("tracking",),
     "optuna": ("study", "store", "sampling"),
-    "torch": (*WITH_TORCH, "prepare", "train"),
+    "torch": (*WITH_TORCH, "prepare", "train", "checkpoint"),
     "sklearn": ("workloads*",),
     "yaml": ("strict_yaml",),
     "pydantic": ("domains", "forms", "space"),
