@@ -11,10 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import os
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
 
     from pipeline.background import BackgroundTracker
     from pipeline.checkpoint import Checkpoints
+    from pipeline.interrupts import Interrupts
     from pipeline.space import SearchSpace
     from pipeline.store import Store
     from pipeline.study import Study
@@ -50,11 +48,19 @@ class Options:
     device: str
     rows: int | None
     seed: int | None
+    delete: str | None = None
+    """A study to delete, in place of searching."""
+    yes: bool = False
+    """Whether to delete without asking."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     options = _parse(argv)
+    if options.delete is not None:
+        from pipeline.deletion import delete
+
+        return delete(options.root, options.delete, sure=options.yes)
     from rich.console import Console
 
     return search(options, Console(highlight=False))
@@ -65,16 +71,17 @@ def search(options: Options, console: Console) -> int:
     space, trials = _read_space(options)
 
     from pipeline.checkpoint import Checkpoints
+    from pipeline.interrupts import Interrupts
     from pipeline.prepare import prepare
     from pipeline.store import Store
 
     trainer = prepare(space, source=_source(options), device=options.device, searching=True, rows=options.rows)
     store = Store(options.root)
     name, exists = store.choose(space, trials=trials, name=options.study)
-    with store.lock(name), _Interrupts(options.timeout) as interrupts:
+    with store.lock(name), Interrupts(options.timeout) as interrupts:
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
-        with _tracked(study, store) as tracker:
+        with _tracked(study, store) as tracker, _stopped_by_errors(tracker, _command(options, name, trials)):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=_warn)
             _run(study, trials, trainer, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
@@ -90,7 +97,7 @@ def _run(
     trainer: Trainer,
     checkpoints: Checkpoints,
     tracker: BackgroundTracker,
-    interrupts: _Interrupts,
+    interrupts: Interrupts,
     console: Console,
 ) -> None:
     """Train group after group until `trials` have ended."""
@@ -172,6 +179,18 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
             _warn(warning)
 
 
+@contextlib.contextmanager
+def _stopped_by_errors(tracker: BackgroundTracker, command: str) -> Iterator[None]:
+    """Have MLflow show as stopped what an error stops, and say with it how to go on."""
+    try:
+        yield
+    except Exception as error:
+        tracker.interrupt(f"Stopped: {error}")
+        if isinstance(error, StorageError):
+            raise StorageError(f"{error}\nonce that is mended, go on with: {command}") from error
+        raise
+
+
 def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Console, *, finished: bool) -> None:
     """Write best.yaml, close MLflow's record, and say what was found and where."""
     from pipeline.display import best_table, strategy_line
@@ -240,38 +259,6 @@ def _command(options: Options, study: str, trials: int) -> str:
     return f"python -m pipeline.search --study {study} --trials {trials}{root}{device}{rows}"
 
 
-class _Interrupts:
-    """Ctrl-C, SIGTERM and the time limit, asked about between epochs; a second signal ends the process at once."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.reason: str | None = None
-        self.exit_status = 0
-        self._deadline = time.monotonic() + minutes * 60 if minutes is not None else None
-        self._minutes = minutes
-
-    def __enter__(self) -> _Interrupts:
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def asked(self) -> bool:
-        """Say whether to stop now."""
-        if self._deadline is not None and time.monotonic() >= self._deadline and self.reason is None:
-            self.reason = f"stopped after {self._minutes:g} minutes"
-        return self.reason is not None
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.exit_status:  # stored trials are on the disk, and MLflow's process ends with this one
-            with contextlib.suppress(OSError):
-                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")  # the progress display had hidden the cursor
-            os._exit(self.exit_status)
-        self.reason = "interrupted"
-        self.exit_status = 128 + number
-
-
 def _parse(argv: list[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m pipeline.search", description="Search learning-rate strategies.")
     parser.add_argument("--space", type=Path, metavar="FILE", help=f"what to search (default: {DEFAULT_SPACE.name})")
@@ -284,6 +271,7 @@ def _parse(argv: list[str] | None) -> Options:
     rows_help = "train at most N trials as rows of one matrix, which changes no result (default: auto)"
     parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)
     parser.add_argument("--seed", type=cli.whole_number(0, 2**32 - 1), metavar="N", help="instead of the file's")
+    cli.add_delete(parser)
     return Options(**vars(parser.parse_args(argv)))
 
 
