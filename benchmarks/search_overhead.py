@@ -38,6 +38,7 @@ START = "start of Python"
 IMPORTS = "imports"
 DATABASES = "creating databases"
 TRAINING = "training"
+CHECKPOINTS = "checkpoints"
 REST = "rest"
 END = "end of Python"
 CATEGORIES = (
@@ -48,6 +49,7 @@ CATEGORIES = (
     "probing and choosing rows",
     "building groups",
     TRAINING,
+    CHECKPOINTS,
     "Optuna: propose",
     "Optuna: prune",
     "Optuna: store",
@@ -65,6 +67,9 @@ WRAPPED = (
     ("pipeline.trainers", "Trainer._fastest", "probing and choosing rows"),
     ("pipeline.trainers", "Trainer.build", "building groups"),
     ("pipeline.trainers", "TrialParts.train_epoch", TRAINING),
+    ("pipeline.checkpoint", "Checkpoints.save", CHECKPOINTS),
+    ("pipeline.checkpoint", "Checkpoints.load", CHECKPOINTS),
+    ("pipeline.checkpoint", "Checkpoints.clear", CHECKPOINTS),
     ("pipeline.study", "Study.next_group", "Optuna: propose"),
     ("pipeline.study", "Study.stops", "Optuna: prune"),
     ("pipeline.study", "Study.add", "Optuna: store"),
@@ -194,6 +199,8 @@ def _print(turn: dict[str, Any], turns: Sequence[dict[str, Any]], bare: Sequence
     parts = sorted(_training_part(turn) for turn in turns)
     print(f"RATIO training to all beyond imports and creating databases  {_training_part(turn):.2f}", end="")
     print(f"   (from {parts[0]:.2f} to {parts[-1]:.2f})")
+    costs = sorted(turn["seconds"].get(CHECKPOINTS, 0.0) / turn["seconds"][TRAINING] for turn in turns)
+    print(f"RATIO checkpoints to training  {costs[len(costs) // 2]:.2%}   (from {costs[0]:.2%} to {costs[-1]:.2%})")
 
 
 def _training_part(turn: dict[str, Any]) -> float:

@@ -7,11 +7,12 @@ kept: if the newest does not verify, the one before it does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,9 @@ class Checkpoints:
         file = io.BytesIO()
         torch.save(content(), file)
         payload = file.getbuffer()
-        try:
+        with _storage_errors(self.folder / name, "written"):
             write_atomic(self.folder / name, _TITLE, f"{FORMAT}\n{hashlib.sha256(payload).hexdigest()}\n", payload)
-            for path in self._paths()[KEPT:]:
-                path.unlink()
-        except OSError as error:
-            raise StorageError(f"{self.folder / name}: cannot be written: {error.strerror}") from None
+        self._remove(self._paths()[KEPT:])
         self._last = time.monotonic()
         self._took = self._last - start
 
@@ -82,13 +80,28 @@ class Checkpoints:
                 yield path, content
 
     def clear(self, *, but: Path | None = None) -> None:
-        """Remove every checkpoint, but this one."""
-        for path in self._paths():
-            if path != but:
+        """Remove every checkpoint, but this one.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        self._remove(path for path in self._paths() if path != but)
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            with _storage_errors(path, "removed"):
                 path.unlink()
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("*.pt"), reverse=True)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path, done: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be {done}: {error.strerror}") from error
 
 
 def _read(path: Path) -> dict[str, Any] | str:

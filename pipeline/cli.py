@@ -60,6 +60,13 @@ def add_study(parser: argparse.ArgumentParser, *, help: str) -> None:
     parser.add_argument("--study", type=_study_name, metavar="NAME", help=help)
 
 
+def add_delete(parser: argparse.ArgumentParser) -> None:
+    """Add `--delete` and `--yes`."""
+    help = "delete this study, with its trials, files and MLflow runs, in place of searching; asks first"
+    parser.add_argument("--delete", type=_study_name, metavar="NAME", help=help)
+    parser.add_argument("--yes", action="store_true", help="delete without asking")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument(

@@ -11,11 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +28,7 @@ if TYPE_CHECKING:
 
     from pipeline.background import BackgroundTracker
     from pipeline.checkpoint import Checkpoints
+    from pipeline.interrupts import Interrupts
     from pipeline.space import SearchSpace
     from pipeline.store import Store, StudyHeader
     from pipeline.study import Study
@@ -79,10 +76,14 @@ class SearchResult:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    options = _parse(argv)
+    arguments = _parse(argv)
+    if arguments.delete is not None:
+        from pipeline.deletion import delete
+
+        return delete(arguments.root, arguments.delete, sure=arguments.yes)
     from rich.console import Console
 
-    return _search(options, Console(highlight=False)).exit_status
+    return _search(_options(arguments), Console(highlight=False)).exit_status
 
 
 def search(
@@ -129,6 +130,7 @@ def _search(options: Options, console: Console) -> SearchResult:
     space, trials = _read_space(options)
 
     from pipeline.checkpoint import Checkpoints
+    from pipeline.interrupts import Interrupts
     from pipeline.prepare import prepare
     from pipeline.store import Store
 
@@ -143,17 +145,18 @@ def _search(options: Options, console: Console) -> SearchResult:
     )
     store = Store(options.root)
     name, exists = store.choose(space, trials=trials, name=options.study)
-    with store.lock(name), _Interrupts(options.timeout) as interrupts:
+    way_on = _command(options, space, study=name, trials=trials)
+    with store.lock(name), Interrupts(options.timeout) as interrupts:
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
-        with _tracked(study, store) as tracker:
+        with _tracked(study, store) as tracker, _stopped_by_errors(tracker, way_on):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=_warn)
             _run(study, trials, trainer, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
     best = next(iter(study.best()), None)
     status = 0 if best else 1
     if len(study.ended) < trials:
-        console.print(f"{interrupts.reason}; go on with: {_command(options, study, trials)}", soft_wrap=True)
+        console.print(f"{interrupts.reason}; go on with: {way_on}", soft_wrap=True)
         status = interrupts.exit_status
     return SearchResult(
         study=study.name,
@@ -170,7 +173,7 @@ def _run(
     trainer: Trainer,
     checkpoints: Checkpoints,
     tracker: BackgroundTracker,
-    interrupts: _Interrupts,
+    interrupts: Interrupts,
     console: Console,
 ) -> None:
     """Train group after group until `trials` have ended."""
@@ -249,6 +252,18 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
     finally:
         for warning in tracker.close(timeout=60):
             _warn(warning)
+
+
+@contextlib.contextmanager
+def _stopped_by_errors(tracker: BackgroundTracker, command: str) -> Iterator[None]:
+    """Have MLflow show as stopped what an error stops, and say with it how to go on."""
+    try:
+        yield
+    except Exception as error:
+        tracker.interrupt(f"Stopped: {error}")
+        if isinstance(error, StorageError):
+            raise StorageError(f"{error}\nonce that is mended, go on with: {command}") from error
+        raise
 
 
 def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Console, *, finished: bool) -> None:
@@ -357,52 +372,17 @@ def _with_workload(
     return dataclasses.replace(options, overrides={**chosen, **overrides}, workload=made)
 
 
-def _command(options: Options, study: Study, trials: int) -> str:
+def _command(options: Options, space: SearchSpace, *, study: str, trials: int) -> str:
     """Return the command that goes on with a search that was stopped."""
-    own = study.space.workload
+    own = space.workload
     workload = f" --workload {cli.quoted(Path(own.function))}" if isinstance(own, Own) else ""
     root = "" if options.root == Path() else f" --root {cli.quoted(options.root)}"
     device = "" if options.device == "auto" else f" --device {options.device}"
     rows = "" if options.rows is None else f" --rows {options.rows}"
-    return f"python -m pipeline.search --study {study.name} --trials {trials}{workload}{root}{device}{rows}"
+    return f"python -m pipeline.search --study {study} --trials {trials}{workload}{root}{device}{rows}"
 
 
-class _Interrupts:
-    """Ctrl-C, SIGTERM and the time limit, asked about between epochs; a second signal ends the process at once."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.reason: str | None = None
-        self.exit_status = 0
-        self._deadline = time.monotonic() + minutes * 60 if minutes is not None else None
-        self._minutes = minutes
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is not threading.main_thread():
-            self._handlers: dict[signal.Signals, Any] = {}  # a signal is the main thread's to handle
-            return self
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def asked(self) -> bool:
-        """Say whether to stop now."""
-        if self._deadline is not None and time.monotonic() >= self._deadline and self.reason is None:
-            self.reason = f"stopped after {self._minutes:g} minutes"
-        return self.reason is not None
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.exit_status:  # stored trials are on the disk, and MLflow's process ends with this one
-            with contextlib.suppress(OSError):
-                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")  # the progress display had hidden the cursor
-            os._exit(self.exit_status)
-        self.reason = "interrupted"
-        self.exit_status = 128 + number
-
-
-def _parse(argv: list[str] | None) -> Options:
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.search", description="Search learning-rate strategies.")
     space_help = f"what to search (default: {DEFAULT_SPACE.name}; with --workload, {OWN_SPACE.name})"
     parser.add_argument("--space", type=Path, metavar="FILE", help=space_help)
@@ -416,7 +396,11 @@ def _parse(argv: list[str] | None) -> Options:
     rows_help = "train at most N trials as rows of one matrix, which changes no result (default: auto)"
     parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)
     parser.add_argument("--seed", type=cli.whole_number(0, 2**32 - 1), metavar="N", help="instead of the file's")
-    arguments = parser.parse_args(argv)
+    cli.add_delete(parser)
+    return parser.parse_args(argv)
+
+
+def _options(arguments: argparse.Namespace) -> Options:
     names = {field.name for field in dataclasses.fields(Options)} & vars(arguments).keys() - {"workload"}
     return Options(**{name: getattr(arguments, name) for name in names}, overrides=cli.overrides_of(arguments))
 

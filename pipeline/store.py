@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import time
@@ -50,6 +51,11 @@ class StudyHeader:
     """How many trials it holds."""
     created: float
     """Seconds since 1970."""
+
+    @property
+    def identity(self) -> str:
+        """Of this study and no other, even one of the same name in a new database."""
+        return f"{self.created:.6f}"
 
 
 class Store:
@@ -135,11 +141,26 @@ class Store:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([space.objective.metric])  # for Optuna's own tables and plots
             study.set_user_attr(_HEADER, header)
-        identity = _identity(header["created"])
-        return Study(space, name=name, identity=identity, group_size=group_size(trials), storage=storage)
+        return self.open(name)
 
     def open(self, name: str | None, *, trials: int | None = None) -> Study:
         """Open a study, by default the newest, with the space that it was made with; note a new total of trials.
+
+        Raises:
+            InvalidInput: There is no such study.
+        """
+        header = self.header(name)
+        storage = self._storage()
+        with storage_errors(f"opening study {header.name}"):
+            if trials is not None and trials != header.trials:
+                study = optuna.load_study(study_name=header.name, storage=storage)
+                study.set_user_attr(_HEADER, study.user_attrs[_HEADER] | {"trials": trials})
+            space = space_from_document(header.document, name=header.space)
+            identity, size = header.identity, header.group_size
+            return Study(space, name=header.name, identity=identity, group_size=size, storage=storage)
+
+    def header(self, name: str | None, *, option: str = "--study") -> StudyHeader:
+        """Return the header of a study that an option names, by default the newest's.
 
         Raises:
             InvalidInput: There is no such study.
@@ -148,19 +169,19 @@ class Store:
         if not known:
             remedy = "run `python -m pipeline.search`, or name another --root"
             raise InvalidInput("--root", [Problem(str(self.root), f"holds no study; {remedy}")])
-        header = known[name] if name in known else None if name else list(known.values())[-1]
-        if header is None:
-            raise InvalidInput(
-                "--study", [Problem(str(name), f"there is no such study; {did_you_mean(str(name), known)}")]
-            )
-        storage = self._storage()
-        with storage_errors(f"opening study {header.name}"):
-            if trials is not None and trials != header.trials:
-                study = optuna.load_study(study_name=header.name, storage=storage)
-                study.set_user_attr(_HEADER, study.user_attrs[_HEADER] | {"trials": trials})
-            space = space_from_document(header.document, name=header.space)
-            identity = _identity(header.created)
-            return Study(space, name=header.name, identity=identity, group_size=header.group_size, storage=storage)
+        if name is not None and name not in known:
+            raise InvalidInput(option, [Problem(name, f"there is no such study; {did_you_mean(name, known)}")])
+        return list(known.values())[-1] if name is None else known[name]
+
+    def delete(self, name: str) -> None:
+        """Remove a study's folder and trials; hold its lock meanwhile.
+
+        Raises:
+            StorageError: Something cannot be removed.
+        """
+        with storage_errors(f"deleting study {name}"):
+            shutil.rmtree(self.folder(name))
+            optuna.delete_study(study_name=name, storage=self._storage())
 
     def folder(self, study: str) -> Path:
         """Return the folder of what a study writes for people, and of its checkpoints."""
@@ -237,10 +258,6 @@ def _readable(database: Path) -> Iterator[None]:
     except StorageError as error:
         message = f"cannot be used as Optuna's database: {error}; move it away, or name another --root"
         raise InvalidInput(str(database), [Problem("", message)]) from None
-
-
-def _identity(created: Any) -> str:
-    return f"{created:.6f}"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:

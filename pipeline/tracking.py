@@ -11,6 +11,8 @@ import logging
 import math
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.saved_view import mlflow_name, saved_view, view_path
+from pipeline.relocation import relocate
+from pipeline.saved_view import TAG_PREFIX, mlflow_name, saved_view, view_path
 from pipeline.sqlite import create_whole, sqlite_uri
 from pipeline.strict_yaml import dumps
 from pipeline.trial import EndedTrial, TrialState
@@ -42,6 +45,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 """Defaults; what the user set stays."""
+MAX_RUNS = 500
+"""Whose ids a command line has room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +187,9 @@ class Tracker:
         return str(run.info.run_id)
 
     def _search(self, condition: str) -> Iterator[Run]:
-        token = None
-        while True:
-            page = self._client.search_runs([self._experiment.experiment_id], condition, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
+        from mlflow.entities import ViewType
+
+        return _runs(self._client, self._experiment, condition, view=ViewType.ACTIVE_ONLY)
 
     def _save_view(self) -> None:
         study = self.study
@@ -228,6 +229,32 @@ class Tracker:
         )
 
 
+def delete_study(root: Path, *, name: str, identity: str) -> None:
+    """Delete a study's runs and view. Runs go for good and with their files; in a store that others serve, as there.
+
+    Raises:
+        Exception: What MLflow raises.
+    """
+    if not remote_uri() and not (root / "mlflow.db").exists():
+        return
+    client = _open_store(root.absolute())
+    from mlflow.entities import ViewType
+
+    deleted = []
+    for experiment in client.search_experiments(ViewType.ALL):
+        for run in _runs(client, experiment, f"tags.`hpo.study_id` = '{identity}'", view=ViewType.ALL):
+            if run.info.lifecycle_stage == "active":
+                client.delete_run(run.info.run_id)
+            deleted.append(run.info.run_id)
+        if deleted and TAG_PREFIX + mlflow_name(name) in experiment.tags:
+            client.delete_experiment_tag(experiment.experiment_id, TAG_PREFIX + mlflow_name(name))
+    for start in range(0, 0 if remote_uri() else len(deleted), MAX_RUNS):
+        uri = sqlite_uri(root / "mlflow.db")
+        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
+        runs = ",".join(deleted[start : start + MAX_RUNS])
+        subprocess.run([*command, "--run-ids", runs], check=True, capture_output=True)
+
+
 def remote_uri() -> str | None:
     """Return the store that the user chose in place of the root's, if any."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
@@ -246,6 +273,17 @@ def cause_of(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
+def _runs(client: MlflowClient, experiment: Experiment, condition: str, *, view: int) -> Iterator[Run]:
+    """Yield the runs of an experiment that fulfil a condition and belong to a view: active ones, or all."""
+    token = None
+    while True:
+        page = client.search_runs([experiment.experiment_id], condition, view, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 def _open_store(root: Path) -> MlflowClient:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -259,6 +297,7 @@ def _open_store(root: Path) -> MlflowClient:
         create_whole(database, _build_database)
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA schema_version")  # MLflow would try for minutes to open what cannot be opened
+    relocate(database)
     return MlflowClient(sqlite_uri(database))
 
 

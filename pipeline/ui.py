@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.errors import InvalidInput, PipelineError, Problem
+from pipeline.relocation import relocate
 from pipeline.saved_view import view_path
 from pipeline.sqlite import sqlite_uri
 
@@ -77,6 +78,7 @@ def check(root: Path, port: int) -> list[tuple[str, str]]:
         problems.append(Problem("--root", f"must hold an mlflow.db, got {root.absolute()}; {remedy}"))
     else:
         try:
+            relocate(database)
             studies = newest_studies(database)
         except sqlite3.Error as error:
             problems.append(Problem("--root", f"must hold MLflow's database, got {database}, which gives: {error}"))

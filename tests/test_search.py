@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,8 @@ import pipeline.export
 import pipeline.search
 import pipeline.train
 from pipeline.checkpoint import Checkpoints
-from pipeline.errors import InvalidInput
+from pipeline.errors import InvalidInput, StudyBusy
+from pipeline.folders import hold
 from pipeline.loop import run_group
 from pipeline.prepare import prepare
 from pipeline.space import load_config
@@ -311,35 +313,104 @@ def test_a_search_interrupted_within_a_group_goes_on_to_the_same_trials(found: F
     assert outcomes(store.open("pieces").ended) == outcomes(whole.ended) == outcomes(found.study.ended)
 
 
-def test_ctrl_c_keeps_what_was_finished_and_the_printed_command_goes_on(
-    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [([signal.SIGINT], 130), ([signal.SIGTERM], 143), ([signal.SIGINT] * 1000, 130)],
+    ids=["INT", "TERM", "INT again and again"],
+)
+def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str], signals: list[signal.Signals], status: int
 ) -> None:
-    options = ["--space", str(write_space(tmp_path)), "--trials", str(TRIALS), "--root", str(tmp_path)]
-    command = [sys.executable, "-m", "pipeline.search", *options, "--device", "cpu"]
+    root, moved = tmp_path / "root", tmp_path / "moved"
+    root.mkdir()
+    options = ["--space", str(write_space(tmp_path)), "--trials", str(TRIALS), "--device", "cpu"]
+    command = [sys.executable, "-m", "pipeline.search", "--root", str(root), *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as process:
         assert process.stdout is not None
         headline, first_group = process.stdout.readline(), process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        for number in signals:
+            process.send_signal(number)
         printed, errors = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == status
     assert errors == ""
     assert headline.endswith("study small-1, seed 0\n")
     assert first_group.startswith(f"2/{TRIALS}   ")
-    kept = Store(tmp_path).open("small-1").ended
+    kept = Store(root).open("small-1").ended
     assert 2 <= len(kept) < TRIALS
     assert outcomes(kept) == outcomes(found.study.ended[: len(kept)])
 
-    (command_line,) = re.findall(r"interrupted; go on with: python -m pipeline\.search (.*)\n", printed)
-    assert pipeline.search.main(shlex.split(command_line)) == 0
-    assert f"study small-1, seed 0, goes on from trial {len(kept)}\n" in capsys.readouterr().out
-    assert outcomes(Store(tmp_path).open("small-1").ended) == outcomes(found.study.ended)
-    parents, children, _ = mlflow_runs(tmp_path)
+    go_on = f"--study small-1 --trials {TRIALS} --root {root} --device cpu"
+    if len(signals) == 1:
+        assert f"interrupted; go on with: python -m pipeline.search {go_on}\n" in printed
+    with hold(Store(root).folder("small-1")):  # as MLflow's process does, which may still write
+        root.rename(moved)
+    assert pipeline.search.main(shlex.split(go_on.replace(str(root), str(moved)))) == 0
+    went_on = capsys.readouterr()
+    assert f"study small-1, seed 0, goes on from trial {len(kept)}\n" in went_on.out
+    assert went_on.err == ""
+    assert outcomes(Store(moved).open("small-1").ended) == outcomes(found.study.ended)
+    assert not root.exists()
+    parents, children, _ = mlflow_runs(moved)
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert sorted(children) == list(range(TRIALS))
+    assert all(run.info.artifact_uri.startswith(moved.as_uri()) for run in children.values())
     (_, again, noted), (_, before, noted_before) = (
-        load_config(path) for path in (tmp_path / "mlruns/studies/small-1/best.yaml", found.best_yaml)
+        load_config(path) for path in (moved / "mlruns/studies/small-1/best.yaml", found.best_yaml)
     )
     assert again == before
     assert noted["metrics"] == noted_before["metrics"]
+
+
+def test_a_second_search_of_a_study_is_refused_with_the_process_of_the_first(found: Found) -> None:
+    store = Store(found.root)
+    before = store.folder("small-1").stat().st_mtime_ns
+    with store.lock("small-1"), pytest.raises(StudyBusy) as refused:
+        pipeline.search.main(["--study", "small-1", "--trials", "50", "--root", str(found.root), "--device", "cpu"])
+    assert f"small-1 is driven by process {os.getpid()} on {socket.gethostname()}; wait for it" in str(refused.value)
+    assert store.folder("small-1").stat().st_mtime_ns == before
+    assert store.header("small-1").trials == TRIALS
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_stops_a_search_with_its_cause_and_the_same_command_goes_on(
+    found: Found, small_disk: Path, tmp_path: Path
+) -> None:
+    options = ["--space", str(write_space(tmp_path)), "--study", "mine", "--root", str(small_disk), "--device", "cpu"]
+    command = [sys.executable, "-m", "pipeline.search", *options, "--trials", str(TRIALS)]
+
+    def search(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], check=False, capture_output=True, text=True)
+
+    assert search("--timeout", "1e-9").returncode == 0  # one epoch
+    kept = len(Store(small_disk).open("mine").ended)
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    stopped = search()
+    assert stopped.returncode == 1
+    assert "Traceback" not in stopped.stderr
+    assert re.search(r"^(storing trial|.*checkpoint.*: cannot be written).*(full|No space left)", stopped.stderr, re.M)
+    assert (
+        f"once that is mended, go on with: python -m pipeline.search --study mine --trials {TRIALS}" in stopped.stderr
+    )
+    assert outcomes(Store(small_disk).open("mine").ended)[:kept] == outcomes(found.study.ended)[:kept]
+    filler.unlink()
+    assert search().returncode == 0
+    assert outcomes(Store(small_disk).open("mine").ended) == outcomes(found.study.ended)
+    parents, children, _ = mlflow_runs(small_disk)
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert sorted(children) == list(range(TRIALS))

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import pytest
 
 from pipeline.background import BackgroundTracker, Server
 from pipeline.config import Digits, TrialConfig
+from pipeline.relocation import relocate
 from pipeline.saved_view import TAG_PREFIX, mlflow_name, saved_view
 from pipeline.strategy import AdamW, OneCycle, ParamGroup, Scheduler, Step
 from pipeline.strict_yaml import loads
@@ -310,6 +311,43 @@ def test_a_view_that_a_person_changed_stays(root: Path) -> None:
     connect(root).set_experiment_tag(made.experiment_id, TAG_PREFIX + "default-1", "mine")
     Tracker(root, study())
     assert experiment(root).tags[TAG_PREFIX + "default-1"] == "mine"
+
+
+@pytest.mark.parametrize(("moved", "opened"), [(shutil.move, "ui"), (shutil.copytree, "search")])
+def test_artifacts_of_a_root_that_was_moved_or_copied_are_found_below_it(
+    root: Path, tmp_path: Path, moved: Callable[[Path, Path], object], opened: str
+) -> None:
+    def log_a_trial(root: Path) -> None:  # in a process of its own: MLflow remembers where a run's artifacts are
+        tracker = BackgroundTracker(root, study())
+        tracker.log_trial(ended())
+        assert tracker.close(CLOSE_S) == []
+
+    log_a_trial(root)
+    here = tmp_path / "elsewhere"
+    moved(root, here)
+    if opened == "search":
+        log_a_trial(here)
+    else:
+        relocate(here / "mlflow.db")
+    (run,) = runs(here, "trial")
+    assert run.info.artifact_uri.startswith(here.as_uri())
+    assert [file.path for file in connect(here).list_artifacts(run.info.run_id)] == ["config.yaml"]
+    assert artifact(here, run, "config.yaml")
+    assert experiment(here).artifact_location.startswith(here.as_uri())
+    assert root.exists() == (moved is shutil.copytree)
+    if root.exists():
+        (run,) = runs(root, "trial")
+        assert run.info.artifact_uri.startswith(root.as_uri())
+
+
+def test_artifacts_that_are_elsewhere_on_purpose_stay_there(root: Path, tmp_path: Path) -> None:
+    places = [tmp_path / "shared" / "mlruns" / "artifacts" / "big", tmp_path / "any" / "folder"]
+    places[0].mkdir(parents=True)
+    for number, place in enumerate(places):
+        connect(root).create_experiment(f"theirs {number}", artifact_location=place.as_uri())
+    relocate(root / "mlflow.db")
+    theirs = [e.artifact_location for e in connect(root).search_experiments() if e.name.startswith("theirs")]
+    assert sorted(theirs) == sorted(place.as_uri() for place in places)
 
 
 def test_odd_group_names_keep_their_own_curves(root: Path) -> None:

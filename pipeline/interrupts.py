@@ -1,0 +1,44 @@
+"""What ends a search early: Ctrl-C, SIGTERM and the time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+
+class Interrupts:
+    """Ctrl-C, SIGTERM and the time limit, asked about between epochs; a second signal ends the process at once."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.reason: str | None = None
+        self.exit_status = 0
+        self._deadline = time.monotonic() + minutes * 60 if minutes is not None else None
+        self._minutes = minutes
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():  # to which Python gives all signals
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Say whether to stop now."""
+        if self._deadline is not None and time.monotonic() >= self._deadline and self.reason is None:
+            self.reason = f"stopped after {self._minutes:g} minutes"
+        return self.reason is not None
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.exit_status:  # stored trials are on the disk, and MLflow's process ends with this one
+            with contextlib.suppress(OSError):
+                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")  # the progress display had hidden the cursor
+            os._exit(self.exit_status)
+        self.reason = "interrupted"
+        self.exit_status = 128 + number
