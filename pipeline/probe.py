@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrialConfig
 from pipeline.data import first_samples, model_inputs, place, samples_of
+from pipeline.errors import first_line
 from pipeline.fused import FusedTrials
 from pipeline.plain import PlainTrials, fork_rng
 from pipeline.strategy import SGD, Constant, ParamGroup
@@ -74,7 +75,7 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
         ):
             return Finding("its numbers depend on how many trials are rows", draws)
     except Exception as error:  # whatever a model does that a row cannot
-        return Finding(f"{type(error).__name__}, {_first_line(error)}", draws)
+        return Finding(f"{type(error).__name__}, {first_line(error)}", draws)
     return Finding(None, draws)
 
 
@@ -155,8 +156,3 @@ def _same_states(
     apart = max((float((plain[name] - fused[name]).abs().max()) for name in floats), default=0.0)
     counts = all(torch.equal(plain[name], fused[name]) for name in saved if name not in floats)
     return counts and apart <= tolerance * moved
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
