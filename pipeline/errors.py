@@ -10,8 +10,9 @@ Anything else that is raised is a fault of the program and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -53,6 +54,15 @@ class StudyBusy(PipelineError):
 
 class StorageError(PipelineError):
     """A store cannot be read or written."""
+
+
+@contextlib.contextmanager
+def collect(problems: list[Problem]) -> Iterator[None]:
+    """Take the problems of an `InvalidInput` that is raised inside, and go on behind it."""
+    try:
+        yield
+    except InvalidInput as error:
+        problems += error.problems
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

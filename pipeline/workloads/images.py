@@ -70,7 +70,12 @@ def split_by_class(labels: Tensor, fractions: Sequence[float], *, seed: int) -> 
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
-        sizes = [max(1, round(fraction * len(members))) if fraction else 0 for fraction in fractions]
-        for part, some in zip(parts, members.split([*sizes, len(members) - sum(sizes)]), strict=True):
+        for part, some in zip(parts, members.split(part_sizes(len(members), fractions)), strict=True):
             part.append(some)
     return [torch.cat(part).sort().values for part in parts]
+
+
+def part_sizes(count: int, fractions: Sequence[float]) -> list[int]:
+    """Return how many samples of a class of `count` each part has; fewer than 1 in the last if there are too few."""
+    sizes = [max(1, round(fraction * count)) if fraction else 0 for fraction in fractions]
+    return [*sizes, count - sum(sizes)]

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.config import TorchvisionDataset
-from pipeline.errors import InvalidInput, Problem, first_line
+from pipeline.errors import InvalidInput, Problem, collect, first_line
 from pipeline.workloads.images import Normalization, shift_and_flip, split_by_class
 from pipeline.workloads.models import input_channels, model_builder
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
@@ -64,10 +64,15 @@ def torchvision_dataset(choice: TorchvisionDataset) -> Workload:
     """
     facts = FACTS[choice.name]
     channels = input_channels(choice.model, facts.shape[0])
-    build_model = model_builder(
-        choice.model, classes=facts.classes, channels=channels, image_size=facts.shape[1], weights=choice.weights
-    )
-    known, test = (_read(choice, facts, train=train) for train in (True, False))
+    problems: list[Problem] = []
+    with collect(problems):
+        build_model = model_builder(
+            choice.model, classes=facts.classes, channels=channels, image_size=facts.shape[1], weights=choice.weights
+        )
+    with collect(problems):
+        known, test = (_read(choice, facts, train=train) for train in (True, False))
+    if problems:
+        raise InvalidInput("workload", problems)
     val, train = split_by_class(known.targets, [VAL_FRACTION], seed=SPLIT_SEED)
     repeats = channels // facts.shape[0]
     return Workload(
@@ -118,13 +123,15 @@ def _shape_problem(folder: Path, facts: _Facts, images: torch.Tensor, labels: to
 def _problems(cls: type[Any], folder: Path, error: Exception, *, downloading: bool) -> Iterator[Problem]:
     """Say which files torchvision lacks or cannot read."""
     files = {folder / name: damage for name, damage in _files(cls).items()}
-    missing = [str(path) for path in files if not path.is_file()]
+    missing = [str(path.relative_to(folder)) for path in files if not path.is_file()]
     damaged = {path: why for path, damage in files.items() if path.is_file() and (why := damage(path))}
     if missing:
         remedy = f"put them there, or download them with {DOWNLOAD}"
         if downloading:
-            remedy = f"they cannot be downloaded ({first_line(error)}); put them there"
-        yield Problem("workload.folder", f"{cls.__name__} needs files that are missing, {', '.join(missing)}; {remedy}")
+            reason = " ".join(str(error).split())[:200]
+            remedy = f"they cannot be downloaded ({reason}); put them there"
+        message = f"{cls.__name__} needs files that are missing in '{folder}': {', '.join(missing)}; {remedy}"
+        yield Problem("workload.folder", message)
     for path, why in damaged.items():
         message = f"{path} is damaged ({why}); remove it, then put it there anew, or download it with {DOWNLOAD}"
         yield Problem("workload.folder", message)
