@@ -101,11 +101,11 @@ def _read(choice: TorchvisionDataset, facts: _Facts, *, train: bool) -> Split:
         raise InvalidInput("workload", _problems(cls, folder, error, downloading=choice.download)) from None
     images = torch.as_tensor(read.data)
     images = images.unsqueeze(1) if images.ndim == 3 else images
-    images = images.permute(0, 3, 1, 2).contiguous() if choice.name.startswith("cifar") else images
+    images = images.permute(0, 3, 1, 2) if choice.name.startswith("cifar") else images
     labels = torch.as_tensor(read.labels if choice.name == "svhn" else read.targets).long()
     if problem := _shape_problem(folder, facts, images, labels):
         raise InvalidInput("workload", [problem])
-    return Split(images, labels)
+    return Split(images.contiguous(), labels)
 
 
 def _shape_problem(folder: Path, facts: _Facts, images: torch.Tensor, labels: torch.Tensor) -> Problem | None:
