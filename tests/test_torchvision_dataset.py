@@ -17,6 +17,8 @@ from pipeline.errors import InvalidInput
 from pipeline.workloads import Split, Workload
 from pipeline.workloads.torchvision_dataset import FACTS, torchvision_dataset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = list(FACTS)
 Written = Callable[..., tuple[Arrays, Arrays]]
 
