@@ -16,8 +16,9 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from pipeline.folders import hold, study_folder
 from pipeline.tracking import StudyInfo, Tracker, cause_of, remote_uri
 from pipeline.trial import EndedTrial
 
@@ -134,25 +135,70 @@ def serve() -> None:
     os.nice(10)  # training comes first; what is left of the cores is enough for this
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what MLflow prints must not come between the answers
-    tracker: Tracker | None = None
-    broken = ""
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            verb, arguments = pickle.load(sys.stdin.buffer)
-            result, causes = None, []
-            try:
-                if verb == "open":
-                    tracker = Tracker(*arguments)
-                    result, causes = tracker.view_path(), tracker.warnings
-                elif tracker is None:
-                    causes = [broken]
-                else:
-                    getattr(tracker, verb)(*arguments)
-            except Exception as error:
-                causes = [cause_of(error)]
-                broken = broken or causes[0]
-            pickle.dump((verb, result, causes), answers)
-            answers.flush()
+    with contextlib.suppress(BrokenPipeError), contextlib.ExitStack() as held:
+        server = Server(answers, held)
+        with contextlib.suppress(EOFError):
+            while True:
+                server.do(*pickle.load(sys.stdin.buffer))
+        server.retry()
+
+
+class Server:
+    """A `Tracker` whose failures are answers. What could not be logged is tried once more at the end.
+
+    Args:
+        answers: Where they go.
+        held: Keeps the study's folder, so that the process of a search that was killed writes all it was told before
+            the next search's begins: both would log the same trials.
+    """
+
+    def __init__(self, answers: IO[bytes], held: contextlib.ExitStack) -> None:
+        self._answers = answers
+        self._held = held
+        self._tracker: Tracker | None = None
+        self._broken = ""
+        self._missed: list[EndedTrial] = []
+
+    def do(self, verb: str, arguments: tuple[Any, ...]) -> None:
+        """Do what a message says, and answer."""
+        if verb != "log_trial":
+            self.retry()
+        causes = self._attempt(verb, arguments)
+        if causes and verb == "log_trial" and self._tracker:
+            self._missed += arguments
+        else:
+            self._answer(verb, causes)
+
+    def retry(self) -> None:
+        """Log what could not be logged, until it fails again."""
+        causes: list[str] = []
+        for trial in self._missed:
+            causes = causes or self._attempt("log_trial", (trial,))
+            self._answer("log_trial", causes)
+        self._missed = []
+
+    def _attempt(self, verb: str, arguments: tuple[Any, ...]) -> list[str]:
+        """Return why something failed, or nothing."""
+        try:
+            if verb == "open":
+                return self._open(*arguments)
+            if self._tracker is None:
+                return [self._broken]
+            getattr(self._tracker, verb)(*arguments)
+        except Exception as error:
+            self._broken = cause_of(error)
+            return [self._broken]
+        return []
+
+    def _open(self, root: Path, study: StudyInfo) -> list[str]:
+        self._held.enter_context(hold(study_folder(root, study.name)))
+        self._tracker = Tracker(root, study)
+        return self._tracker.warnings
+
+    def _answer(self, verb: str, causes: list[str]) -> None:
+        result = self._tracker.view_path() if verb == "open" and self._tracker else None
+        pickle.dump((verb, result, causes), self._answers)
+        self._answers.flush()
 
 
 def _exit(status: int) -> str:

@@ -11,9 +11,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.errors import PipelineError
+from pipeline.config import Own
+from pipeline.errors import InvalidInput, PipelineError, Problem
+
+if TYPE_CHECKING:
+    from pipeline.space import SearchSpace
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -63,6 +67,29 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_overrides(parser: argparse.ArgumentParser, *, workload: bool) -> None:
+    """Add `--set`, and `--workload`, to change what a file says; `overrides_of` reads both."""
+    from pipeline.overrides import parse_override
+
+    if workload:
+        help = "path/to/file.py:function or package.module:function that returns a Workload, or a built-in name"
+        parser.add_argument("--workload", type=workload_choice, metavar="NAME", help=help)
+    help = "change a value of the file, such as epochs=5 or optimizer.sgd.base_lr.high=0.5; null removes it"
+    parser.add_argument("--set", type=parse_override, metavar="PLACE=VALUE", action="append", default=[], help=help)
+
+
+def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what `--workload` and `--set` change, by place."""
+    chosen = {"workload": getattr(arguments, "workload", None), "seed": getattr(arguments, "seed", None)}
+    return {**{place: value for place, value in chosen.items() if value is not None}, **dict(arguments.set)}
+
+
+def say_own_code(space: SearchSpace, say: Callable[[str], None] = print) -> None:
+    """Say which code of a person's own is about to run, if any."""
+    if isinstance(space.workload, Own):
+        say(f"workload from {space.workload.function}")
+
+
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """Return an option's type: a whole number from `low` to `high`."""
     limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
@@ -103,6 +130,20 @@ def _study_name(text: str) -> str:
         rule = "must be 1 to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'"
         raise argparse.ArgumentTypeError(f"{rule}, got {text[:120]!r}")
     return text
+
+
+def workload_choice(text: str) -> dict[str, str]:
+    """Return what a file says of a workload that was named in one word.
+
+    Raises:
+        InvalidInput: It is a file or a module without a function.
+    """
+    file, colon, function = text.rpartition(":")
+    if not colon and re.search(r"[./]", text):
+        raise InvalidInput("--workload", [Problem(text, f"has no function; name one, {text}:function")])
+    if not colon:
+        return {"name": text}
+    return {"name": "own", "function": f"{os.path.normpath(file) if file.endswith('.py') else file}:{function}"}
 
 
 def _device(text: str) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipeline.config import TrialConfig
+from pipeline.memory import free_memory
 from pipeline.trainer import derive_seed
 from pipeline.workloads.workload import Dataset, Samples, Split, Workload
 
@@ -170,16 +171,6 @@ def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes of memory that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
 def _placed(split: Split | Dataset, *, device: torch.device, dtype: torch.dtype, free: int) -> tuple[Samples, int]:
     """Return a split's samples, and the bytes that they take on the device."""
     streamed = Streamed(split, device=device, dtype=dtype)
@@ -222,11 +213,3 @@ def _workers() -> int:
     if "fork" not in multiprocessing.get_all_start_methods() or os.uname().sysname != "Linux":
         return 0
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        with open(path) as file:  # noqa: PTH123
-            return file.readlines()
-    except OSError:
-        return []

@@ -79,7 +79,7 @@ class Progress:
     def _done(self) -> str:
         best = self._study.best()
         done = f"{len(self._study.ended)}/{self._trials}"
-        return f"{done}   best {best[0].value:.4f}" if best else done
+        return f"{done}   best {best[0].score}" if best else done
 
     def _best_strategy(self) -> str:
         best = self._study.best()
@@ -110,8 +110,7 @@ def best_table(study: Study, *, count: int = 5) -> Table:
         config = trial.config
         ratios = [f"{config.param_groups[group].lr_ratio:.3g}" for group in groups]
         rate = f"{config.optimizer.base_lr:.2e}"
-        value = f"{trial.value:.4f}"
-        table.add_row(str(trial.number), value, config.optimizer.name, rate, schedule_line(config), *ratios)
+        table.add_row(str(trial.number), trial.score, config.optimizer.name, rate, schedule_line(config), *ratios)
     return table
 
 
@@ -119,7 +118,8 @@ def strategy_line(config: TrialConfig) -> str:
     """Return a strategy in a few words: `adamw 3.1e-03, step 6 × 0.21, head ×2.4`."""
     ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in config.param_groups.items() if group.lr_ratio != 1]
     rate = f"{config.optimizer.name} {config.optimizer.base_lr:.1e}"
-    return ", ".join([rate, schedule_line(config), *ratios])
+    clip = [f"clip {config.clip_grad_norm:.2g}"] if config.clip_grad_norm is not None else []
+    return ", ".join([rate, schedule_line(config), *ratios, *clip])
 
 
 def schedule_line(config: TrialConfig) -> str:

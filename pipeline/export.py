@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import cli
 from pipeline.errors import InvalidInput, Problem
+from pipeline.trial import EndedTrial, number
 
 if TYPE_CHECKING:
     from pipeline.study import Study
-    from pipeline.trial import EndedTrial
 
 
 def config_file(study: Study, trial: EndedTrial) -> str:
@@ -62,7 +62,7 @@ def _score_line(study: Study, trial: EndedTrial) -> str:
     metric = study.space.objective.metric
     if metric not in trial.metrics:
         return f"{trial.state.value}, {trial.reason}"
-    return f"{metric} {trial.metrics[metric]:.4f} after {len(trial.epochs)} epochs, {trial.state.value}"
+    return f"{metric} {number(trial.metrics[metric])} after {len(trial.epochs)} epochs, {trial.state.value}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,6 +55,9 @@ class FusedTrials:
         device: Where data and matrix live.
         dtype: Of parameters and floating-point data.
         seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
+        row_multiple: The matrix computes with a multiple of so many rows, filled up with copies of one, for the same
+            bits in any company: a lone row's product with a vector is a kernel of its own, and columns of a sum that
+            do not fill a vector register are summed in another order.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class FusedTrials:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         seeded: bool = True,
+        row_multiple: int = 1,
     ) -> None:
         self._seeded = seeded
+        self._row_multiple = row_multiple
         self.configs = row_order(configs)
         self._workload = place(workload, device=device, dtype=dtype)
         self._device, self._dtype = device, dtype
@@ -76,6 +81,7 @@ class FusedTrials:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._config.seed, "weights"))
             self._model = workload.build_model().to(device, dtype)
+        self._aliases = _aliases(self._model)
         self._layout = _lay_out(self._model, self._config)
         trained = {name: p.detach() for name, p in self._model.named_parameters() if name in self._layout.names}
         row = torch.cat([trained[name].reshape(-1) for name in self._layout.names])
@@ -235,10 +241,19 @@ class FusedTrials:
 
         def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
             state = {**parameters, **self._constants, **buffers}
-            return function(lambda inputs: functional_call(self._model, state, (inputs,)))
+            state |= {alias: state[name] for alias, name in self._aliases.items()}
+            return function(lambda inputs: functional_call(self._model, state, (inputs,), tie_weights=False))
 
-        values: Tensor = vmap(one, randomness="same")(parameters, self._buffers)
-        return values
+        rows = len(self.configs)
+        each = vmap(one, randomness="same")
+        if not (extra := -rows % self._row_multiple):
+            values: Tensor = each(parameters, self._buffers)
+            return values
+        buffers = _filled_up(self._buffers, extra)
+        values = each(_filled_up(parameters, extra), buffers)
+        for name, buffer in self._buffers.items():
+            buffer.copy_(buffers[name][:rows])
+        return values[:rows]
 
     def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """Return the rates that a trial used in the epoch, by group; a frozen group's are 0."""
@@ -279,6 +294,26 @@ class FusedTrials:
         self._buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
         self._optimizer.keep(staying)
         self.configs = {n: c for n, c in self.configs.items() if n in numbers}
+
+
+def _filled_up(tensors: Mapping[str, Tensor], extra: int) -> dict[str, Tensor]:
+    """Return tensors (row, …) with copies of their first row added."""
+    return {name: torch.cat([t, t.detach()[:1].expand(extra, *t.shape[1:])]) for name, t in tensors.items()}
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return the names under which other modules hold a parameter or buffer, with the name that it goes by.
+
+    `functional_call` finds them itself, but leaves its tensors in a module that is registered under two names.
+    """
+    names: dict[int, str] = {}
+    aliases = {}
+    for prefix, module in model.named_modules():
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            name = f"{prefix}.{own}" if prefix else own
+            if (first := names.setdefault(id(tensor), name)) != name:
+                aliases[name] = first
+    return aliases
 
 
 def has_rule(optimizer: str) -> bool:

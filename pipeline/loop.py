@@ -1,18 +1,18 @@
-"""Drives a group of trials epoch by epoch: train, judge, end."""
+"""Drives a group of trials epoch by epoch: train, judge, end; and goes on from a checkpoint."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint import Checkpoints
 from pipeline.config import TrialConfig
+from pipeline.errors import InvalidInput, Problem
 from pipeline.study import Study
 from pipeline.trainer import EpochMetrics, TrialGroup
 from pipeline.trial import EndedTrial, TrialState
-
-Proposals = Mapping[int, tuple[TrialConfig, dict[str, Any]]]
-"""Trial number to its config and to the parameters that the sampler chose."""
+from pipeline.under_way import Proposals, UnderWay
 
 
 def run_group(
@@ -20,53 +20,74 @@ def run_group(
     proposals: Proposals,
     study: Study,
     *,
+    checkpoints: Checkpoints,
     environment: Callable[[TrialConfig], Mapping[str, Any]],
     on_epoch: Callable[[Mapping[int, EpochMetrics]], None],
     interrupted: Callable[[], bool],
 ) -> Iterator[EndedTrial]:
     """Train a group's trials to their ends, each of which comes as soon as all lower numbers have ended.
 
+    What asks for them stores each before it asks for the next, so that a checkpoint and what is stored are together
+    all that was done. The group goes on from its last checkpoint, if there is one.
+
     Args:
-        group: Trains them.
+        group: Trains them; new.
         proposals: From `study.next_group`.
         study: Gives the verdicts.
+        checkpoints: Where a checkpoint is saved when one is due, and on an interruption.
         environment: Gives what is noted of where a config was trained.
         on_epoch: Told each epoch's metrics.
-        interrupted: Asked after each epoch; if it says so, what is still running is left.
+        interrupted: Asked after each epoch; if it says so, what is still running is left, in a checkpoint.
+
+    Raises:
+        InvalidInput: The checkpoint is of these trials, but does not fit their model.
+        StorageError: A checkpoint cannot be written.
     """
-    started = time.time()
-    running = set(proposals)
-    epochs: dict[int, list[EpochMetrics]] = {number: [] for number in proposals}
-    waiting = sorted(proposals)
-    ended: dict[int, EndedTrial] = {}
-    while running:
+    metric = study.space.objective.metric
+    under_way = UnderWay(proposals, study=study.identity, metric=metric, environment=environment)
+    _resume(group, under_way, checkpoints)
+    yield from under_way.pop_ended()
+    while under_way.running:
         results = group.train_epoch()
         on_epoch(results)
-        for number, metrics in results.items():
-            epochs[number].append(metrics)
-        outcomes = _outcomes(results, proposals, study)
-        for number, (state, reason) in outcomes.items():
+        under_way.add(results)
+        for number, (state, reason) in _outcomes(results, proposals, study).items():
             if results[number].finished:
                 group.drop(number)
-            config, params = proposals[number]
-            complete = state is TrialState.COMPLETE
-            ended[number] = EndedTrial(
-                number=number,
-                config=config,
-                params=params,
-                state=state,
-                reason=reason,
-                value=results[number].metrics[study.space.objective.metric] if complete else None,
-                epochs=tuple(epochs[number]),
-                started=started,
-                ended=time.time(),
-                environment=environment(config),
-            )
-        running -= outcomes.keys()
-        while waiting and waiting[0] in ended:
-            yield ended[waiting.pop(0)]
-        if interrupted():
-            return
+            under_way.end(number, state, reason)
+        yield from under_way.pop_ended()
+        stop = interrupted()
+        if under_way.running and (stop or checkpoints.due()):
+            name = f"trials-to-{max(proposals):06}-epoch-{under_way.epoch:06}.pt"
+            checkpoints.save(name, lambda: {**under_way.to_dict(), "state": group.state_dict()})
+        if stop:
+            break
+    if not under_way.running:
+        checkpoints.clear()
+
+
+def _resume(group: TrialGroup, under_way: UnderWay, checkpoints: Checkpoints) -> None:
+    """Go on from the newest checkpoint of these trials, and remove all others."""
+    for path, content in checkpoints.load():
+        if content["last"] < min(under_way.proposals):
+            break  # of trials that have ended since
+        if why := under_way.why_not(content):
+            checkpoints.warn(f"{path}: not used, its trials train anew: {why}")
+            continue
+        under_way.load_dict(content)
+        try:
+            group.load_state_dict(content["state"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise _does_not_fit(path, error) from error
+        checkpoints.clear(but=path)
+        return
+    checkpoints.clear()
+
+
+def _does_not_fit(path: Path, error: Exception) -> InvalidInput:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    remedy = "if the model has changed, change it back; or remove the file, and its trials train anew"
+    return InvalidInput(str(path), [Problem("", f"does not fit the model: {reason}; {remedy}")])
 
 
 def _outcomes(

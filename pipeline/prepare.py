@@ -11,14 +11,24 @@ import torch
 
 from pipeline import rules
 from pipeline.config import TrialConfig
+from pipeline.data import place
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space import SearchSpace
 from pipeline.trainer import derive_seed
 from pipeline.trainers import Trainer
-from pipeline.workloads import load_workload
+from pipeline.workloads import Workload, load_workload
+from pipeline.workloads.check import workload_problems
 
 
-def prepare(space: SearchSpace, *, source: str, device: str, searching: bool, rows: int | None = None) -> Trainer:
+def prepare(
+    space: SearchSpace,
+    *,
+    source: str,
+    device: str,
+    searching: bool,
+    rows: int | None = None,
+    workload: Workload | None = None,
+) -> Trainer:
     """Load a space's workload, choose the device, and find out how trials train there.
 
     Args:
@@ -27,23 +37,52 @@ def prepare(space: SearchSpace, *, source: str, device: str, searching: bool, ro
         device: "auto", "cpu", "cuda" or "cuda:1"; "auto" is CUDA where there is one.
         searching: Whether the objective matters.
         rows: At most this many trials in a matrix; None: as many as train fastest.
+        workload: In place of the one that the space names.
 
     Raises:
         InvalidInput: With every problem of the file for this workload, or the device is not there.
     """
     chosen = choose_device(device)
     try:
-        workload = load_workload(space.workload)
+        workload = _placed(workload or load_workload(space.workload), chosen)
+        model = _first_model(workload, space.seed)
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(space.seed, "weights"))
-        model = workload.build_model()
     problems: Iterable[Problem] = rules.problems_with_model(space, workload, model)
     problems = [*problems, *(rules.objective_problems(space, workload) if searching else ())]
+    problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
     if problems:
         raise InvalidInput(source, problems)
     return Trainer(workload, space.example(), device=chosen, rows=rows)
+
+
+def _placed(workload: Workload, device: torch.device) -> Workload:
+    try:
+        return place(workload, device=device, dtype=torch.float32)
+    except Exception as error:  # whatever a data set raises when it is read
+        raise InvalidInput("workload", [Problem("workload", f"its data cannot be read: {_last_line(error)}")]) from None
+
+
+def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "weights"))
+            model = workload.build_model()
+    except InvalidInput:
+        raise
+    except Exception as error:
+        raise InvalidInput("workload", [Problem("workload", f"build_model raised {_last_line(error)}")]) from None
+    if not isinstance(model, torch.nn.Module):
+        message = f"build_model must return a torch.nn.Module, got {type(model).__name__}"
+        raise InvalidInput("workload", [Problem("workload", message)])
+    return model
+
+
+def _last_line(error: Exception) -> str:
+    """Return what was raised; behind a worker process, the last line of its traceback."""
+    lines = str(error).strip().splitlines()
+    worker = bool(lines) and lines[0].startswith("Caught ")
+    return lines[-1] if worker else f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pipeline.config import TrialConfig
 from pipeline.data import first_samples, model_inputs, place, samples_of
 from pipeline.errors import first_line
 from pipeline.fused import FusedTrials
+from pipeline.memory import COPIES, SavedTensors
 from pipeline.plain import PlainTrials, fork_rng
 from pipeline.strategy import SGD, Constant, ParamGroup
 from pipeline.trainer import EpochMetrics
@@ -24,20 +26,26 @@ RATES = {0: 0.01, 1: 0.02}
 """Trial number to base rate: rows that differ."""
 MANY, MANY_PARAMETERS = 33, 1 << 22
 """Rows in company: a column more than 32 even of a model with one, but fewer if they have many parameters."""
+MULTIPLES = (1, 2, 4, 8)
+"""Of rows, as what a matrix may be filled up to; more would cost more than rows gain."""
 TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
 """By precision: largest difference of a parameter, as a part of the parameters' largest change; likewise of a buffer
 and of a loss. What rounding to float32 leaves of two steps, also behind BatchNorm over few samples, is below a
 thousandth, to bfloat16 below a tenth, and a wrong step is off by all of it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """What is known of a workload once it was tried."""
 
-    cannot_fuse: str | None
+    cannot_fuse: str | None = None
     """Why its trials cannot be rows; None if they can."""
     draws_random_numbers: bool
     """Whether its model or loss draws random numbers in training, as dropout does."""
+    trial_bytes: int
+    """Memory that a trial takes in a training step, roughly."""
+    row_multiple: int = 1
+    """See `FusedTrials`."""
 
 
 def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtype: torch.dtype) -> Finding:
@@ -51,12 +59,13 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
     configs = _configs(dataclasses.replace(config, batch_size=min(config.batch_size, BATCH)))
     with fork_rng(device):
         model = workload.build_model().to(device, dtype)
-    draws = _draws_random_numbers(model, small, device, dtype)
+    finding = _tried_alone(model, small, config, device, dtype)
     plain = _train(PlainTrials, configs, small, device, dtype)
     size = sum(value.numel() for value in plain.start.values())
     for metrics in plain.metrics.values():
         if not metrics.finished:
-            return Finding(f"it could not be tried, {metrics.failed or metrics.diverged}", draws)
+            why = f"it could not be tried, {metrics.failed or metrics.diverged}"
+            return dataclasses.replace(finding, cannot_fuse=why)
     try:
         same = _same(_train(FusedTrials, configs, small, device, dtype), plain, model, tolerance)
         if not same and dtype != torch.float64:
@@ -64,14 +73,15 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             fused, plain = (_train(cls, configs, small, device, torch.float64) for cls in (FusedTrials, PlainTrials))
             same = _same(fused, plain, model, tolerance)
         if not same:
-            return Finding("as rows it trains to other numbers", draws)
-        if device.type == "cpu" and (
-            config.precision == "bf16" or not _same_in_company(workload, config, size, device=device, dtype=dtype)
-        ):
-            return Finding("its numbers depend on how many trials are rows", draws)
+            return dataclasses.replace(finding, cannot_fuse="as rows it trains to other numbers")
+        if device.type != "cpu":
+            return finding
+        if config.precision != "bf16":
+            for multiple in _row_multiples(workload, config, size, device=device, dtype=dtype):
+                return dataclasses.replace(finding, row_multiple=multiple)
+        return dataclasses.replace(finding, cannot_fuse="its numbers depend on how many trials are rows")
     except Exception as error:  # whatever a model does that a row cannot
-        return Finding(f"{type(error).__name__}, {first_line(error)}", draws)
-    return Finding(None, draws)
+        return dataclasses.replace(finding, cannot_fuse=f"{type(error).__name__}, {first_line(error)}")
 
 
 @dataclass(frozen=True)
@@ -107,10 +117,12 @@ def _same(fused: _Trained, plain: _Trained, model: nn.Module, tolerance: float) 
     )
 
 
-def _same_in_company(
+def _row_multiples(
     workload: Workload, config: TrialConfig, size: int, *, device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Say whether rows are the same to the bit alone and among many, which is all that CPU kernels leave open.
+) -> Iterator[int]:
+    """Yield the multiples of rows with which rows are the same to the bit alone and among many, small ones first.
+
+    That is all that CPU kernels leave open.
 
     PyTorch sums over a batch of vectors, as `BatchNorm1d` does, 32 columns at a time, and rows lie side by side. Tried
     with a whole batch and with one as large as an epoch's last; bfloat16 kernels differ by shape in more ways.
@@ -118,16 +130,24 @@ def _same_in_company(
     small = _with_samples(workload, config.batch_size + len(workload.train) % config.batch_size)
     configs = _configs(config)
     many = {number: configs[number % 2] for number in range(max(3, min(MANY, MANY_PARAMETERS // size)))}
-    together = FusedTrials(many, small, device=device, dtype=dtype)
-    metrics = together.train_epoch()
-    for number in configs:
-        alone = FusedTrials({number: configs[number]}, small, device=device, dtype=dtype)
-        wanted, state = alone.train_epoch()[number], alone.model_state(number)
-        for other in (n for n in many if n % 2 == number):
-            its = together.model_state(other)
-            if metrics[other].metrics != wanted.metrics or not all(torch.equal(its[k], state[k]) for k in state):
-                return False
-    return True
+
+    def trained(rows: int, multiple: int) -> Iterator[tuple[int, Any]]:
+        place: dict[str, Any] = {"device": device, "dtype": dtype, "row_multiple": multiple}
+        group = FusedTrials({number: many[number] for number in range(rows)}, small, **place)
+        metrics = group.train_epoch()
+        yield from ((number % 2, (metrics[number].metrics, group.model_state(number))) for number in range(rows))
+
+    def same_with(multiple: int) -> bool:
+        """Try every place in which the end of a matrix can lie."""
+        among_many = dict(trained(len(many), multiple))
+        sizes = {1, *(min(times * multiple, len(many)) for times in (1, 2, 3))} - {len(many)}
+        return all(_same_bits(its, among_many[kind]) for rows in sizes for kind, its in trained(rows, multiple))
+
+    yield from (multiple for multiple in MULTIPLES if multiple <= len(many) and same_with(multiple))
+
+
+def _same_bits(one: tuple[Any, Mapping[str, Tensor]], other: tuple[Any, Mapping[str, Tensor]]) -> bool:
+    return one[0] == other[0] and all(torch.equal(value, other[1][name]) for name, value in one[1].items())
 
 
 def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
@@ -145,17 +165,24 @@ def _with_samples(workload: Workload, count: int) -> Workload:
     return dataclasses.replace(workload, train=train, val=val, test=None)
 
 
-def _draws_random_numbers(model: nn.Module, workload: Workload, device: torch.device, dtype: torch.dtype) -> bool:
+def _tried_alone(
+    model: nn.Module, workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
+) -> Finding:
+    """Make one training step's forward pass, to see what it draws and what it keeps."""
     batch = first_samples(samples_of(workload, "train"), BATCH)
     inputs = model_inputs(workload, batch.inputs, dtype)
-    with fork_rng(device), torch.no_grad():
+    saved = SavedTensors(model)
+    with fork_rng(device):
         torch.manual_seed(0)
         before = _random_state(device)
         try:
-            workload.loss(model.train()(inputs), batch.targets)
+            with saved:
+                workload.loss(model.train()(inputs), batch.targets)
+            draws = not torch.equal(before, _random_state(device))
         except Exception:
-            return True
-        return not torch.equal(before, _random_state(device))
+            draws = True
+        kept = saved.bytes * config.batch_size // len(inputs)
+    return Finding(draws_random_numbers=draws, trial_bytes=kept + COPIES * sum(p.nbytes for p in model.parameters()))
 
 
 def _random_state(device: torch.device) -> Tensor:

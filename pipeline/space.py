@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, Field, StringConstraints, create_model
@@ -29,6 +30,7 @@ from pipeline.config import (
 from pipeline.domains import Choices, Suggests, contains, describe, is_searched, label, suggest
 from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.forms import FORM, MAX_COUNT, check, domain_of, form_of, one_or_more
+from pipeline.overrides import Overrides, override
 from pipeline.pruning import Median, NoPruner, Pruner, SuccessiveHalving
 from pipeline.strategy import OPTIMIZERS, SCHEDULERS, Interval, ParamGroup
 
@@ -136,20 +138,32 @@ class SearchSpace:
         return tuple(name for name in self.searched_hyperparameters() if name in shared or name not in owned)
 
 
-def load_space(path: Path) -> SearchSpace:
+def load_space(path: Path, overrides: Overrides = MappingProxyType({})) -> SearchSpace:
     """Read a search-space file and check all that needs no model; see `pipeline.rules` for the rest.
 
     Raises:
         InvalidInput: With every problem of the file.
     """
-    data = strict_yaml.load(path)
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip("-.")[:80] or "space"
-    space, problems = _read(data, name=name)
+    return build_space(override(strict_yaml.load(path), overrides), source=str(path), name=path.stem)
+
+
+def build_space(data: Mapping[str, Any], *, source: str, name: str) -> SearchSpace:
+    """Make a search space of what a file says; `source` names it in errors, `name` its studies, as far as they can.
+
+    Raises:
+        InvalidInput: With every problem of the data.
+    """
+    space, problems = _read(data, name=study_name(name))
     if space is not None and not problems and not any(is_searched(d) for d in space.parameters().values()):
         problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
     if problems or space is None:
-        raise InvalidInput(str(path), problems)
+        raise InvalidInput(source, problems)
     return space
+
+
+def study_name(text: str) -> str:
+    """Return a text in the letters that `--study` takes."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:80] or "space"
 
 
 def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpace:
@@ -164,7 +178,9 @@ def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpac
     return space
 
 
-def load_config(path: Path) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
+def load_config(
+    path: Path, overrides: Overrides = MappingProxyType({})
+) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
     """Read a config file, such as best.yaml.
 
     Returns:
@@ -173,7 +189,7 @@ def load_config(path: Path) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
     Raises:
         InvalidInput: With every problem of the file.
     """
-    data = strict_yaml.load(path)
+    data = override(strict_yaml.load(path), overrides)
     found = data.pop(FOUND, {})
     space, problems = _read(data, name=path.stem)
     if space is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from pipeline.folders import hold
 
 
 def sqlite_uri(path: Path) -> str:
@@ -10,3 +13,23 @@ def sqlite_uri(path: Path) -> str:
     from sqlalchemy import URL
 
     return URL.create("sqlite", database=str(path.resolve())).render_as_string(hide_password=False)
+
+
+def create_whole(database: Path, build: Callable[[Path], object]) -> None:
+    """Create a database that is not there, whole or not at all: of several processes at once, one does it.
+
+    Half of MLflow's migrations, or two of them at once, leave a file that nothing mends.
+
+    Args:
+        database: Where it will be.
+        build: Makes it at another place, and closes it.
+    """
+    with hold(database.parent):
+        if database.exists():
+            return
+        new = database.with_name(f".{database.name}.new")
+        # What a killed process left, and the log of a database that someone removed, which the new one would replay.
+        for left in (*database.parent.glob(f"{new.name}*"), *database.parent.glob(f"{database.name}-*")):
+            left.unlink()
+        build(new)
+        new.replace(database)

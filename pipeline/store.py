@@ -18,13 +18,16 @@ from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
+from optuna.study import StudySummary
 
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
+from pipeline.folders import study_folder
 from pipeline.space import SearchSpace, space_from_document
-from pipeline.sqlite import sqlite_uri
+from pipeline.sqlite import create_whole, sqlite_uri
+from pipeline.strict_yaml import sweep
 from pipeline.study import Study, group_size, storage_errors
 
-FORMAT = 1
+FORMAT = 2
 """Of what a study stores about itself and its trials."""
 
 _HEADER = "pipeline"
@@ -59,6 +62,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.database = root / "mlruns" / "optuna.db"
+        self._opened: RDBStorage | None = None  # opening it takes Optuna longer than storing a trial
 
     def headers(self) -> list[StudyHeader]:
         """Return every study, oldest first; writes nothing.
@@ -66,16 +70,11 @@ class Store:
         Raises:
             InvalidInput: The database cannot be read, or holds a study of another format.
         """
-        if not self.database.exists():
-            return []
         headers = []
-        storage = self._storage()
-        with _readable(self.database):
-            summaries = optuna.get_all_study_summaries(storage)
-        for summary in summaries:
+        for summary in self._summaries():
             header = summary.user_attrs.get(_HEADER)
             if header is None:
-                continue  # made by another program
+                continue  # made by another program, or abandoned
             if header["format"] != FORMAT:
                 message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
                 raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
@@ -128,6 +127,8 @@ class Store:
         }
         storage = self._storage(create=True)
         with storage_errors(f"creating study {name}"):
+            if any(s.study_name == name and self._is_abandoned(s) for s in self._summaries()):
+                optuna.delete_study(study_name=name, storage=storage)
             direction = space.objective.direction
             study = optuna.create_study(storage=storage, study_name=name, direction=direction)
             with warnings.catch_warnings():
@@ -162,8 +163,8 @@ class Store:
             return Study(space, name=header.name, identity=identity, group_size=header.group_size, storage=storage)
 
     def folder(self, study: str) -> Path:
-        """Return the folder of what a study writes for people."""
-        return self.root / "mlruns" / "studies" / study
+        """Return the folder of what a study writes for people, and of its checkpoints."""
+        return study_folder(self.root, study)
 
     @contextlib.contextmanager
     def lock(self, study: str) -> Iterator[None]:
@@ -190,24 +191,41 @@ class Store:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
+            sweep(path.parent)
             yield
 
-    def _names(self) -> list[str]:
-        """Return the name of every study in the database, other programs' too."""
+    def _names(self) -> set[str]:
+        """Return the names in the database that are taken, by other programs' studies too."""
+        return {summary.study_name for summary in self._summaries() if not self._is_abandoned(summary)}
+
+    def _is_abandoned(self, study: StudySummary) -> bool:
+        """Say whether the search that created a study was killed before it described it.
+
+        A search holds its study's lock before it creates it, so then the study's folder is there.
+        """
+        bare = _HEADER not in study.user_attrs and study.n_trials == 0
+        return bare and self.folder(study.study_name).exists()
+
+    def _summaries(self) -> list[StudySummary]:
         if not self.database.exists():
             return []
         storage = self._storage()
         with _readable(self.database):
-            return optuna.get_all_study_names(storage)
+            return optuna.get_all_study_summaries(storage)
 
     def _storage(self, *, create: bool = False) -> RDBStorage:
         """Open the database, in the journal mode that lets people read it while a search writes."""
         with _readable(self.database):
             if create:
-                self.database.parent.mkdir(parents=True, exist_ok=True)
+                create_whole(self.database, _build_database)
                 with contextlib.closing(sqlite3.connect(self.database)) as connection:
                     connection.execute("PRAGMA journal_mode=WAL")
-            return RDBStorage(sqlite_uri(self.database))
+            self._opened = self._opened or RDBStorage(sqlite_uri(self.database))
+            return self._opened
+
+
+def _build_database(database: Path) -> None:
+    RDBStorage(sqlite_uri(database)).engine.dispose()
 
 
 @contextlib.contextmanager

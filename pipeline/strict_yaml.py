@@ -22,6 +22,9 @@ from pipeline.errors import InvalidInput, Problem
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 
+_TEMPORARY = ".tmp"
+"""How the names of files end that are not yet whole."""
+
 _SCALARS: list[tuple[str, str, list[str]]] = [
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -104,14 +107,14 @@ def dumps(data: Mapping[str, Any], *, comment: str | None = None) -> str:
     return head + text
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
     """Write a file so that a reader, or a restart after a crash, sees the old content or the new, never a part."""
-    data = content.encode() if isinstance(content, str) else content
+    parts = [part.encode() if isinstance(part, str) else part for part in content]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -124,6 +127,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder and in those below it."""
+    for path in folder.rglob(f".*{_TEMPORARY}"):
+        path.unlink()
 
 
 class _Loader(_CoreSchema, yaml.SafeLoader):

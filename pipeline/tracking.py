@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import sqlite3
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.saved_view import mlflow_name, saved_view, view_path
-from pipeline.sqlite import sqlite_uri
+from pipeline.sqlite import create_whole, sqlite_uri
 from pipeline.strict_yaml import dumps
 from pipeline.trial import EndedTrial, TrialState
 from pipeline.trial_record import lr_csv, lr_metric, metric_points, trial_params, trial_tags
@@ -84,6 +83,7 @@ class Tracker:
         self._experiment = self._find_or_create_experiment(root.absolute())
         self._is_new = False
         self._run_id = self._find_or_create_run()
+        self._client.log_text(self._run_id, study.space, "space.yaml")
         self._ended: set[int] = set()
         self._unfinished: defaultdict[int, list[str]] = defaultdict(list)
         for run in self._search(f"tags.mlflow.parentRunId = '{self._run_id}'"):
@@ -179,7 +179,6 @@ class Tracker:
                 return str(run.info.run_id)
         self._is_new = True
         run = self._client.create_run(self._experiment.experiment_id, run_name=study.name, tags=tags)
-        self._client.log_text(run.info.run_id, study.space, "space.yaml")
         return str(run.info.run_id)
 
     def _search(self, condition: str) -> Iterator[Run]:
@@ -257,24 +256,19 @@ def _open_store(root: Path) -> MlflowClient:
         return MlflowClient(remote)
     database = root / "mlflow.db"
     if not database.exists():
-        _create_database(database)
+        create_whole(database, _build_database)
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA schema_version")  # MLflow would try for minutes to open what cannot be opened
     return MlflowClient(sqlite_uri(database))
 
 
-def _create_database(database: Path) -> None:
-    """Create MLflow's tables, whole or not at all: half its migrations, or two at once, leave a file beyond repair."""
+def _build_database(database: Path) -> None:
+    """Make MLflow's tables."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=database.parent, prefix="mlflow.db.") as folder:
-        new = Path(folder) / "mlflow.db"
-        # The experiment "Default", which MLflow makes here, would otherwise point below the working folder.
-        store = SqlAlchemyStore(sqlite_uri(new), str(database.parent / "mlruns"))  # type: ignore[no-untyped-call]
-        store.engine.dispose()
-        with contextlib.suppress(FileExistsError):  # another search was faster
-            database.hardlink_to(new)
+    # The experiment "Default", which MLflow makes here, would otherwise point below the working folder.
+    store = SqlAlchemyStore(sqlite_uri(database), str(database.parent / "mlruns"))  # type: ignore[no-untyped-call]
+    store.engine.dispose()
 
 
 def _milliseconds(seconds: float) -> int:

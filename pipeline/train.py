@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import cli
 from pipeline.errors import InvalidInput, Problem
 from pipeline.trainer import EpochMetrics
+from pipeline.trial import number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,22 +25,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", action="store_true", help="report the test split too; never choose by it")
     parser.add_argument("--root", type=cli.folder, default=Path(), metavar="DIR", help="where to save model.pt")
     cli.add_device(parser)
+    cli.add_overrides(parser, workload=True)
     arguments = parser.parse_args(argv)
 
     from pipeline.space import load_config
 
-    space, config, found = load_config(arguments.config)
+    space, config, found = load_config(arguments.config, cli.overrides_of(arguments))
 
     import torch
 
     from pipeline.prepare import prepare
     from pipeline.strict_yaml import write_atomic
 
+    cli.say_own_code(space)
     trainer = prepare(space, source=str(arguments.config), device=arguments.device, searching=False)
+    if arguments.test and trainer.workload.test is None:
+        raise InvalidInput("--test", [Problem("", f"{trainer.workload.name} has no test split; leave --test away")])
     group = trainer.build({0: config})
     for _ in range(config.epochs):
         (epoch,) = group.train_epoch().values()
-        metrics = "  ".join(f"{name} {value:.4f}" for name, value in epoch.metrics.items())
+        metrics = "  ".join(f"{name} {number(value)}" for name, value in epoch.metrics.items())
         rates = "  ".join(f"lr/{name} {points[-1][1]:.2e}" for name, points in epoch.lr.items())
         print(f"epoch {epoch.epoch:>3}/{config.epochs}  {metrics}  {rates}", flush=True)
         if not epoch.finished:
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     for line in _comparison(epoch, found):
         print(line)
     if arguments.test:
-        print("test        ", "  ".join(f"{name} {value:.4f}" for name, value in group.test()[0].items()))
+        print("test        ", "  ".join(f"{name} {number(value)}" for name, value in group.test()[0].items()))
     buffer = io.BytesIO()
     torch.save(group.model_state(0), buffer)
     path = arguments.root / "model.pt"

@@ -21,6 +21,7 @@ from pipeline.config import TrialConfig
 from pipeline.data import is_streamed, place
 from pipeline.errors import PipelineError
 from pipeline.fused import FusedTrials, has_rule
+from pipeline.memory import free_memory
 from pipeline.plain import PlainTrials
 from pipeline.probe import probe
 from pipeline.stepwise import train_epoch_together
@@ -30,6 +31,8 @@ from pipeline.workloads.workload import Workload
 Part = FusedTrials | PlainTrials
 """What one thread trains."""
 Result = TypeVar("Result")
+MEMORY_SHARE = 0.5
+"""Of a CPU's free memory, what the rows of all matrices may take."""
 ROUNDS = 5
 """How often a step is timed to choose the number of matrices; the least counts."""
 
@@ -66,9 +69,14 @@ class Trainer:
         self.plain_because = finding.cannot_fuse
         """Why no trial of the workload can be a row; None if they can."""
         self._seeded = finding.draws_random_numbers
+        self._row_multiple = finding.row_multiple
         # Random numbers come from a state that all threads of the process share.
         alone = device.type != "cpu" or self._seeded
         self._threads = 1 if alone else torch.get_num_threads()
+        self._room: int | None = None
+        """Rows that fit beside those of the other threads; None: until memory runs out."""
+        if device.type == "cpu":  # which has no error for it: the process would be killed
+            self._room = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / self._threads))
 
     def fuses(self, config: TrialConfig) -> bool:
         """Say whether a trial trains as a row."""
@@ -78,7 +86,7 @@ class Trainer:
         """Build the trainers of a group of trials."""
         fused = {number: config for number, config in configs.items() if self.fuses(config)}
         if self.rows is None and len(fused) > self._measured:
-            self._matrices, self._measured = self._fastest(fused), len(fused)
+            self._matrices, self._measured = self._fastest(dict(list(fused.items())[: self._room])), len(fused)
         single = [{number: config} for number, config in configs.items() if number not in fused]
         return TrialParts(self, [part for some in (*self.spread(fused), *single) for part in self._build(some)])
 
@@ -87,13 +95,15 @@ class Trainer:
         parts = []
         for alike in _alike(configs):
             size = -(-len(alike) // (self._matrices))
-            parts += list(_split(alike, min(size, self.rows or size)))
+            parts += list(_split(alike, min(size, self.rows or size, self._room or size)))
         return parts
 
     def build_part(self, configs: Mapping[int, TrialConfig]) -> Part:
         """Build the trainer of trials that train in one thread: rows of one matrix, or one plain trial."""
-        cls = FusedTrials if all(self.fuses(config) for config in configs.values()) else PlainTrials
-        return cls(configs, self.workload, device=self.device, dtype=self._dtype, seeded=self._seeded)
+        place: dict[str, Any] = {"device": self.device, "dtype": self._dtype, "seeded": self._seeded}
+        if all(self.fuses(config) for config in configs.values()):
+            return FusedTrials(configs, self.workload, **place, row_multiple=self._row_multiple)
+        return PlainTrials(configs, self.workload, **place)
 
     def _build(self, configs: Mapping[int, TrialConfig]) -> list[Part]:
         """Build the trainers of trials in as few parts as fit into memory."""

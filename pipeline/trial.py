@@ -24,6 +24,11 @@ class TrialState(StrEnum):
     """It raised."""
 
 
+def number(value: float) -> str:
+    """Return a metric for people to read: four decimals, or three digits of what is too small or large for them."""
+    return f"{value:.4f}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.2e}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EndedTrial:
     """One trial from its proposal to its end."""
@@ -46,6 +51,11 @@ class EndedTrial:
     """Seconds since 1970."""
     environment: Mapping[str, Any]
     """What the numbers may depend on besides the config: trainer, device, threads, versions."""
+
+    @property
+    def score(self) -> str:
+        """The objective for people to read; empty unless complete."""
+        return "" if self.value is None else number(self.value)
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -17,12 +17,23 @@ TREES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
     for path in sorted((ROOT / "pipeline").rglob("*.py"))
 }
-WITH_TORCH = ("data", "optim", "plain", "stepwise", "fused*", "matrix_optimizer", "probe", "trainers", "workloads*")
+WITH_TORCH = (
+    "data",
+    "memory",
+    "optim",
+    "plain",
+    "stepwise",
+    "fused*",
+    "matrix_optimizer",
+    "probe",
+    "trainers",
+    "workloads*",
+)
 TRAINING = ("config", "strategy", "param_groups", "trainer", *WITH_TORCH)
 OWNERS = {
     "mlflow": ("tracking",),
     "optuna": ("study", "store", "sampling"),
-    "torch": (*WITH_TORCH, "prepare", "train"),
+    "torch": (*WITH_TORCH, "prepare", "train", "checkpoint"),
     "sklearn": ("workloads*",),
     "yaml": ("strict_yaml",),
     "pydantic": ("domains", "forms", "space"),

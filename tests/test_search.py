@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import pipeline.export
 import pipeline.search
 import pipeline.train
+from pipeline.checkpoint import Checkpoints
 from pipeline.errors import InvalidInput
 from pipeline.loop import run_group
 from pipeline.prepare import prepare
@@ -276,9 +277,10 @@ def test_a_diverging_config_ends_with_its_reason(
     assert not (tmp_path / "model.pt").exists()
 
 
-def search_until(study: Study, trainer: Trainer, *, epochs: int | None) -> None:
-    """Search as the command line does, without MLflow; stop after a number of trained epochs."""
+def search_until(store: Store, study: Study, trainer: Trainer, *, epochs: int | None) -> int:
+    """Search as the command line does, without MLflow, for a number of epochs; return how many there were."""
     trained: list[Mapping[int, EpochMetrics]] = []
+    checkpoints = Checkpoints(store.folder(study.name) / "checkpoints", warn=pytest.fail)
 
     def interrupted() -> bool:
         return len(trained) == epochs
@@ -288,22 +290,24 @@ def search_until(study: Study, trainer: Trainer, *, epochs: int | None) -> None:
             trainer.build({number: config for number, (config, _) in proposals.items()}),
             proposals,
             study,
+            checkpoints=checkpoints,
             environment=lambda _: {},
             on_epoch=trained.append,
             interrupted=interrupted,
         ):
             study.add(trial)
+    return len(trained)
 
 
 def test_a_search_interrupted_within_a_group_goes_on_to_the_same_trials(found: Found, tmp_path: Path) -> None:
     trainer = prepare(found.study.space, source="small.yaml", device="cpu", searching=True)
     store = Store(tmp_path)
     whole, _ = (store.create(found.study.space, name=name, trials=TRIALS) for name in ("whole", "pieces"))
-    search_until(whole, trainer, epochs=None)
-    for epochs in (1, 4, 5):
-        search_until(store.open("pieces"), trainer, epochs=epochs)
+    epochs = search_until(store, whole, trainer, epochs=None)
+    pieces = sum(search_until(store, store.open("pieces"), trainer, epochs=piece) for piece in (1, 4, 5))
     assert 0 < len(store.open("pieces").ended) < TRIALS
-    search_until(store.open("pieces"), trainer, epochs=None)
+    assert pieces + search_until(store, store.open("pieces"), trainer, epochs=None) == epochs  # none is trained twice
+    assert list(store.folder("pieces").rglob("*.pt")) == []
     assert outcomes(store.open("pieces").ended) == outcomes(whole.ended) == outcomes(found.study.ended)
 
 

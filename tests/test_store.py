@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from optuna_dashboard._app import create_app  # type: ignore[import-untyped]
 
 from pipeline.config import TrialConfig
 from pipeline.errors import InvalidInput, StudyBusy
+from pipeline.folders import hold
 from pipeline.space import SearchSpace, space_from_document
+from pipeline.sqlite import create_whole
 from pipeline.store import Store
 from pipeline.trainer import EpochMetrics
 from pipeline.trial import EndedTrial, TrialState
@@ -164,7 +167,7 @@ def test_a_study_of_another_format_is_refused(store: Store) -> None:
     study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
     study.set_user_attr("pipeline", study.user_attrs["pipeline"] | {"format": 99})
     with pytest.raises(
-        InvalidInput, match=r"mine: is of format 99, and this version reads format 1; use another --root"
+        InvalidInput, match=r"mine: is of format 99, and this version reads format 2; use another --root"
     ):
         store.headers()
 
@@ -223,6 +226,53 @@ def test_the_lock_of_a_killed_process_does_not_block(store: Store, holder: subpr
     with store.lock("mine"), pytest.raises(StudyBusy) as refused, store.lock("mine"):
         pass
     assert f"driven by process {os.getpid()} on {socket.gethostname()};" in str(refused.value)
+
+
+def test_a_study_that_was_created_but_never_described_is_created_again(store: Store) -> None:
+    create(store, space_with(), name="other", trials=9)
+    with store.lock("small-1"):
+        optuna.create_study(study_name="small-1", storage=f"sqlite:///{store.database}")  # and killed here
+    assert store.choose(space_with(), trials=8, name=None) == ("small-1", False)
+    assert store.choose(space_with(), trials=8, name="small-1") == ("small-1", False)
+    create(store, space_with(), name="small-1", trials=8)
+    assert [header.name for header in store.headers()] == ["other", "small-1"]
+
+
+def test_a_database_is_made_whole_whatever_a_killed_process_left(tmp_path: Path) -> None:
+    database = tmp_path / "mlruns" / "optuna.db"
+    with pytest.raises(InterruptedError):
+        create_whole(database, half_built)
+    assert not database.exists()
+    database.with_name("optuna.db-wal").write_text("of a database that was removed")
+    create_whole(database, lambda path: path.write_text("whole"))
+    create_whole(database, half_built)  # not called: it is there
+    assert {path.name: path.read_text() for path in database.parent.iterdir()} == {"optuna.db": "whole"}
+
+
+def half_built(path: Path) -> None:
+    path.write_text("half")
+    path.with_name(f"{path.name}-wal").write_text("half")
+    raise InterruptedError
+
+
+def test_a_folder_is_held_by_one_after_the_other(tmp_path: Path) -> None:
+    order = []
+    begun = threading.Event()
+
+    def second() -> None:
+        begun.set()
+        with hold(tmp_path / "study"):
+            order.append("second")
+
+    with hold(tmp_path / "study"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        begun.wait()
+        with pytest.raises(RuntimeError), hold(tmp_path / "another"):
+            raise RuntimeError
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_optunas_own_library_reads_a_study(store: Store) -> None:

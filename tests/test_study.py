@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState as OptunaState
 from scipy.stats import qmc
 
+from pipeline.checkpoint import Checkpoints
 from pipeline.config import TrialConfig
 from pipeline.loop import run_group
 from pipeline.sampling import distributions
@@ -109,6 +111,7 @@ def search(study: Study, trials: int, *, stop_at: int | None = None) -> None:
             Curves(proposals),
             proposals,
             study,
+            checkpoints=Checkpoints(Path("nowhere"), warn=pytest.fail, share=1e-9),
             environment=lambda _: {"trainer": "curves"},
             on_epoch=lambda _: None,
             interrupted=lambda: False,

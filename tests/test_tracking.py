@@ -1,7 +1,10 @@
 import base64
+import contextlib
 import csv
+import io
 import json
 import os
+import pickle
 import select
 import shutil
 import signal
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.background import BackgroundTracker
+from pipeline.background import BackgroundTracker, Server
 from pipeline.config import Digits, TrialConfig
 from pipeline.saved_view import TAG_PREFIX, mlflow_name, saved_view
 from pipeline.strategy import AdamW, OneCycle, ParamGroup, Scheduler, Step
@@ -395,7 +398,7 @@ def test_a_store_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch
     tracker.finish(None, "done", [])
     assert tracker.view_path() is None
     assert tracker.close(CLOSE_S) == [
-        f"MLflow in {tmp_path / 'file'}: File exists; 1 trial and the summary are not in MLflow"
+        f"MLflow in {tmp_path / 'file'}: Not a directory; 1 trial and the summary are not in MLflow"
     ]
 
 
@@ -407,6 +410,33 @@ def test_trials_that_fail_for_one_reason_are_one_warning(root: Path, background:
     background.log_trial(ended(0))
     background.log_trial(ended(1))
     assert background.close(CLOSE_S) == [f"MLflow in {root}: Not a directory; 2 trials are not in MLflow"]
+
+
+def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> None:
+    with contextlib.ExitStack() as held:
+        answers = io.BytesIO()
+        server = Server(answers, held)
+        server.do("open", (root, study()))
+        blocked = root / "mlruns" / "artifacts" / "digits-cnn"
+        shutil.rmtree(blocked)
+        blocked.touch()
+        server.do("log_trial", (ended(0),))
+        assert [run.info.status for run in runs(root, "trial")] == ["RUNNING"]
+        blocked.unlink()
+        server.do("log_trial", (ended(1),))
+        server.do("finish", (None, "done", []))
+    assert sorted((run.data.tags["hpo.trial"], run.info.status) for run in runs(root, "trial")) == [
+        ("0", "FINISHED"),
+        ("1", "FINISHED"),
+    ]
+    answers.seek(0)
+    said = [pickle.load(answers) for _ in range(4)]
+    assert [(verb, causes) for verb, _, causes in said] == [
+        ("open", []),
+        ("log_trial", []),
+        ("log_trial", []),
+        ("finish", []),
+    ]
 
 
 def test_a_server_that_is_away_is_a_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

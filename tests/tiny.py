@@ -64,7 +64,7 @@ def tiny_config(
 ) -> TrialConfig:
     """Return a config for the problem: by default plain SGD at a constant rate of 0.1."""
     values: dict[str, Any] = {
-        "workload": Own(function="tests.tiny:tiny_workload"),
+        "workload": Own(function="tiny:tiny_workload"),
         "batch_size": BATCH,
         "seed": 0,
         "param_groups": BODY_AND_HEAD,

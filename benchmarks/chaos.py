@@ -1,0 +1,256 @@
+"""Kills a search again and again at random moments, and checks that nothing was lost.
+
+Each time the same command goes on. A kill is SIGKILL to the search's process, to MLflow's, or to both. What optuna.db
+and the checkpoints hold before a kill and after a death counts as acknowledged, and is noted outside the search's
+folder. When a search is done it must be the one that was never killed: each trial once, with equal values, nothing
+running, and MLflow's histories whole and without a step twice. Then the next one begins, until all kills are spent.
+
+    python benchmarks/chaos.py --kills 200 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.checkpoint import Checkpoints
+from pipeline.sqlite import sqlite_uri
+from pipeline.store import Store
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STUDY = "chaos"
+SPACE = """
+workload: {{name: digits, model: mlp}}
+epochs: {epochs}
+batch_size: 64
+optimizer:
+  sgd:   {{base_lr: {{low: 1e-2, high: 1.0, log: true}}, momentum: {{choices: [0.0, 0.9]}}}}
+  adamw: {{base_lr: {{low: 1e-4, high: 1e-1, log: true}}}}
+  rprop: {{base_lr: {{low: 1e-4, high: 1e-2, log: true}}}}
+scheduler:
+  constant: {{}}
+param_groups:
+  head: {{pattern: "fc.*", lr_ratio: {{low: 0.1, high: 10, log: true}}}}
+  body: {{pattern: "*"}}
+sampler: {{name: tpe, n_startup_trials: 4}}
+pruner: {{name: successive_halving, min_resource: 3}}
+"""
+VICTIMS = ("search", "mlflow", "both")
+
+
+@dataclass
+class Round:
+    """One search in a folder of its own, and what it has acknowledged so far."""
+
+    root: Path
+    command: list[str]
+    log: IO[str]
+    kills: Counter[str] = field(default_factory=Counter)
+    epochs: dict[int, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
+    """Trial number to the metrics of its acknowledged epochs."""
+    verdicts: dict[int, str] = field(default_factory=dict)
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start the search, or go on with it."""
+        # Its own folder, since a stray file of a search belongs to no other program.
+        return subprocess.Popen(
+            self.command,
+            cwd=self.root,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def acknowledge(self) -> None:
+        """Note what is in the database and in the newest checkpoint."""
+        for number, epochs, verdict in [*stored(self.root), *checkpointed(self.root)]:
+            before = self.epochs[number]
+            assert epochs[: len(before)] == before[: len(epochs)], f"trial {number} has changed"
+            self.epochs[number] = max(before, epochs, key=len)
+            if verdict:
+                assert self.verdicts.setdefault(number, verdict) == verdict, f"trial {number} ended twice"
+            self.log.write(json.dumps({"trial": number, "epochs": len(epochs), "verdict": verdict}) + "\n")
+        self.log.flush()
+
+
+def main() -> int:
+    """Spend the kills, round after round, and say how many of which kind there were."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="how many (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments and victims (default: 0)")
+    parser.add_argument("--trials", type=int, default=24, metavar="N", help="of each search (default: 24)")
+    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="of each trial (default: 60)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), options)
+    return 0
+
+
+def run(folder: Path, options: argparse.Namespace) -> None:
+    """Run the whole search, then those that are killed."""
+    start = time.perf_counter()
+    random_ = random.Random(options.seed)
+    began, whole = time.perf_counter(), new_round(folder / "whole", options)
+    finish(whole)
+    training = max(1.0, time.perf_counter() - began - 4)  # about what imports take
+    expected = record(whole.root)
+    kills: Counter[str] = Counter()
+    rounds = resumed = 0
+    while (left := options.kills - kills.total()) > 0:
+        rounds += 1
+        one = new_round(folder / f"round-{rounds}", options)
+        while left > one.kills.total() and attack(one, random_, training=training):
+            resumed += one.epochs.keys() > one.verdicts.keys()
+        finish(one)
+        check(one, record(one.root), expected, trials=options.trials)
+        kills += one.kills
+        print(f"round {rounds}: {_words(one.kills)}, {len(one.epochs)} trials as expected", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"KILLS {kills.total()} in {rounds} searches of {options.trials} trials: {_words(kills)}")
+    print(f"{resumed} of the deaths left a group in a checkpoint; nothing lost, nothing twice; {seconds:.0f} s")
+
+
+def new_round(root: Path, options: argparse.Namespace) -> Round:
+    """Return a search that has not begun."""
+    root.mkdir()
+    (root / "space.yaml").write_text(SPACE.format(epochs=options.epochs))
+    command = [sys.executable, "-m", "pipeline.search", "--space", "space.yaml", "--study", STUDY, "--device", "cpu"]
+    log = root.with_suffix(".acknowledged.jsonl").open("w")
+    return Round(root, [*command, "--trials", str(options.trials)], log)
+
+
+def attack(one: Round, random_: random.Random, *, training: float) -> bool:
+    """Run the search until it is killed or done; return whether it has work left."""
+    process = one.start()
+    assert process.stdout is not None
+    if random_.random() < 0.8:
+        process.stdout.readline()  # it is about to train; else it may be killed while it imports or creates databases
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(random_.uniform(0, training / 6))
+            break
+        victim = random_.choice(VICTIMS)
+        one.acknowledge()
+        if kill(process, victim):
+            one.kills[victim] += 1
+        if victim != "mlflow":
+            break
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors
+    one.acknowledge()
+    return process.returncode != 0
+
+
+def kill(process: subprocess.Popen[str], victim: str) -> bool:
+    """Kill a search's process, its child, or both; return whether there was one to kill."""
+    victims = children(process.pid) if victim != "search" else []
+    if victim != "mlflow" and process.poll() is None:
+        victims.append(process.pid)
+    for pid in victims:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(victims)
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in listed.stdout.split()]
+
+
+def finish(one: Round) -> None:
+    """Run the search to its end, and once more if MLflow has missed something."""
+    for _ in range(3):
+        process = one.start()
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        if "not in MLflow" not in errors:
+            return
+    raise AssertionError(errors)
+
+
+def stored(root: Path) -> Iterator[tuple[int, list[dict[str, float]], str]]:
+    """Yield the trials of the database: number, metrics of each epoch, verdict."""
+    store = Store(root)
+    if any(header.name == STUDY for header in store.headers()):
+        for trial in store.open(STUDY).ended:
+            yield trial.number, [dict(epoch.metrics) for epoch in trial.epochs], trial.state.value
+
+
+def checkpointed(root: Path) -> Iterator[tuple[int, list[dict[str, float]], str | None]]:
+    """Yield the trials of the newest checkpoint; a file may go while it is read."""
+    checkpoints = Checkpoints(Store(root).folder(STUDY) / "checkpoints", warn=lambda _: None)
+    for _, content in checkpoints.load():
+        for number, trial in content["trials"].items():
+            yield (
+                number,
+                [dict(epoch["metrics"]) for epoch in trial["epochs"] if not epoch["diverged"]],
+                (trial["verdict"][0] if trial["verdict"] else None),
+            )
+        return
+
+
+def record(root: Path) -> dict[str, Any]:
+    """Return all that a finished search has left, without times and names that MLflow draws."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(sqlite_uri(root / "mlflow.db"))
+    runs = [run for e in client.search_experiments() for run in client.search_runs([e.experiment_id], max_results=1000)]
+    found: dict[str, Any] = {"trials": [], "runs": []}
+    for trial in Store(root).open(STUDY).ended:
+        metrics = [epoch.metrics for epoch in trial.epochs]
+        found["trials"].append((trial.number, trial.params, trial.state, trial.reason, trial.value, metrics))
+    for run in sorted(runs, key=lambda run: int(run.data.tags.get("hpo.trial", -1))):
+        curves = {
+            name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
+            for name in run.data.metrics
+        }
+        files = sorted(file.path for file in client.list_artifacts(run.info.run_id))
+        number = run.data.tags.get("hpo.trial")
+        found["runs"].append((number, run.info.status, run.data.params, curves, files))
+    return found
+
+
+def check(one: Round, found: dict[str, Any], expected: dict[str, Any], *, trials: int) -> None:
+    """Hold what a search has left to what it had acknowledged, and to the search that was never killed.
+
+    Raises:
+        AssertionError: Something is missing, is there twice, or differs.
+    """
+    assert [number for number, *_ in found["trials"]] == list(range(trials))
+    by_number = {number: (epochs, verdict) for number, epochs, verdict in stored(one.root)}
+    for number, epochs in one.epochs.items():
+        assert by_number[number][0][: len(epochs)] == epochs, f"trial {number} lost an epoch"
+        assert by_number[number][1] == one.verdicts.get(number, by_number[number][1])
+    assert found["trials"] == expected["trials"]
+    numbers = [number for number, *_ in found["runs"]]
+    assert numbers == [None, *(str(number) for number in range(trials))], numbers
+    assert all(status != "RUNNING" for _, status, *_ in found["runs"])
+    for _, _, _, curves, _ in found["runs"]:
+        assert all(len({step for step, _ in points}) == len(points) for points in curves.values())
+    assert found["runs"] == expected["runs"]
+    left = [path for path in one.root.rglob("*") if path.suffix in (".tmp", ".pt", ".new")]
+    assert left == [], left
+
+
+def _words(kills: Counter[str]) -> str:
+    return ", ".join(f"{victim} {kills[victim]}" for victim in VICTIMS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Whether a workload's data, model, loss and metrics fit each other: tried on a few samples, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data import first_samples, model_inputs, samples_of
+from pipeline.errors import Problem
+from pipeline.workloads.workload import Split, Workload
+
+FEW = 4
+"""Samples that are tried besides those of the smallest and the largest label."""
+SHOWN = 5
+
+
+def workload_problems(workload: Workload, model: nn.Module, *, batch_size: int) -> Iterator[Problem]:
+    """Yield what is wrong with a workload that `pipeline.data.place` returned.
+
+    Args:
+        workload: Of a person's own, or a built-in one with data from elsewhere.
+        model: What its `build_model` made.
+        batch_size: Samples per step.
+    """
+    splits = {name: getattr(workload, name) for name in ("train", "val", "test")}
+    in_memory = {name: split for name, split in splits.items() if isinstance(split, Split)}
+    not_finite = [problem for name, split in in_memory.items() for problem in _not_finite(name, split)]
+    yield from not_finite
+    if not_finite:
+        return
+    model = copy.deepcopy(model).cpu()
+    with torch.random.fork_rng(devices=[]):
+        problems, outputs = _tried(workload, model)
+        problems = problems or list(_last_batch_problems(workload, model, batch_size))
+    yield from problems
+    if not problems and outputs is not None:
+        yield from _class_problems(in_memory, outputs)
+
+
+def _not_finite(name: str, split: Split) -> Iterator[Problem]:
+    for kind, values in (("input", split.inputs), ("target", split.targets)):
+        if values.is_floating_point():
+            bad = (~torch.isfinite(values)).flatten(1).any(dim=1) if values.ndim > 1 else ~torch.isfinite(values)
+            if count := int(bad.sum()):
+                first = int(bad.int().argmax())
+                message = f"{kind} {first} holds a NaN or an infinity, as do {count} in all; remove or replace them"
+                yield Problem(f"workload.{name}", message)
+
+
+def _tried(workload: Workload, model: nn.Module) -> tuple[list[Problem], Tensor | None]:
+    """Train and evaluate a few samples; return what is wrong, and the outputs."""
+    outputs = None
+    for name, mode in (("train", True), ("val", False)):
+        batch = _extremes(workload, name)
+        inputs = model_inputs(workload, batch.inputs, torch.float32)
+        model.train(mode)
+        outputs, problem = _attempt("the model", f"an input {_shape(inputs)}", model, inputs)
+        if problem:
+            return [problem], None
+        if not isinstance(outputs, Tensor):
+            return [Problem("workload", f"the model must return a tensor, got {type(outputs).__name__}")], None
+        if problem := _label_problem(name, outputs, batch.targets):
+            return [problem], None
+        told = f"outputs {_shape(outputs)} and targets {_shape(batch.targets)}"
+        loss, problem = _attempt("the loss", told, workload.loss, outputs, batch.targets)
+        problem = problem or _scalar_problem("the loss", loss)
+        if problem is None and mode and not loss.requires_grad:
+            problem = Problem("workload", "the loss does not depend on the model's parameters: it has no gradient")
+        if problem:
+            return [problem], None
+    return list(_metric_problems(workload, outputs, batch.targets)), outputs
+
+
+def _metric_problems(workload: Workload, outputs: Any, targets: Tensor) -> Iterator[Problem]:
+    for name, metric in workload.metrics.items():
+        with torch.no_grad():
+            told = f"outputs {_shape(outputs)} and targets {_shape(targets)}"
+            value, problem = _attempt(f"the metric {name}", told, metric.function, outputs, targets)
+        if problem := problem or _scalar_problem(f"the metric {name}", value):
+            yield problem
+
+
+def _last_batch_problems(workload: Workload, model: nn.Module, batch_size: int) -> Iterator[Problem]:
+    """A last batch of one sample is more than some models can train on, BatchNorm's above all."""
+    samples = samples_of(workload, "train")
+    if len(samples) % batch_size == 1 and len(samples) > 1:
+        one = model_inputs(workload, first_samples(samples, 1).inputs.cpu(), torch.float32)
+        model.train()
+        _, problem = _attempt("the model", "a batch of one sample", model, one)
+        if problem:
+            yield Problem(
+                "batch_size", f"leaves one of {len(samples)} samples for the last batch, and {problem.message}"
+            )
+
+
+def _class_problems(splits: dict[str, Split], outputs: Tensor) -> Iterator[Problem]:
+    """Where targets are class labels, look for labels out of range and for classes missing from validation."""
+    labels = {name: split.targets for name, split in splits.items() if _are_labels(outputs, split.targets)}
+    for name, values in labels.items():
+        if problem := _label_problem(name, outputs, values):
+            yield problem
+    if {"train", "val"} <= labels.keys():
+        seen = {name: set(labels[name].unique().tolist()) for name in ("train", "val")}
+        for name, other in (("val", "train"), ("train", "val")):
+            if missing := sorted(seen[other] - seen[name]):
+                shown = ", ".join(map(str, missing[:SHOWN])) + (", …" if len(missing) > SHOWN else "")
+                message = f"has no sample of class {shown}, which {other} has; split the data so that it does"
+                yield Problem(f"workload.{name}", message)
+
+
+def _label_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | None:
+    if not _are_labels(outputs, targets) or int(targets.max()) < outputs.shape[1]:
+        return None
+    classes, largest = outputs.shape[1], int(targets.max())
+    message = f"labels must be from 0 to {classes - 1}, as the model has {classes} outputs, got {largest}"
+    return Problem(f"workload.{name}", message)
+
+
+def _are_labels(outputs: Tensor, targets: Tensor) -> bool:
+    whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    return whole and targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] > 1
+
+
+def _extremes(workload: Workload, name: str) -> Split:
+    """Return a few samples, those of the smallest and the largest target among them if targets are whole numbers."""
+    samples = samples_of(workload, name)
+    indices = list(range(min(FEW, len(samples))))
+    if isinstance(samples, Split) and samples.targets.ndim == 1 and not samples.targets.is_floating_point():
+        indices += [int(samples.targets.int().argmin()), int(samples.targets.int().argmax())]
+    elif len(indices) < 2:
+        indices *= 2
+    ((inputs, targets),) = samples.batches([torch.tensor(indices)], seed=0)
+    return Split(inputs.cpu(), targets.cpu())
+
+
+def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Problem | None]:
+    try:
+        return function(*arguments), None
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        return None, Problem("workload", f"{who} raised {type(error).__name__} on {given}: {first[:200]}")
+
+
+def _scalar_problem(who: str, value: Any) -> Problem | None:
+    if isinstance(value, Tensor) and value.numel() == 1 and value.ndim == 0:
+        return None
+    got = f"a tensor {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
+    return Problem("workload", f"{who} must return a scalar tensor, got {got}; take the mean")
+
+
+def _shape(value: Tensor) -> str:
+    return f"({', '.join(map(str, value.shape))})"
