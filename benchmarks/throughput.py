@@ -85,7 +85,7 @@ class TutorialNet(nn.Module):
 
 def small_image_resnet18() -> nn.Module:
     """Return torchvision's resnet18 for images of 32×32: a 3×3 stem of stride 1 and no max-pooling."""
-    from torchvision.models import resnet18  # type: ignore[import-untyped]
+    from torchvision.models import resnet18
 
     model: nn.Module = resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)

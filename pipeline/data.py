@@ -82,6 +82,7 @@ class Streamed:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else each pass draws from torch's global random state
             multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
         )
 

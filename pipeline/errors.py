@@ -10,8 +10,9 @@ Anything else that is raised is a fault of the program and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -55,8 +56,29 @@ class StorageError(PipelineError):
     """A store cannot be read or written."""
 
 
+@contextlib.contextmanager
+def collect(problems: list[Problem]) -> Iterator[None]:
+    """Take the problems of an `InvalidInput` that is raised inside, and go on behind it."""
+    try:
+        yield
+    except InvalidInput as error:
+        problems += error.problems
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Name the nearest of `known`, or list them all: the last part of a message about an unknown name."""
     known = list(known)
     nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
     return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+
+
+def listed(names: Sequence[str], *, show: int = 8) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f", … ({len(names) - show} more)" if len(names) > show else ""
+    return ", ".join(names[:show]) + more
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says of an error, or the error's name if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from pipeline.errors import Problem
+from pipeline.errors import Problem, listed
 
 
 def assign_groups(
@@ -40,7 +40,7 @@ def assign_groups(
             idle.remove(match)
     problems = [Problem(f"param_groups.{group}", _idle(pattern, names)) for group, pattern in idle]
     if left_over:
-        message = f"no group takes {_some(left_over)}; add a last group with the pattern '*'"
+        message = f"no group takes {listed(left_over)}; add a last group with the pattern '*'"
         problems.append(Problem("param_groups", message))
     return groups, problems
 
@@ -50,9 +50,4 @@ def _idle(pattern: str, names: list[str]) -> str:
         return (
             f"pattern {pattern!r} is left nothing: earlier patterns take all that it matches; move it up or remove it"
         )
-    return f"pattern {pattern!r} matches no parameter; the model has {_some(names)}"
-
-
-def _some(names: list[str], show: int = 8) -> str:
-    more = f", … ({len(names) - show} more)" if len(names) > show else ""
-    return ", ".join(names[:show]) + more
+    return f"pattern {pattern!r} matches no parameter; the model has {listed(names)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision  # type: ignore[import-untyped]
+import torchvision
 from tiny import TinyModel, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.nn import functional as F

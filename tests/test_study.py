@@ -13,7 +13,7 @@ import pytest
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState as OptunaState
-from scipy.stats import qmc  # type: ignore[import-untyped]
+from scipy.stats import qmc
 
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import TrialConfig

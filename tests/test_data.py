@@ -1,0 +1,295 @@
+"""Data on the device or read batch by batch: the same batches, whatever reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_files import random_images, write_dataset, write_photos
+from tiny import TinyModel, tiny_config, tiny_workload
+from torch import Tensor
+
+from pipeline import data
+from pipeline.config import ImageFolder, TorchvisionDataset, TrialConfig
+from pipeline.data import Streamed, evaluation_batches, is_streamed, place, samples_of, training_batches
+from pipeline.strategy import SGD, AdamW, Optimizer, Rprop
+from pipeline.trainers import Trainer
+from pipeline.workloads import Split, Workload
+from pipeline.workloads.image_folder import image_folder
+from pipeline.workloads.torchvision_dataset import torchvision_dataset
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more workers than cores
+]
+
+CPU = torch.device("cpu")
+Batch = tuple[Tensor, Tensor]
+
+
+class Samples:
+    """A data set of a split's samples that notes which were read; with workers, only what this process reads."""
+
+    def __init__(self, split: Split, *, noise: bool = False) -> None:
+        self.split = split
+        self.noise = noise
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> Batch:
+        self.read.append(index)
+        drawn = torch.rand(()) + random.random() + np.random.rand() if self.noise else torch.zeros(())
+        return self.split.inputs[index] + drawn, self.split.targets[index]
+
+
+class Broken(Samples):
+    """One of its samples cannot be read."""
+
+    def __getitem__(self, index: int) -> Batch:
+        if index == 30:
+            raise OSError("sample 30 is broken")
+        return super().__getitem__(index)
+
+
+@pytest.fixture(params=[0, 2])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Read with so many processes."""
+    return use_workers(monkeypatch, request.param)
+
+
+@pytest.fixture
+def no_workers(monkeypatch: pytest.MonkeyPatch) -> int:
+    return use_workers(monkeypatch, 0)
+
+
+def use_workers(monkeypatch: pytest.MonkeyPatch, count: int) -> int:
+    monkeypatch.setattr(data, "_workers", lambda: count)
+    return count
+
+
+def as_samples(workload: Workload, cls: type[Samples] = Samples, **options: Any) -> Workload:
+    """Return a workload whose splits are data sets."""
+    splits: dict[str, Any] = {}
+    for name in ("train", "val", "test"):
+        split = getattr(workload, name)
+        assert isinstance(split, Split)
+        splits[name] = cls(split, **options)
+    return dataclasses.replace(workload, **splits)
+
+
+def batches(workload: Workload, config: TrialConfig, *, free: int | None = None) -> list[Batch]:
+    """Return what two epochs of training see, and an evaluation of each split."""
+    placed = place(workload, device=CPU, dtype=torch.float32, free=free)
+    seen: list[Batch] = []
+    for epoch in (0, 1):
+        seen += training_batches(placed, config, epoch=epoch, device=CPU, dtype=torch.float32)
+    for name in ("val", "test"):
+        seen += evaluation_batches(placed, name, config, dtype=torch.float32)
+    return seen
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for (inputs, targets), (other_inputs, other_targets) in zip(one, other, strict=True):
+        assert inputs.dtype == other_inputs.dtype
+        assert inputs.stride() == other_inputs.stride()
+        assert torch.equal(inputs, other_inputs)
+        assert torch.equal(targets, other_targets)
+
+
+def folder_workload(tmp_path: Path, *, augment: bool, memory: int | None) -> Workload:
+    folder = tmp_path / "photos"
+    if not folder.exists():
+        write_photos(folder, {"a": 12, "b": 9})
+    choice = ImageFolder(folder=str(folder), model="small_cnn", image_size=16, augment=augment)
+    return image_folder(choice, memory=memory)
+
+
+def cifar_workload(folder: Path, patch: pytest.MonkeyPatch, *, augment: bool) -> Workload:
+    write_dataset("cifar10", folder, random_images("cifar10", 40, seed=1), random_images("cifar10", 20, seed=2), patch)
+    return torchvision_dataset(
+        TorchvisionDataset(name="cifar10", model="small_cnn", folder=str(folder), augment=augment)
+    )
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_an_image_folder_gives_the_same_batches_kept_and_read(augment: bool, workers: int, tmp_path: Path) -> None:
+    config = tiny_config()
+    kept = folder_workload(tmp_path, augment=augment, memory=None)
+    read = folder_workload(tmp_path, augment=augment, memory=0)
+    on_device = batches(kept, config)
+    assert_same(on_device, batches(kept, config, free=0))
+    assert_same(on_device, batches(read, config))
+    assert_same(on_device, batches(read, config, free=0))
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_a_data_set_of_torchvisions_gives_the_same_batches_on_the_device_and_streamed(
+    augment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    workload = cifar_workload(tmp_path, monkeypatch, augment=augment)
+    on_device = batches(workload, tiny_config())
+    assert_same(on_device, batches(workload, tiny_config(), free=0))
+    assert_same(on_device, batches(as_samples_of_bytes(workload), tiny_config(), free=0))
+
+
+def as_samples_of_bytes(workload: Workload) -> Workload:
+    """Return a workload whose splits are lists of samples, as one of any size may be."""
+    splits: dict[str, Any] = {}
+    for name in ("train", "val", "test"):
+        split = getattr(workload, name)
+        assert isinstance(split, Split)
+        splits[name] = list(zip(split.inputs, split.targets, strict=True))
+    return dataclasses.replace(workload, **splits)
+
+
+def test_what_fits_is_moved_and_what_does_not_is_streamed(no_workers: int) -> None:
+    workload = as_samples(tiny_workload())
+    split = workload.train
+    size = len(split) * (6 * 4 + 8)
+    enough = place(workload, device=CPU, dtype=torch.float32, free=size)
+    assert isinstance(enough.train, Split)
+    assert isinstance(enough.val, Streamed)  # the training split has taken the memory
+    assert is_streamed(place(workload, device=CPU, dtype=torch.float32, free=size - 1))
+
+
+def test_a_split_that_is_on_the_device_stays_there_whatever_is_free() -> None:
+    workload = tiny_workload()
+    placed = place(workload, device=CPU, dtype=torch.float32, free=0)
+    assert isinstance(placed.train, Split)
+
+
+def test_a_split_too_large_for_the_device_is_read_from_memory() -> None:
+    workload, meta = tiny_workload(), torch.device("meta")
+    assert isinstance(workload.train, Split)
+    placed = place(workload, device=meta, dtype=torch.float32, free=workload.train.inputs.nbytes)
+    assert is_streamed(placed)
+    streamed = samples_of(placed, "train").batches([torch.tensor([3, 1])], seed=0)
+    ((inputs, targets),) = list(streamed)
+    assert (inputs.device, inputs.shape, targets.shape) == (meta, (2, 6), (2,))
+
+
+def test_a_data_set_that_draws_at_random_is_never_kept(workers: int) -> None:
+    placed = place(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32)
+    assert is_streamed(placed)
+
+
+def test_what_samples_draw_does_not_depend_on_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for count in (0, 1, 3):
+        use_workers(monkeypatch, count)
+        seen.append(batches(as_samples(tiny_workload(), noise=True), tiny_config()))
+    assert_same(seen[0], seen[1])
+    assert_same(seen[0], seen[2])
+
+
+def test_what_samples_draw_changes_with_epoch_and_seed(no_workers: int) -> None:
+    placed = place(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32)
+    order = [torch.arange(5)]
+    one, same, other = (next(iter(samples_of(placed, "train").batches(order, seed=seed)))[0] for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_reading_leaves_the_global_random_states_alone(no_workers: int) -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)
+    batches(as_samples(tiny_workload(), noise=True), tiny_config())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert repr(np.random.get_state(legacy=False)) == repr(before[2])
+
+
+def test_a_pass_that_is_broken_off_leaves_the_next_one_as_it_is(workers: int) -> None:
+    placed = place(as_samples(tiny_workload()), device=CPU, dtype=torch.float32, free=0)
+    config = tiny_config()
+
+    def epoch() -> Iterator[Batch]:
+        return training_batches(placed, config, epoch=0, device=CPU, dtype=torch.float32)
+
+    whole = list(epoch())
+    next(epoch())
+    assert_same(list(epoch()), whole)
+
+
+def test_a_sample_that_cannot_be_read_says_so(workers: int) -> None:
+    workload = as_samples(tiny_workload(), Broken)
+    placed = place(workload, device=CPU, dtype=torch.float32, free=0)
+    with pytest.raises(OSError, match="sample 30 is broken"):
+        list(training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("build_model", [TinyModel, lambda: TinyModel(dropout=0.5)])
+def test_a_streamed_search_has_the_numbers_of_one_on_the_device(build_model: Any, workers: int) -> None:
+    workload = tiny_workload(build_model)
+    optimizers: list[Optimizer] = [SGD(base_lr=0.1), AdamW(base_lr=0.01), Rprop(base_lr=0.01)]
+    configs = {number: tiny_config(optimizer) for number, optimizer in enumerate(optimizers)}
+    found = []
+    for free in (None, 0):
+        placed = place(as_samples(workload), device=CPU, dtype=torch.float32, free=free)
+        assert is_streamed(placed) == (free == 0)
+        group = Trainer(placed, configs[0], device=CPU).build(configs)
+        assert len(group.parts) == 2  # rows, and Rprop's plain trial
+        epochs = [group.train_epoch() for _ in range(2)]
+        found.append((epochs, group.test(), [group.model_state(number) for number in configs]))
+    (epochs, tested, states), (other_epochs, other_tested, other_states) = found
+    assert epochs == other_epochs
+    assert tested == other_tested
+    for one, other in zip(states, other_states, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rows_and_plain_trials_of_a_group_share_what_is_read(no_workers: int) -> None:
+    workload = as_samples(tiny_workload())
+    placed = place(workload, device=CPU, dtype=torch.float32, free=0)
+    configs = {
+        0: tiny_config(SGD(base_lr=0.1)),
+        1: tiny_config(Rprop(base_lr=0.01)),
+        2: tiny_config(Rprop(base_lr=0.02)),
+    }
+    trainer = Trainer(placed, configs[0], device=CPU)
+    group = trainer.build(configs)
+    assert len(group.parts) == 3
+    train, val = workload.train, workload.val
+    assert isinstance(train, Samples)
+    assert isinstance(val, Samples)
+    group.train_epoch()
+    train.read.clear()
+    val.read.clear()
+    group.train_epoch()
+    assert sorted(train.read) == list(range(len(train)))
+    assert sorted(val.read) == list(range(len(val)))
+
+
+def test_the_model_sees_what_preprocess_makes_of_what_augment_makes(no_workers: int) -> None:
+    def augment(inputs: Tensor, generator: torch.Generator) -> Tensor:
+        return inputs + torch.randint(1, 5, (len(inputs), 1), generator=generator)
+
+    plain = tiny_workload()
+    workload = dataclasses.replace(plain, augment=augment, preprocess=lambda inputs: 100 * inputs)
+    changed, unchanged = batches(workload, tiny_config()), batches(plain, tiny_config())
+    for number, ((inputs, _), (before, _)) in enumerate(zip(changed, unchanged, strict=True)):
+        added = inputs / 100 - before
+        assert torch.allclose(added, added.round(), atol=1e-4)
+        assert bool(added.round().any()) == (number < 2 * 5)  # in training alone
+
+
+def test_augmentation_is_another_at_each_step(no_workers: int) -> None:
+    drawn: list[list[float]] = []
+
+    def augment(inputs: Tensor, generator: torch.Generator) -> Tensor:
+        drawn.append(torch.rand(3, generator=generator).tolist())
+        return inputs
+
+    batches(dataclasses.replace(tiny_workload(), augment=augment), tiny_config())
+    assert len({tuple(numbers) for numbers in drawn}) == len(drawn) == 2 * 5
