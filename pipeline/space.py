@@ -136,8 +136,12 @@ class SearchSpace:
         return tuple(name for name in self.searched_hyperparameters() if name in shared or name not in owned)
 
 
-def load_space(path: Path) -> SearchSpace:
+def load_space(path: Path, *, searching: bool = True) -> SearchSpace:
     """Read a search-space file and check all that needs no model; see `pipeline.rules` for the rest.
+
+    Args:
+        path: Of the file.
+        searching: Whether there must be something to choose.
 
     Raises:
         InvalidInput: With every problem of the file.
@@ -145,7 +149,8 @@ def load_space(path: Path) -> SearchSpace:
     data = strict_yaml.load(path)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip("-.")[:80] or "space"
     space, problems = _read(data, name=name)
-    if space is not None and not problems and not any(is_searched(d) for d in space.parameters().values()):
+    nothing = space is not None and not any(is_searched(d) for d in space.parameters().values())
+    if searching and nothing and not problems:
         problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
     if problems or space is None:
         raise InvalidInput(str(path), problems)

@@ -25,6 +25,7 @@ OWNERS = {
     "torch": (*WITH_TORCH, "prepare", "train"),
     "sklearn": ("workloads*",),
     "yaml": ("strict_yaml",),
+    "matplotlib": ("range_picture",),
     "pydantic": ("domains", "forms", "space"),
 }
 
@@ -124,8 +125,8 @@ def test_a_module_uses_no_private_name_of_another(module: str) -> None:
     [
         ("import pipeline", {"pipeline.errors", "pydantic", "torch", "optuna", "mlflow", "yaml", "rich"}),
         (
-            "import pipeline.search, pipeline.train, pipeline.export",
-            {"torch", "optuna", "mlflow", "yaml", "pydantic", "rich"},
+            "import pipeline.search, pipeline.train, pipeline.export, pipeline.lr_range",
+            {"torch", "optuna", "mlflow", "yaml", "pydantic", "rich", "matplotlib"},
         ),
         ("import pipeline.plain", {"optuna", "mlflow", "yaml", "pydantic", "rich"}),
         ("import pipeline.study, pipeline.store", {"torch", "mlflow", "sklearn"}),
