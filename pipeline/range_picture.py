@@ -23,7 +23,7 @@ COLUMNS = 3
 
 def range_table(space: SearchSpace, curves: Mapping[str, RateCurve]) -> Table:
     """Return a table of present and proposed bounds, and of loss against rate: low is good."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("optimizer", "present", "proposed", f"val/loss at {RATES[0]:.0e} to {RATES[-1]:g}"):
         table.add_column(column, no_wrap=True)
     for name, curve in curves.items():
@@ -61,7 +61,7 @@ def range_png(title: str, curves: Mapping[str, RateCurve]) -> bytes:
 
 def in_words(low: float, high: float) -> str:
     """Return the ends of a range, or the one value that it is."""
-    return as_written(low) if low == high else f"{as_written(low)} – {as_written(high)}"
+    return as_written(low) if low == high else f"{as_written(low)}–{as_written(high)}"
 
 
 def as_written(rate: float) -> str:

@@ -88,7 +88,7 @@ REFUSED = [
     option("search --root nowhere", "--root: must be a folder that exists, got 'nowhere'; make it first"),
     option("search --root mine.yaml", "--root: must be a folder that exists, got 'mine.yaml'"),
     option(f"search --root {'x' * 5000}", "--root: must be a folder that exists, got 'xxx"),
-    option("search --device tpu", "argument --device: must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    option("search --device tpu", "argument --device: must be auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
     option("search --device cuda:99", "--device: 1 problem", "cuda:99: there", "use --device cpu, or auto"),
     option("search --trails 5", "unrecognized arguments: --trails 5"),
     option("search --space missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),

@@ -17,7 +17,18 @@ TREES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
     for path in sorted((ROOT / "pipeline").rglob("*.py"))
 }
-WITH_TORCH = ("data", "optim", "plain", "stepwise", "fused*", "matrix_optimizer", "probe", "trainers", "workloads*")
+WITH_TORCH = (
+    "arithmetic",
+    "data",
+    "optim",
+    "plain",
+    "stepwise",
+    "fused*",
+    "matrix_optimizer",
+    "probe",
+    "trainers",
+    "workloads*",
+)
 TRAINING = ("config", "strategy", "param_groups", "trainer", *WITH_TORCH)
 OWNERS = {
     "mlflow": ("tracking",),

@@ -22,7 +22,7 @@ def test_it_proposes_bounds_and_writes_a_picture_but_not_the_file(
     assert lr_range.main(["--space", str(path), "--root", str(tmp_path), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "digits · mlp · at least 40 steps at each of 41 rates · cpu   seed 0" in printed
-    assert "sgd         0.3       " in printed
+    assert "sgd        0.3      " in printed
     picture = tmp_path / "mlruns" / "lr_range-space.png"
     assert f"picture   {picture}" in printed.replace("\n", "")
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -151,8 +151,8 @@ def test_the_table_draws_loss_against_rate_over_the_bounds() -> None:
     table = range_table(space, {"sgd": tried, "adam": curve()})
     cells: list[Sequence[Any]] = [list(column.cells) for column in table.columns]
     assert cells[0] == ["sgd", "adam"]
-    assert cells[1] == ["1e-3 – 1.0", "0.1"]
-    assert cells[2] == ["1.6e-3 – 0.16", "no rate learns"]
+    assert cells[1] == ["1e-3–1.0", "0.1"]
+    assert cells[2] == ["1.6e-3–0.16", "no rate learns"]
     blocks, below = str(cells[3][0]).splitlines()
     assert blocks == "█" * 28 + "▂▁▂▇████████×".ljust(13, "█")
     assert below == " " * 21 + "└─────────┘"
