@@ -287,8 +287,12 @@ def _enqueued(
     """Translate a config to try first into parameters by Optuna's names; append what is wrong with it."""
     parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
     for key, value in entry.items():
+        if key == "clip_grad_norm":
+            yield from _enqueued_value(key, space.clip_grad_norm, value, f"{place}.{key}", problems)
+            continue
         if key not in parts:
-            problems.append(Problem(f"{place}.{key}", f"unknown key; {did_you_mean(key, parts)}"))
+            known = (*parts, "clip_grad_norm")
+            problems.append(Problem(f"{place}.{key}", f"unknown key; {did_you_mean(key, known)}"))
             continue
         if not isinstance(value, dict) or (key != "param_groups" and len(value) != 1):
             problems.append(Problem(f"{place}.{key}", f"must be a mapping with one name as its key, got {value!r}"))
@@ -315,10 +319,18 @@ def _enqueued_values(
         here = f"{place}.{key}.{owner}.{name}"
         if name not in domains:
             problems.append(Problem(here, f"unknown key; {did_you_mean(name, domains)}"))
-        elif not contains(domains[name], value):
-            problems.append(Problem(here, f"must be {describe(domains[name])}, as in this space, got {value!r}"))
-        elif is_searched(domains[name]):
-            yield (f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"), label(value)
+        else:
+            parameter = f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"
+            yield from _enqueued_value(parameter, domains[name], value, here, problems)
+
+
+def _enqueued_value(
+    parameter: str, domain: Any, value: Any, place: str, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    if not contains(domain, value):
+        problems.append(Problem(place, f"must be {describe(domain)}, as in this space, got {value!r}"))
+    elif is_searched(domain):
+        yield parameter, label(value)
 
 
 class _First:

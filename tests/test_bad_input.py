@@ -93,6 +93,11 @@ REFUSED = [
     option("search --trails 5", "unrecognized arguments: --trails 5"),
     option("search --space missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),
     option("search --space .", "cannot be read: Is a directory"),
+    Refused(
+        "search --space mine.yaml --trials 1 --device cpu",
+        ("precision: tf32 needs a CUDA device, and trials train on cpu; set precision to fp32 or bf16",),
+        SPACE + "precision: tf32\n",
+    ),
     # The file as a file.
     content("", "got an empty file"),
     content(SPACE + "---\na: 1\n", "line 10, column 1: must be one document, got a second one"),
