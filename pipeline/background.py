@@ -21,6 +21,9 @@ from typing import Any
 from pipeline.tracking import StudyInfo, Tracker, cause_of, remote_uri
 from pipeline.trial import EndedTrial
 
+SAMPLE_EVERY_S = 60.0
+"""Between records of the machine's load: a search that is shorter has none."""
+
 
 class BackgroundTracker:
     """A `Tracker` in a process of its own: nothing here raises or waits for MLflow, but `view_path` and `close`.
@@ -142,7 +145,7 @@ def serve() -> None:
             result, causes = None, []
             try:
                 if verb == "open":
-                    tracker = Tracker(*arguments)
+                    tracker = Tracker(*arguments, sample_every=SAMPLE_EVERY_S)
                     result, causes = tracker.view_path(), tracker.warnings
                 elif tracker is None:
                     causes = [broken]
