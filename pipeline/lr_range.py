@@ -51,10 +51,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _test(space: SearchSpace, trainer: Trainer, console: Console) -> Mapping[str, RateCurve]:
     """Test every optimizer of a space, and show what came out."""
+    from pipeline.fused import has_rule
     from pipeline.range_picture import range_table
     from pipeline.range_test import RATES, STEPS, range_test
 
     what = f"{trainer.workload.name} · at least {STEPS} steps at each of {len(RATES)} rates · {trainer.device}"
+    if alone := [name for name in space.optimizers if trainer.plain_because or not has_rule(name)]:
+        what += f", those of {' and '.join(alone)} one after another"
     console.print(f"{what}   seed {space.seed}", soft_wrap=True)
     curves: dict[str, RateCurve] = {}
     with console.status("") as status:
