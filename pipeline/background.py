@@ -22,6 +22,9 @@ from pipeline.folders import hold, study_folder
 from pipeline.tracking import StudyInfo, Tracker, cause_of, remote_uri
 from pipeline.trial import EndedTrial
 
+SAMPLE_EVERY_S = 60.0
+"""Between records of the machine's load: a search that is shorter has none."""
+
 
 class BackgroundTracker:
     """A `Tracker` in a process of its own: nothing here raises or waits for MLflow, but `view_path` and `close`.
@@ -192,7 +195,7 @@ class Server:
 
     def _open(self, root: Path, study: StudyInfo) -> list[str]:
         self._held.enter_context(hold(study_folder(root, study.name)))
-        self._tracker = Tracker(root, study)
+        self._tracker = Tracker(root, study, sample_every=SAMPLE_EVERY_S)
         return self._tracker.warnings
 
     def _answer(self, verb: str, causes: list[str]) -> None:

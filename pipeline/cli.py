@@ -70,7 +70,7 @@ def add_delete(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument(
-        "--device", type=_device, default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1 (default: auto)"
+        "--device", type=_device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps (default: auto)"
     )
 
 
@@ -154,6 +154,6 @@ def workload_choice(text: str) -> dict[str, str]:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text!r}")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, got {text!r}")
     return text

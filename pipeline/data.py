@@ -63,6 +63,13 @@ class Streamed:
         for inputs, targets in self._read(indices, seed):
             yield self._place(inputs), self._place(targets)
 
+    def take(self, chosen: Tensor) -> Streamed:
+        """Return some of the samples; see `Samples`."""
+        if isinstance(self._dataset, Split):
+            return Streamed(self._dataset.take(chosen), device=self._device, dtype=self._dtype)
+        some = torch.utils.data.Subset(cast(Any, self._dataset), chosen.tolist())
+        return Streamed(some, device=self._device, dtype=self._dtype)
+
     def _read(self, indices: Sequence[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
         if isinstance(self._dataset, Split):
             return self._dataset.batches(indices)
@@ -164,6 +171,11 @@ def first_samples(samples: Samples, count: int) -> Split:
     """Return the first samples of a split."""
     ((inputs, targets),) = samples.batches([torch.arange(min(count, len(samples)))], seed=0)
     return Split(inputs, targets)
+
+
+def some_samples(samples: Samples, count: int, *, seed: int) -> Any:
+    """Return so many samples of a split, chosen at random, or all of them if there are no more."""
+    return samples if count >= len(samples) else samples.take(epoch_order(len(samples), seed=seed, epoch=0)[:count])
 
 
 def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:

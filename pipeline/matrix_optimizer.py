@@ -115,7 +115,9 @@ class MatrixOptimizer:
         groups = self._groups.values()
         if self._clips:
             norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-            gradients.mul_((self._norm_limits / (norms + CLIP_EPS)).clamp_(max=1.0))
+            factors = (self._norm_limits / (norms + CLIP_EPS)).clamp_(max=1.0)
+            # A norm may overflow, and a row without a limit must not notice that its neighbours have one.
+            gradients.mul_(factors.masked_fill_(self._norm_limits.isinf(), 1.0))
         for block, plan in zip(self._blocks, self._plans, strict=True):
             p, g = matrix[block.rows], gradients[block.rows]
             if plan.l2 is not None:

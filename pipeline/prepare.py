@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline import rules
+from pipeline.arithmetic import in_force
 from pipeline.config import TrialConfig
 from pipeline.data import place
 from pipeline.errors import InvalidInput, Problem
@@ -18,6 +19,9 @@ from pipeline.trainer import derive_seed
 from pipeline.trainers import Trainer
 from pipeline.workloads import Workload, load_workload
 from pipeline.workloads.check import workload_problems
+
+TF32_CAPABILITY = (8, 0)
+"""Of the first CUDA devices that have it, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
 
 
 def prepare(
@@ -34,7 +38,7 @@ def prepare(
     Args:
         space: Of a search or, with one point, of a config.
         source: Name of its file, for messages.
-        device: "auto", "cpu", "cuda" or "cuda:1"; "auto" is CUDA where there is one.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA where there is one, else the CPU.
         searching: Whether the objective matters.
         rows: At most this many trials in a matrix; None: as many as train fastest.
         workload: In place of the one that the space names.
@@ -50,6 +54,7 @@ def prepare(
         raise InvalidInput(source, error.problems) from None
     problems: Iterable[Problem] = rules.problems_with_model(space, workload, model)
     problems = [*problems, *(rules.objective_problems(space, workload) if searching else ())]
+    problems += _precision_problems(space, chosen)
     problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
     if problems:
         raise InvalidInput(source, problems)
@@ -95,19 +100,34 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda:0" if count else "cpu")
     device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InvalidInput("--device", [Problem(name, "there is no Metal device; use --device cpu, or auto")])
     if device.type == "cuda" and (device.index or 0) >= count:
         there = f"there are {count} CUDA devices, cuda:0 to cuda:{count - 1}" if count else "there is no CUDA device"
         raise InvalidInput("--device", [Problem(name, f"{there}; use --device cpu, or auto")])
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
+def _precision_problems(space: SearchSpace, device: torch.device) -> list[Problem]:
+    """Say what a device cannot compute; PyTorch would compute something else without a word."""
+    remedy = "set precision to fp32" + ("" if device.type == "mps" else " or bf16")
+    if space.precision == "tf32" and device.type != "cuda":
+        return [Problem("precision", f"tf32 needs a CUDA device, and trials train on {device.type}; {remedy}")]
+    if space.precision == "tf32" and torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return [Problem("precision", f"tf32 needs a CUDA device of capability 8.0, which {name} is not; {remedy}")]
+    return []
+
+
 def environment(trainer: Trainer, config: TrialConfig) -> dict[str, Any]:
     """Return what a trial's numbers may depend on besides its config."""
     device = trainer.device
+    with trainer.arithmetic():
+        settings = in_force(device)
     return {
         "trainer": "fused" if trainer.fuses(config) else "plain",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": 1,
+        **settings,
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -186,8 +186,10 @@ def _tried_alone(
 
 
 def _random_state(device: torch.device) -> Tensor:
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0, dtype=torch.uint8)
-    return torch.cat([torch.get_rng_state(), on_device])
+    states = [torch.get_rng_state()]
+    states += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    states += [torch.mps.get_rng_state()] if device.type == "mps" else []
+    return torch.cat(states)
 
 
 def _same_losses(fused: EpochMetrics, plain: EpochMetrics, tolerance: float) -> bool:

@@ -138,23 +138,30 @@ class SearchSpace:
         return tuple(name for name in self.searched_hyperparameters() if name in shared or name not in owned)
 
 
-def load_space(path: Path, overrides: Overrides = MappingProxyType({})) -> SearchSpace:
+def load_space(path: Path, overrides: Overrides = MappingProxyType({}), *, searching: bool = True) -> SearchSpace:
     """Read a search-space file and check all that needs no model; see `pipeline.rules` for the rest.
+
+    Args:
+        path: Of the file.
+        overrides: Changes to what it says.
+        searching: Whether there must be something to choose.
 
     Raises:
         InvalidInput: With every problem of the file.
     """
-    return build_space(override(strict_yaml.load(path), overrides), source=str(path), name=path.stem)
+    data = override(strict_yaml.load(path), overrides)
+    return build_space(data, source=str(path), name=path.stem, searching=searching)
 
 
-def build_space(data: Mapping[str, Any], *, source: str, name: str) -> SearchSpace:
+def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: bool = True) -> SearchSpace:
     """Make a search space of what a file says; `source` names it in errors, `name` its studies, as far as they can.
 
     Raises:
         InvalidInput: With every problem of the data.
     """
     space, problems = _read(data, name=study_name(name))
-    if space is not None and not problems and not any(is_searched(d) for d in space.parameters().values()):
+    nothing = space is not None and not any(is_searched(d) for d in space.parameters().values())
+    if searching and nothing and not problems:
         problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
     if problems or space is None:
         raise InvalidInput(source, problems)
@@ -298,8 +305,12 @@ def _enqueued(
     """Translate a config to try first into parameters by Optuna's names; append what is wrong with it."""
     parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
     for key, value in entry.items():
+        if key == "clip_grad_norm":
+            yield from _enqueued_value(key, space.clip_grad_norm, value, f"{place}.{key}", problems)
+            continue
         if key not in parts:
-            problems.append(Problem(f"{place}.{key}", f"unknown key; {did_you_mean(key, parts)}"))
+            known = (*parts, "clip_grad_norm")
+            problems.append(Problem(f"{place}.{key}", f"unknown key; {did_you_mean(key, known)}"))
             continue
         if not isinstance(value, dict) or (key != "param_groups" and len(value) != 1):
             problems.append(Problem(f"{place}.{key}", f"must be a mapping with one name as its key, got {value!r}"))
@@ -326,10 +337,18 @@ def _enqueued_values(
         here = f"{place}.{key}.{owner}.{name}"
         if name not in domains:
             problems.append(Problem(here, f"unknown key; {did_you_mean(name, domains)}"))
-        elif not contains(domains[name], value):
-            problems.append(Problem(here, f"must be {describe(domains[name])}, as in this space, got {value!r}"))
-        elif is_searched(domains[name]):
-            yield (f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"), label(value)
+        else:
+            parameter = f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"
+            yield from _enqueued_value(parameter, domains[name], value, here, problems)
+
+
+def _enqueued_value(
+    parameter: str, domain: Any, value: Any, place: str, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    if not contains(domain, value):
+        problems.append(Problem(place, f"must be {describe(domain)}, as in this space, got {value!r}"))
+    elif is_searched(domain):
+        yield parameter, label(value)
 
 
 class _First:

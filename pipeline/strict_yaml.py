@@ -107,6 +107,33 @@ def dumps(data: Mapping[str, Any], *, comment: str | None = None) -> str:
     return head + text
 
 
+def replace(text: str, values: Mapping[tuple[str, ...], str]) -> str:
+    """Replace values in a text that `loads` has read, each by its keys from the root, and leave the rest as it is.
+
+    Args:
+        text: A mapping.
+        values: The keys of a value that is there, to YAML on one line.
+    """
+    root = _Loader(text, []).get_single_node()
+    spans = sorted(((*_span(root, keys), new) for keys, new in values.items()), reverse=True)
+    for start, end, new in spans:
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def _span(node: Any, keys: tuple[str, ...]) -> tuple[int, int]:
+    """Return where a value begins and ends in the text."""
+    for key in keys:
+        node = next(value for name, value in node.value if name.value == key)
+    start = node.start_mark.index
+    while (
+        isinstance(node, yaml.CollectionNode) and not node.flow_style
+    ):  # such a one is said to end where the next begins
+        last = node.value[-1]
+        node = last[1] if isinstance(last, tuple) else last
+    return start, node.end_mark.index
+
+
 def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
     """Write a file so that a reader, or a restart after a crash, sees the old content or the new, never a part."""
     parts = [part.encode() if isinstance(part, str) else part for part in content]

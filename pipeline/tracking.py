@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.relocation import relocate
 from pipeline.saved_view import TAG_PREFIX, mlflow_name, saved_view, view_path
@@ -79,8 +79,15 @@ class Tracker:
     Every method raises what MLflow raises.
     """
 
-    def __init__(self, root: Path, study: StudyInfo) -> None:
-        """Open or create the store, the experiment, the study's run and its view."""
+    def __init__(self, root: Path, study: StudyInfo, *, sample_every: float | None = None) -> None:
+        """Open or create the store, the experiment, the study's run and its view.
+
+        Args:
+            root: Where the store is.
+            study: What is tracked.
+            sample_every: Seconds between records of the machine's load in the study's run, the first one after as many
+                seconds; None for no such records.
+        """
         self.study = study
         self.warnings: list[str] = []
         """What went wrong without harm to the record, one sentence each."""
@@ -98,6 +105,7 @@ class Tracker:
             else:
                 self._ended.add(number)
         self._save_view()
+        self._monitor = self._start_monitor(sample_every) if sample_every is not None else None
 
     def view_path(self) -> str:
         """Return what follows `http://host:port` in the link to the study's view."""
@@ -139,6 +147,7 @@ class Tracker:
             note: Markdown that takes the place of the run's description.
             artifacts: Files to keep with the run, such as `best.yaml`.
         """
+        self._stop_monitor()
         self._client.set_tag(self._run_id, "mlflow.note.content", note)
         if best is not None:
             # Tags and not metrics: a metric that only this run has would make a section of one bar on the page.
@@ -150,6 +159,7 @@ class Tracker:
 
     def interrupt(self, note: str) -> None:
         """Mark the study's run as stopped, truthfully even if nobody ever resumes; opening it again makes it run."""
+        self._stop_monitor()
         self._client.set_tag(self._run_id, "mlflow.note.content", note)
         self._client.set_terminated(self._run_id, "KILLED")
 
@@ -209,6 +219,24 @@ class Tracker:
             self._client.set_experiment_tag(self._experiment.experiment_id, key, value)
         except Exception as error:  # the runs are whole without it
             self.warnings.append(f"the view to compare trials could not be saved: {cause_of(error)}")
+
+    def _start_monitor(self, sample_every: float) -> Any:
+        """Have MLflow record the load of processors, memory, disk and network, and of GPUs if nvidia-ml-py is there."""
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            build: Any = SystemMetricsMonitor  # which has no types
+            uri = self._client.tracking_uri
+            monitor = build(self._run_id, sample_every, resume_logging=True, tracking_uri=uri)
+            monitor.start()
+        except Exception as error:  # the runs are whole without it
+            self.warnings.append(f"the load of the machine is not recorded: {cause_of(error)}")
+            return None
+        return monitor
+
+    def _stop_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
 
     def _log_values(self, run_id: str, trial: EndedTrial) -> None:
         from mlflow.entities import Metric, Param

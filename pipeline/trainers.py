@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pipeline.arithmetic import arithmetic
 from pipeline.config import TrialConfig
 from pipeline.data import is_streamed, place
 from pipeline.errors import PipelineError
@@ -64,7 +65,8 @@ class Trainer:
         self.workload = place(workload, device=device, dtype=dtype)
         self.device = device
         self._dtype = dtype
-        with one_thread(device):
+        self._config = config
+        with self.arithmetic():
             finding = probe(self.workload, config, device=device, dtype=dtype)
         self.plain_because = finding.cannot_fuse
         """Why no trial of the workload can be a row; None if they can."""
@@ -77,6 +79,10 @@ class Trainer:
         """Rows that fit beside those of the other threads; None: until memory runs out."""
         if device.type == "cpu":  # which has no error for it: the process would be killed
             self._room = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / self._threads))
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which all trials train: a search has one precision."""
+        return arithmetic(self._config, self.device)
 
     def fuses(self, config: TrialConfig) -> bool:
         """Say whether a trial trains as a row."""
@@ -156,14 +162,14 @@ class Trainer:
     def _time_step(self, part: Part) -> float:
         """Return the seconds of a step of one matrix."""
         assert isinstance(part, FusedTrials)
-        with one_thread(self.device):
+        with self.arithmetic():
             start = time.perf_counter()
             part.time_step()
             return time.perf_counter() - start
 
     def _at_once(self, function: Callable[[Any], Result], parts: Sequence[Any]) -> list[Result]:
         """Call a function on every part, in as many threads as there are for it, each of which computes alone."""
-        with one_thread(self.device):
+        with self.arithmetic():
             if self._threads == 1 or len(parts) == 1:
                 return [function(part) for part in parts]
             with ThreadPoolExecutor(self._threads) as pool:
@@ -212,7 +218,7 @@ class TrialParts:
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        with one_thread(self._trainer.device):
+        with self._trainer.arithmetic():
             return {number: values for part in self.parts for number, values in part.test().items()}
 
     def model_state(self, number: int) -> dict[str, Any]:
@@ -298,15 +304,3 @@ def _attempt(part: Part, epochs: int) -> dict[int, EpochMetrics] | Exception:
         return results
     except Exception as error:
         return error.with_traceback(None)  # which would keep the memory of what was being computed
-
-
-@contextlib.contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Let PyTorch compute with one thread on the CPU."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

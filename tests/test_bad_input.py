@@ -88,11 +88,16 @@ REFUSED = [
     option("search --root nowhere", "--root: must be a folder that exists, got 'nowhere'; make it first"),
     option("search --root mine.yaml", "--root: must be a folder that exists, got 'mine.yaml'"),
     option(f"search --root {'x' * 5000}", "--root: must be a folder that exists, got 'xxx"),
-    option("search --device tpu", "argument --device: must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+    option("search --device tpu", "argument --device: must be auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
     option("search --device cuda:99", "--device: 1 problem", "cuda:99: there", "use --device cpu, or auto"),
     option("search --trails 5", "unrecognized arguments: --trails 5"),
     option("search --space missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),
     option("search --space .", "cannot be read: Is a directory"),
+    Refused(
+        "search --space mine.yaml --trials 1 --device cpu",
+        ("precision: tf32 needs a CUDA device, and trials train on cpu; set precision to fp32 or bf16",),
+        SPACE + "precision: tf32\n",
+    ),
     # The file as a file.
     content("", "got an empty file"),
     content(SPACE + "---\na: 1\n", "line 10, column 1: must be one document, got a second one"),

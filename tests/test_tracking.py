@@ -505,3 +505,32 @@ def test_importing_and_starting_cost_the_caller_no_mlflow() -> None:
     code = "import sys, pipeline.background; print(sorted({'mlflow', 'torch', 'optuna'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def load_records(root: Path) -> dict[str, float]:
+    """Return what the study's run holds of the machine's load."""
+    (run,) = runs(root, "study")
+    return {name: value for name, value in run.data.metrics.items() if name.startswith("system/")}
+
+
+@pytest.mark.parametrize("end", ["finish", "interrupt"])
+def test_a_long_search_records_the_load_of_the_machine_in_its_run_until_it_ends(root: Path, end: str) -> None:
+    tracker = Tracker(root, study(), sample_every=0.01)
+    assert any(load_records(root) for _ in range(10_000))  # asks until there is one
+    tracker.finish(None, "", []) if end == "finish" else tracker.interrupt("")
+    names = set(load_records(root))
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names
+    (run,) = runs(root, "study")
+    (before,) = (history(root, run, name) for name in ("system/cpu_utilization_percentage",))
+    assert [step for step, _ in before] == list(range(len(before)))
+    resumed = Tracker(root, study(), sample_every=0.01)
+    assert any(len(history(root, run, "system/cpu_utilization_percentage")) > len(before) for _ in range(10_000))
+    resumed.interrupt("")
+    after = history(root, run, "system/cpu_utilization_percentage")
+    assert [step for step, _ in after] == list(range(len(after)))
+
+
+def test_a_search_shorter_than_the_first_interval_records_no_load(root: Path) -> None:
+    tracker = Tracker(root, study(), sample_every=60)
+    tracker.finish(None, "", [])
+    assert load_records(root) == {}

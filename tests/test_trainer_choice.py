@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pipeline import strategy as s
 from pipeline import trainers
+from pipeline.arithmetic import arithmetic
 from pipeline.config import TrialConfig
 from pipeline.fused import FusedTrials
 from pipeline.optim import replay_rates
@@ -23,7 +24,7 @@ from pipeline.plain import PlainTrials
 from pipeline.probe import probe
 from pipeline.strategy import ParamGroup
 from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer, TrialParts, one_thread
+from pipeline.trainers import Trainer, TrialParts
 from pipeline.workloads.workload import Metric, Workload
 
 CPU = torch.device("cpu")
@@ -236,7 +237,7 @@ def test_a_model_that_rows_cannot_train_trains_plain_and_says_why(
     group = trainer.build(configs)
     assert parts(group) == [("plain", [0]), ("plain", [1])]
     plain = PlainTrials(configs, tiny_workload(build_model), device=CPU)
-    with one_thread(CPU):
+    with arithmetic(tiny_config(), CPU):
         expected = [plain.train_epoch() for _ in range(2)]
     assert train(group, 2) == expected
 
@@ -298,7 +299,7 @@ def test_one_group_mixes_rows_and_plain_trials_each_of_which_equals_itself_alone
         assert_same_bits(alone.model_state(number), group.model_state(number))
         if not trainer.fuses(config):
             plain = PlainTrials({number: config}, tiny_workload(), device=CPU, seeded=False)
-            with one_thread(CPU):
+            with arithmetic(tiny_config(), CPU):
                 assert [plain.train_epoch()[number] for _ in range(EPOCHS)] == only(number, history)
 
 

@@ -45,6 +45,10 @@ class Samples(Protocol):
         """
         ...
 
+    def take(self, chosen: Tensor) -> Samples:
+        """Return some of the samples, by their indices (sample,) on the CPU."""
+        ...
+
 
 @dataclass(frozen=True)
 class Split:
@@ -72,6 +76,11 @@ class Split:
         sizes = [len(batch) for batch in indices]
         for batch in torch.cat(list(indices)).to(self.inputs.device).split(sizes):
             yield self.inputs.index_select(0, batch), self.targets.index_select(0, batch)
+
+    def take(self, chosen: Tensor) -> Split:
+        """Return some of the samples; see `Samples`."""
+        ((inputs, targets),) = self.batches([chosen])
+        return Split(inputs, targets)
 
 
 @dataclass(frozen=True)

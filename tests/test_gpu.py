@@ -1,0 +1,153 @@
+"""What only a CUDA device can show; skipped without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.arithmetic import arithmetic
+from pipeline.config import TrialConfig
+from pipeline.fused import FusedTrials
+from pipeline.plain import PlainTrials
+from pipeline.strategy import SGD, Adam, AdamW, Cosine, OneCycle, RMSprop, Step
+from pipeline.trainer import EpochMetrics
+from pipeline.trainers import Trainer
+from pipeline.workloads.digits import digits
+from pipeline.workloads.workload import Split, Workload
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GPU = torch.device("cuda:0")
+SPARE_BYTES = 512 * 2**20
+"""Of memory, in the test that uses it up."""
+WIDTH, BATCH, SAMPLES = 16384, 256, 512
+"""Of `wide_workload`: one activation of a row takes 16 MiB."""
+
+
+def various() -> dict[int, TrialConfig]:
+    return {
+        0: tiny_config(SGD(base_lr=0.3, momentum=0.9), Step(step_size=1, gamma=0.5)),
+        1: tiny_config(Adam(base_lr=0.01), OneCycle()),
+        2: tiny_config(AdamW(base_lr=0.01, weight_decay=0.1), Cosine(warmup=1), clip_grad_norm=0.5),
+        3: tiny_config(RMSprop(base_lr=0.01)),
+    }
+
+
+def wide_workload() -> Workload:
+    """Return a problem whose activations are large and whose data are small."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split() -> Split:
+        inputs = torch.randn(SAMPLES, 6, generator=generator)
+        return Split(inputs, inputs[:, :3].argmax(dim=1))
+
+    def build_model() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3))
+
+    return Workload(name="wide", build_model=build_model, train=split(), val=split(), loss=F.cross_entropy)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Leave `SPARE_BYTES` of the device's memory to this process."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(GPU)[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + SPARE_BYTES) / total, GPU)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+    torch.cuda.empty_cache()
+
+
+def trained(trainer: Trainer, configs: Mapping[int, TrialConfig]) -> tuple[list[dict[int, EpochMetrics]], list[Tensor]]:
+    """Train trials for two epochs; return what came of them and all their parameters."""
+    group = trainer.build(configs)
+    history = [group.train_epoch() for _ in range(2)]
+    return history, [value for number in configs for value in group.model_state(number).values()]
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
+def test_rows_on_cuda_equal_the_plain_trainer(dtype: torch.dtype, rel: float) -> None:
+    # Kernels differ by the number of rows, so sums round differently: 1e-16 or 6e-8 a step, which training amplifies.
+    configs = various()
+    plain = PlainTrials(configs, tiny_workload(), device=GPU, dtype=dtype)
+    fused = FusedTrials(configs, tiny_workload(), device=GPU, dtype=dtype)
+    with arithmetic(configs[0], GPU):
+        for _ in range(2):
+            expected, found = plain.train_epoch(), fused.train_epoch()
+            for number in configs:
+                assert found[number].lr == expected[number].lr
+                assert found[number].metrics["val/loss"] == pytest.approx(expected[number].metrics["val/loss"], rel=rel)
+
+
+@pytest.mark.parametrize("product", ["matmul", "convolution"])
+def test_products_are_rounded_to_tf32_only_where_the_config_says_so(product: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(64, 64, 16, 16, generator=generator).to(GPU)
+    b = torch.randn(64, 64, 3, 3, generator=generator).to(GPU)
+
+    def error(precision: str) -> float:
+        def multiply(a: Tensor, b: Tensor) -> Tensor:
+            return F.conv2d(a, b) if product == "convolution" else a.flatten(1) @ a.flatten(1).T
+
+        with arithmetic(tiny_config(precision=precision), GPU):
+            exact = multiply(a.double(), b.double())
+            return float((multiply(a, b) - exact).abs().max() / exact.abs().max())
+
+    assert error("fp32") < 1e-5
+    if torch.cuda.get_device_capability(GPU) >= (8, 0):
+        assert 1e-5 < error("tf32") < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_trials_of_lower_precision_train_as_rows_and_learn(precision: str) -> None:
+    config = tiny_config(Adam(base_lr=0.01), batch_size=64, precision=precision, param_groups=ONE_GROUP)
+    trainer = Trainer(digits("cnn"), config, device=GPU)
+    assert trainer.plain_because is None
+    group = trainer.build({0: config, 1: config})
+    first, second = (group.train_epoch()[1].metrics["val/loss"] for _ in range(2))
+    assert second < first < 2.3
+    assert {value.dtype for value in group.model_state(1).values()} == {torch.float32}
+
+
+def test_deterministic_trials_repeat_to_the_bit() -> None:
+    configs = {
+        number: tiny_config(Adam(base_lr=rate), batch_size=64, deterministic=True, param_groups=ONE_GROUP)
+        for number, rate in enumerate((0.003, 0.01))
+    }
+    first, second = (trained(Trainer(digits("cnn"), configs[0], device=GPU, rows=2), configs) for _ in range(2))
+    assert first[0] == second[0]
+    assert all(torch.equal(one, other) for one, other in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_matrix_that_does_not_fit_into_the_memory_is_halved_until_it_does() -> None:
+    configs = {
+        n: tiny_config(SGD(base_lr=0.001 * (1 + n)), batch_size=BATCH, param_groups=ONE_GROUP) for n in range(32)
+    }
+    trainer = Trainer(wide_workload(), configs[0], device=GPU, rows=32)
+    group = trainer.build(configs)
+    assert len(group.parts) == 1
+    history = [group.train_epoch() for _ in range(2)]
+    assert len(group.parts) > 1
+    assert [sorted(results) for results in history] == [list(configs)] * 2
+    alone = trainer.build({31: configs[31]})
+    for results in history:
+        assert results[31].finished
+        assert results[31].metrics["val/loss"] == pytest.approx(alone.train_epoch()[31].metrics["val/loss"], rel=1e-3)
+
+
+def test_a_model_on_cuda_begins_with_the_weights_that_it_has_on_the_cpu() -> None:
+    config = tiny_config()
+    on_gpu, on_cpu = (
+        FusedTrials({0: config}, tiny_workload(TinyModel), device=device).model_state(0)
+        for device in (GPU, torch.device("cpu"))
+    )
+    assert all(torch.equal(on_gpu[name], on_cpu[name]) for name in on_cpu)

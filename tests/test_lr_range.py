@@ -1,0 +1,55 @@
+"""The command line of the range test, end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline import lr_range
+from pipeline.errors import InvalidInput
+from pipeline.space import load_space
+
+ONE_RATE = {"sgd": {"base_lr": 0.3, "momentum": 0.9}}
+
+
+def test_it_proposes_bounds_and_writes_a_picture_but_not_the_file(
+    space_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = space_file(optimizer=ONE_RATE)
+    before = path.read_bytes()
+    assert lr_range.main(["--space", str(path), "--root", str(tmp_path), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "digits · mlp · at least 40 steps at each of 41 rates · cpu   seed 0" in printed
+    assert "sgd        0.3      " in printed
+    picture = tmp_path / "mlruns" / "lr_range-space.png"
+    assert f"picture   {picture}" in printed.replace("\n", "")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes() == before
+
+
+def test_write_puts_what_it_proposes_into_the_file(
+    space_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = space_file(optimizer=ONE_RATE)
+    assert lr_range.main(["--space", str(path), "--root", str(tmp_path), "--device", "cpu", "--write"]) == 0
+    assert "base_lr of sgd is now as proposed" in capsys.readouterr().out
+    base_lr = load_space(path).optimizers["sgd"]["base_lr"]
+    assert base_lr.high / base_lr.low == pytest.approx(100)
+    assert base_lr.log
+
+
+def test_write_without_a_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        lr_range.main(["--write"])
+    assert "--write needs --space FILE, the file to put the bounds into" in capsys.readouterr().err
+
+
+def test_a_space_that_does_not_fit_its_model_is_refused_and_nothing_written(
+    space_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = space_file(param_groups={"head": {"pattern": "classifier.*"}, "body": {"pattern": "*"}})
+    with pytest.raises(InvalidInput, match=r"param_groups\.head: pattern 'classifier"):
+        lr_range.main(["--space", str(path), "--root", str(tmp_path), "--device", "cpu"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["space.yaml"]
