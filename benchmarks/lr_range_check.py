@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
+from pipeline.cli import DEFAULT_SPACE
 from pipeline.prepare import prepare
 from pipeline.range_test import range_test
-from pipeline.search import DEFAULT_SPACE
 from pipeline.space import SearchSpace, load_space, space_from_document
 from pipeline.trainers import Trainer
 

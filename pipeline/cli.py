@@ -17,8 +17,12 @@ from pipeline.config import Own
 from pipeline.errors import InvalidInput, PipelineError, Problem
 
 if TYPE_CHECKING:
+    from pipeline.overrides import Overrides
     from pipeline.space import SearchSpace
 
+SPACES = Path(__file__).resolve().parent.parent / "search_spaces"
+DEFAULT_SPACE, OWN_SPACE = SPACES / "default.yaml", SPACES / "own.yaml"
+"""What is searched if no file is named: for the embedded digits, and for a workload of one's own."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -74,27 +78,49 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_overrides(parser: argparse.ArgumentParser, *, workload: bool) -> None:
+def add_space(parser: argparse.ArgumentParser) -> None:
+    """Add `--space`, `--workload` and `--set`."""
+    help = f"a search-space file (default: {DEFAULT_SPACE.name}; with --workload, {OWN_SPACE.name})"
+    parser.add_argument("--space", type=Path, metavar="FILE", help=help)
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add `--set`, and `--workload`, to change what a file says; `overrides_of` reads both."""
     from pipeline.overrides import parse_override
 
-    if workload:
-        help = "path/to/file.py:function or package.module:function that returns a Workload, or a built-in name"
-        parser.add_argument("--workload", type=workload_choice, metavar="NAME", help=help)
+    help = "path/to/file.py:function or package.module:function that returns a Workload, or a built-in name"
+    parser.add_argument("--workload", type=workload_choice, metavar="NAME", help=help)
     help = "change a value of the file, such as epochs=5 or optimizer.sgd.base_lr.high=0.5; null removes it"
     parser.add_argument("--set", type=parse_override, metavar="PLACE=VALUE", action="append", default=[], help=help)
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what `--workload` and `--set` change, by place."""
-    chosen = {"workload": getattr(arguments, "workload", None), "seed": getattr(arguments, "seed", None)}
+    chosen = {"workload": arguments.workload, "seed": getattr(arguments, "seed", None)}
     return {**{place: value for place, value in chosen.items() if value is not None}, **dict(arguments.set)}
+
+
+def space_file(given: Path | None, overrides: Overrides) -> Path:
+    """Return the file of a search space: the one given, or the ready-made one."""
+    return given or (OWN_SPACE if "workload" in overrides else DEFAULT_SPACE)
+
+
+def source_of(file: Path | str, overrides: Overrides) -> str:
+    """Return what messages call a search space."""
+    workload = overrides.get("workload", {})
+    return f"{file} with --workload {workload['function']}" if "function" in workload else str(file)
 
 
 def say_own_code(space: SearchSpace, say: Callable[[str], None] = print) -> None:
     """Say which code of a person's own is about to run, if any."""
     if isinstance(space.workload, Own):
         say(f"workload from {space.workload.function}")
+
+
+def warn(warning: str) -> None:
+    """Say what a person should know, without ending the command."""
+    print(f"warning: {warning}", file=sys.stderr)
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -7,13 +7,11 @@ bounds of `base_lr`, which `--write` puts into the file.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cli
 from pipeline.errors import InvalidInput, Problem
-from pipeline.search import DEFAULT_SPACE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,14 +31,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline.space import load_space
 
-    space = load_space(options.space or DEFAULT_SPACE, searching=False)
-    if options.seed is not None:
-        space = dataclasses.replace(space, seed=options.seed)
+    overrides = cli.overrides_of(options)
+    file = cli.space_file(options.space, overrides)
+    space = load_space(file, overrides, searching=False)
 
     from pipeline.prepare import prepare
 
-    source = str(options.space or DEFAULT_SPACE)
-    trainer = prepare(space, source=source, device=options.device, searching=False)
+    cli.say_own_code(space)
+    trainer = prepare(space, source=cli.source_of(file, overrides), device=options.device, searching=False)
     console = Console(highlight=False)
     curves = _test(space, trainer, console)
     if options.write:
@@ -94,7 +92,7 @@ def _save_picture(path: Path, title: str, curves: Mapping[str, RateCurve], conso
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.lr_range", description="Find bounds for base_lr.")
-    parser.add_argument("--space", type=Path, metavar="FILE", help=f"a search space (default: {DEFAULT_SPACE.name})")
+    cli.add_space(parser)
     parser.add_argument("--write", action="store_true", help="put the proposed bounds into the file of --space")
     parser.add_argument("--seed", type=cli.whole_number(0, 2**32 - 1), metavar="N", help="instead of the file's")
     cli.add_root(parser)

@@ -11,17 +11,16 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pipeline import cli
-from pipeline.config import Own
-from pipeline.errors import InvalidInput, Problem, StorageError
-from pipeline.overrides import Overrides, override
+from pipeline.errors import StorageError
+from pipeline.options import DEFAULT_TRIALS, Options, command, options_of, read_space, source, with_workload
+from pipeline.overrides import Overrides
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,34 +28,11 @@ if TYPE_CHECKING:
     from pipeline.background import BackgroundTracker
     from pipeline.checkpoint import Checkpoints
     from pipeline.interrupts import Interrupts
-    from pipeline.space import SearchSpace
-    from pipeline.store import Store, StudyHeader
+    from pipeline.store import Store
     from pipeline.study import Study
     from pipeline.trainers import Trainer
     from pipeline.trial import EndedTrial
     from pipeline.workloads import Workload
-
-SPACES = Path(__file__).resolve().parent.parent / "search_spaces"
-DEFAULT_SPACE, OWN_SPACE = SPACES / "default.yaml", SPACES / "own.yaml"
-"""What is searched if no file is named: for the embedded digits, and for a workload of one's own."""
-DEFAULT_TRIALS = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a search is asked to do, read but not yet checked against anything."""
-
-    space: Path | Mapping[str, Any] | None = None
-    overrides: Overrides = field(default_factory=dict)
-    workload: Workload | None = None
-    """In place of the one that the space names."""
-    trials: int | None = None
-    timeout: float | None = None
-    """In minutes."""
-    study: str | None = None
-    root: Path = Path()
-    device: str = "auto"
-    rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return delete(arguments.root, arguments.delete, sure=arguments.yes)
     from rich.console import Console
 
-    return _search(_options(arguments), Console(highlight=False)).exit_status
+    return _search(options_of(arguments), Console(highlight=False)).exit_status
 
 
 def search(
@@ -122,12 +98,12 @@ def search(
     options = Options(
         space=space, trials=trials, timeout=timeout, study=study, root=Path(root), device=device, rows=rows
     )
-    return _search(_with_workload(options, workload, overrides), Console(highlight=False, quiet=quiet))
+    return _search(with_workload(options, workload, overrides), Console(highlight=False, quiet=quiet))
 
 
 def _search(options: Options, console: Console) -> SearchResult:
     """Run or go on with a search, from its file to best.yaml."""
-    space, trials = _read_space(options)
+    space, trials = read_space(options)
 
     from pipeline.checkpoint import Checkpoints
     from pipeline.interrupts import Interrupts
@@ -137,7 +113,7 @@ def _search(options: Options, console: Console) -> SearchResult:
     cli.say_own_code(space, functools.partial(console.print, soft_wrap=True, markup=False))
     trainer = prepare(
         space,
-        source=_source(options),
+        source=source(options),
         device=options.device,
         searching=True,
         rows=options.rows,
@@ -145,12 +121,12 @@ def _search(options: Options, console: Console) -> SearchResult:
     )
     store = Store(options.root)
     name, exists = store.choose(space, trials=trials, name=options.study)
-    way_on = _command(options, space, study=name, trials=trials)
+    way_on = command(options, space, study=name, trials=trials)
     with store.lock(name), Interrupts(options.timeout) as interrupts:
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
         with _tracked(study, store) as tracker, _stopped_by_errors(tracker, way_on):
-            checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=_warn)
+            checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, trainer, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
     best = next(iter(study.best()), None)
@@ -205,27 +181,6 @@ def _run(
         checkpoints.clear()  # a crash may have left those of the last group
 
 
-def _read_space(options: Options) -> tuple[SearchSpace, int]:
-    """Read the space and the number of trials: from the options, else a named study's own, else the defaults."""
-    from pipeline import rules
-    from pipeline.space import build_space
-
-    header = None
-    if options.study is not None and (options.root / "mlruns" / "optuna.db").exists():
-        from pipeline.store import Store
-
-        header = next((h for h in Store(options.root).headers() if h.name == options.study), None)
-    if options.space is None and header is not None:
-        document = override(header.document, options.overrides)
-        _refuse_stored_code(header, options)
-        space = build_space(document, source=f"--study {header.name}", name=header.space)
-    else:
-        space = _given_space(options)
-    for warning in rules.warnings(space):
-        _warn(warning)
-    return space, options.trials or (header.trials if header else DEFAULT_TRIALS)
-
-
 @contextlib.contextmanager
 def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
     """Tell MLflow of a study from a process of its own; whatever fails there is a warning."""
@@ -251,7 +206,7 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
         yield tracker
     finally:
         for warning in tracker.close(timeout=60):
-            _warn(warning)
+            cli.warn(warning)
 
 
 @contextlib.contextmanager
@@ -319,74 +274,13 @@ def _headline(study: Study, trainer: Trainer, trials: int) -> str:
     return f"{what}   study {study.name}, seed {space.seed}{went_on}"
 
 
-def _refuse_stored_code(header: StudyHeader, options: Options) -> None:
-    """A database may come from anyone, so it does not say which code is run: a person does."""
-    workload = header.document["workload"]
-    if workload["name"] == "own" and "workload" not in options.overrides:
-        message = f"trains {workload['function']}, code that is run only when you name it: add --workload"
-        raise InvalidInput("--study", [Problem(header.name, f"{message} {workload['function']}")])
-
-
-def _given_space(options: Options) -> SearchSpace:
-    from pipeline.space import build_space, load_space, study_name
-
-    if isinstance(options.space, Mapping):
-        return build_space(override(options.space, options.overrides), source="space", name="search")
-    space = load_space(_space_file(options), options.overrides)
-    if options.space is None and isinstance(space.workload, Own):
-        space = dataclasses.replace(space, name=study_name(space.workload.title))
-    return space
-
-
-def _space_file(options: Options) -> Path:
-    assert not isinstance(options.space, Mapping)
-    return options.space or (OWN_SPACE if "workload" in options.overrides else DEFAULT_SPACE)
-
-
-def _warn(warning: str) -> None:
-    print(f"warning: {warning}", file=sys.stderr)
-
-
-def _source(options: Options) -> str:
-    file = "space" if isinstance(options.space, Mapping) else str(_space_file(options))
-    workload = options.overrides.get("workload", {})
-    return f"{file} with --workload {workload['function']}" if "function" in workload else file
-
-
 def _best_file(study: Study, store: Store) -> Path:
     return store.folder(study.name) / "best.yaml"
 
 
-def _with_workload(
-    options: Options, workload: Callable[[], Workload] | Workload | str | None, overrides: Overrides
-) -> Options:
-    """Return options with a workload that was given from Python, and the changes to the space."""
-    if workload is None or isinstance(workload, str):
-        chosen = {"workload": cli.workload_choice(workload)} if workload else {}
-        return dataclasses.replace(options, overrides={**chosen, **overrides})
-    from pipeline.workloads import own
-
-    place = f"{getattr(workload, '__module__', 'python')}:{getattr(workload, '__qualname__', type(workload).__name__)}"
-    made = own.call(workload, place) if callable(workload) else own.check_form(workload, "workload")
-    chosen = {"workload": {"name": "own", "function": place if callable(workload) else f"python:{made.name}"}}
-    return dataclasses.replace(options, overrides={**chosen, **overrides}, workload=made)
-
-
-def _command(options: Options, space: SearchSpace, *, study: str, trials: int) -> str:
-    """Return the command that goes on with a search that was stopped."""
-    own = space.workload
-    workload = f" --workload {cli.quoted(Path(own.function))}" if isinstance(own, Own) else ""
-    root = "" if options.root == Path() else f" --root {cli.quoted(options.root)}"
-    device = "" if options.device == "auto" else f" --device {options.device}"
-    rows = "" if options.rows is None else f" --rows {options.rows}"
-    return f"python -m pipeline.search --study {study} --trials {trials}{workload}{root}{device}{rows}"
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.search", description="Search learning-rate strategies.")
-    space_help = f"what to search (default: {DEFAULT_SPACE.name}; with --workload, {OWN_SPACE.name})"
-    parser.add_argument("--space", type=Path, metavar="FILE", help=space_help)
-    cli.add_overrides(parser, workload=True)
+    cli.add_space(parser)
     at_least_one = cli.whole_number(1)
     parser.add_argument("--trials", type=at_least_one, metavar="N", help=f"in total (default: {DEFAULT_TRIALS})")
     parser.add_argument("--timeout", type=cli.positive_number, metavar="MINUTES", help="stop after this long")
@@ -398,11 +292,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=cli.whole_number(0, 2**32 - 1), metavar="N", help="instead of the file's")
     cli.add_delete(parser)
     return parser.parse_args(argv)
-
-
-def _options(arguments: argparse.Namespace) -> Options:
-    names = {field.name for field in dataclasses.fields(Options)} & vars(arguments).keys() - {"workload"}
-    return Options(**{name: getattr(arguments, name) for name in names}, overrides=cli.overrides_of(arguments))
 
 
 def _rows(text: str) -> int | None:

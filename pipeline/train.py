@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", action="store_true", help="report the test split too; never choose by it")
     parser.add_argument("--root", type=cli.folder, default=Path(), metavar="DIR", help="where to save model.pt")
     cli.add_device(parser)
-    cli.add_overrides(parser, workload=True)
+    cli.add_overrides(parser)
     arguments = parser.parse_args(argv)
 
     from pipeline.space import load_config
