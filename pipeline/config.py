@@ -36,7 +36,9 @@ class TorchvisionDataset:
 
     name: Literal["mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn"]
     model: str = "resnet9"
-    """`small_cnn`, `resnet9`, or one of torchvision's classification models by its name there, such as `resnet18`."""
+    """`small_cnn`, `resnet9`, or one of torchvision's classification models by its name there, such as `resnet18`. A
+    ResNet of torchvision's begins with a 3×3 convolution and no pooling, as is usual for small images, unless its
+    weights begin otherwise."""
     weights: str | None = None
     """To begin with: a name of torchvision's, such as `DEFAULT` or `IMAGENET1K_V1`, or the path of a state dict; the
     last layer is new if its number of classes is another."""
@@ -60,9 +62,12 @@ class ImageFolder:
     name: Literal["image_folder"] = "image_folder"
     folder: str
     model: str = "resnet18"
-    """`small_cnn`, `resnet9`, or one of torchvision's classification models by its name there."""
+    """`small_cnn`, `resnet9`, or one of torchvision's classification models by its name there. A ResNet of
+    torchvision's begins with a 3×3 convolution and no pooling for images of up to 64 pixels, unless its weights begin
+    otherwise."""
     weights: str | None = None
-    """To begin with: a name of torchvision's, such as `DEFAULT` or `IMAGENET1K_V1`, or the path of a state dict."""
+    """To begin with: a name of torchvision's, such as `DEFAULT` or `IMAGENET1K_V1`, or the path of a state dict; the
+    last layer is new if its number of classes is another."""
     image_size: Annotated[int, Interval(ge=8, le=4096)] = 224
     """Pixels per side of what the model sees."""
     augment: bool = True

@@ -159,6 +159,12 @@ REFUSED = [
     space(
         "epochs: 4", "epochs: 4\nobjective: {metric: val/loss}", "objective.direction: must be minimize for val/loss"
     ),
+    # Data sets of torchvision's, image folders.
+    space("{name: digits, model: mlp}", "{name: cifar10}", "workload.folder: CIFAR10 needs files", "data_batch_1, "),
+    space("{name: digits, model: mlp}", "{name: mnist, modell: resnet9}", "workload.modell: unknown", "model?"),
+    space("{name: digits, model: mlp}", "{name: image_folder, folder: photos}", "there is no folder 'photos'"),
+    space("{name: digits, model: mlp}", "{name: image_folder}", "workload.folder: is missing"),
+    space("{name: digits, model: mlp}", "{name: image_folder, folder: a, image_size: 4}", "must be >= 8, got 4"),
     # A config to train.
     option("train", "the following arguments are required: CONFIG"),
     option("train missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),

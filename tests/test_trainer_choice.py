@@ -56,6 +56,23 @@ class Recurrent(nn.Module):
         return logits
 
 
+class Deep(nn.Module):
+    """24 layers, behind which rounding to float32 has changed what a step does to parameters by more than 1 %."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.ModuleList(nn.Linear(6 if layer == 0 else 32, 32) for layer in range(24))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(32) for _ in self.hidden)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        for hidden, norm in zip(self.hidden, self.norms, strict=True):
+            inputs = F.relu(norm(hidden(inputs)))
+        logits: Tensor = self.head(inputs)
+        return logits
+
+
 class Residual(nn.Module):
     """Tied weights, parameter names with blanks, and a number as a parameter."""
 
@@ -242,7 +259,7 @@ def test_a_model_that_rows_cannot_train_trains_plain_and_says_why(
     assert train(group, 2) == expected
 
 
-@pytest.mark.parametrize("build_model", [TinyModel, with_dropout, SpatialNorm, Residual])
+@pytest.mark.parametrize("build_model", [TinyModel, with_dropout, SpatialNorm, Residual, Deep])
 def test_a_model_that_rows_can_train_trains_as_rows(build_model: Callable[[], nn.Module]) -> None:
     trainer = build_trainer(build_model)
     assert trainer.plain_because is None
