@@ -54,7 +54,9 @@ def _test(space: SearchSpace, trainer: Trainer, console: Console) -> Mapping[str
     from pipeline.range_test import RATES, STEPS, range_test
 
     what = f"{trainer.workload.name} · at least {STEPS} steps at each of {len(RATES)} rates · {trainer.device}"
-    if alone := [name for name in space.optimizers if trainer.plain_because or not has_rule(name)]:
+    if trainer.plain_because is not None:
+        what += f", one after another, since the model cannot be rows of a matrix: {trainer.plain_because}"
+    elif alone := [name for name in space.optimizers if not has_rule(name)]:
         what += f", those of {' and '.join(alone)} one after another"
     console.print(f"{what}   seed {space.seed}", soft_wrap=True)
     curves: dict[str, RateCurve] = {}

@@ -9,11 +9,13 @@ import pytest
 import torch
 from tiny import BATCH, tiny_workload
 
+from pipeline.data import Streamed, some_samples
 from pipeline.prepare import prepare
 from pipeline.range_picture import as_written, range_png, range_table
 from pipeline.range_test import PER_DECADE, RATES, Bounds, EvenDraw, RateCurve, range_test
 from pipeline.space import SearchSpace, space_from_document
 from pipeline.trainers import Trainer
+from pipeline.workloads.workload import Split
 
 CPU = torch.device("cpu")
 BEFORE = 2.0
@@ -115,6 +117,28 @@ def test_more_steps_train_further_and_the_trainer_stays_as_it_was() -> None:
     losses = [range_test(space, "sgd", trainer, steps=steps).runs[0] for steps in (2, 20)]
     assert losses[1][at] < losses[0][at] < losses[0][0]  # type: ignore[operator]
     assert trainer.workload is before
+
+
+class Numbers:
+    """A data set of ten numbers, read one by one."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor([float(index)]), index
+
+
+@pytest.mark.parametrize("count", [4, 10])
+def test_part_of_the_data_is_the_same_random_part_whether_in_memory_or_read(count: int) -> None:
+    kept = Split(torch.arange(10.0).unsqueeze(1), torch.arange(10))
+    read, behind = (Streamed(data, device=CPU, dtype=torch.float32) for data in (Numbers(), kept))
+    parts = [some_samples(samples, count, seed=0) for samples in (kept, read, behind)]
+    taken = [[targets.tolist() for _, targets in part.batches([torch.arange(count)], seed=0)] for part in parts]
+    assert [len(part) for part in parts] == [count] * 3
+    assert taken[0] == taken[1] == taken[2]
+    assert taken[0] != [[0, 1, 2, 3]]
+    assert len(set(taken[0][0])) == count
 
 
 def test_draws_cover_each_range_evenly() -> None:
