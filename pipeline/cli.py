@@ -108,8 +108,8 @@ def space_file(given: Path | None, overrides: Overrides) -> Path:
 
 def source_of(file: Path | str, overrides: Overrides) -> str:
     """Return what messages call a search space."""
-    workload = overrides.get("workload", {})
-    return f"{file} with --workload {workload['function']}" if "function" in workload else str(file)
+    workload = overrides.get("workload")
+    return f"{file} with --workload {workload.get('function', workload['name'])}" if workload else str(file)
 
 
 def say_own_code(space: SearchSpace, say: Callable[[str], None] = print) -> None:

@@ -88,8 +88,9 @@ class Progress:
     def _line_of_counts(self) -> str:
         counts = Counter(trial.state for trial in self._study.ended)
         states = " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
-        rate = f"{self._epochs / max(time.monotonic() - self._started, 1e-9):.0f} trial-epochs/s"
-        return "   ".join(part for part in (states, rate, self._spread) if part)
+        rate = self._epochs / max(time.monotonic() - self._started, 1e-9)
+        speed = f"{rate:.0f} trial-epochs/s" if rate >= 10 else f"{rate:.2g} trial-epochs/s"
+        return "   ".join(part for part in (states, speed, self._spread) if part)
 
     def _time_left(self, done: float) -> str:
         gained = done - self._before

@@ -118,6 +118,6 @@ def _given_space(options: Options) -> SearchSpace:
     if isinstance(options.space, Mapping):
         return build_space(override(options.space, options.overrides), source="space", name="search")
     space = load_space(cli.space_file(options.space, options.overrides), options.overrides)
-    if options.space is None and isinstance(space.workload, Own):
+    if options.space is None and "workload" in options.overrides:
         space = dataclasses.replace(space, name=study_name(space.workload.title))
     return space

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from pipeline.workloads import Workload
 
 
+TABLE_WIDTH = 200
+"""Most characters in a line of the table of the best: a narrow terminal breaks its lines rather than lose numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
     """What a search has come to."""
@@ -237,7 +241,8 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
         note = "No trial is complete."
     else:
         console.print()
-        console.print(best_table(study))
+        console.width = max(console.width, TABLE_WIDTH)
+        console.print(best_table(study), crop=False)
         console.print()
         note = f"Best of {len(study.ended)} trials: #{best[0].number}, {study.space.objective.metric} "
         note += f"{best[0].score}, {strategy_line(best[0].config)}. "
