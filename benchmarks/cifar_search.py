@@ -17,6 +17,7 @@ backward, evaluation too. Needs only torch:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import random
 import sys
@@ -32,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
+from pipeline.arithmetic import arithmetic
 from pipeline.config import Precision, TorchvisionDataset, TrialConfig
 from pipeline.plain import autocast
 from pipeline.pruning import Score, SuccessiveHalving, score
@@ -80,10 +82,10 @@ def main() -> None:
     device = options.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
-    peak = measured_peak(device, options.precision)
+    configs = {number: build_config(number, options) for number in range(options.trials)}
+    peak = measured_peak(device, configs[0])
     print(f"limit: a product of matrices in {options.precision} reaches {peak / 1e12:.3g} TFLOP/s")
     workload = build_workload(options)
-    configs = {number: build_config(number, options) for number in range(options.trials)}
     flops = epoch_flops(workload, configs[0], device)
     start = time.perf_counter()
     trainer = Trainer(workload, configs[0], device=device, rows=options.rows)
@@ -191,21 +193,20 @@ def epoch_flops(workload: Workload, config: TrialConfig, device: torch.device) -
     return float(flops / len(images))
 
 
-def measured_peak(device: torch.device, precision: Precision) -> float:
+def measured_peak(device: torch.device, config: TrialConfig) -> float:
     """Return the operations per second that a product of two large matrices reaches."""
     size = 8_192 if device.type == "cuda" else 1_024
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(10):
-        _wait(device)
-        start = time.perf_counter()
-        torch.mm(a, b)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    torch.set_float32_matmul_precision(before)
+    # On a CPU all threads count, which share the matrices of a search; there tf32 is fp32.
+    with arithmetic(config, device) if device.type == "cuda" else contextlib.nullcontext():
+        for _ in range(10):
+            _wait(device)
+            start = time.perf_counter()
+            torch.mm(a, b)
+            _wait(device)
+            seconds.append(time.perf_counter() - start)
     return float(2 * size**3 / min(seconds))
 
 

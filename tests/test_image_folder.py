@@ -211,6 +211,11 @@ def test_a_folder_that_cannot_be_used_is_refused(
         assert problem.startswith(f"workload.folder: {beginning.replace('{}', str(photos))}")
 
 
+def test_a_path_that_the_system_refuses_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 300)
+    assert refusal(folder) == [f"workload.folder: '{folder}' cannot be read: File name too long"]
+
+
 def test_no_more_than_twenty_images_that_cannot_be_read_are_named(photos: Path) -> None:
     for file in photos.rglob("*.*"):
         file.write_text("no image")

@@ -193,7 +193,8 @@ def test_an_unknown_name_of_weights_lists_the_known_ones() -> None:
         "workload.weights: no file 'IMAGENET'; must be IMAGENET1K_V1 or IMAGENET1K_V2 or DEFAULT, or the path of a "
         "state dict"
     )
-    assert refusal("resnet9", weights="DEFAULT").endswith("no file 'DEFAULT'; must be the path of a state dict")
+    for no_file in ("DEFAULT", "x" * 300, ""):
+        assert refusal("resnet9", weights=no_file).endswith(f"no file '{no_file}'; must be the path of a state dict")
 
 
 def test_a_file_that_torch_did_not_save_is_refused(tmp_path: Path) -> None:

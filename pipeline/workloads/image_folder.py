@@ -72,7 +72,10 @@ def image_folder(choice: ImageFolder, *, memory: int | None = None) -> Workload:
     Raises:
         InvalidInput: The folder or one of its images cannot be used, or the model cannot be had.
     """
-    classes, parts = _find(choice)
+    try:
+        classes, parts = _find(choice)
+    except OSError as error:
+        raise _refusal([f"'{choice.folder}' cannot be read: {error.strerror}"]) from None
     memory = int(SHARE * free_memory(torch.device("cpu"))) if memory is None else memory
     keep = 3 * choice.image_size**2 * sum(len(part) for part in parts.values()) <= memory
     problems: list[Problem] = []
