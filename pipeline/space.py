@@ -160,8 +160,7 @@ def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: b
         InvalidInput: With every problem of the data.
     """
     space, problems = _read(data, name=study_name(name))
-    nothing = space is not None and not any(is_searched(d) for d in space.parameters().values())
-    if searching and nothing and not problems:
+    if searching and space is not None and not problems and not any(map(is_searched, space.parameters().values())):
         problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
     if problems or space is None:
         raise InvalidInput(source, problems)

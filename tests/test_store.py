@@ -46,7 +46,7 @@ def store(tmp_path: Path) -> Store:
 def ended_trial(number: int) -> EndedTrial:
     rate = 0.01 * (number + 1)
     config = TrialConfig.from_dict(
-        {**DOCUMENT, "seed": 0, "precision": "fp32", "optimizer": {"sgd": {"base_lr": rate}}}
+        {**DOCUMENT, "seed": 0, "precision": "fp32", "deterministic": False, "optimizer": {"sgd": {"base_lr": rate}}}
     )
     metrics = {"train/loss": 0.5, "val/loss": 0.5, "val/accuracy": 0.75}
     return EndedTrial(

@@ -140,6 +140,7 @@ def ended_trial(number: int = 0, **changes: Any) -> EndedTrial:
             **{k: DOCUMENT[k] for k in ("workload", "epochs", "batch_size")},
             "seed": 0,
             "precision": "fp32",
+            "deterministic": False,
             **values,
         }
     )
