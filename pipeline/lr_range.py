@@ -55,7 +55,7 @@ def _test(space: SearchSpace, trainer: Trainer, console: Console) -> Mapping[str
 
     what = f"{trainer.workload.name} · at least {STEPS} steps at each of {len(RATES)} rates · {trainer.device}"
     if trainer.plain_because is not None:
-        what += f", one after another, since the model cannot be rows of a matrix: {trainer.plain_because}"
+        what += f", one after another, since {trainer.plain_because}"
     elif alone := [name for name in space.optimizers if not has_rule(name)]:
         what += f", those of {' and '.join(alone)} one after another"
     console.print(f"{what}   seed {space.seed}", soft_wrap=True)

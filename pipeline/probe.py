@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import TrialConfig
 from pipeline.data import first_samples, model_inputs, place, samples_of
@@ -26,6 +27,9 @@ RATES = {0: 0.01, 1: 0.02}
 """Trial number to base rate: rows that differ."""
 MANY, MANY_PARAMETERS = 33, 1 << 22
 """Rows in company: a column more than 32 even of a model with one, but fewer if they have many parameters."""
+MAX_STEP_FLOPS = 64e6
+"""Of a trial's training step as a row on a CPU. What rows save is Python's work, half a millisecond or so per step;
+larger products are slower side by side than alone (benchmarks/NOTES.md)."""
 MULTIPLES = (1, 2, 4, 8)
 """Of rows, as what a matrix may be filled up to; more would cost more than rows gain."""
 TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
@@ -38,8 +42,8 @@ thousandth, to bfloat16 below a tenth, and a wrong step is off by all of it."""
 class Finding:
     """What is known of a workload once it was tried."""
 
-    cannot_fuse: str | None = None
-    """Why its trials cannot be rows; None if they can."""
+    plain_because: str | None = None
+    """Why its trials train plain; None if they are rows."""
     draws_random_numbers: bool
     """Whether its model or loss draws random numbers in training, as dropout does."""
     trial_bytes: int
@@ -60,12 +64,13 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
     with fork_rng(device):
         model = workload.build_model().to(device, dtype)
     finding = _tried_alone(model, small, config, device, dtype)
+    if finding.plain_because:
+        return finding
     plain = _train(PlainTrials, configs, small, device, dtype)
     size = sum(value.numel() for value in plain.start.values())
     for metrics in plain.metrics.values():
         if not metrics.finished:
-            why = f"it could not be tried, {metrics.failed or metrics.diverged}"
-            return dataclasses.replace(finding, cannot_fuse=why)
+            return _cannot_fuse(finding, f"it could not be tried, {metrics.failed or metrics.diverged}")
     try:
         same = _same(_train(FusedTrials, configs, small, device, dtype), plain, model, tolerance)
         if not same and dtype != torch.float64:
@@ -73,15 +78,19 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             fused, plain = (_train(cls, configs, small, device, torch.float64) for cls in (FusedTrials, PlainTrials))
             same = _same(fused, plain, model, tolerance)
         if not same:
-            return dataclasses.replace(finding, cannot_fuse="as rows it trains to other numbers")
+            return _cannot_fuse(finding, "as rows it trains to other numbers")
         if device.type != "cpu":
             return finding
         if config.precision != "bf16":
             for multiple in _row_multiples(workload, config, size, device=device, dtype=dtype):
                 return dataclasses.replace(finding, row_multiple=multiple)
-        return dataclasses.replace(finding, cannot_fuse="its numbers depend on how many trials are rows")
+        return _cannot_fuse(finding, "its numbers depend on how many trials are rows")
     except Exception as error:  # whatever a model does that a row cannot
-        return dataclasses.replace(finding, cannot_fuse=f"{type(error).__name__}, {first_line(error)}")
+        return _cannot_fuse(finding, f"{type(error).__name__}, {first_line(error)}")
+
+
+def _cannot_fuse(finding: Finding, why: str) -> Finding:
+    return dataclasses.replace(finding, plain_because=f"the model cannot be rows of a matrix: {why}")
 
 
 @dataclass(frozen=True)
@@ -168,21 +177,27 @@ def _with_samples(workload: Workload, count: int) -> Workload:
 def _tried_alone(
     model: nn.Module, workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
 ) -> Finding:
-    """Make one training step's forward pass, to see what it draws and what it keeps."""
+    """Make one training step's forward pass, to see what it draws, keeps and computes."""
     batch = first_samples(samples_of(workload, "train"), BATCH)
     inputs = model_inputs(workload, batch.inputs, dtype)
-    saved = SavedTensors(model)
+    saved, counter = SavedTensors(model), FlopCounterMode(display=False)
     with fork_rng(device):
         torch.manual_seed(0)
         before = _random_state(device)
         try:
-            with saved:
+            with saved, counter:
                 workload.loss(model.train()(inputs), batch.targets)
             draws = not torch.equal(before, _random_state(device))
         except Exception:
             draws = True
-        kept = saved.bytes * config.batch_size // len(inputs)
-    return Finding(draws_random_numbers=draws, trial_bytes=kept + COPIES * sum(p.nbytes for p in model.parameters()))
+    steps = config.batch_size / len(inputs)
+    flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many
+    why = f"a step of {flops / 1e9:.2g} GFLOP gains nothing as a row on a CPU"
+    return Finding(
+        plain_because=why if device.type == "cpu" and flops > MAX_STEP_FLOPS else None,
+        draws_random_numbers=draws,
+        trial_bytes=int(saved.bytes * steps) + COPIES * sum(p.nbytes for p in model.parameters()),
+    )
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -269,7 +269,7 @@ def _headline(study: Study, trainer: Trainer, trials: int) -> str:
     space, size = study.space, min(study.group_size, trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
     if trainer.plain_because is not None:
-        together += f", each alone, since the model cannot be rows of a matrix: {trainer.plain_because}"
+        together += f", each alone, since {trainer.plain_because}"
     elif alone := [name for name in space.optimizers if not has_rule(name)]:
         together += f", those of {' and '.join(alone)} each alone"
     what = f"{trainer.workload.name} · {space.epochs} epochs · {trainer.device}, {together}"

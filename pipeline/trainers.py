@@ -68,7 +68,7 @@ class Trainer:
         self._config = config
         with self.arithmetic():
             finding = probe(self.workload, config, device=device, dtype=dtype)
-        self.plain_because = finding.cannot_fuse
+        self.plain_because = finding.plain_because
         """Why no trial of the workload can be a row; None if they can."""
         self._seeded = finding.draws_random_numbers
         self._row_multiple = finding.row_multiple

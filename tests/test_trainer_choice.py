@@ -230,6 +230,16 @@ def test_batch_norm_over_vectors_trains_as_rows_that_know_no_neighbours(width: i
         assert all(torch.equal(value, state[name]) for name, value in alone.model_state(number).items())
 
 
+def test_a_large_step_trains_plain_on_a_cpu_where_rows_gain_nothing() -> None:
+    def wide(width: int) -> nn.Module:
+        layers = OrderedDict[str, nn.Module](hidden=nn.Linear(6, width), inner=nn.Linear(width, width))
+        layers["head"] = nn.Linear(width, 3)
+        return nn.Sequential(layers)
+
+    assert build_trainer(lambda: wide(256)).plain_because is None
+    assert build_trainer(lambda: wide(2048)).plain_because == "a step of 0.2 GFLOP gains nothing as a row on a CPU"
+
+
 CANNOT_FUSE: list[tuple[Callable[[], nn.Module], str]] = [
     (Recurrent, "RuntimeError, Batching rule not implemented for aten::lstm"),
     (with_rrelu, "RuntimeError, vmap: we do not yet support aten::rrelu"),
@@ -248,7 +258,7 @@ def test_a_model_that_rows_cannot_train_trains_plain_and_says_why(
 ) -> None:
     trainer = build_trainer(build_model)
     assert trainer.plain_because is not None
-    assert trainer.plain_because.startswith(reason)
+    assert trainer.plain_because.startswith(f"the model cannot be rows of a matrix: {reason}")
     assert "\n" not in trainer.plain_because
     configs = {0: tiny_config(), 1: tiny_config(s.AdamW(base_lr=0.1, weight_decay=0.1))}
     group = trainer.build(configs)
