@@ -77,8 +77,9 @@ def search(options: Options, console: Console) -> int:
 
     trainer = prepare(space, source=_source(options), device=options.device, searching=True, rows=options.rows)
     store = Store(options.root)
-    name, exists = store.choose(space, trials=trials, name=options.study)
+    name, _ = store.choose(space, trials=trials, name=options.study)
     with store.lock(name), Interrupts(options.timeout) as interrupts:
+        _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
         with _tracked(study, store) as tracker, _stopped_by_errors(tracker, _command(options, name, trials)):
