@@ -103,7 +103,7 @@ def _run(
 ) -> None:
     """Train group after group until `trials` have ended."""
     from pipeline.display import Progress
-    from pipeline.loop import run_group
+    from pipeline.loop import forget_ended, run_group
     from pipeline.optim import replay_rates
     from pipeline.prepare import environment
 
@@ -126,8 +126,7 @@ def _run(
                 study.add(trial)
                 tracker.log_trial(trial)
             progress.group_ended()
-    if not interrupts.reason:
-        checkpoints.clear()  # a crash may have left those of the last group
+    forget_ended(checkpoints, study)
 
 
 def _read_space(options: Options) -> tuple[SearchSpace, int]:
