@@ -62,6 +62,8 @@ class Round:
     epochs: dict[int, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
     """Trial number to the metrics of its acknowledged epochs."""
     verdicts: dict[int, str] = field(default_factory=dict)
+    done: bool = False
+    """Whether it has come to its end, and MLflow has missed nothing."""
 
     def start(self) -> subprocess.Popen[str]:
         """Start the search, or go on with it."""
@@ -74,6 +76,13 @@ class Round:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def end(self, process: subprocess.Popen[str]) -> None:
+        """Wait until the process ends, and note what it has left."""
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        self.done = process.returncode == 0 and "not in MLflow" not in errors
+        self.acknowledge()
 
     def acknowledge(self) -> None:
         """Note what is in the database and in the newest checkpoint."""
@@ -149,9 +158,7 @@ def attack(one: Round, random_: random.Random, *, training: float) -> bool:
             one.kills[victim] += 1
         if victim != "mlflow":
             break
-    _, errors = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    one.acknowledge()
+    one.end(process)
     return process.returncode != 0
 
 
@@ -175,12 +182,9 @@ def children(pid: int) -> list[int]:
 def finish(one: Round) -> None:
     """Run the search to its end, and once more if MLflow has missed something."""
     for _ in range(3):
-        process = one.start()
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        if "not in MLflow" not in errors:
-            return
-    raise AssertionError(errors)
+        if not one.done:
+            one.end(one.start())
+    assert one.done
 
 
 def stored(root: Path) -> Iterator[tuple[int, list[dict[str, float]], str]]:

@@ -66,6 +66,14 @@ def run_group(
         checkpoints.clear()
 
 
+def forget_ended(checkpoints: Checkpoints, study: Study) -> None:
+    """Remove the checkpoints of a group all of whose trials are stored: a crash may have left them."""
+    for _, content in checkpoints.load():
+        if content["last"] < len(study.ended):
+            checkpoints.clear()
+            return
+
+
 def _resume(group: TrialGroup, under_way: UnderWay, checkpoints: Checkpoints) -> None:
     """Go on from the newest checkpoint of these trials, and remove all others."""
     for path, content in checkpoints.load():

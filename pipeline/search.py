@@ -124,9 +124,10 @@ def _search(options: Options, console: Console) -> SearchResult:
         workload=options.workload,
     )
     store = Store(options.root)
-    name, exists = store.choose(space, trials=trials, name=options.study)
+    name, _ = store.choose(space, trials=trials, name=options.study)
     way_on = command(options, space, study=name, trials=trials)
     with store.lock(name), Interrupts(options.timeout) as interrupts:
+        _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
         with _tracked(study, store) as tracker, _stopped_by_errors(tracker, way_on):
@@ -158,7 +159,7 @@ def _run(
 ) -> None:
     """Train group after group until `trials` have ended."""
     from pipeline.display import Progress
-    from pipeline.loop import run_group
+    from pipeline.loop import forget_ended, run_group
     from pipeline.optim import replay_rates
     from pipeline.prepare import environment
 
@@ -181,8 +182,7 @@ def _run(
                 study.add(trial)
                 tracker.log_trial(trial)
             progress.group_ended()
-    if not interrupts.reason:
-        checkpoints.clear()  # a crash may have left those of the last group
+    forget_ended(checkpoints, study)
 
 
 @contextlib.contextmanager

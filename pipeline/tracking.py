@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 from pipeline.relocation import relocate
 from pipeline.saved_view import TAG_PREFIX, mlflow_name, saved_view, view_path
@@ -268,19 +269,25 @@ def delete_study(root: Path, *, name: str, identity: str) -> None:
     client = _open_store(root.absolute())
     from mlflow.entities import ViewType
 
-    deleted = []
+    deleted, folders = [], []
     for experiment in client.search_experiments(ViewType.ALL):
         for run in _runs(client, experiment, f"tags.`hpo.study_id` = '{identity}'", view=ViewType.ALL):
             if run.info.lifecycle_stage == "active":
                 client.delete_run(run.info.run_id)
             deleted.append(run.info.run_id)
+            folders.append(Path(unquote(urlparse(run.info.artifact_uri).path)).parent)
         if deleted and TAG_PREFIX + mlflow_name(name) in experiment.tags:
             client.delete_experiment_tag(experiment.experiment_id, TAG_PREFIX + mlflow_name(name))
-    for start in range(0, 0 if remote_uri() else len(deleted), MAX_RUNS):
+    if remote_uri():
+        return
+    for start in range(0, len(deleted), MAX_RUNS):
         uri = sqlite_uri(root / "mlflow.db")
         command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
         runs = ",".join(deleted[start : start + MAX_RUNS])
         subprocess.run([*command, "--run-ids", runs], check=True, capture_output=True)
+    for folder in folders:
+        with contextlib.suppress(OSError):  # MLflow leaves it, empty
+            folder.rmdir()
 
 
 def remote_uri() -> str | None:

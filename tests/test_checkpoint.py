@@ -19,7 +19,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.config import TrialConfig
 from pipeline.errors import InvalidInput, StorageError
 from pipeline.fused import FusedTrials
-from pipeline.loop import run_group
+from pipeline.loop import forget_ended, run_group
 from pipeline.plain import PlainTrials
 from pipeline.space import space_from_document
 from pipeline.store import Store
@@ -281,8 +281,7 @@ def search(
             study.add(trial)
             if len(study.ended) == stored:
                 return len(trained), warnings
-    if len(study.ended) == trials:
-        checkpoints.clear()
+    forget_ended(checkpoints, study)
     return len(trained), warnings
 
 
@@ -377,6 +376,17 @@ def test_a_group_that_has_grown_trains_anew(store: Store) -> None:
     _, (_, warning) = search(store, epochs=1)
     assert "it is of a group that ends with trial 2, and this one with 3" in warning
     assert len(files(store)) == 1
+
+
+def test_fewer_trials_than_there_are_leave_the_checkpoint(
+    store: Store, whole: tuple[int, list[tuple[Any, ...]]]
+) -> None:
+    begin(store)
+    epochs, _ = search(store, stored=4)
+    epochs += search(store, epochs=2)[0]
+    assert search(store, trials=3) == (0, [])
+    assert search(store)[0] == whole[0] - epochs
+    assert outcomes(store) == whole[1]
 
 
 def test_a_study_of_the_same_name_does_not_take_the_other_ones_checkpoint(store: Store, tmp_path: Path) -> None:
