@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.errors import InvalidInput
 from pipeline.prepare import prepare
 from pipeline.search import search
 from pipeline.space import build_space
+from pipeline.store import Store
 from pipeline.strategy import AdamW, Constant, ParamGroup
 from pipeline.trainers import Trainer
 from pipeline.trial import TrialState
@@ -297,12 +299,18 @@ def test_the_template_of_the_readme_runs_as_printed(tmp_path: Path, monkeypatch:
     readme = (ROOT / "README.md").read_text()
     (code,) = [text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "-> Workload" in text]
     name = code.splitlines()[0].removeprefix("# ")
-    command, *_ = re.findall(rf"^python -m pipeline\.search --workload ({name}:\w+) --trials \d+", readme, re.MULTILINE)
+    commands = re.findall(rf"^python -m pipeline\.search (--workload {name}:.*)$", readme, re.MULTILINE)
+    assert [shlex.split(command)[1:4] for command in commands] == [[f"{name}:sine", "--trials", "20"]] * 2
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text(code)
-    status, printed = run("--workload", command, "--trials", "4", "--set", "epochs=3", "--set", "scheduler.step=null")
-    assert status == 0
-    assert "each alone" not in printed  # its trials are rows
+    for number, command in enumerate(commands, 1):
+        status, printed = run(*shlex.split(command), "--trials", "6", "--set", "epochs=10")
+        assert status == 0
+        assert "each alone" not in printed  # its trials are rows
+        study = Store(tmp_path).open(f"my_task-sine-{number}")
+        values = [trial.metrics[study.space.objective.metric] for trial in study.ended if trial.value is not None]
+        assert study.best()[0].value == min(values)
+    assert study.space.objective.metric == "val/mae"
 
 
 def test_a_search_from_python_returns_its_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
