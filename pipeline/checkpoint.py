@@ -79,6 +79,10 @@ class Checkpoints:
             else:
                 yield path, content
 
+    def put_aside(self, path: Path) -> Path:
+        """Keep a checkpoint for a person to bring back, out of the way of new ones; return its new path."""
+        return path.replace(path.with_suffix(".unused"))
+
     def clear(self, *, but: Path | None = None) -> None:
         """Remove every checkpoint, but this one.
 

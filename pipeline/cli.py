@@ -61,20 +61,24 @@ def add_root(parser: argparse.ArgumentParser) -> None:
 
 def add_study(parser: argparse.ArgumentParser, *, help: str) -> None:
     """Add `--study`."""
-    parser.add_argument("--study", type=_study_name, metavar="NAME", help=help)
+    parser.add_argument("--study", type=study_name, metavar="NAME", help=help)
 
 
 def add_delete(parser: argparse.ArgumentParser) -> None:
     """Add `--delete` and `--yes`."""
     help = "delete this study, with its trials, files and MLflow runs, in place of searching; asks first"
-    parser.add_argument("--delete", type=_study_name, metavar="NAME", help=help)
+    parser.add_argument("--delete", type=study_name, metavar="NAME", help=help)
     parser.add_argument("--yes", action="store_true", help="delete without asking")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument(
-        "--device", type=_device, default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps (default: auto)"
+        "--device",
+        type=device_name,
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1 or mps (default: auto)",
     )
 
 
@@ -158,7 +162,8 @@ def quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _study_name(text: str) -> str:
+def study_name(text: str) -> str:
+    """Read the name of a study."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", text):
         rule = "must be 1 to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'"
         raise argparse.ArgumentTypeError(f"{rule}, got {text[:120]!r}")
@@ -179,7 +184,8 @@ def workload_choice(text: str) -> dict[str, str]:
     return {"name": "own", "function": f"{os.path.normpath(file) if file.endswith('.py') else file}:{function}"}
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
+    """Read the name of a device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, got {text!r}")
     return text

@@ -12,15 +12,17 @@ import functools
 import multiprocessing
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from pipeline.config import TrialConfig
+from pipeline.errors import DataError
 from pipeline.memory import free_memory
 from pipeline.trainer import derive_seed
 from pipeline.workloads.workload import Dataset, Samples, Split, Workload
@@ -60,7 +62,9 @@ class Streamed:
 
     def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs and targets of batches; see `Samples`."""
-        for inputs, targets in self._read(indices, seed):
+        reader = iter(self._read(indices, seed))
+        while (batch := _next(reader)) is not None:
+            inputs, targets = batch
             yield self._place(inputs), self._place(targets)
 
     def take(self, chosen: Tensor) -> Streamed:
@@ -90,6 +94,7 @@ class Streamed:
             persistent_workers=workers > 0,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else each pass draws from torch's global random state
+            worker_init_fn=_leave_signals_to_the_parent,
             multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
         )
 
@@ -102,9 +107,7 @@ class _Seeded(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any]:
         index, seed = key
-        with _seeded(derive_seed(seed, "sample", index)):
-            sample, target = self._dataset[index]
-            return sample, target
+        return _read(self._dataset, index, seed=derive_seed(seed, "sample", index))[0]
 
 
 def place(workload: Workload, *, device: torch.device, dtype: torch.dtype, free: int | None = None) -> Workload:
@@ -115,6 +118,9 @@ def place(workload: Workload, *, device: torch.device, dtype: torch.dtype, free:
         device: Where trials train.
         dtype: Of floating-point data.
         free: Bytes that the data may take there; None: a quarter of the memory that is free.
+
+    Raises:
+        DataError: A data set raised.
     """
     free = int(SHARE * free_memory(device)) if free is None else free
     splits: dict[str, Any] = {}
@@ -122,7 +128,10 @@ def place(workload: Workload, *, device: torch.device, dtype: torch.dtype, free:
         split = getattr(workload, name)
         if split is None or isinstance(split, Streamed):
             continue
-        splits[name], taken = _placed(split, device=device, dtype=dtype, free=free)
+        try:
+            splits[name], taken = _placed(split, device=device, dtype=dtype, free=free)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
         free -= taken
     return dataclasses.replace(workload, **splits)
 
@@ -141,8 +150,7 @@ def training_batches(
     batches = samples_of(workload, "train").batches(order.split(config.batch_size), seed=seed)
     for step, (inputs, targets) in enumerate(batches):
         if workload.augment is not None:
-            generator = torch.Generator(device).manual_seed(derive_seed(config.seed, "augment", epoch, step))
-            inputs = workload.augment(inputs, generator)
+            inputs = augmented(workload, inputs, seed=derive_seed(config.seed, "augment", epoch, step))
         yield model_inputs(workload, inputs, dtype), targets
 
 
@@ -156,9 +164,26 @@ def evaluation_batches(
         yield model_inputs(workload, inputs, dtype), targets
 
 
+def augmented(workload: Workload, inputs: Tensor, *, seed: int) -> Tensor:
+    """Return a batch as `augment` changes it, wherever that draws its random numbers from.
+
+    Raises:
+        DataError: It raised.
+    """
+    assert workload.augment is not None
+    generator = torch.Generator(inputs.device).manual_seed(seed)
+    with _seeded(seed, inputs.device):
+        changed: Tensor = _call("augment", workload.augment, inputs, generator)
+        return changed
+
+
 def model_inputs(workload: Workload, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what the model sees of a batch."""
-    inputs = inputs if workload.preprocess is None else workload.preprocess(inputs)
+    """Return what the model sees of a batch.
+
+    Raises:
+        DataError: `preprocess` raised.
+    """
+    inputs = inputs if workload.preprocess is None else _call("preprocess", workload.preprocess, inputs)
     return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
@@ -184,26 +209,56 @@ def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def _placed(split: Split | Dataset, *, device: torch.device, dtype: torch.dtype, free: int) -> tuple[Samples, int]:
-    """Return a split's samples, and the bytes that they take on the device."""
+    """Return a split's samples, and the bytes that they newly take on the device."""
     streamed = Streamed(split, device=device, dtype=dtype)
     if isinstance(split, Split):
-        size = split.inputs.nbytes + split.targets.nbytes
-        fits = size <= free or split.inputs.device == device
-        return (split.to(device, dtype), size) if fits else (streamed, 0)
-    sample = first_samples(streamed, 1)
-    size = len(split) * (sample.inputs.nbytes + sample.targets.nbytes)
-    if size > free or _draws_at_random(streamed):
+        size = 0 if split.inputs.device == device else split.inputs.nbytes + split.targets.nbytes
+        return (split.to(device, dtype), size) if size <= free else (streamed, 0)
+    inputs, targets = default_collate([_read(split, 0, seed=0)[0]])
+    size = len(split) * (inputs.nbytes + targets.nbytes)
+    if size > free or _draws_at_random(split):
         return streamed, 0
-    order = torch.arange(len(split))
-    batches = list(streamed.batches(order.split(MAX_WORKERS), seed=0))
+    batches = list(streamed.batches(torch.arange(len(split)).split(MAX_WORKERS), seed=0))
     return Split(torch.cat([inputs for inputs, _ in batches]), torch.cat([targets for _, targets in batches])), size
 
 
+def _read(dataset: Dataset, index: int, *, seed: int) -> tuple[tuple[Any, Any], bool]:
+    """Return a sample, and whether reading it drew from a global random state.
+
+    Raises:
+        DataError: The data set raised, or returned something else.
+    """
+    with _seeded(seed):
+        before = _random_states()
+        sample = _call(f"sample {index}", dataset.__getitem__, index)
+        drew = _random_states() != before
+    if not (isinstance(sample, tuple | list) and len(sample) == 2):
+        raise DataError(f"sample {index} must be (input, target), got {type(sample).__name__}")
+    if wrong := [
+        type(part).__name__ for part in sample if not isinstance(part, Tensor | np.ndarray | np.generic | int | float)
+    ]:
+        raise DataError(f"sample {index} must hold tensors, arrays or numbers, got {wrong[0]}")
+    return (sample[0], sample[1]), drew
+
+
+def _random_states() -> tuple[bytes, Any, str]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
+
+
+def _draws_at_random(dataset: Dataset) -> bool:
+    """Say whether a data set draws random numbers: by torch's, Python's and NumPy's states, or by what it returns."""
+    for index in range(min(TRIED, len(dataset))):
+        (one, drew), (other, _) = (_read(dataset, index, seed=seed) for seed in (0, 1))
+        if drew or any(not torch.equal(*default_collate([a, b])) for a, b in zip(one, other, strict=True)):
+            return True
+    return False
+
+
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed every global random state that a data set may draw from, and leave them as they were."""
+def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed every global random state that data may be drawn from, and leave them as they were."""
     before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -214,10 +269,41 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(before[1])
 
 
-def _draws_at_random(samples: Streamed) -> bool:
-    indices = [torch.arange(min(TRIED, len(samples)))]
-    (one,), (other,) = (list(samples.batches(indices, seed=seed)) for seed in (0, 1))
-    return not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def _next(reader: Iterator[Any]) -> Any:
+    """Return the next batch, or None at the end.
+
+    Raises:
+        DataError: Reading it raised, in a worker process perhaps.
+    """
+    try:
+        return next(reader, None)
+    except torch.OutOfMemoryError:
+        raise
+    except DataError as error:  # perhaps of a worker process, whose whole traceback it then says
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix("pipeline.errors.DataError: ")) from None
+    except Exception as error:
+        raise DataError(f"reading a batch raised {_what(error)}") from error
+
+
+def _call(who: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except (DataError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{who} raised {_what(error)}") from error
+
+
+def _what(error: Exception) -> str:
+    """Return what was raised in a line; of a worker process, what was raised there."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0]}"
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C in a terminal reaches every process of a search, which wants to finish its epoch."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _workers() -> int:

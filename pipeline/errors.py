@@ -3,7 +3,9 @@
     PipelineError            the command line prints it as one message and exits with its status
     ├── InvalidInput         something a person wrote cannot be used: all its problems at once, exit status 2
     ├── StudyBusy            another process drives the study, exit status 1
-    └── StorageError         a store cannot be read or written, exit status 1
+    ├── StorageError         a store cannot be read or written, exit status 1
+    ├── DataError            a data set raised in mid-run, exit status 1
+    └── DeviceError          the device failed, and with it all that trains there, exit status 1
 
 Anything else that is raised is a fault of the program and keeps its traceback.
 """
@@ -54,6 +56,14 @@ class StudyBusy(PipelineError):
 
 class StorageError(PipelineError):
     """A store cannot be read or written."""
+
+
+class DataError(PipelineError):
+    """A data set, or what prepares its batches, raised."""
+
+
+class DeviceError(PipelineError):
+    """The device failed, and with it all that trains there."""
 
 
 @contextlib.contextmanager

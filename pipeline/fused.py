@@ -21,7 +21,7 @@ from pipeline.data import evaluation_batches, place, training_batches
 from pipeline.fused_optim import RULES
 from pipeline.matrix_optimizer import MatrixOptimizer, row_order
 from pipeline.param_groups import assign_groups
-from pipeline.plain import Record, autocast, mean_loss, seeded_step, why_diverged
+from pipeline.plain import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
 from pipeline.stepwise import Batches, train_epoch_of
 from pipeline.strategy import OPTIMIZERS
 from pipeline.trainer import EpochMetrics, derive_seed
@@ -37,6 +37,10 @@ class _Layout:
     sizes: tuple[int, ...]
     groups: Mapping[str, slice]
     """Columns of each group that is trained."""
+
+    def described(self) -> list[str]:
+        """Return each parameter's name and shape, in order."""
+        return [f"{name} {tuple(shape)}" for name, shape in zip(self.names, self.shapes, strict=True)]
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return each parameter of all rows, (row, *shape), as a view of the matrix."""
@@ -186,7 +190,8 @@ class FusedTrials:
             buffers = dict(self._model.named_buffers())
             for name, value in self._buffers.items():
                 buffers[name].copy_(value[row])
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._model.state_dict().items()}
+        state = self._model.state_dict()
+        return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return, by trial, its row and all else that its next epoch depends on."""
@@ -194,8 +199,9 @@ class FusedTrials:
             str(number): {
                 "epoch": self._epoch,
                 "step": self._step,
-                "row": self._matrix[row].clone(),
-                "buffers": {name: buffer[row].clone() for name, buffer in self._buffers.items()},
+                "row": self._matrix[row].to("cpu", copy=True),
+                "layout": self._layout.described(),
+                "buffers": {name: buffer[row].to("cpu", copy=True) for name, buffer in self._buffers.items()},
                 "optimizer": self._optimizer.row_state(number),
             }
             for row, number in enumerate(self.configs)
@@ -206,11 +212,18 @@ class FusedTrials:
         self._keep([number for number in self.configs if str(number) in state])
         for row, number in enumerate(self.configs):
             saved = state[str(number)]
+            self._check_layout(saved)
             self._epoch, self._step = saved["epoch"], saved["step"]
             self._matrix[row] = saved["row"]
             for name, buffer in self._buffers.items():
                 buffer[row] = saved["buffers"][name]
             self._optimizer.load_row_state(number, saved["optimizer"], steps=self._step)
+
+    def _check_layout(self, saved: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless a row's state has the parameters and buffers of this model, in their order."""
+        if self._layout.described() != saved["layout"]:
+            raise ValueError("its parameters have other names, shapes or another order")
+        check_shapes({name: buffer[0] for name, buffer in self._buffers.items()}, saved["buffers"])
 
     def time_step(self) -> None:
         """Make the arithmetic of one step on the first batch, for whoever takes the time; changes no parameter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def _resume(group: TrialGroup, under_way: UnderWay, checkpoints: Checkpoints) ->
         if content["last"] < min(under_way.proposals):
             break  # of trials that have ended since
         if why := under_way.why_not(content):
-            checkpoints.warn(f"{path}: not used, its trials train anew: {why}")
+            kept = checkpoints.put_aside(path)
+            checkpoints.warn(f"{path}: not used, its trials train anew: {why}; it is kept as {kept.name}")
             continue
         under_way.load_dict(content)
         try:
@@ -109,6 +111,9 @@ def _outcomes(
             outcomes[number] = TrialState.FAILED, metrics.failed
         elif metrics.diverged:
             outcomes[number] = TrialState.DIVERGED, metrics.diverged
+        elif not math.isfinite(value := metrics.metrics[study.space.objective.metric]):
+            reason = f"{study.space.objective.metric} became {value} after epoch {metrics.epoch}"
+            outcomes[number] = TrialState.DIVERGED, reason
         elif metrics.epoch == proposals[number][0].epochs:
             outcomes[number] = TrialState.COMPLETE, None
         else:

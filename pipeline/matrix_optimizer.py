@@ -158,8 +158,8 @@ class MatrixOptimizer:
         """Return the state of one trial's optimizer and scheduler."""
         block, row = self._locate(number)
         return {
-            "states": [state[row].clone() for state in block.states],
-            "carry": {name: values[row].clone() for name, values in block.carry.items()},
+            "states": [state[row].to("cpu", copy=True) for state in block.states],
+            "carry": {name: values[row].to("cpu", copy=True) for name, values in block.carry.items()},
             "strategy": self._strategies[number].state_dict(),
         }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,19 +47,60 @@ def options_of(arguments: argparse.Namespace) -> Options:
     return Options(**{name: getattr(arguments, name) for name in names}, overrides=cli.overrides_of(arguments))
 
 
+def checked_options(*, space: Path | str | Mapping[str, Any] | None, root: Path | str, **others: Any) -> Options:
+    """Return the options that were given from Python, if they are such as a command line takes.
+
+    Raises:
+        InvalidInput: With every one that is not.
+    """
+    readers: dict[str, Callable[[str], Any]] = {
+        "trials": cli.whole_number(1),
+        "timeout": cli.positive_number,
+        "study": cli.study_name,
+        "device": cli.device_name,
+        "rows": cli.whole_number(1),
+        "root": cli.folder,
+    }
+    problems = []
+    for name, value in {**others, "root": str(root)}.items():
+        try:
+            if value is not None:
+                readers[name](str(value))
+        except argparse.ArgumentTypeError as error:
+            problems.append(Problem(name, str(error)))
+    if not (space is None or isinstance(space, str | Path | Mapping)):
+        problems.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
+    if problems:
+        raise InvalidInput("search", problems)
+    return Options(space=Path(space) if isinstance(space, str) else space, root=Path(root), **others)
+
+
 def with_workload(
     options: Options, workload: Callable[[], Workload] | Workload | str | None, overrides: Overrides
 ) -> Options:
     """Return options with a workload that was given from Python, and the changes to the space."""
+    if not isinstance(overrides, Mapping) or not all(isinstance(place, str) for place in overrides):
+        raise InvalidInput("overrides", [Problem("", "must be a mapping from places, such as epochs, to values")])
     if workload is None or isinstance(workload, str):
-        chosen = {"workload": cli.workload_choice(workload)} if workload else {}
+        chosen = {"workload": cli.workload_choice(workload)} if workload is not None else {}
         return dataclasses.replace(options, overrides={**chosen, **overrides})
     from pipeline.workloads import own
 
-    place = f"{getattr(workload, '__module__', 'python')}:{getattr(workload, '__qualname__', type(workload).__name__)}"
-    made = own.call(workload, place) if callable(workload) else own.check_form(workload, "workload")
-    chosen = {"workload": {"name": "own", "function": place if callable(workload) else f"python:{made.name}"}}
+    place = _place_of(workload)
+    made = own.call(workload, place or "workload") if callable(workload) else own.check_form(workload, "workload")
+    chosen = {"workload": {"name": "own", "function": place or f"python:{made.name}"}}
     return dataclasses.replace(options, overrides={**chosen, **overrides}, workload=made)
+
+
+def _place_of(workload: Any) -> str | None:
+    """Return where a function is found again, as `--workload` takes it; None for others, told apart by their names."""
+    module, name = getattr(workload, "__module__", None), getattr(workload, "__qualname__", "")
+    if not module or not name.isidentifier():
+        return None
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module == "__main__":
+        return f"{os.path.relpath(file)}:{name}" if file else None
+    return f"{module}:{name}"
 
 
 def read_space(options: Options) -> tuple[SearchSpace, int]:
@@ -89,6 +132,8 @@ def source(options: Options) -> str:
 def command(options: Options, space: SearchSpace, *, study: str, trials: int) -> str:
     """Return the command that goes on with a search that was stopped."""
     own = space.workload
+    if isinstance(own, Own) and own.function.startswith("python:"):
+        return f"pipeline.search.search(study={study!r}, trials={trials}, workload=…), with the workload that it had"
     workload = f" --workload {cli.quoted(Path(own.function))}" if isinstance(own, Own) else ""
     root = "" if options.root == Path() else f" --root {cli.quoted(options.root)}"
     device = "" if options.device == "auto" else f" --device {options.device}"

@@ -15,7 +15,7 @@ from pipeline.config import TrialConfig
 from pipeline.data import evaluation_batches, place, training_batches
 from pipeline.optim import Strategy, hidden_matrices
 from pipeline.param_groups import assign_groups
-from pipeline.stepwise import Batches, train_epoch_of
+from pipeline.stepwise import Batches, train_epoch_of, trouble_of_its_own
 from pipeline.trainer import EpochMetrics, derive_seed
 from pipeline.workloads.workload import Workload
 
@@ -70,7 +70,7 @@ class PlainTrials:
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Update every trial on one batch."""
-        self._each(lambda trial: trial.train_step(inputs, targets))
+        self._each(lambda trial: trial.train_step(inputs.clone(), targets.clone()))  # a model may change them in place
 
     def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Evaluate every trial on one batch."""
@@ -91,6 +91,7 @@ class PlainTrials:
             try:
                 value = function(trial)
             except Exception as error:
+                trouble_of_its_own(error)
                 failed = f"{type(error).__name__}: {error}"
                 self._failed[number] = EpochMetrics(
                     epoch=trial.epoch, step=trial.step, metrics={}, lr={}, failed=failed
@@ -114,7 +115,7 @@ class PlainTrials:
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
         state = self._trials[number].model.state_dict()
-        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every trial."""
@@ -225,14 +226,16 @@ class PlainTrial:
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "model": {**dict(self.model.named_buffers()), **self.model.state_dict()},
+            "model": {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())},
             "strategy": self.strategy.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that a trial of the same config returned."""
         self.epoch, self.step = state["epoch"], state["step"]
-        for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
+        here = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        check_shapes(here, state["model"])
+        for name, value in here.items():
             value.data.copy_(state["model"][name])  # also the buffers that `load_state_dict` leaves out
         self.strategy.load_state_dict(state["strategy"])
 
@@ -250,6 +253,18 @@ class Record:
     outputs: list[Tensor] = field(default_factory=list)
     """Of each batch of an evaluation: (sample, …), or (row, sample, …)."""
     targets: list[Tensor] = field(default_factory=list)
+
+
+def check_shapes(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of a model's tensors with those of a state.
+
+    Raises:
+        ValueError: They differ.
+    """
+    ours, theirs = ({name: tuple(value.shape) for name, value in some.items()} for some in (here, saved))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"{name} is {ours.get(name, 'absent')} here and was {theirs.get(name, 'absent')}")
 
 
 @contextlib.contextmanager
@@ -283,7 +298,6 @@ def why_diverged(losses: list[float], metrics: Mapping[str, float], *, first_ste
     for step, loss in enumerate(losses, start=first_step):
         if not math.isfinite(loss):
             return f"the loss became {loss} at step {step}, in epoch {epoch}"
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            return f"{name} became {value} after epoch {epoch}"
+    if not math.isfinite(metrics["val/loss"]):
+        return f"val/loss became {metrics['val/loss']} after epoch {epoch}"
     return None

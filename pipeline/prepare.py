@@ -13,12 +13,13 @@ from pipeline import rules
 from pipeline.arithmetic import in_force
 from pipeline.config import TrialConfig
 from pipeline.data import place
-from pipeline.errors import InvalidInput, Problem
+from pipeline.errors import DataError, InvalidInput, Problem
 from pipeline.space import SearchSpace
 from pipeline.trainer import derive_seed
 from pipeline.trainers import Trainer
 from pipeline.workloads import Workload, load_workload
 from pipeline.workloads.check import workload_problems
+from pipeline.workloads.own import where
 
 TF32_CAPABILITY = (8, 0)
 """Of the first CUDA devices that have it, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
@@ -64,30 +65,40 @@ def prepare(
 def _placed(workload: Workload, device: torch.device) -> Workload:
     try:
         return place(workload, device=device, dtype=torch.float32)
-    except Exception as error:  # whatever a data set raises when it is read
-        raise InvalidInput("workload", [Problem("workload", f"its data cannot be read: {_last_line(error)}")]) from None
+    except DataError as error:
+        split, _, why = str(error).partition(": ")
+        raise InvalidInput("workload", [Problem(f"workload.{split}", why)]) from None
 
 
 def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "weights"))
-            model = workload.build_model()
+            model, again = workload.build_model(), workload.build_model()
     except InvalidInput:
         raise
-    except Exception as error:
-        raise InvalidInput("workload", [Problem("workload", f"build_model raised {_last_line(error)}")]) from None
-    if not isinstance(model, torch.nn.Module):
-        message = f"build_model must return a torch.nn.Module, got {type(model).__name__}"
-        raise InvalidInput("workload", [Problem("workload", message)])
+    except (Exception, SystemExit) as error:
+        raise InvalidInput("workload", [Problem("workload", f"build_model raised {where(error)}")]) from None
+    if problem := _model_problem(model, again):
+        raise InvalidInput("workload", [Problem("workload", problem)])
     return model
 
 
-def _last_line(error: Exception) -> str:
-    """Return what was raised; behind a worker process, the last line of its traceback."""
-    lines = str(error).strip().splitlines()
-    worker = bool(lines) and lines[0].startswith("Caught ")
-    return lines[-1] if worker else f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _model_problem(model: Any, again: Any) -> str | None:
+    """Say what is wrong with a model, of which a second one was built."""
+    if not isinstance(model, torch.nn.Module):
+        return f"build_model must return a torch.nn.Module, got {type(model).__name__}"
+    if lazy := [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]:
+        return (
+            f"build_model must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
+        )
+    if {id(p) for p in model.parameters()} & {id(p) for p in again.parameters()}:
+        return (
+            "build_model must make a new model each time, got the same parameters twice; build it within the function"
+        )
+    if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
+        return f"the model begins with a NaN or an infinity in {broken[0]}; mend its weights"
+    return None
 
 
 def choose_device(name: str) -> torch.device:

@@ -79,6 +79,8 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             same = _same(fused, plain, model, tolerance)
         if not same:
             return _cannot_fuse(finding, "as rows it trains to other numbers")
+        if keeper := _keeper_of_state(workload, small, config, device, dtype):
+            return _cannot_fuse(finding, f"its {keeper} changes in training and is no buffer")
         if device.type != "cpu":
             return finding
         if config.precision != "bf16":
@@ -187,6 +189,8 @@ def _tried_alone(
         try:
             with saved, counter:
                 workload.loss(model.train()(inputs), batch.targets)
+            with torch.no_grad():
+                model.eval()(inputs)
             draws = not torch.equal(before, _random_state(device))
         except Exception:
             draws = True
@@ -198,6 +202,28 @@ def _tried_alone(
         draws_random_numbers=draws,
         trial_bytes=int(saved.bytes * steps) + COPIES * sum(p.nbytes for p in model.parameters()),
     )
+
+
+def _keeper_of_state(
+    workload: Workload, small: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Return an attribute that a training step changes in a module, such as a counter: rows would share it."""
+    with fork_rng(device), torch.no_grad():
+        model = workload.build_model().to(device, dtype).train()
+        inputs = model_inputs(workload, first_samples(samples_of(small, "train"), BATCH).inputs, dtype)
+        before = _plain_attributes(model)
+        model(inputs)
+    after = _plain_attributes(model)
+    return next((name for name in after if before.get(name) != after[name]), None)
+
+
+def _plain_attributes(model: nn.Module) -> dict[str, Any]:
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str) and name != "training"
+    }
 
 
 def _random_state(device: torch.device) -> Tensor:

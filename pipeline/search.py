@@ -18,8 +18,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pipeline import cli
-from pipeline.errors import StorageError
-from pipeline.options import DEFAULT_TRIALS, Options, command, options_of, read_space, source, with_workload
+from pipeline.errors import DataError, DeviceError, StorageError
+from pipeline.options import (
+    DEFAULT_TRIALS,
+    Options,
+    checked_options,
+    command,
+    options_of,
+    read_space,
+    source,
+    with_workload,
+)
 from pipeline.overrides import Overrides
 
 if TYPE_CHECKING:
@@ -98,9 +107,8 @@ def search(
     """
     from rich.console import Console
 
-    space = Path(space) if isinstance(space, str) else space
-    options = Options(
-        space=space, trials=trials, timeout=timeout, study=study, root=Path(root), device=device, rows=rows
+    options = checked_options(
+        space=space, trials=trials, timeout=timeout, study=study, root=root, device=device, rows=rows
     )
     return _search(with_workload(options, workload, overrides), Console(highlight=False, quiet=quiet))
 
@@ -220,8 +228,8 @@ def _stopped_by_errors(tracker: BackgroundTracker, command: str) -> Iterator[Non
         yield
     except Exception as error:
         tracker.interrupt(f"Stopped: {error}")
-        if isinstance(error, StorageError):
-            raise StorageError(f"{error}\nonce that is mended, go on with: {command}") from error
+        if isinstance(error, StorageError | DataError | DeviceError):
+            raise type(error)(f"{error}\nonce that is mended, go on with: {command}") from error
         raise
 
 

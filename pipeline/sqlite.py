@@ -29,7 +29,11 @@ def create_whole(database: Path, build: Callable[[Path], object]) -> None:
             return
         new = database.with_name(f".{database.name}.new")
         # What a killed process left, and the log of a database that someone removed, which the new one would replay.
-        for left in (*database.parent.glob(f"{new.name}*"), *database.parent.glob(f"{database.name}-*")):
-            left.unlink()
+        for left in (new, *_logs(new), *_logs(database)):
+            left.unlink(missing_ok=True)
         build(new)
         new.replace(database)
+
+
+def _logs(database: Path) -> list[Path]:
+    return [database.with_name(f"{database.name}-{kind}") for kind in ("wal", "shm", "journal")]

@@ -6,15 +6,18 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pipeline.config import TrialConfig
+from pipeline.errors import DeviceError, PipelineError, first_line
 from pipeline.trainer import EpochMetrics
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Inputs (sample, …) and targets (sample, …), as the model sees them."""
 
-AtOnce = Callable[[Callable[["Stepwise"], Any], Sequence["Stepwise"]], Sequence[Any]]
+AtOnce = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+"""Calls a function on each trainer, as `map` does."""
 
 
 class Stepwise(Protocol):
@@ -81,16 +84,34 @@ def train_epoch_together(trainers: Sequence[Stepwise], at_once: AtOnce) -> list[
             outcomes[place] = value
 
     each(lambda trainer: trainer.begin_epoch())
-    for inputs, targets in trainers[0].training_batches():
-        each(lambda trainer, batch=(inputs, targets): trainer.train_step(*batch))  # type: ignore[misc]
-    for inputs, targets in trainers[0].evaluation_batches("val"):
-        each(lambda trainer, batch=(inputs, targets): trainer.evaluate_step(*batch))  # type: ignore[misc]
+    for batch in trainers[0].training_batches():
+        each(functools.partial(_on_own_batch, "train_step", batch))
+    for batch in trainers[0].evaluation_batches("val"):
+        each(functools.partial(_on_own_batch, "evaluate_step", batch))
     each(lambda trainer: trainer.end_epoch())
     return outcomes
+
+
+def _on_own_batch(step: str, batch: tuple[Tensor, Tensor], trainer: Stepwise) -> None:
+    """Make a step on a copy of a batch, which a model may change in place."""
+    getattr(trainer, step)(*(values.clone() for values in batch))
 
 
 def _attempt(function: Callable[[Stepwise], Any], trainer: Stepwise) -> Any:
     try:
         return function(trainer)
     except Exception as error:
-        return error.with_traceback(None)  # which would keep the memory of what was being computed
+        return trouble_of_its_own(error)
+
+
+def trouble_of_its_own(error: Exception) -> Exception:
+    """Return what a trainer raised, if it may be the fault of its trials alone.
+
+    Raises:
+        PipelineError: It is not: the data or the device failed, which no trial is to blame for.
+    """
+    if isinstance(error, PipelineError):
+        raise error
+    if isinstance(error, torch.AcceleratorError):
+        raise DeviceError(f"the device failed: {first_line(error)}") from error
+    return error.with_traceback(None)  # which would keep the memory of what was being computed

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,13 +25,12 @@ from pipeline.fused import FusedTrials, has_rule
 from pipeline.memory import free_memory
 from pipeline.plain import PlainTrials
 from pipeline.probe import probe
-from pipeline.stepwise import train_epoch_together
+from pipeline.stepwise import AtOnce, train_epoch_together, trouble_of_its_own
 from pipeline.trainer import EpochMetrics
 from pipeline.workloads.workload import Workload
 
 Part = FusedTrials | PlainTrials
 """What one thread trains."""
-Result = TypeVar("Result")
 MEMORY_SHARE = 0.5
 """Of a CPU's free memory, what the rows of all matrices may take."""
 ROUNDS = 5
@@ -123,15 +122,17 @@ class Trainer:
 
     def train(self, parts: Sequence[Part], *, epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
         """Train each part, at once where that is possible; return each trial's last metrics, or what was raised."""
-        if not is_streamed(self.workload) or len(parts) < 2:
-            return self._at_once(lambda part: _attempt(part, epochs), parts)
-        outcomes: list[dict[int, EpochMetrics] | Exception] = [{} for _ in parts]
-        for _ in range(epochs):
-            going = [n for n, part in enumerate(parts) if part.configs and isinstance(outcomes[n], dict)]
-            for n, now in zip(going, train_epoch_together([parts[n] for n in going], self._at_once), strict=True):
-                before = outcomes[n]
-                outcomes[n] = {**before, **now} if isinstance(before, dict) and isinstance(now, dict) else now
-        return outcomes
+        with self._threads_for(parts) as at_once:
+            if not is_streamed(self.workload) or len(parts) < 2:
+                return at_once(lambda part: _attempt(part, epochs), parts)
+            outcomes: list[Any] = [{} for _ in parts]
+            for _ in range(epochs):
+                going = [n for n, part in enumerate(parts) if part.configs and isinstance(outcomes[n], dict)]
+                if not going:
+                    break
+                for n, now in zip(going, train_epoch_together([parts[n] for n in going], at_once), strict=True):
+                    outcomes[n] = {**outcomes[n], **now} if isinstance(now, dict) else now
+            return outcomes
 
     def halve(self, configs: Mapping[int, TrialConfig], *, too_large: bool) -> list[Part]:
         """Build the trials of a matrix that failed as two; if it was too large, none is larger from now on."""
@@ -167,13 +168,15 @@ class Trainer:
             part.time_step()
             return time.perf_counter() - start
 
-    def _at_once(self, function: Callable[[Any], Result], parts: Sequence[Any]) -> list[Result]:
-        """Call a function on every part, in as many threads as there are for it, each of which computes alone."""
+    @contextlib.contextmanager
+    def _threads_for(self, parts: Sequence[Part]) -> Iterator[AtOnce]:
+        """Give a `map` that calls in as many threads as there are for parts, each of which computes alone."""
         with self.arithmetic():
             if self._threads == 1 or len(parts) == 1:
-                return [function(part) for part in parts]
+                yield lambda function, parts: [function(part) for part in parts]
+                return
             with ThreadPoolExecutor(self._threads) as pool:
-                return list(pool.map(function, parts))
+                yield lambda function, parts: list(pool.map(function, parts))
 
 
 class TrialParts:
@@ -243,8 +246,8 @@ class TrialParts:
         wanted = self._trainer.spread({n: config for part in matrices for n, config in part.configs.items()})
         if sorted(len(part.configs) for part in matrices) == sorted(len(configs) for configs in wanted):
             return
-        states = {number: state for part in matrices for number, state in part.state_dict().items()}
         try:
+            states = {number: state for part in matrices for number, state in part.state_dict().items()}
             spread = [self._trainer.build_part(configs) for configs in wanted]
         except torch.OutOfMemoryError:  # while both are in memory; as they are, the matrices fit
             return
@@ -303,4 +306,4 @@ def _attempt(part: Part, epochs: int) -> dict[int, EpochMetrics] | Exception:
             results |= part.train_epoch()
         return results
     except Exception as error:
-        return error.with_traceback(None)  # which would keep the memory of what was being computed
+        return trouble_of_its_own(error)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor
 from pipeline import data
 from pipeline.config import ImageFolder, TorchvisionDataset, TrialConfig
 from pipeline.data import Streamed, evaluation_batches, is_streamed, place, samples_of, training_batches
+from pipeline.errors import DataError
 from pipeline.strategy import SGD, AdamW, Optimizer, Rprop
 from pipeline.trainers import Trainer
 from pipeline.workloads import Split, Workload
@@ -55,6 +59,15 @@ class Broken(Samples):
 
     def __getitem__(self, index: int) -> Batch:
         if index == 30:
+            raise OSError("sample 30 is broken")
+        return super().__getitem__(index)
+
+
+class BrokenLater(Samples):
+    """One of its samples can be read a few times only."""
+
+    def __getitem__(self, index: int) -> Batch:
+        if index == 30 and self.read.count(30) == 5:
             raise OSError("sample 30 is broken")
         return super().__getitem__(index)
 
@@ -225,8 +238,73 @@ def test_a_pass_that_is_broken_off_leaves_the_next_one_as_it_is(workers: int) ->
 def test_a_sample_that_cannot_be_read_says_so(workers: int) -> None:
     workload = as_samples(tiny_workload(), Broken)
     placed = place(workload, device=CPU, dtype=torch.float32, free=0)
-    with pytest.raises(OSError, match="sample 30 is broken"):
+    with pytest.raises(DataError, match=r"^sample 30 raised OSError: sample 30 is broken$"):
         list(training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_sample_that_cannot_be_read_ends_no_trial_but_the_run(rows: int, no_workers: int) -> None:
+    placed = place(as_samples(tiny_workload(), BrokenLater), device=CPU, dtype=torch.float32, free=0)
+    configs = dict.fromkeys(range(2), tiny_config())
+    group = Trainer(placed, configs[0], device=CPU, rows=rows).build(configs)
+    with pytest.raises(DataError, match="sample 30 raised OSError: sample 30 is broken"):
+        [group.train_epoch() for _ in range(10)]
+
+
+class InPlace(TinyModel):
+    """Begins by changing its input, as `nn.ReLU(inplace=True)` in front would."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        return super().forward(inputs.sub_(0.5))
+
+
+def test_a_model_that_changes_a_batch_in_place_changes_it_for_no_other_trial(no_workers: int) -> None:
+    placed = place(as_samples(tiny_workload(InPlace)), device=CPU, dtype=torch.float32, free=0)
+    configs = {number: tiny_config(Rprop(base_lr=0.01)) for number in range(3)}
+    trainer = Trainer(placed, configs[0], device=CPU)
+    together, alone = trainer.build(configs), trainer.build({2: configs[2]})
+    for _ in range(2):
+        assert together.train_epoch()[2] == alone.train_epoch()[2]
+
+
+def test_a_data_set_that_draws_seldom_is_never_kept(no_workers: int) -> None:
+    class Seldom(Samples):
+        def __getitem__(self, index: int) -> Batch:
+            inputs, target = super().__getitem__(index)
+            return (-inputs if random.random() < 1e-9 else inputs), target
+
+    assert is_streamed(place(as_samples(tiny_workload(), Seldom), device=CPU, dtype=torch.float32))
+
+
+def test_an_augmentation_may_draw_from_torchs_global_state() -> None:
+    workload = dataclasses.replace(tiny_workload(), augment=lambda inputs, generator: inputs + torch.rand(1))
+    placed = place(workload, device=CPU, dtype=torch.float32)
+
+    def epoch(number: int) -> list[Batch]:
+        return list(training_batches(placed, tiny_config(), epoch=number, device=CPU, dtype=torch.float32))
+
+    state = torch.get_rng_state()
+    once, again = epoch(0), epoch(0)
+    assert_same(once, again)
+    assert not torch.equal(once[0][0], epoch(1)[0][0])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_worker_processes_leave_signals_to_their_parent(
+    monkeypatch: pytest.MonkeyPatch, signal_number: signal.Signals
+) -> None:
+    use_workers(monkeypatch, 2)
+    placed = place(as_samples(tiny_workload()), device=CPU, dtype=torch.float32, free=0)
+    group = Trainer(placed, tiny_config(), device=CPU).build({0: tiny_config()})
+    group.train_epoch()
+    children = multiprocessing.active_children()
+    assert children
+    for child in children:
+        assert child.pid is not None
+        os.kill(child.pid, signal_number)
+    assert group.train_epoch()[0].finished
 
 
 @pytest.mark.parametrize("build_model", [TinyModel, lambda: TinyModel(dropout=0.5)])

@@ -55,22 +55,23 @@ from pipeline.workloads import Split, Workload
 number = 5
 
 
-def line(slope=2.0):
+def line(slope=2.0) -> Workload:
     x = torch.linspace(-1, 1, SAMPLES).unsqueeze(1)
     split = Split(x, slope * x)
     return Workload(name=f"line {slope}", build_model=lambda: nn.Linear(1, 1), train=split, val=split,
                     loss=nn.functional.mse_loss)
 
 
-def raises():
+def raises() -> Workload:
     raise OSError("no such data")
 
 
-def other():
+def other() -> "Workload":
     return {"train": 1}
 
 
-def malformed():
+def malformed() -> Workload:
+
     x = torch.ones(4, 1)
     return Workload(name="bad", build_model="resnet", train=Split(x, x[:3]), val=[], loss=None, preprocess=3)
 """
@@ -119,6 +120,8 @@ def test_a_function_in_a_package_makes_a_workload() -> None:
         ("absent_package.task:line", "there is no module absent_package.task; install it, or name a file"),
         ("{task}:lien", "{task} has no function lien; did you mean line?"),
         ("{task}:number", "{task} has no function number"),
+        ("subprocess:getoutput", "getoutput must say that it returns a workload: def getoutput(…) -> Workload"),
+        ("{folder}/leaves.py:leaves", "{folder}/leaves.py:leaves raised SystemExit: 0, in {folder}/leaves.py, line 4"),
         ("{task}:raises", "{task}:raises raised OSError: no such data, in {task}, line 19"),
         ("{task}:other", "{task}:other must return a pipeline.workloads.Workload, got dict"),
         ("{folder}/broken.py:line", "{folder}/broken.py raised ZeroDivisionError: division by zero, in "),
@@ -131,6 +134,9 @@ def test_a_function_that_cannot_be_had_is_refused_with_the_cause(task: Path, fun
     (folder / "broken.py").write_text("x = 1\ny = x / 0\n")
     (folder / "syntax.py").write_text("def line(:\n")
     (folder / "exits.py").write_text("raise SystemExit(3)\n")
+    (folder / "leaves.py").write_text(
+        "import sys\nfrom pipeline.workloads import Workload\ndef leaves() -> Workload:\n    sys.exit(0)\n"
+    )
     (problem,) = problems_of(function.format(task=task, folder=folder))
     assert problem.startswith("workload.function: " + message.format(task=task, folder=folder))
 
@@ -217,6 +223,28 @@ NAN_INPUTS[4, 2] = torch.nan
             ["workload: the metric hits must return a scalar tensor, got float; take the mean"],
         ),
         (
+            {"augment": lambda inputs: inputs},
+            ["workload: augment raised TypeError: "],
+        ),
+        (
+            {"augment": lambda inputs, generator: inputs[:2]},
+            ["workload: augment must keep the shape of a batch: of inputs (6, 6) it made (2, 6)"],
+        ),
+        (
+            {"preprocess": lambda inputs: inputs.nothing},
+            ["workload: preprocess raised AttributeError: 'Tensor' object has no attribute 'nothing'"],
+        ),
+        (
+            {
+                "loss": F.mse_loss,
+                "build_model": lambda: nn.Linear(6, 1),
+                "metrics": {},
+                **dict.fromkeys(("train", "val"), Split(torch.ones(9, 6), torch.ones(9))),
+            },
+            ["workload.train: outputs (4, 1) and targets (4) differ by an axis of 1; give both the same"],
+        ),
+        ({"val": Split(torch.ones(4, 6), torch.tensor([0, 1, 2, -100]))}, []),
+        (
             {"build_model": lambda: TinyModel(batch_norm=True), "train": with_labels([0, 1, 2] * 11)},
             ["batch_size: leaves one of 33 samples for the last batch, and the model raised ValueError on a batch of"],
         ),
@@ -228,6 +256,15 @@ def test_data_model_loss_and_metrics_are_tried_before_the_search(changes: dict[s
     assert len(found) == len(expected)
     for problem, beginning in zip(found, expected, strict=True):
         assert problem.startswith(beginning)
+
+
+ONE_MODEL = nn.Linear(6, 3)
+
+
+def broken_weights() -> nn.Module:
+    model = nn.Linear(6, 3)
+    nn.init.constant_(model.weight, torch.nan)
+    return model
 
 
 class BadData:
@@ -243,8 +280,13 @@ class BadData:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": BadData()}, "workload: its data cannot be read: ValueError: cat/0.jpg is truncated"),
+        ({"train": BadData()}, "workload.train: sample 0 raised ValueError: cat/0.jpg is truncated"),
+        ({"val": [(torch.ones(6), "cat")] * 5}, "workload.val: sample 0 must hold tensors, arrays or numbers, got str"),
+        ({"val": [{"x": torch.ones(6)}] * 5}, "workload.val: sample 0 must be (input, target), got dict"),
         ({"build_model": lambda: [][0]}, "workload: build_model raised IndexError: list index out of range"),
+        ({"build_model": lambda: ONE_MODEL}, "workload: build_model must make a new model each time"),
+        ({"build_model": lambda: nn.LazyLinear(3)}, "workload: build_model must return a model whose parameters exist"),
+        ({"build_model": lambda: broken_weights()}, "workload: the model begins with a NaN or an infinity in weight"),
         ({"build_model": lambda: "model"}, "workload: build_model must return a torch.nn.Module, got str"),
         ({"build_model": nn.Identity}, "workload.model: has no parameter to train"),
     ],
@@ -335,6 +377,39 @@ def test_a_search_from_python_returns_its_result(tmp_path: Path, capsys: pytest.
     assert result.config_file is not None
     assert result.config_file.is_file()
     assert result.trials[0].config.workload == Own(function="python:tiny")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"trials": 0}, "trials: must be a whole number of at least 1, got '0'"),
+        ({"trials": 2.5}, "trials: must be a whole number of at least 1, got '2.5'"),
+        ({"rows": -3, "timeout": -1}, "rows: must be a whole number of at least 1, got '-3'"),
+        ({"study": "../x"}, "study: must be 1 to 100 letters"),
+        ({"device": "tpu"}, "device: must be auto"),
+        ({"root": "absent"}, "root: must be a folder that exists, got 'absent'; make it first"),
+        ({"space": 7}, "space: must be a file or a mapping, got int"),
+        ({"overrides": [1]}, "must be a mapping from places, such as epochs, to values"),
+        ({"workload": ""}, "workload.name: must be one of digits"),
+    ],
+)
+def test_a_search_from_python_refuses_what_the_command_line_does(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(message)):
+        search(**given)
+
+
+def test_a_metric_that_is_undefined_ends_no_trial_unless_it_decides(tmp_path: Path) -> None:
+    undefined = {"auc": Metric(lambda outputs, targets: torch.tensor(torch.nan), "maximize")}
+    workload = dataclasses.replace(tiny_workload(), metrics=undefined)
+    given: dict[str, Any] = {"workload": workload, "trials": 2, "root": tmp_path, "device": "cpu", "quiet": True}
+    space = {"workload": {"name": "digits"}, **SPACE}
+    assert {trial.state for trial in search(space, **given).trials} == {TrialState.COMPLETE}
+    decides = {"objective": {"metric": "val/auc", "direction": "maximize"}}
+    result = search(space, overrides=decides, **given)
+    assert {(trial.state, trial.reason) for trial in result.trials} == {
+        (TrialState.DIVERGED, "val/auc became nan after epoch 1")
+    }
+    assert result.exit_status == 1
 
 
 def test_a_search_from_python_takes_a_function_and_refuses_bad_input(tmp_path: Path) -> None:

@@ -244,9 +244,11 @@ def test_a_database_is_made_whole_whatever_a_killed_process_left(tmp_path: Path)
         create_whole(database, half_built)
     assert not database.exists()
     database.with_name("optuna.db-wal").write_text("of a database that was removed")
+    database.with_name("optuna.db-backup").write_text("of a person's")
     create_whole(database, lambda path: path.write_text("whole"))
     create_whole(database, half_built)  # not called: it is there
-    assert {path.name: path.read_text() for path in database.parent.iterdir()} == {"optuna.db": "whole"}
+    left = {path.name: path.read_text() for path in database.parent.iterdir()}
+    assert left == {"optuna.db": "whole", "optuna.db-backup": "of a person's"}
 
 
 def half_built(path: Path) -> None:

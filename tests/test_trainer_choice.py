@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -441,11 +442,10 @@ class Tiring(TinyModel):
     def __init__(self) -> None:
         super().__init__()
         self.spare = nn.Parameter(torch.ones(3))
-        self.passes = 0
+        self.passes = itertools.count(1)  # what the probe sees in a module that counts with a number, it trains plain
 
     def tired(self) -> bool:
-        self.passes += 1
-        return self.passes > 6
+        return next(self.passes) > 6
 
 
 class Fails(Tiring):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data import first_samples, model_inputs, samples_of
-from pipeline.errors import Problem
+from pipeline.data import augmented, first_samples, model_inputs, samples_of
+from pipeline.errors import DataError, Problem
 from pipeline.workloads.workload import Split, Workload
 
 FEW = 4
@@ -56,14 +56,21 @@ def _tried(workload: Workload, model: nn.Module) -> tuple[list[Problem], Tensor 
     outputs = None
     for name, mode in (("train", True), ("val", False)):
         batch = _extremes(workload, name)
-        inputs = model_inputs(workload, batch.inputs, torch.float32)
+        try:
+            inputs = augmented(workload, batch.inputs, seed=0) if mode and workload.augment else batch.inputs
+            if inputs.shape != batch.inputs.shape:
+                got = f"of inputs {_shape(batch.inputs)} it made {_shape(inputs)}"
+                return [Problem("workload", f"augment must keep the shape of a batch: {got}")], None
+            inputs = model_inputs(workload, inputs, torch.float32)
+        except DataError as error:
+            return [Problem("workload", f"{error}, on inputs {_shape(batch.inputs)}")], None
         model.train(mode)
         outputs, problem = _attempt("the model", f"an input {_shape(inputs)}", model, inputs)
         if problem:
             return [problem], None
         if not isinstance(outputs, Tensor):
             return [Problem("workload", f"the model must return a tensor, got {type(outputs).__name__}")], None
-        if problem := _label_problem(name, outputs, batch.targets):
+        if problem := _label_problem(name, outputs, batch.targets) or _broadcast_problem(name, outputs, batch.targets):
             return [problem], None
         told = f"outputs {_shape(outputs)} and targets {_shape(batch.targets)}"
         loss, problem = _attempt("the loss", told, workload.loss, outputs, batch.targets)
@@ -104,7 +111,7 @@ def _class_problems(splits: dict[str, Split], outputs: Tensor) -> Iterator[Probl
         if problem := _label_problem(name, outputs, values):
             yield problem
     if {"train", "val"} <= labels.keys():
-        seen = {name: set(labels[name].unique().tolist()) for name in ("train", "val")}
+        seen = {name: {n for n in labels[name].unique().tolist() if n >= 0} for name in ("train", "val")}
         for name, other in (("val", "train"), ("train", "val")):
             if missing := sorted(seen[other] - seen[name]):
                 shown = ", ".join(map(str, missing[:SHOWN])) + (", …" if len(missing) > SHOWN else "")
@@ -118,6 +125,14 @@ def _label_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | Non
     classes, largest = outputs.shape[1], int(targets.max())
     message = f"labels must be from 0 to {classes - 1}, as the model has {classes} outputs, got {largest}"
     return Problem(f"workload.{name}", message)
+
+
+def _broadcast_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | None:
+    """A loss such as `mse_loss` would compare each output with every target."""
+    if not (targets.is_floating_point() and outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1):
+        return None
+    shapes = f"outputs {_shape(outputs)} and targets {_shape(targets)}"
+    return Problem(f"workload.{name}", f"{shapes} differ by an axis of 1; give both the same")
 
 
 def _are_labels(outputs: Tensor, targets: Tensor) -> bool:
@@ -140,7 +155,7 @@ def _extremes(workload: Workload, name: str) -> Split:
 def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Problem | None]:
     try:
         return function(*arguments), None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         first = next(iter(str(error).strip().splitlines()), "")
         return None, Problem("workload", f"{who} raised {type(error).__name__} on {given}: {first[:200]}")
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -50,13 +51,20 @@ class Images:
         """Return an image (channel, height, width) of uint8: the middle square, resized."""
         with Image.open(self.files[index]) as file:
             file.draft("RGB", (2 * self.size, 2 * self.size))  # a JPEG is decoded no larger than needed
-            image = transforms.resize(file.convert("RGB"), [self.size])
+            image = transforms.resize(_rgb(file), [self.size])
         image = transforms.center_crop(image, [self.size, self.size])
         return transforms.pil_to_tensor(image), self.labels[index]
 
     def select(self, indices: Tensor) -> Images:
         """Return some of the images."""
         return Images([self.files[index] for index in indices.tolist()], self.labels[indices], self.size)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return an image of 8 bits per channel; Pillow itself would make what is brighter than 255 of 65,535 white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def image_folder(choice: ImageFolder, *, memory: int | None = None) -> Workload:

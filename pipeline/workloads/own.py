@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -33,11 +33,17 @@ def own_workload(choice: Own) -> Workload:
         _refuse(f"must be path/to/file.py:function or package.module:function, got {choice.function!r}")
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        hint = did_you_mean(name, known) if known else "it has no function"
-        _refuse(f"{place} has no function {name}; {hint}")
+    if not inspect.isfunction(function):
+        known = [key for key, value in vars(module).items() if _is_public(key, value, module)]
+        _refuse(f"{place} has no function {name}; {did_you_mean(name, known) if known else 'it has none'}")
+    if not str(function.__annotations__.get("return", "")).rstrip("'>").endswith("Workload"):
+        # So that a file from elsewhere cannot have any function called, such as one of the standard library's.
+        _refuse(f"{name} must say that it returns a workload: def {name}(…) -> Workload")
     return call(function, choice.function, **choice.arguments)
+
+
+def _is_public(name: str, value: Any, module: ModuleType) -> bool:
+    return inspect.isfunction(value) and not name.startswith("_") and value.__module__ == module.__name__
 
 
 def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload:
@@ -50,8 +56,8 @@ def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload:
         workload = function(**arguments)
     except InvalidInput:
         raise
-    except Exception as error:
-        _refuse(f"{name} raised {_where(error)}")
+    except (Exception, SystemExit) as error:
+        _refuse(f"{name} raised {where(error)}")
     return check_form(workload, name)
 
 
@@ -77,10 +83,13 @@ def _misfits(workload: Workload) -> Iterator[str]:
             yield f"{member} must be a function or None, got {_kind(getattr(workload, member))}"
     for member in ("train", "val", "test"):
         yield from (f"{member} {problem}" for problem in _split_misfits(getattr(workload, member), member))
-    for key, metric in workload.metrics.items():
+    metrics = workload.metrics if isinstance(workload.metrics, Mapping) else {}
+    if metrics is not workload.metrics:
+        yield f"metrics must be a mapping from names to Metrics, got {_kind(workload.metrics)}"
+    for key, metric in metrics.items():
         if not isinstance(metric, Metric) or metric.direction not in ("minimize", "maximize"):
             yield f'metrics[{key!r}] must be a Metric with direction "minimize" or "maximize", got {metric!r}'
-        elif not key.isidentifier() or key == "loss":
+        elif not (isinstance(key, str) and key.isidentifier()) or key == "loss":
             yield f"metrics may not be called {key!r}; take a word of letters, digits and '_' other than loss"
 
 
@@ -90,6 +99,8 @@ def _split_misfits(split: Any, member: str) -> Iterator[str]:
     if isinstance(split, Split):
         if not isinstance(split.inputs, Tensor) or not isinstance(split.targets, Tensor):
             yield f"must hold tensors, got {_kind(split.inputs)} and {_kind(split.targets)}"
+        elif not split.inputs.ndim or not split.targets.ndim:
+            yield "must hold tensors (sample, …), got one without samples"
         elif len(split.inputs) != len(split.targets):
             yield f"must have a target for each input, got {len(split.inputs)} inputs and {len(split.targets)} targets"
         elif not len(split):
@@ -115,7 +126,7 @@ def _load_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        _refuse(f"{path} raised {_where(error)}")
+        _refuse(f"{path} raised {where(error)}")
     return module
 
 
@@ -125,12 +136,12 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             _refuse(f"there is no module {name}; install it, or name a file, path/to/file.py:function")
-        _refuse(f"{name} raised {_where(error)}")
+        _refuse(f"{name} raised {where(error)}")
     except (Exception, SystemExit) as error:
-        _refuse(f"{name} raised {_where(error)}")
+        _refuse(f"{name} raised {where(error)}")
 
 
-def _where(error: BaseException) -> str:
+def where(error: BaseException) -> str:
     """Return what was raised, and the last line of the person's own code that led to it."""
     text = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
