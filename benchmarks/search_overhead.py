@@ -59,7 +59,7 @@ CATEGORIES = (
     END,
 )
 WRAPPED = (
-    ("pipeline.search", "_read_space", "reading and checking"),
+    ("pipeline.search", "read_space", "reading and checking"),
     ("pipeline.prepare", "prepare", "reading and checking"),
     ("pipeline.store", "Store.choose", "reading and checking"),
     ("pipeline.store", "Store.create", DATABASES),
