@@ -88,7 +88,7 @@ def listed(names: Sequence[str], *, show: int = 8) -> str:
     return ", ".join(names[:show]) + more
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of what a library says of an error, or the error's name if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

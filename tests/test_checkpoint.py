@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ from pipeline.trainer import EpochMetrics
 from pipeline.trainers import Trainer
 from pipeline.trial import EndedTrial, TrialState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 EPOCHS = 6
 STEP_SIZE = 3
@@ -65,14 +67,6 @@ SCHEDULES: list[Scheduler] = [
     Cyclic(max_lr_ratio=5.0, step_size_up=4, mode="exp_range", gamma=0.9),
     Plateau(metric="val/accuracy", patience=0, cooldown=1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,18 +22,12 @@ from pipeline.store import Store
 from pipeline.strategy import SGD, Adam, AdamW, ParamGroup, RMSprop
 from pipeline.trainer import EpochMetrics, derive_seed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 LIMITS = (None, 0.01, 0.1, 0.5, 1e6)
 """None, limits that shorten every gradient or some, and one that none exceeds."""
 FROZEN_BODY = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def clipped(groups: Mapping[str, ParamGroup] = BODY_AND_HEAD) -> dict[int, TrialConfig]:

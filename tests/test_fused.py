@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -21,6 +21,8 @@ from pipeline.plain import PlainTrials
 from pipeline.strategy import OPTIMIZERS, ParamGroup
 from pipeline.trainer import EpochMetrics
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 EPOCHS = 11
@@ -50,15 +52,6 @@ SCHEDULES: dict[str, s.Scheduler] = {
     "one cycle of momentum": s.OneCycle(cycle_momentum=True, pct_start=0.4, three_phase=True),
     "cycles of momentum": s.Cyclic(cycle_momentum=True, max_lr_ratio=4.0, step_size_up=4, mode="triangular2"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the trainer of a search sets it: rows are equal to the bit on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class TinyCnn(nn.Module):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -41,6 +41,8 @@ from pipeline.trainer import EpochMetrics, TrialGroup
 from pipeline.workloads.digits import digits
 from pipeline.workloads.workload import Split, Workload
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Trainer = Callable[..., TrialGroup]
 
 CPU = torch.device("cpu")
@@ -66,15 +68,6 @@ HUGE = SGD(base_lr=1e30)
 """One step of it, and the next loss is not finite."""
 FROZEN_BODY = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
 BODY_AND_FASTER_HEAD = {"head": ParamGroup(pattern=("head.*",), lr_ratio=2.0), "body": ParamGroup(pattern=("*",))}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only get in each other's way with models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=TRAINERS, ids=lambda trainer: trainer.__name__)

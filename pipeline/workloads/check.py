@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data import augmented, first_samples, model_inputs, samples_of
-from pipeline.errors import DataError, Problem
+from pipeline.errors import DataError, Problem, first_line
 from pipeline.workloads.workload import Split, Workload
 
 FEW = 4
@@ -156,8 +156,7 @@ def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any
     try:
         return function(*arguments), None
     except (Exception, SystemExit) as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        return None, Problem("workload", f"{who} raised {type(error).__name__} on {given}: {first[:200]}")
+        return None, Problem("workload", f"{who} raised {type(error).__name__} on {given}: {first_line(error)}")
 
 
 def _scalar_problem(who: str, value: Any) -> Problem | None:

@@ -34,16 +34,19 @@ def own_workload(choice: Own) -> Workload:
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
-        known = [key for key, value in vars(module).items() if _is_public(key, value, module)]
-        _refuse(f"{place} has no function {name}; {did_you_mean(name, known) if known else 'it has none'}")
-    if not str(function.__annotations__.get("return", "")).rstrip("'>").endswith("Workload"):
+        known = [key for key, value in vars(module).items() if _makes_workload(value)]
+        hint = did_you_mean(name, known) if known else "none of its functions says `-> Workload`"
+        _refuse(f"{place} has no function {name}; {hint}")
+    if not _makes_workload(function):
         # So that a file from elsewhere cannot have any function called, such as one of the standard library's.
         _refuse(f"{name} must say that it returns a workload: def {name}(…) -> Workload")
     return call(function, choice.function, **choice.arguments)
 
 
-def _is_public(name: str, value: Any, module: ModuleType) -> bool:
-    return inspect.isfunction(value) and not name.startswith("_") and value.__module__ == module.__name__
+def _makes_workload(value: Any) -> bool:
+    """Say whether something is a function that is annotated so, in words or by the class."""
+    said = value.__annotations__.get("return", "") if inspect.isfunction(value) else ""
+    return said is Workload or str(said).strip("'\"").rpartition(".")[2] == "Workload"
 
 
 def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload:
