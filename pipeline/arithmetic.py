@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.config import TrialConfig
+from pipeline.kernels import channels_last_pooling
 
 _CUDNN: Any = torch.backends.cudnn
 PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn)
@@ -19,7 +20,7 @@ PyTorch's own default rounds those of convolutions."""
 
 @contextlib.contextmanager
 def arithmetic(config: TrialConfig, device: torch.device) -> Iterator[None]:
-    """Compute as a config asks on a device, and, on the CPU, with one thread.
+    """Compute as a config asks on a device, and, on the CPU, with one thread and the channels last in pooling.
 
     bfloat16 is no global setting; see `pipeline.plain.autocast`.
     """
@@ -36,7 +37,8 @@ def arithmetic(config: TrialConfig, device: torch.device) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, which reads it once
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-        yield
+        with channels_last_pooling() if device.type == "cpu" else contextlib.nullcontext():
+            yield
     finally:
         torch.set_num_threads(threads)
         _set_products(products)

@@ -7,18 +7,21 @@ and schedulers, one `Strategy` per trial over placeholder parameters.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
+from torch.nn import functional as F
 
 from pipeline.config import TrialConfig
 from pipeline.data import evaluation_batches, place, training_batches
 from pipeline.fused_optim import RULES
+from pipeline.kernels import cross_entropy_of_rows
 from pipeline.matrix_optimizer import MatrixOptimizer, row_order
 from pipeline.param_groups import assign_groups
 from pipeline.plain import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
@@ -85,18 +88,17 @@ class FusedTrials:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._config.seed, "weights"))
             self._model = workload.build_model().to(device, dtype)
-        self._aliases = _aliases(self._model)
         self._layout = _lay_out(self._model, self._config)
         trained = {name: p.detach() for name, p in self._model.named_parameters() if name in self._layout.names}
         row = torch.cat([trained[name].reshape(-1) for name in self._layout.names])
         rows = len(self.configs)
         self._matrix = row.repeat(rows, 1)
-        self._constants = {
-            name: p.detach() for name, p in self._model.named_parameters() if name not in self._layout.names
-        }
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name in trained)
         self._buffers = {
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
+        self._places = [place for place in _places(self._model) if place[2] in {*trained, *self._buffers}]
         self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
         self._record = Record()
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
@@ -241,11 +243,21 @@ class FusedTrials:
         """
         parameters = {name: p.detach().requires_grad_() for name, p in self._layout.views(self._matrix).items()}
         with autocast(self._config, self._device):
-            losses = self._each_row(lambda model: self._workload.loss(model(inputs), targets), parameters)
+            losses = self._losses(inputs, targets, parameters)
         gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
         if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
             raise RuntimeError(f"the loss does not depend on {', '.join(unused)}")
         return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
+
+    def _losses(self, inputs: Tensor, targets: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return each row's loss (row,) on one batch."""
+        loss = self._workload.loss
+        if loss is F.cross_entropy and targets.ndim == 1:
+            outputs = self._each_row(lambda model: model(inputs), parameters)
+            if outputs.ndim == 3:
+                return cross_entropy_of_rows(outputs, targets)
+            return vmap(loss, in_dims=(0, None))(outputs, targets)
+        return self._each_row(lambda model: loss(model(inputs), targets), parameters)
 
     def _each_row(
         self, function: Callable[[Callable[[Tensor], Tensor]], Tensor], parameters: Mapping[str, Tensor]
@@ -253,9 +265,8 @@ class FusedTrials:
         """Return what a function makes of each row's model, (row, …); all rows draw the same random numbers."""
 
         def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
-            state = {**parameters, **self._constants, **buffers}
-            state |= {alias: state[name] for alias, name in self._aliases.items()}
-            return function(lambda inputs: functional_call(self._model, state, (inputs,), tie_weights=False))
+            with _holding(self._places, {**parameters, **buffers}):
+                return function(self._model)
 
         rows = len(self.configs)
         each = vmap(one, randomness="same")
@@ -314,19 +325,37 @@ def _filled_up(tensors: Mapping[str, Tensor], extra: int) -> dict[str, Tensor]:
     return {name: torch.cat([t, t.detach()[:1].expand(extra, *t.shape[1:])]) for name, t in tensors.items()}
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Return the names under which other modules hold a parameter or buffer, with the name that it goes by.
+_Place = tuple[dict[str, Tensor | None], str, str]
+"""A module's parameters or buffers, the name that one has there, and the name that it goes by in the model."""
 
-    `functional_call` finds them itself, but leaves its tensors in a module that is registered under two names.
-    """
+
+def _places(model: nn.Module) -> list[_Place]:
+    """Return every place in which the modules of a model hold a parameter or buffer; some are held in several."""
     names: dict[int, str] = {}
-    aliases = {}
+    places = []
     for prefix, module in model.named_modules():
-        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            name = f"{prefix}.{own}" if prefix else own
-            if (first := names.setdefault(id(tensor), name)) != name:
-                aliases[name] = first
-    return aliases
+        for held in (module._parameters, module._buffers):
+            for own, tensor in held.items():
+                if tensor is not None:
+                    name = names.setdefault(id(tensor), f"{prefix}.{own}" if prefix else own)
+                    places.append((held, own, name))
+    return places
+
+
+@contextlib.contextmanager
+def _holding(places: Sequence[_Place], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have a model compute with other tensors in place of its own; `torch.func.functional_call` takes ten times longer.
+
+    It would also leave the tensors in a module that is registered under two names.
+    """
+    kept = [(held, own, held[own]) for held, own, _ in places]
+    try:
+        for held, own, name in places:
+            held[own] = tensors[name]
+        yield
+    finally:
+        for held, own, tensor in kept:
+            held[own] = tensor
 
 
 def has_rule(optimizer: str) -> bool:

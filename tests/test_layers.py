@@ -19,6 +19,7 @@ TREES = {
 }
 WITH_TORCH = (
     "arithmetic",
+    "kernels",
     "data",
     "memory",
     "optim",
