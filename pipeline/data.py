@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -301,9 +302,17 @@ def _what(error: Exception) -> str:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C in a terminal reaches every process of a search, which wants to finish its epoch."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C, and some hosts' SIGTERM, reach every process of a search, which wants to finish its epoch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    """End with a SIGTERM from the parent, which waits for it as it ends itself; from others, ignore it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _workers() -> int:

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,34 @@ def test_a_sample_that_cannot_be_read_says_so(workers: int) -> None:
         list(training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
 
 
+def test_a_program_ends_although_a_sample_could_not_be_read(tmp_path: Path) -> None:
+    script = tmp_path / "read.py"
+    script.write_text(READ_A_BROKEN_SAMPLE)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, str(script)]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "sample 30 raised OSError: sample 30 is broken\n"), ended.stderr
+
+
+READ_A_BROKEN_SAMPLE = """
+import torch
+from test_data import Broken, as_samples
+from tiny import tiny_config, tiny_workload
+
+from pipeline import data
+from pipeline.errors import DataError
+
+CPU = torch.device("cpu")
+data._workers = lambda: 2
+placed = data.place(as_samples(tiny_workload(), Broken), device=CPU, dtype=torch.float32, free=0)
+try:
+    list(data.training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
+except DataError as error:
+    print(error)
+    kept = error  # and with its traceback the reader
+"""
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_a_sample_that_cannot_be_read_ends_no_trial_but_the_run(rows: int, no_workers: int) -> None:
     placed = place(as_samples(tiny_workload(), BrokenLater), device=CPU, dtype=torch.float32, free=0)
@@ -303,7 +333,7 @@ def test_worker_processes_leave_signals_to_their_parent(
     assert children
     for child in children:
         assert child.pid is not None
-        os.kill(child.pid, signal_number)
+        subprocess.run(["kill", f"-{signal_number.name.removeprefix('SIG')}", str(child.pid)], check=True)
     assert group.train_epoch()[0].finished
 
 
