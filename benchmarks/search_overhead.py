@@ -64,7 +64,7 @@ WRAPPED = (
     ("pipeline.store", "Store.choose", "reading and checking"),
     ("pipeline.store", "Store.create", DATABASES),
     ("pipeline.trainers", "Trainer.__init__", "probing and choosing rows"),
-    ("pipeline.trainers", "Trainer._fastest", "probing and choosing rows"),
+    ("pipeline.trainers", "Trainer._start_workers", "probing and choosing rows"),
     ("pipeline.trainers", "Trainer.build", "building groups"),
     ("pipeline.trainers", "TrialParts.train_epoch", TRAINING),
     ("pipeline.checkpoint", "Checkpoints.save", CHECKPOINTS),

@@ -63,7 +63,8 @@ class Streamed:
 
     def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs and targets of batches; see `Samples`."""
-        reader = iter(self._read(indices, seed))
+        with _signals_put_off():  # with which processes begin that read
+            reader = iter(self._read(indices, seed))
         while (batch := _next(reader)) is not None:
             inputs, targets = batch
             yield self._place(inputs), self._place(targets)
@@ -301,10 +302,19 @@ def _what(error: Exception) -> str:
     return lines[-1] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0]}"
 
 
+@contextlib.contextmanager
+def _signals_put_off() -> Iterator[None]:
+    """Block the signals that ask a search to stop, in this thread and in processes that begin meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C, and some hosts' SIGTERM, reach every process of a search, which wants to finish its epoch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM is blocked from the beginning
     threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
 
 

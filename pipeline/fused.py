@@ -67,6 +67,9 @@ class FusedTrials:
             do not fill a vector register are summed in another order.
     """
 
+    fused = True
+    """Whether its trials are rows of a matrix."""
+
     def __init__(
         self,
         configs: Mapping[int, TrialConfig],
@@ -102,7 +105,6 @@ class FusedTrials:
         self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
         self._record = Record()
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
-        self._first_batch: tuple[Tensor, Tensor] | None = None
         self._optimizer = MatrixOptimizer(
             self.configs,
             groups=self._layout.groups,
@@ -226,13 +228,6 @@ class FusedTrials:
         if self._layout.described() != saved["layout"]:
             raise ValueError("its parameters have other names, shapes or another order")
         check_shapes({name: buffer[0] for name, buffer in self._buffers.items()}, saved["buffers"])
-
-    def time_step(self) -> None:
-        """Make the arithmetic of one step on the first batch, for whoever takes the time; changes no parameter."""
-        if self._first_batch is None:
-            self._first_batch = next(self.training_batches())
-        self._model.train()
-        self._gradients(*self._first_batch)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's loss (row,) and gradients (row, parameter) on one batch.

@@ -31,6 +31,9 @@ class PlainTrials:
         seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
     """
 
+    fused = False
+    """Whether its trials are rows of a matrix."""
+
     def __init__(
         self,
         configs: Mapping[int, TrialConfig],

@@ -59,7 +59,7 @@ def prepare(
     problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
     if problems:
         raise InvalidInput(source, problems)
-    return Trainer(workload, space.example(), device=chosen, rows=rows)
+    return Trainer(workload, space.example(), device=chosen, rows=rows, processes=torch.get_num_threads())
 
 
 def _placed(workload: Workload, device: torch.device) -> Workload:

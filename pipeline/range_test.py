@@ -7,7 +7,6 @@ bounds reach from where training breaks two decades down.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import random
@@ -84,8 +83,7 @@ def range_test(space: SearchSpace, optimizer: str, trainer: Trainer, *, steps: i
         trainer: Of the space's workload.
         steps: Optimizer updates of a run, at least: whole passes over a random part of the data, or over all of it.
     """
-    trainer = copy.copy(trainer)
-    trainer.workload = _shortened(trainer.workload, steps * space.batch_size, seed=space.seed)
+    trainer = trainer.on(_shortened(trainer.workload, steps * space.batch_size, seed=space.seed))
     epochs = math.ceil(steps * space.batch_size / len(trainer.workload.train))
     space = dataclasses.replace(space, optimizers={optimizer: space.optimizers[optimizer]})
     draws = DRAWS if trainer.fuses(space.example()) else 1

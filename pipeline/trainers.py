@@ -1,17 +1,18 @@
 """Which trainer trains which trial: rows of a matrix where that is possible, plain where it is not.
 
-How many rows share a matrix, and how many matrices train at once, changes no result, so it is chosen by measurement.
-On a CPU each matrix, or plain trial, trains with one thread, and several of them in as many threads as PyTorch would
-use: a sum whose parts are split between threads depends on how it is split, and small models wait for each other more
-than they compute.
+How many rows share a matrix, and how many matrices train at once, changes no result. On a CPU each matrix, or plain
+trial, trains with one thread, since a sum whose parts are split between threads depends on how it is split. Several of
+them train in as many processes, each with as many rows as the others: see `pipeline.worker`.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
+import functools
 import itertools
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,21 +21,20 @@ import torch
 from pipeline.arithmetic import arithmetic
 from pipeline.config import TrialConfig
 from pipeline.data import is_streamed, place
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, WorkerEnded
 from pipeline.fused import FusedTrials, has_rule
 from pipeline.memory import free_memory
 from pipeline.plain import PlainTrials
 from pipeline.probe import probe
 from pipeline.stepwise import AtOnce, train_epoch_together, trouble_of_its_own
 from pipeline.trainer import EpochMetrics
+from pipeline.worker import RemoteTrials, Worker, can_fork
 from pipeline.workloads.workload import Workload
 
-Part = FusedTrials | PlainTrials
-"""What one thread trains."""
+Part = FusedTrials | PlainTrials | RemoteTrials
+"""Rows of one matrix, or one plain trial, here or in a worker."""
 MEMORY_SHARE = 0.5
 """Of a CPU's free memory, what the rows of all matrices may take."""
-ROUNDS = 5
-"""How often a step is timed to choose the number of matrices; the least counts."""
 
 
 class Trainer:
@@ -46,6 +46,7 @@ class Trainer:
         device: Where to train.
         dtype: Of parameters and floating-point data.
         rows: At most this many trials in a matrix; None: as many as train fastest.
+        processes: On a CPU, in how many processes to train, this one included.
     """
 
     def __init__(
@@ -56,11 +57,9 @@ class Trainer:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         rows: int | None = None,
+        processes: int = 1,
     ) -> None:
         self.rows = rows
-        self._matrices = 1
-        self._measured = 1
-        """Rows with which the number of matrices was chosen: a larger group is measured again."""
         self.workload = place(workload, device=device, dtype=dtype)
         self.device = device
         self._dtype = dtype
@@ -71,13 +70,16 @@ class Trainer:
         """Why no trial of the workload can be a row; None if they can."""
         self._seeded = finding.draws_random_numbers
         self._row_multiple = finding.row_multiple
+        self._processes = processes if device.type == "cpu" and can_fork() else 1
+        self._workers: list[Worker] = []
         # Random numbers come from a state that all threads of the process share.
         alone = device.type != "cpu" or self._seeded
         self._threads = 1 if alone else torch.get_num_threads()
         self._room: int | None = None
-        """Rows that fit beside those of the other threads; None: until memory runs out."""
+        """Rows that fit beside those that train at the same time; None: until memory runs out."""
         if device.type == "cpu":  # which has no error for it: the process would be killed
-            self._room = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / self._threads))
+            at_once = max(self._threads, self._processes)
+            self._room = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / at_once))
 
     def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which all trials train: a search has one precision."""
@@ -87,96 +89,121 @@ class Trainer:
         """Say whether a trial trains as a row."""
         return self.plain_because is None and has_rule(config.optimizer.name)
 
+    def on(self, workload: Workload) -> Trainer:
+        """Return a trainer like this one for other samples of the same data."""
+        other = copy.copy(self)
+        other.workload, other._workers = workload, []
+        return other
+
     def build(self, configs: Mapping[int, TrialConfig]) -> TrialParts:
         """Build the trainers of a group of trials."""
+        self._start_workers(len(configs))
+        return TrialParts(self, [part for lane, some in self.plan(configs) for part in self._build(some, lane)])
+
+    def plan(self, configs: Mapping[int, TrialConfig]) -> list[tuple[int, dict[int, TrialConfig]]]:
+        """Divide trials into parts, and these equally among lanes: 0 is this process, the others are workers."""
         fused = {number: config for number, config in configs.items() if self.fuses(config)}
-        if self.rows is None and len(fused) > self._measured:
-            self._matrices, self._measured = self._fastest(dict(list(fused.items())[: self._room])), len(fused)
         single = [{number: config} for number, config in configs.items() if number not in fused]
-        return TrialParts(self, [part for some in (*self.spread(fused), *single) for part in self._build(some)])
+        loads = [0] * (1 + len(self._living()))
+        planned = []
+        for part in (*self._spread(fused, len(loads)), *single):
+            lane = loads.index(min(loads))
+            loads[lane] += len(part)
+            planned.append((lane, part))
+        return planned
 
-    def spread(self, configs: Mapping[int, TrialConfig]) -> list[dict[int, TrialConfig]]:
+    def lane(self, part: Part) -> int:
+        """Return where a part trains."""
+        living = self._living()
+        return 1 + living.index(part.worker) if isinstance(part, RemoteTrials) and part.worker in living else 0
+
+    def build_part(self, configs: Mapping[int, TrialConfig], lane: int = 0) -> Part:
+        """Build the trainer of rows of one matrix, or of one plain trial, in a lane."""
+        if lane:
+            return self._living()[lane - 1].build(configs, fused=all(map(self.fuses, configs.values())))
+        return self._build_here(configs)
+
+    def train(self, parts: Sequence[Part], *, epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
+        """Train each part, at once where that is possible; return each trial's last metrics, or what was raised."""
+        if is_streamed(self.workload) and len(parts) > 1:
+            return self._train_streamed(parts, epochs)
+        lanes: dict[int, list[Part]] = {}
+        for own, part in enumerate(parts):
+            lanes.setdefault(self.lane(part) if self._living() else own, []).append(part)
+        queues = [lanes[lane] for lane in sorted(lanes)]
+        with self._threads_for(len(queues)) as at_once:
+            found = at_once(lambda queue: [(id(part), _attempt(part, epochs)) for part in queue], queues)
+        outcomes = {part: outcome for queue in found for part, outcome in queue}
+        return [outcomes[id(part)] for part in parts]
+
+    def again(self, configs: Mapping[int, TrialConfig], error: Exception) -> list[Part]:
+        """Build the trials of a part that failed anew: as two, unless its worker ended.
+
+        If it was too large, none is larger from now on.
+        """
+        if isinstance(error, WorkerEnded):
+            return self._build(configs, 0)
+        size = -(-len(configs) // 2)
+        if isinstance(error, torch.OutOfMemoryError):
+            self.rows = min(self.rows or size, size)
+        return [part for half in _split(configs, size) for part in self._build(half, 0)]
+
+    def _start_workers(self, trials: int) -> None:
+        """Start as many workers as so many trials need."""
+        self._workers = self._living()
+        while len(self._workers) < min(self._processes, trials) - 1 and not is_streamed(self.workload):
+            with self.arithmetic():  # in which a worker stays
+                self._workers.append(Worker(self._build_here))
+
+    def _living(self) -> list[Worker]:
+        return [worker for worker in self._workers if not worker.ended]
+
+    def _spread(self, configs: Mapping[int, TrialConfig], lanes: int) -> Iterator[dict[int, TrialConfig]]:
         """Spread trials that train as rows over matrices, as equally as can be."""
-        parts = []
         for alike in _alike(configs):
-            size = -(-len(alike) // (self._matrices))
-            parts += list(_split(alike, min(size, self.rows or size, self._room or size)))
-        return parts
+            size = -(-len(alike) // lanes)
+            yield from _split(alike, min(size, self.rows or size, self._room or size))
 
-    def build_part(self, configs: Mapping[int, TrialConfig]) -> Part:
-        """Build the trainer of trials that train in one thread: rows of one matrix, or one plain trial."""
+    def _build(self, configs: Mapping[int, TrialConfig], lane: int) -> list[Part]:
+        """Build the trainers of trials in as few parts as fit into memory."""
+        try:
+            return [self.build_part(configs, lane)]
+        except torch.OutOfMemoryError:
+            if len(configs) == 1:
+                raise PipelineError(f"{self.device}: no memory is left for even one trial") from None
+            torch.cuda.empty_cache()
+            return [part for half in _split(configs, -(-len(configs) // 2)) for part in self._build(half, lane)]
+
+    def _build_here(self, configs: Mapping[int, TrialConfig]) -> FusedTrials | PlainTrials:
         place: dict[str, Any] = {"device": self.device, "dtype": self._dtype, "seeded": self._seeded}
         if all(self.fuses(config) for config in configs.values()):
             return FusedTrials(configs, self.workload, **place, row_multiple=self._row_multiple)
         return PlainTrials(configs, self.workload, **place)
 
-    def _build(self, configs: Mapping[int, TrialConfig]) -> list[Part]:
-        """Build the trainers of trials in as few parts as fit into memory."""
-        try:
-            return [self.build_part(configs)]
-        except torch.OutOfMemoryError:
-            if len(configs) == 1:
-                raise PipelineError(f"{self.device}: no memory is left for even one trial") from None
-            torch.cuda.empty_cache()
-            return [part for half in _split(configs, -(-len(configs) // 2)) for part in self._build(half)]
-
-    def train(self, parts: Sequence[Part], *, epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
-        """Train each part, at once where that is possible; return each trial's last metrics, or what was raised."""
-        with self._threads_for(parts) as at_once:
-            if not is_streamed(self.workload) or len(parts) < 2:
-                return at_once(lambda part: _attempt(part, epochs), parts)
-            outcomes: list[Any] = [{} for _ in parts]
+    def _train_streamed(self, parts: Sequence[Part], epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
+        """Train parts on batches that are read once."""
+        here = [part for part in parts if not isinstance(part, RemoteTrials)]
+        assert len(here) == len(parts)
+        outcomes: list[Any] = [{} for _ in here]
+        with self._threads_for(len(here)) as at_once:
             for _ in range(epochs):
-                going = [n for n, part in enumerate(parts) if part.configs and isinstance(outcomes[n], dict)]
+                going = [n for n, part in enumerate(here) if part.configs and isinstance(outcomes[n], dict)]
                 if not going:
                     break
-                for n, now in zip(going, train_epoch_together([parts[n] for n in going], at_once), strict=True):
+                for n, now in zip(going, train_epoch_together([here[n] for n in going], at_once), strict=True):
                     outcomes[n] = {**outcomes[n], **now} if isinstance(now, dict) else now
-            return outcomes
-
-    def halve(self, configs: Mapping[int, TrialConfig], *, too_large: bool) -> list[Part]:
-        """Build the trials of a matrix that failed as two; if it was too large, none is larger from now on."""
-        size = -(-len(configs) // 2)
-        if too_large:
-            self.rows = min(self.rows or size, size)
-        return [part for half in _split(configs, size) for part in self._build(half)]
-
-    def _fastest(self, configs: Mapping[int, TrialConfig]) -> int:
-        """Return how many matrices at once train the rows fastest, from the time of a step of all rows and of half.
-
-        A step takes a + b · rows: `a` is Python's work, for which threads wait for each other, `b` is arithmetic. One
-        matrix alone is timed, since whatever else runs at this moment would decide between threads.
-        """
-        rows, half = len(configs), -(-len(configs) // 2)
-        if self._threads == 1 or rows == half:
-            return 1
-        whole, part = self.build_part(configs), self.build_part(next(_split(configs, half)))
-        try:
-            times = [(self._time_step(whole), self._time_step(part)) for _ in range(1 + ROUNDS)]
-        except Exception:  # training will meet it too, and say so for each trial
-            return 1
-        slow, fast = (min(seconds) for seconds in zip(*times[1:], strict=True))
-        arithmetic = max(slow - fast, 0.0) / (rows - half)
-        work = max(slow - arithmetic * rows, 0.0)
-        return min(range(1, min(self._threads, rows) + 1), key=lambda n: n * work + arithmetic * rows / n)
-
-    def _time_step(self, part: Part) -> float:
-        """Return the seconds of a step of one matrix."""
-        assert isinstance(part, FusedTrials)
-        with self.arithmetic():
-            start = time.perf_counter()
-            part.time_step()
-            return time.perf_counter() - start
+        return outcomes
 
     @contextlib.contextmanager
-    def _threads_for(self, parts: Sequence[Part]) -> Iterator[AtOnce]:
-        """Give a `map` that calls in as many threads as there are for parts, each of which computes alone."""
+    def _threads_for(self, count: int) -> Iterator[AtOnce]:
+        """Give a `map` that makes so many calls at once: to workers, or in as many threads as train here."""
+        threads = count if self._living() else min(count, self._threads)
         with self.arithmetic():
-            if self._threads == 1 or len(parts) == 1:
-                yield lambda function, parts: [function(part) for part in parts]
+            if threads <= 1:
+                yield lambda function, queues: [function(queue) for queue in queues]
                 return
-            with ThreadPoolExecutor(self._threads) as pool:
-                yield lambda function, parts: list(pool.map(function, parts))
+            with ThreadPoolExecutor(threads) as pool:
+                yield functools.partial(_map, pool)
 
 
 class TrialParts:
@@ -191,7 +218,8 @@ class TrialParts:
         """Train every trial for one epoch.
 
         A matrix that runs out of memory or raises is halved, again and again, so that one trial's trouble is its own.
-        Its halves begin anew and train as far as it had come: then they are what it was.
+        Its halves begin anew and train as far as it had come: then they are what it was. So does what a worker had
+        that was killed.
         """
         self._rebalance()
         waiting, self.parts = self.parts, []
@@ -199,9 +227,7 @@ class TrialParts:
         while broken:
             del waiting  # its memory is needed
             torch.cuda.empty_cache()
-            waiting = [
-                half for configs, too_large in broken for half in self._trainer.halve(configs, too_large=too_large)
-            ]
+            waiting = [part for configs, error in broken for part in self._trainer.again(configs, error)]
             more, broken = self._train(waiting, epochs=self._epochs + 1)
             results |= more
         self._epochs += 1
@@ -214,7 +240,7 @@ class TrialParts:
 
     def describe(self) -> str:
         """Return how trials are spread: `rows 4 + 4, plain 1`."""
-        rows = [str(len(part.configs)) for part in self.parts if isinstance(part, FusedTrials)]
+        rows = [str(len(part.configs)) for part in self.parts if part.fused]
         plain = len(self.parts) - len(rows)
         words = [f"rows {' + '.join(rows)}" if rows else "", f"plain {plain}" if plain else ""]
         return ", ".join(word for word in words if word)
@@ -241,32 +267,43 @@ class TrialParts:
         self.parts = [part for part in self.parts if part.configs]
 
     def _rebalance(self) -> None:
-        """Spread the rows that are left equally over matrices again; rows do not notice."""
-        matrices = [part for part in self.parts if isinstance(part, FusedTrials)]
-        wanted = self._trainer.spread({n: config for part in matrices for n, config in part.configs.items()})
-        if sorted(len(part.configs) for part in matrices) == sorted(len(configs) for configs in wanted):
+        """Spread what is left equally over matrices and lanes again; trials do not notice."""
+        wanted = self._trainer.plan({n: config for part in self.parts for n, config in part.configs.items()})
+        placed = [(self._trainer.lane(part), dict(part.configs)) for part in self.parts]
+        if self._shape(placed) == self._shape(wanted):
             return
+        moving = [part for part, its in zip(self.parts, placed, strict=True) if its not in wanted]
         try:
-            states = {number: state for part in matrices for number, state in part.state_dict().items()}
-            spread = [self._trainer.build_part(configs) for configs in wanted]
+            states = {number: state for part in moving for number, state in part.state_dict().items()}
+            built = [
+                self._trainer.build_part(configs, lane) for lane, configs in wanted if (lane, configs) not in placed
+            ]
         except torch.OutOfMemoryError:  # while both are in memory; as they are, the matrices fit
             return
-        for part in spread:
+        for part in built:
             part.load_state_dict({str(number): states[str(number)] for number in part.configs})
-        self.parts = [*spread, *(part for part in self.parts if part not in matrices)]
+        self.parts = [*built, *(part for part in self.parts if part not in moving)]
+
+    def _shape(self, placed: Sequence[tuple[int, Mapping[int, TrialConfig]]]) -> tuple[list[int], int]:
+        """Return what makes one placing as good as another: the sizes of matrices, and trials in the fullest lane."""
+        loads = collections.Counter[int]()
+        for lane, configs in placed:
+            loads[lane] += len(configs)
+        sizes = sorted(len(its) for _, its in placed if all(map(self._trainer.fuses, its.values())))
+        return sizes, max(loads.values(), default=0)
 
     def _train(
         self, parts: Sequence[Part], *, epochs: int
-    ) -> tuple[dict[int, EpochMetrics], list[tuple[Mapping[int, TrialConfig], bool]]]:
-        """Train parts, keep those that have trials left; return the matrices that failed, and whether for memory."""
+    ) -> tuple[dict[int, EpochMetrics], list[tuple[Mapping[int, TrialConfig], Exception]]]:
+        """Train parts, keep those that have trials left; return what is to be built anew, and what it raised."""
         results: dict[int, EpochMetrics] = {}
-        broken: list[tuple[Mapping[int, TrialConfig], bool]] = []
+        broken: list[tuple[Mapping[int, TrialConfig], Exception]] = []
         for part, outcome in zip(parts, self._trainer.train(parts, epochs=epochs), strict=True):
             if isinstance(outcome, dict):
                 results |= outcome
                 self.parts += [part] if part.configs else []
-            elif _can_halve(part):
-                broken.append((part.configs, isinstance(outcome, torch.OutOfMemoryError)))
+            elif isinstance(outcome, WorkerEnded) or (part.fused and len(part.configs) > 1):
+                broken.append((part.configs, outcome))
             else:
                 failed = f"{type(outcome).__name__}: {outcome}"
                 lost = EpochMetrics(epoch=self._epochs, step=0, metrics={}, lr={}, failed=failed)
@@ -275,10 +312,6 @@ class TrialParts:
 
     def _part(self, number: int) -> Part:
         return next(part for part in self.parts if number in part.configs)
-
-
-def _can_halve(part: Part) -> bool:
-    return isinstance(part, FusedTrials) and len(part.configs) > 1
 
 
 def _alike(configs: Mapping[int, TrialConfig]) -> Iterator[dict[int, TrialConfig]]:
@@ -299,11 +332,19 @@ def _split(configs: Mapping[int, TrialConfig], size: int) -> Iterator[dict[int, 
         yield dict(items[index * len(items) // count : (index + 1) * len(items) // count])
 
 
+def _map(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Call a function on all items at once, on the first in this thread: a new one has none of oneDNN's kernels yet."""
+    others = [pool.submit(function, item) for item in items[1:]]
+    return [function(items[0]), *(other.result() for other in others)]
+
+
 def _attempt(part: Part, epochs: int) -> dict[int, EpochMetrics] | Exception:
     results: dict[int, EpochMetrics] = {}
     try:
         for _ in range(epochs):
             results |= part.train_epoch()
         return results
+    except WorkerEnded as error:
+        return error
     except Exception as error:
         return trouble_of_its_own(error)

@@ -29,6 +29,7 @@ WITH_TORCH = (
     "matrix_optimizer",
     "probe",
     "trainers",
+    "worker",
     "workloads*",
 )
 TRAINING = ("config", "strategy", "param_groups", "trainer", *WITH_TORCH)
