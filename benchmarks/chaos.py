@@ -1,6 +1,7 @@
 """Kills a search again and again at random moments, and checks that nothing was lost.
 
-Each time the same command goes on. A kill is SIGKILL to the search's process, to MLflow's, or to both. What optuna.db
+Each time the same command goes on. A kill is SIGKILL to the search's process, to MLflow's, to one that trains trials
+beside it, or to all of them. What optuna.db
 and the checkpoints hold before a kill and after a death counts as acknowledged, and is noted outside the search's
 folder. When a search is done it must be the one that was never killed: each trial once, with equal values, nothing
 running, and MLflow's histories whole and without a step twice. Then the next one begins, until all kills are spent.
@@ -48,7 +49,7 @@ param_groups:
 sampler: {{name: tpe, n_startup_trials: 4}}
 pruner: {{name: successive_halving, min_resource: 3}}
 """
-VICTIMS = ("search", "mlflow", "both")
+VICTIMS = ("search", "mlflow", "worker", "all")
 
 
 @dataclass
@@ -156,16 +157,16 @@ def attack(one: Round, random_: random.Random, *, training: float) -> bool:
         one.acknowledge()
         if kill(process, victim):
             one.kills[victim] += 1
-        if victim != "mlflow":
+        if victim in ("search", "all"):
             break
     one.end(process)
     return process.returncode != 0
 
 
 def kill(process: subprocess.Popen[str], victim: str) -> bool:
-    """Kill a search's process, its child, or both; return whether there was one to kill."""
-    victims = children(process.pid) if victim != "search" else []
-    if victim != "mlflow" and process.poll() is None:
+    """Kill a search's process, one of its children, or all; return whether there was one to kill."""
+    victims = [pid for pid, kind in children(process.pid) if victim in (kind, "all")]
+    if victim in ("search", "all") and process.poll() is None:
         victims.append(process.pid)
     for pid in victims:
         with contextlib.suppress(ProcessLookupError):
@@ -173,10 +174,11 @@ def kill(process: subprocess.Popen[str], victim: str) -> bool:
     return bool(victims)
 
 
-def children(pid: int) -> list[int]:
-    """Return the processes that a process has started."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in listed.stdout.split()]
+def children(pid: int) -> list[tuple[int, str]]:
+    """Return the processes that a process has started, and what they are for: a fork has its owner's command line."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    rows = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+    return [(int(pid), "mlflow" if "pipeline.background" in args else "worker") for pid, args in rows]
 
 
 def finish(one: Round) -> None:

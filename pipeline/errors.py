@@ -5,8 +5,7 @@
     ├── StudyBusy            another process drives the study, exit status 1
     ├── StorageError         a store cannot be read or written, exit status 1
     ├── DataError            a data set raised in mid-run, exit status 1
-    ├── DeviceError          the device failed, and with it all that trains there, exit status 1
-    └── WorkerEnded          a process that trains trials was ended by something else, exit status 1
+    └── DeviceError          the device failed, and with it all that trains there, exit status 1
 
 Anything else that is raised is a fault of the program and keeps its traceback.
 """
@@ -65,10 +64,6 @@ class DataError(PipelineError):
 
 class DeviceError(PipelineError):
     """The device failed, and with it all that trains there."""
-
-
-class WorkerEnded(PipelineError):
-    """A process that trains trials was ended by something else."""
 
 
 @contextlib.contextmanager

@@ -126,12 +126,13 @@ class Study:
 
 
 def group_size(trials: int) -> int:
-    """Return how many trials of a search are proposed at a time: 8 of 50.
+    """Return how many trials of a search are proposed at a time: 13 of 50, a quarter, so that there are four rounds.
 
-    At least six rounds of feedback: 8 at a time of 48 cost nothing against one at a time, 16 a little, and all at
-    once half of what the sampler gains.
+    A larger group trains faster, since its last trials have more company, and its sampler knows less: on the digits 13
+    at a time found a loss 5 % higher than 8 at a time did in as many trials, in two thirds of the time
+    (benchmarks/NOTES.md).
     """
-    return max(1, min(64, trials // 6))
+    return min(64, -(-trials // 4))
 
 
 @contextlib.contextmanager

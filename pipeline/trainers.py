@@ -14,25 +14,26 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pipeline.arithmetic import arithmetic
 from pipeline.config import TrialConfig
 from pipeline.data import is_streamed, place
-from pipeline.errors import PipelineError, WorkerEnded
+from pipeline.errors import PipelineError
 from pipeline.fused import FusedTrials, has_rule
 from pipeline.memory import free_memory
 from pipeline.plain import PlainTrials
 from pipeline.probe import probe
 from pipeline.stepwise import AtOnce, train_epoch_together, trouble_of_its_own
 from pipeline.trainer import EpochMetrics
-from pipeline.worker import RemoteTrials, Worker, can_fork
+from pipeline.worker import RemoteTrials, Worker, WorkerEnded, can_fork
 from pipeline.workloads.workload import Workload
 
 Part = FusedTrials | PlainTrials | RemoteTrials
 """Rows of one matrix, or one plain trial, here or in a worker."""
+Answer = TypeVar("Answer")
 MEMORY_SHARE = 0.5
 """Of a CPU's free memory, what the rows of all matrices may take."""
 
@@ -119,8 +120,10 @@ class Trainer:
 
     def build_part(self, configs: Mapping[int, TrialConfig], lane: int = 0) -> Part:
         """Build the trainer of rows of one matrix, or of one plain trial, in a lane."""
-        if lane:
-            return self._living()[lane - 1].build(configs, fused=all(map(self.fuses, configs.values())))
+        living = self._living()
+        if 0 < lane <= len(living):
+            with contextlib.suppress(WorkerEnded):
+                return living[lane - 1].build(configs, fused=all(map(self.fuses, configs.values())))
         return self._build_here(configs)
 
     def train(self, parts: Sequence[Part], *, epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
@@ -221,21 +224,15 @@ class TrialParts:
         Its halves begin anew and train as far as it had come: then they are what it was. So does what a worker had
         that was killed.
         """
-        self._rebalance()
+        self._ask(self._rebalance)
         waiting, self.parts = self.parts, []
-        results, broken = self._train(waiting, epochs=1)
-        while broken:
-            del waiting  # its memory is needed
-            torch.cuda.empty_cache()
-            waiting = [part for configs, error in broken for part in self._trainer.again(configs, error)]
-            more, broken = self._train(waiting, epochs=self._epochs + 1)
-            results |= more
+        results = self._train(waiting, epochs=1, again=self._epochs + 1)
         self._epochs += 1
         return dict(sorted(results.items()))
 
     def drop(self, number: int) -> None:
         """Stop training a trial."""
-        self._part(number).drop(number)
+        self._ask(lambda: self._part(number).drop(number))
         self.parts = [part for part in self.parts if part.configs]
 
     def describe(self) -> str:
@@ -248,23 +245,33 @@ class TrialParts:
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
         with self._trainer.arithmetic():
-            return {number: values for part in self.parts for number, values in part.test().items()}
+            return self._ask(lambda: {number: of for part in self.parts for number, of in part.test().items()})
 
     def model_state(self, number: int) -> dict[str, Any]:
         """Return a trial's parameters and buffers by name, on the CPU."""
-        return self._part(number).model_state(number)
+        return self._ask(lambda: self._part(number).model_state(number))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every trial; how trials were spread over matrices is no part of it."""
-        trials = {number: state for part in self.parts for number, state in part.state_dict().items()}
+        trials = self._ask(lambda: {number: of for part in self.parts for number, of in part.state_dict().items()})
         return {"epochs": self._epochs, "trials": trials}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; trials that it does not hold were dropped."""
+        self._ask(lambda: [part.load_state_dict(state["trials"]) for part in self.parts])
         self._epochs = state["epochs"]
-        for part in self.parts:
-            part.load_state_dict(state["trials"])
         self.parts = [part for part in self.parts if part.configs]
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        """Return an answer; where a worker has ended, what it had is trained anew, and the question asked again."""
+        while True:
+            try:
+                return question()
+            except WorkerEnded:
+                lost = [part for part in self.parts if isinstance(part, RemoteTrials) and part.worker.ended]
+                self.parts = [part for part in self.parts if part not in lost]
+                anew = [new for part in lost for new in self._trainer.again(part.configs, WorkerEnded())]
+                self._train(anew, epochs=self._epochs, again=self._epochs)
 
     def _rebalance(self) -> None:
         """Spread what is left equally over matrices and lanes again; trials do not notice."""
@@ -292,23 +299,31 @@ class TrialParts:
         sizes = sorted(len(its) for _, its in placed if all(map(self._trainer.fuses, its.values())))
         return sizes, max(loads.values(), default=0)
 
-    def _train(
-        self, parts: Sequence[Part], *, epochs: int
-    ) -> tuple[dict[int, EpochMetrics], list[tuple[Mapping[int, TrialConfig], Exception]]]:
-        """Train parts, keep those that have trials left; return what is to be built anew, and what it raised."""
+    def _train(self, parts: list[Part], *, epochs: int, again: int) -> dict[int, EpochMetrics]:
+        """Train parts, and keep those that have trials left; what has to be built anew trains for `again` epochs.
+
+        The list is emptied, since the memory of what failed is needed.
+        """
         results: dict[int, EpochMetrics] = {}
-        broken: list[tuple[Mapping[int, TrialConfig], Exception]] = []
-        for part, outcome in zip(parts, self._trainer.train(parts, epochs=epochs), strict=True):
-            if isinstance(outcome, dict):
-                results |= outcome
-                self.parts += [part] if part.configs else []
-            elif isinstance(outcome, WorkerEnded) or (part.fused and len(part.configs) > 1):
-                broken.append((part.configs, outcome))
-            else:
-                failed = f"{type(outcome).__name__}: {outcome}"
-                lost = EpochMetrics(epoch=self._epochs, step=0, metrics={}, lr={}, failed=failed)
-                results |= dict.fromkeys(part.configs, lost)
-        return results, broken
+        while parts:
+            broken: list[tuple[Mapping[int, TrialConfig], Exception]] = []
+            for part, outcome in zip(parts, self._trainer.train(parts, epochs=epochs), strict=True):
+                if isinstance(outcome, dict):
+                    results |= outcome
+                    self.parts += [part] if part.configs else []
+                elif isinstance(outcome, WorkerEnded) or (part.fused and len(part.configs) > 1):
+                    broken.append((part.configs, outcome))
+                else:
+                    failed = f"{type(outcome).__name__}: {outcome}"
+                    lost = EpochMetrics(epoch=self._epochs, step=0, metrics={}, lr={}, failed=failed)
+                    results |= dict.fromkeys(part.configs, lost)
+            parts.clear()
+            if broken:
+                del part
+                torch.cuda.empty_cache()
+                epochs = again
+                parts = [new for configs, error in broken for new in self._trainer.again(configs, error)]
+        return results
 
     def _part(self, number: int) -> Part:
         return next(part for part in self.parts if number in part.configs)

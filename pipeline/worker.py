@@ -27,11 +27,14 @@ from typing import Any, NoReturn
 import torch
 
 from pipeline.config import TrialConfig
-from pipeline.errors import WorkerEnded
 from pipeline.trainer import EpochMetrics
 
 Build = Callable[[Mapping[int, TrialConfig]], Any]
 """Builds a trainer of trials."""
+
+
+class WorkerEnded(Exception):
+    """A worker was ended by something else; what it had is lost."""
 
 
 def can_fork() -> bool:

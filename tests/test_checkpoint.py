@@ -243,7 +243,7 @@ def trainer() -> Trainer:
 
 
 def begin(store: Store, **changes: Any) -> Study:
-    return store.create(space_from_document({**DOCUMENT, **changes}, name="tiny"), name="mine", trials=4 * 6)
+    return store.create(space_from_document({**DOCUMENT, **changes}, name="tiny"), name="mine", trials=4 * 4)
 
 
 def search(

@@ -118,7 +118,7 @@ def test_a_search_leaves_its_record_and_says_where(found: Found) -> None:
     for name in ("mlflow.db", "mlruns/optuna.db", "mlruns/studies/small-1/best.yaml"):
         assert (found.root / name).is_file()
     first, *_ = found.printed.splitlines()
-    assert first == "digits · mlp · 3 epochs · cpu, 2 trials at once   study small-1, seed 0"
+    assert first == "digits · mlp · 3 epochs · cpu, 3 trials at once   study small-1, seed 0"
     assert f"{TRIALS}/{TRIALS}   best " in found.printed
     assert (
         f"best config   {found.best_yaml}   train it again: python -m pipeline.train {found.best_yaml}" in found.printed
@@ -336,9 +336,9 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     assert process.returncode == status
     assert errors == ""
     assert headline.endswith("study small-1, seed 0\n")
-    assert first_group.startswith(f"2/{TRIALS}   ")
+    assert first_group.startswith(f"3/{TRIALS}   ")
     kept = Store(root).open("small-1").ended
-    assert 2 <= len(kept) < TRIALS
+    assert 3 <= len(kept) < TRIALS
     assert outcomes(kept) == outcomes(found.study.ended[: len(kept)])
 
     go_on = f"--study small-1 --trials {TRIALS} --root {root} --device cpu"

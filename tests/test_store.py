@@ -80,7 +80,7 @@ def test_headers_tell_what_a_study_is_without_its_trials(store: Store) -> None:
     create(store, space, name="first", trials=50, ended=2)
     create(store, space, name="second", trials=8)
     first, second = store.headers()
-    assert (first.name, first.space, first.trials, first.group_size, first.ended) == ("first", "small", 50, 8, 2)
+    assert (first.name, first.space, first.trials, first.group_size, first.ended) == ("first", "small", 50, 13, 2)
     assert (second.name, second.ended) == ("second", 0)
     assert first.document == space.document
 
@@ -90,7 +90,7 @@ def test_an_opened_study_has_the_space_that_it_was_made_with(store: Store) -> No
     create(store, space, name="first", trials=50)
     study = store.open("first")
     assert study.space == space
-    assert study.group_size == 8
+    assert study.group_size == 13
 
 
 def test_the_newest_study_opens_by_default(store: Store) -> None:
@@ -101,9 +101,9 @@ def test_the_newest_study_opens_by_default(store: Store) -> None:
 
 def test_opening_with_another_number_of_trials_notes_it(store: Store) -> None:
     create(store, space_with(), name="first", trials=12)
-    assert store.open("first", trials=100).group_size == 2
+    assert store.open("first", trials=100).group_size == 3
     (header,) = store.headers()
-    assert (header.trials, header.group_size) == (100, 2)
+    assert (header.trials, header.group_size) == (100, 3)
 
 
 def test_choose_goes_on_with_the_newest_unfinished_study_of_the_same_search(store: Store) -> None:

@@ -197,9 +197,9 @@ def stored(store: Store, study: Study) -> optuna.Study:
 
 
 @pytest.mark.parametrize(
-    ("trials", "size"), [(1, 1), (6, 1), (11, 1), (12, 2), (50, 8), (100, 16), (384, 64), (10_000, 64)]
+    ("trials", "size"), [(1, 1), (4, 1), (5, 2), (8, 2), (12, 3), (50, 13), (100, 25), (256, 64), (10_000, 64)]
 )
-def test_group_size_is_a_sixth_of_the_trials_but_at_most_64(trials: int, size: int) -> None:
+def test_group_size_is_a_quarter_of_the_trials_but_at_most_64(trials: int, size: int) -> None:
     assert group_size(trials) == size
 
 
@@ -211,8 +211,8 @@ def test_an_interrupted_study_goes_on_as_if_it_never_was(store: Store, sampler: 
     interrupted = new_study(store, space, trials=18)
     search(interrupted, 18, stop_at=8)
     reopened = Store(store.root).open(interrupted.name)
-    assert reopened.group_size == 3
-    assert len(reopened.ended) == 8  # two of the group 6, 7, 8
+    assert reopened.group_size == 5
+    assert len(reopened.ended) == 8  # three of the group of 5 to 9
     search(reopened, 18)
     assert outcomes(reopened) == outcomes(whole)
     assert outcomes(Store(store.root).open(interrupted.name)) == outcomes(whole)
@@ -223,7 +223,7 @@ def test_a_study_interrupted_again_and_again_is_the_same_study(store: Store) -> 
     space = space_with()
     whole, pieces = (new_study(store, space, trials=12) for _ in range(2))
     search(whole, 12)
-    for ended in (1, 5, 6, 11, 12):  # groups of 2
+    for ended in (1, 5, 6, 11, 12):  # groups of 3
         search(store.open(pieces.name), 12, stop_at=ended)
     assert outcomes(store.open(pieces.name)) == outcomes(whole)
 
@@ -251,14 +251,14 @@ def test_tpe_learns_from_ended_trials(store: Store) -> None:
 @pytest.mark.parametrize("sampler", ["tpe", "qmc"])
 def test_raising_the_number_of_trials_goes_on(store: Store, sampler: str) -> None:
     space = space_with_sampler(sampler)
-    study = new_study(store, space, trials=13)  # groups of 2; the last is cut to one
+    study = new_study(store, space, trials=13)  # groups of 4; the last is cut to one
     search(study, 13)
     assert study.next_group(13) == {}
     raised = store.open(study.name, trials=16)
-    assert list(raised.next_group(16)) == [13]  # the other half of its group
+    assert list(raised.next_group(16)) == [13, 14, 15]  # the others of its group
     search(raised, 16)
-    longer = store.create(space, name=f"{study.name}-longer", trials=17)
-    assert longer.group_size == raised.group_size == 2
+    longer = store.create(space, name=f"{study.name}-longer", trials=16)
+    assert longer.group_size == raised.group_size == 4
     search(longer, 16)
     assert outcomes(raised) == outcomes(longer)
     assert next(header.trials for header in store.headers() if header.name == study.name) == 16
@@ -312,7 +312,7 @@ def test_what_is_enqueued_comes_first_and_the_rest_of_it_is_sampled(store: Store
         {"optimizer": {"adamw": {"base_lr": 0.003}}, "scheduler": {"step": {"step_size": 3, "gamma": 0.5}}},
     ]
     study = new_study(store, space_with_sampler(sampler, enqueue=enqueue), trials=18)
-    (first, _), (second, _), (third, _) = study.next_group(18).values()
+    (first, _), (second, _), (third, _), *_ = study.next_group(18).values()
     assert first.hyperparameters() | {"base_lr": 0.25, "momentum": 0.9, "lr_ratio.head": 2.0} == first.hyperparameters()
     assert second.hyperparameters() | {"base_lr": 0.003, "step_size": 3, "gamma": 0.5} == second.hyperparameters()
     assert [first.optimizer.name, second.optimizer.name] == ["sgd", "adamw"]

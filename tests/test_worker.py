@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from tiny import TinyModel, tiny_config, tiny_workload
 
 from pipeline import strategy as s
 from pipeline.config import TrialConfig
-from pipeline.errors import WorkerEnded
 from pipeline.trainer import EpochMetrics
 from pipeline.trainers import Trainer, TrialParts
-from pipeline.worker import RemoteTrials, Worker, can_fork
+from pipeline.worker import RemoteTrials, Worker, WorkerEnded, can_fork
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux, and not beside CUDA")
 CPU = torch.device("cpu")
@@ -119,11 +118,46 @@ def kill(group: TrialParts) -> None:
         os.kill(worker.pid, signal.SIGKILL)
 
 
-def test_asking_a_process_that_was_killed_says_so() -> None:
-    group = trainer(processes=2).build(various())
+ASKED: dict[str, Callable[[TrialParts], Any]] = {
+    "drop": lambda group: [group.drop(number) for number in (0, 14)],  # type: ignore[func-returns-value]
+    "test": lambda group: group.test(),
+    "state_dict": lambda group: group.state_dict()["trials"].keys(),
+    "model_state": lambda group: sorted(group.model_state(0)) + sorted(group.model_state(14)),
+    "load_state_dict": lambda group: group.load_state_dict(copy.deepcopy(alone(epochs=2).state_dict())),
+}
+"""What may be the first thing asked of a process that was killed."""
+
+
+def alone(*, epochs: int) -> TrialParts:
+    group = trainer(processes=1).build(various())
+    for _ in range(epochs):
+        group.train_epoch()
+    return group
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_whatever_a_process_is_asked_that_was_killed_another_answers(asked: str, epochs: int) -> None:
+    group, whole = trainer(processes=2).build(various()), alone(epochs=epochs)
+    for _ in range(epochs):
+        group.train_epoch()
     kill(group)
+    assert ASKED[asked](group) == ASKED[asked](whole)
+    assert group.train_epoch() == whole.train_epoch()
+
+
+def test_a_process_that_was_killed_before_it_had_anything_is_not_missed() -> None:
+    made = trainer(processes=2)
+    kill(made.build(various()))
+    group = made.build(various())
+    assert group.train_epoch() == alone(epochs=0).train_epoch()
+
+
+def test_a_worker_that_was_killed_says_so() -> None:
+    worker = Worker(Raises)
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(WorkerEnded, match=r"^a process that trained trials has ended, killed by signal 9$"):
-        group.state_dict()
+        worker.build({}, fused=False)
 
 
 class Unlucky(Exception):
