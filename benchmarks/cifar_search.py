@@ -88,7 +88,8 @@ def main() -> None:
     workload = build_workload(options)
     flops = epoch_flops(workload, configs[0], device)
     start = time.perf_counter()
-    trainer = Trainer(workload, configs[0], device=device, rows=options.rows)
+    processes = torch.get_num_threads()
+    trainer = Trainer(workload, configs[0], device=device, rows=options.rows, processes=processes)
     _wait(device)
     ready = time.perf_counter()
     how = f"plain, {trainer.plain_because}" if trainer.plain_because else "rows of matrices"

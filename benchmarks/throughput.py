@@ -6,7 +6,7 @@ evaluates the whole validation split after each epoch:
 - `loop`: what one writes from Optuna's PyTorch example. `TensorDataset`, `DataLoader(shuffle=True)`, one trial at a
   time, each batch copied to the device.
 - `plain`: the plain trainer, one trial.
-- `rows N`: N trials as `pipeline.trainers.Trainer` trains them, with as many matrices and threads as it chooses.
+- `rows N`: N trials as `pipeline.trainers.Trainer` trains them, on a CPU in as many processes as a search has.
 
 On a CPU the loop is measured with PyTorch's own number of threads and with one, and the faster of the two counts; not
 measured are several loops in as many processes, which is what a ratio on several cores has to be divided by for
@@ -247,7 +247,8 @@ def _measure_rows(
 ) -> dict[str, Any]:
     """Measure `count` trials at once in turns with the loop, and one trial with the plain trainer too."""
     trials = range(max(count, len(OPTIMIZERS)))
-    trainers = [Trainer(workload, configs[0], device=options.device) for _ in trials[::count]]
+    processes = torch.get_num_threads()
+    trainers = [Trainer(workload, configs[0], device=options.device, processes=processes) for _ in trials[::count]]
     groups = [
         trainer.build({number: configs[number] for number in trials[start : start + count]})
         for start, trainer in zip(trials[::count], trainers, strict=True)
@@ -261,7 +262,7 @@ def _measure_rows(
         note = f"are no rows of a matrix: {because}"
     return {
         "trials": count,
-        "rows": rows,
+        "as": groups[0].describe(),
         "rate": side.best,
         "loop": loop.best,
         "plain": plain.best or None,
@@ -380,8 +381,7 @@ def _print_model(model: str, figures: Mapping[str, Any], peaks: Mapping[str, flo
         line(f"loop, {threads}", rate, loop)
     line("plain", figures["plain"], loop)
     for row in table:
-        name = f"{row['trials']} trial{'s' if row['trials'] > 1 else ''}"
-        line(f"{name}, {row['rows']} in a matrix", row["rate"], row["loop"])
+        line(f"{row['trials']} trial{'s' if row['trials'] > 1 else ''}, {row['as']}", row["rate"], row["loop"])
     if not table:
         return
     best = max(table, key=lambda row: row["rate"] / row["loop"])
