@@ -3,8 +3,8 @@
 The search runs in a process of its own in which functions of the pipeline are wrapped with a stopwatch. Times are of
 the main thread and exclude each other: an import in the middle of a proposal counts as an import. Training is
 `TrialParts.train_epoch`, in all its processes, with whatever runs beside it, so while MLflow's process works too it is
-training that becomes slower; the CPU seconds below the table tell. Turns with the stopwatch alternate with turns without; the table is that
-of the median turn.
+training that becomes slower; the CPU seconds below the table tell. Turns with the stopwatch alternate with turns
+without; the table is that of the median turn.
 
 Not measured: what happens inside training (see `throughput.py`), and how any of it compares to a search written by
 hand (see `peer_search.py`).
@@ -193,9 +193,8 @@ def _print(turn: dict[str, Any], turns: Sequence[dict[str, Any]], bare: Sequence
     for name in CATEGORIES:
         print(f"{name:34}{seconds.get(name, 0.0):9.2f}{seconds.get(name, 0.0) / wall:8.1%}")
     print(f"{'whole command':34}{wall:9.2f}{1:8.1%}")
-    print(
-        f"\nCPU seconds: {turn['cpu']['RUSAGE_SELF']:.1f} the search, {turn['cpu']['RUSAGE_CHILDREN']:.1f} its workers and MLflow"
-    )
+    cpu = turn["cpu"]
+    print(f"\nCPU seconds: {cpu['RUSAGE_SELF']:.1f} the search, {cpu['RUSAGE_CHILDREN']:.1f} its workers and MLflow")
     print("whole command, seconds: " + " ".join(f"{t['wall_s']:.1f}" for t in turns), end="")
     print("; without stopwatch: " + " ".join(f"{s:.1f}" for s in sorted(bare)))
     parts = sorted(_training_part(turn) for turn in turns)

@@ -65,9 +65,15 @@ class Streamed:
         """Yield the inputs and targets of batches; see `Samples`."""
         with _signals_put_off():  # with which processes begin that read
             reader = iter(self._read(indices, seed))
-        while (batch := _next(reader)) is not None:
-            inputs, targets = batch
-            yield self._place(inputs), self._place(targets)
+        try:
+            while (batch := _next(reader)) is not None:
+                inputs, targets = batch
+                yield self._place(inputs), self._place(targets)
+        except DataError:
+            if self._loader is not None and self._loader.num_workers:
+                self._loader = None
+                cast(Any, reader)._shutdown_workers()  # which, once it is garbage, takes seconds for each
+            raise
 
     def take(self, chosen: Tensor) -> Streamed:
         """Return some of the samples; see `Samples`."""
