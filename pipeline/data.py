@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from pipeline.config import TrialConfig
 from pipeline.errors import DataError
+from pipeline.interrupts import signals_put_off
 from pipeline.memory import free_memory
 from pipeline.trainer import derive_seed
 from pipeline.workloads.workload import Dataset, Samples, Split, Workload
@@ -63,7 +64,7 @@ class Streamed:
 
     def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs and targets of batches; see `Samples`."""
-        with _signals_put_off():  # with which processes begin that read
+        with signals_put_off():  # with which processes begin that read
             reader = iter(self._read(indices, seed))
         try:
             while (batch := _next(reader)) is not None:
@@ -306,16 +307,6 @@ def _what(error: Exception) -> str:
     """Return what was raised in a line; of a worker process, what was raised there."""
     lines = str(error).strip().splitlines() or [""]
     return lines[-1] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0]}"
-
-
-@contextlib.contextmanager
-def _signals_put_off() -> Iterator[None]:
-    """Block the signals that ask a search to stop, in this thread and in processes that begin meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

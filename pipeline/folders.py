@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+LOCK = "lock"
+"""The file in a study's folder that is locked by the process that drives the study."""
+
 
 def study_folder(root: Path, study: str) -> Path:
     """Return the folder of what a study writes for people, and of its checkpoints."""

@@ -101,7 +101,8 @@ class FusedTrials:
         self._buffers = {
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
-        self._places = [place for place in _places(self._model) if place[2] in {*trained, *self._buffers}]
+        rowwise = {*trained, *self._buffers}
+        self._places = [place for place in _places(self._model) if place[2] in rowwise]
         self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
         self._record = Record()
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}

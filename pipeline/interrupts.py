@@ -7,7 +7,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def signals_put_off() -> Iterator[None]:
+    """Block the signals that ask a search to stop, in this thread and in processes that begin meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Interrupts:
@@ -22,7 +35,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # to which Python gives all signals
-            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in STOPS}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,14 +18,34 @@ IGNORED = -100
 """The class that `F.cross_entropy` leaves out by default."""
 
 
+_lock = threading.Lock()
+_users = 0
+_library: Library | None = None
+
+
 @contextlib.contextmanager
 def channels_last_pooling() -> Iterator[None]:
     """Have the CPU pool images with the channels last in memory, whatever their own layout, and give the result theirs.
 
     PyTorch's `max_pool2d` for channels first is not vectorized (https://github.com/pytorch/pytorch/issues/51393): with
     its copies this takes a third of the time, a quarter less for a whole step of a small convolutional network.
-    Maxima and their places are the same to the bit.
+    Maxima and their places are the same to the bit. It holds for all threads, until the last that asked for it is done.
     """
+    global _users, _library
+    with _lock:
+        _users += 1
+        _library = _library or _replace_kernel()
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _library._destroy()  # with which PyTorch's own is back
+                _library = None
+
+
+def _replace_kernel() -> Library:
     original = get_kernel("aten::max_pool2d_with_indices", "CPU")
 
     def pool(dispatch_keys: Any, images: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -37,11 +58,8 @@ def channels_last_pooling() -> Iterator[None]:
         return result
 
     library = Library("aten", "IMPL")
-    try:
-        library.impl("max_pool2d_with_indices", pool, "CPU", with_keyset=True)
-        yield
-    finally:
-        library._destroy()
+    library.impl("max_pool2d_with_indices", pool, "CPU", with_keyset=True)
+    return library
 
 
 def cross_entropy_of_rows(logits: Tensor, targets: Tensor) -> Tensor:

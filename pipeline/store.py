@@ -22,7 +22,7 @@ from optuna.storages import RDBStorage
 from optuna.study import StudySummary
 
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
-from pipeline.folders import study_folder
+from pipeline.folders import LOCK, study_folder
 from pipeline.space import SearchSpace, space_from_document
 from pipeline.sqlite import create_whole, sqlite_uri
 from pipeline.strict_yaml import sweep
@@ -195,7 +195,7 @@ class Store:
             StudyBusy: Another process holds it.
             StorageError: The folder cannot be written.
         """
-        path = self.folder(study) / "lock"
+        path = self.folder(study) / LOCK
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")

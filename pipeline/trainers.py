@@ -12,9 +12,10 @@ import contextlib
 import copy
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -46,7 +47,7 @@ class Trainer:
         config: Any trial's, to try the workload with.
         device: Where to train.
         dtype: Of parameters and floating-point data.
-        rows: At most this many trials in a matrix; None: as many as train fastest.
+        rows: At most this many trials in a matrix; None: as many as there are for each process, and fit into memory.
         processes: On a CPU, in how many processes to train, this one included.
     """
 
@@ -145,6 +146,7 @@ class Trainer:
         If it was too large, none is larger from now on.
         """
         if isinstance(error, WorkerEnded):
+            warnings.warn(f"{error}; its trials train anew", RuntimeWarning, stacklevel=2)
             return self._build(configs, 0)
         size = -(-len(configs) // 2)
         if isinstance(error, torch.OutOfMemoryError):
@@ -156,7 +158,10 @@ class Trainer:
         self._workers = self._living()
         while len(self._workers) < min(self._processes, trials) - 1 and not is_streamed(self.workload):
             with self.arithmetic():  # in which a worker stays
-                self._workers.append(Worker(self._build_here))
+                try:
+                    self._workers.append(Worker(self._build_here))
+                except OSError:  # no more processes are to be had; fewer find the same
+                    break
 
     def _living(self) -> list[Worker]:
         return [worker for worker in self._workers if not worker.ended]
@@ -185,8 +190,8 @@ class Trainer:
 
     def _train_streamed(self, parts: Sequence[Part], epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
         """Train parts on batches that are read once."""
-        here = [part for part in parts if not isinstance(part, RemoteTrials)]
-        assert len(here) == len(parts)
+        assert not self._workers
+        here = cast(Sequence[FusedTrials | PlainTrials], parts)
         outcomes: list[Any] = [{} for _ in here]
         with self._threads_for(len(here)) as at_once:
             for _ in range(epochs):
@@ -216,6 +221,8 @@ class TrialParts:
         self._trainer = trainer
         self.parts = list(parts)
         self._epochs = 0
+        self._failed: dict[int, EpochMetrics] = {}
+        """Trials that failed between two epochs, as they trained anew what a worker had lost; told with the next."""
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch.
@@ -227,12 +234,13 @@ class TrialParts:
         self._ask(self._rebalance)
         waiting, self.parts = self.parts, []
         results = self._train(waiting, epochs=1, again=self._epochs + 1)
+        results, self._failed = {**self._failed, **results}, {}
         self._epochs += 1
         return dict(sorted(results.items()))
 
     def drop(self, number: int) -> None:
         """Stop training a trial."""
-        self._ask(lambda: self._part(number).drop(number))
+        self._ask(lambda: self._part(number).drop(number) if number not in self._failed else self._failed.pop(number))
         self.parts = [part for part in self.parts if part.configs]
 
     def describe(self) -> str:
@@ -267,11 +275,12 @@ class TrialParts:
         while True:
             try:
                 return question()
-            except WorkerEnded:
+            except WorkerEnded as error:
                 lost = [part for part in self.parts if isinstance(part, RemoteTrials) and part.worker.ended]
                 self.parts = [part for part in self.parts if part not in lost]
-                anew = [new for part in lost for new in self._trainer.again(part.configs, WorkerEnded())]
-                self._train(anew, epochs=self._epochs, again=self._epochs)
+                anew = [new for part in lost for new in self._trainer.again(part.configs, error)]
+                results = self._train(anew, epochs=self._epochs, again=self._epochs)
+                self._failed |= {number: metrics for number, metrics in results.items() if metrics.failed}
 
     def _rebalance(self) -> None:
         """Spread what is left equally over matrices and lanes again; trials do not notice."""

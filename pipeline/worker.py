@@ -8,6 +8,7 @@ ends.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import multiprocessing
@@ -15,8 +16,10 @@ import os
 import pickle
 import select
 import signal
+import stat
 import sys
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -27,6 +30,9 @@ from typing import Any, NoReturn
 import torch
 
 from pipeline.config import TrialConfig
+from pipeline.errors import PipelineError
+from pipeline.folders import LOCK
+from pipeline.interrupts import STOPS, signals_put_off
 from pipeline.trainer import EpochMetrics
 
 Build = Callable[[Mapping[int, TrialConfig]], Any]
@@ -53,12 +59,16 @@ class Worker:
         self._connection, theirs = multiprocessing.Pipe()
         self._lock = threading.Lock()
         self._keys = 0
-        self._forgotten: list[int] = []
-        with warnings.catch_warnings():  # of other threads, which hold nothing that a worker uses
+        self._forgotten: collections.deque[int] = collections.deque()
+        self._why = "a process that trained trials has ended"
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # else the worker writes it once more
+        with warnings.catch_warnings(), signals_put_off():
+            # Of other threads: a lock that one holds now stays held in the worker, as in those of a DataLoader.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
-        if pid == 0:
-            _serve(theirs, build)
+            if pid == 0:
+                _serve(theirs, build)
         theirs.close()
         self.pid = pid
         self._end = weakref.finalize(self, _end, self._connection, pid, os.getpid())
@@ -83,14 +93,17 @@ class Worker:
             WorkerEnded: The process has ended.
         """
         with self._lock:
-            forgotten, self._forgotten[:] = list(self._forgotten), []
+            forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
             try:
-                _send(self._connection, (key, method, arguments, forgotten))
-                value, configs, error = _receive(self._connection)
+                self._connection.send_bytes(pickle.dumps((key, method, arguments, forgotten)))
+                value, configs, error = pickle.loads(self._connection.recv_bytes())
             except (EOFError, OSError):
-                status = self._end()
-                why = f"killed by signal {-status}" if status and status < 0 else f"with status {status}"
-                raise WorkerEnded(f"a process that trained trials has ended, {why}") from None
+                if status := self._end():
+                    self._why += f", killed by signal {-status}" if status < 0 else f", with status {status}"
+                raise WorkerEnded(self._why) from None
+            except BaseException:  # the answer may come yet, and must not be the next question's
+                self._end()
+                raise
         if error is not None:
             raise error
         return value, configs
@@ -143,43 +156,40 @@ class RemoteTrials:
 
 def _serve(connection: Connection, build: Build) -> NoReturn:
     """Be the worker: do what is asked until nobody is left to ask."""
+    status = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):  # which say to the owner that it shall stop
+        for number in STOPS:  # which say to the owner that it shall stop
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         gc.freeze()  # nothing that the owner has may be closed from here
-        _close_all_but(connection.fileno())
+        _let_go(but=connection.fileno())
         threading.Thread(target=_end_with_owner, args=(connection.fileno(),), daemon=True).start()
         trainers: dict[int, Any] = {}
-        while True:
-            key, method, arguments, forgotten = _receive(connection)
-            for old in forgotten:
-                trainers.pop(old, None)
-            _send(connection, _answer(trainers, key, method, arguments, build))
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                key, method, arguments, forgotten = pickle.loads(connection.recv_bytes())
+                for old in forgotten:
+                    trainers.pop(old, None)
+                answer = _answer(trainers, key, method, arguments, build)
+                sys.stdout.flush()
+                connection.send_bytes(answer)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
-def _send(connection: Connection, message: Any) -> None:
-    """Send a message whole; `Connection.send` would share the memory of tensors."""
-    connection.send_bytes(pickle.dumps(message))
-
-
-def _receive(connection: Connection) -> Any:
-    return pickle.loads(connection.recv_bytes())
-
-
-def _answer(
-    trainers: dict[int, Any], key: int, method: str, arguments: tuple[Any, ...], build: Build
-) -> tuple[Any, dict[int, TrialConfig], Exception | None]:
-    """Return a value, the configs of the trials that are left, and what was raised in place of a value."""
+def _answer(trainers: dict[int, Any], key: int, method: str, arguments: tuple[Any, ...], build: Build) -> bytes:
+    """Return a value, the configs of the trials that are left, and what was raised in place of a value; pickled."""
     try:
         if method == "build":
             trainers[key] = build(*arguments)
-            return None, trainers[key].configs, None
+            return pickle.dumps((None, trainers[key].configs, None))
         value = getattr(trainers[key], method)(*arguments)
-        return value, trainers[key].configs, None
+        return pickle.dumps((value, trainers[key].configs, None))
     except Exception as error:
-        return None, trainers[key].configs if key in trainers else {}, _portable(error)
+        return pickle.dumps((None, trainers[key].configs if key in trainers else {}, _portable(error)))
 
 
 def _portable(error: Exception) -> Exception:
@@ -188,14 +198,21 @@ def _portable(error: Exception) -> Exception:
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
             return error.with_traceback(None)
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    if isinstance(error, PipelineError):
+        return PipelineError(str(error))
+    text = type(error).__name__
+    with contextlib.suppress(Exception):
+        text += f": {error}"
+    return RuntimeError(text)
 
 
-def _close_all_but(kept: int) -> None:
-    """Close the owner's files, connections and locks, which would outlive it here."""
+def _let_go(*, but: int) -> None:
+    """Close the owner's connections and its study's lock, which others take to be the owner's life; keep its files."""
     for descriptor in [int(link.name) for link in Path("/proc/self/fd").iterdir()]:
-        if descriptor > 2 and descriptor != kept:
-            with contextlib.suppress(OSError):  # the list's own
+        with contextlib.suppress(OSError):  # the list's own
+            mode = os.fstat(descriptor).st_mode
+            is_lock = Path(f"/proc/self/fd/{descriptor}").readlink().name == LOCK
+            if descriptor > 2 and descriptor != but and (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode) or is_lock):
                 os.close(descriptor)
 
 

@@ -59,6 +59,18 @@ def test_pooling_with_the_channels_last_gives_the_same_bits_and_layout(
         assert one.stride() == other.stride()
 
 
+def test_one_of_two_threads_may_be_done_with_pooling_before_the_other() -> None:
+    values = images(IMAGES["large"], torch.float32)
+    expected = F.max_pool2d(values, 2)
+    first, second = channels_last_pooling(), channels_last_pooling()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(F.max_pool2d(values, 2).nan_to_num(99), expected.nan_to_num(99))
+    second.__exit__(None, None, None)
+    assert "kernels.py" not in torch._C._dispatch_dump("aten::max_pool2d_with_indices")
+
+
 @arithmetic(tiny_config(), torch.device("cpu"))
 def fail_while_training() -> None:
     """Raise with the kernel in place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -14,9 +15,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import TinyModel, tiny_config, tiny_workload
+from torch import Tensor
 
 from pipeline import strategy as s
+from pipeline import trainers
 from pipeline.config import TrialConfig
+from pipeline.folders import LOCK
+from pipeline.fused import FusedTrials
 from pipeline.trainer import EpochMetrics
 from pipeline.trainers import Trainer, TrialParts
 from pipeline.worker import RemoteTrials, Worker, WorkerEnded, can_fork
@@ -107,7 +112,9 @@ def test_what_a_process_had_that_was_killed_is_trained_anew(rows: int | None) ->
     group.drop(2)
     history.append(group.train_epoch())
     kill(group)
-    history += [group.train_epoch() for _ in range(2)]
+    with pytest.warns(RuntimeWarning, match=r"^a process that trained trials has ended, .* 9; its trials train anew$"):
+        history.append(group.train_epoch())
+    history.append(group.train_epoch())
     assert not any(isinstance(part, RemoteTrials) for part in group.parts)
     assert_same((history, group.test(), {n: group.model_state(n) for n in expected[2]}), expected)
     assert len(lanes(made.build(various()))) == 2  # the next group has a new process
@@ -142,8 +149,69 @@ def test_whatever_a_process_is_asked_that_was_killed_another_answers(asked: str,
     for _ in range(epochs):
         group.train_epoch()
     kill(group)
-    assert ASKED[asked](group) == ASKED[asked](whole)
+    with pytest.warns(RuntimeWarning, match="its trials train anew"):
+        answer = ASKED[asked](group)
+    assert answer == ASKED[asked](whole)
     assert group.train_epoch() == whole.train_epoch()
+
+
+def test_a_trial_that_fails_as_it_trains_anew_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(FusedTrials):
+        def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            if 14 in self.configs:
+                raise RuntimeError("not again")
+            return super()._gradients(inputs, targets)
+
+    group = trainer(processes=2).build(various())
+    group.train_epoch()
+    kill(group)
+    monkeypatch.setattr(trainers, "FusedTrials", Fails)
+    with pytest.warns(RuntimeWarning, match="its trials train anew"):
+        group.drop(12)
+    results = group.train_epoch()
+    assert results.keys() == various().keys() - {12}
+    assert {n: metrics.failed for n, metrics in results.items() if metrics.failed} == {14: "RuntimeError: not again"}
+    assert group.train_epoch().keys() == results.keys() - {14}
+
+
+def test_an_interrupted_question_is_not_answered_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = trainer(processes=2).build(various())
+    part = next(part for part in group.parts if isinstance(part, RemoteTrials))
+
+    def interrupted(_: Any) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multiprocessing.connection.Connection, "recv_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        part.test()
+    monkeypatch.undo()
+    with pytest.warns(RuntimeWarning, match="its trials train anew"):
+        assert group.test() == alone(epochs=0).test()
+
+
+def test_a_search_needs_no_process_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", none_left)
+    group = trainer(processes=3).build(various())
+    assert lanes(group) == [len(various())]
+    assert group.train_epoch() == alone(epochs=0).train_epoch()
+
+
+def test_a_process_has_the_files_of_its_owner_and_none_of_its_connections(tmp_path: Path) -> None:
+    theirs, ours = os.pipe()
+    with (tmp_path / "notes").open("w") as file, (tmp_path / LOCK).open("w") as lock:
+        noted = file.fileno(), lock.fileno(), ours
+
+        class Writes(Raises):
+            def model_state(self, number: int) -> list[bool]:
+                return [Path(f"/proc/self/fd/{number}").exists() for number in noted]
+
+        found: Any = Worker(Writes).build({}, fused=False).model_state(0)
+        assert found == [True, False, False]
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_process_that_was_killed_before_it_had_anything_is_not_missed() -> None:
