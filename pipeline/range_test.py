@@ -7,6 +7,7 @@ bounds reach from where training breaks two decades down.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import random
@@ -93,7 +94,8 @@ def range_test(space: SearchSpace, optimizer: str, trainer: Trainer, *, steps: i
             (space.sample(EvenDraw(draw, of=draws, seed=space.seed)), rate) for draw in range(draws) for rate in RATES
         )
     }
-    losses = _final_losses(trainer, configs, epochs)
+    with contextlib.closing(trainer):
+        losses = _final_losses(trainer, configs, epochs)
     runs = [losses[first : first + len(RATES)] for first in range(0, len(losses), len(RATES))]
     return RateCurve(tuple(map(tuple, runs)))
 

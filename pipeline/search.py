@@ -134,7 +134,7 @@ def _search(options: Options, console: Console) -> SearchResult:
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study)
     way_on = command(options, space, study=name, trials=trials)
-    with store.lock(name), Interrupts(options.timeout) as interrupts:
+    with store.lock(name), contextlib.closing(trainer), Interrupts(options.timeout) as interrupts:
         _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)

@@ -97,8 +97,13 @@ class Trainer:
         other.workload, other._workers = workload, []
         return other
 
+    def close(self) -> None:
+        """End the workers, and with them what they train."""
+        for worker in self._workers:
+            worker.end()
+
     def build(self, configs: Mapping[int, TrialConfig]) -> TrialParts:
-        """Build the trainers of a group of trials."""
+        """Build the trainers of a group of trials; `close` when they are done with."""
         self._start_workers(len(configs))
         return TrialParts(self, [part for lane, some in self.plan(configs) for part in self._build(some, lane)])
 

@@ -73,6 +73,10 @@ class Worker:
         self.pid = pid
         self._end = weakref.finalize(self, _end, self._connection, pid, os.getpid())
 
+    def end(self) -> None:
+        """End the process, with all that it holds."""
+        self._end()
+
     @property
     def ended(self) -> bool:
         """Whether the process was found to have ended."""
@@ -229,6 +233,8 @@ def _end(connection: Connection, pid: int, owner: int) -> int | None:
     if os.getpid() != owner:  # in a fork of the owner, which has this too
         return None
     connection.close()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)  # it holds nothing of its own, and may be stopped
     with contextlib.suppress(ChildProcessError):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return None

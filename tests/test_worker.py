@@ -271,6 +271,16 @@ def test_a_process_leaves_signals_to_its_owner() -> None:
     assert all(metrics.finished for metrics in group.train_epoch().values())
 
 
+def test_a_trainer_that_is_closed_leaves_no_process_even_a_stopped_one() -> None:
+    made = trainer(processes=3)
+    group = made.build(various())
+    pids = [part.worker.pid for part in group.parts if isinstance(part, RemoteTrials)]
+    os.kill(pids[0], signal.SIGSTOP)
+    made.close()
+    assert len(set(pids)) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 OWNER = """
 import os, sys
 import torch
