@@ -9,7 +9,7 @@ By hand means the way Optuna's and MLflow's documentation show it: `study.optimi
 nested run per trial, `mlflow.log_metrics` once per epoch, Optuna's `SuccessiveHalvingPruner` with our numbers. It has
 PyTorch's own number of threads unless `--peer-threads` says otherwise.
 
-What the two find is printed but not compared: proposals differ (eight at a time here, one at a time there), so do
+What the two find is printed but not compared: proposals differ (thirteen at a time here, one at a time there), so do
 the trials that are pruned, and a few searches say little of which is better. Trial-epochs per search are printed,
 because pruners that stop more would otherwise look like speed. Not measured: several processes that share one study.
 

@@ -3,7 +3,7 @@
 Threads would wait for each other: PyTorch needs the interpreter's lock between any two operations, and two threads with
 half of the rows each took as long as one with all of them. A worker is forked, so it has the workload, the model's code
 and all settings as its owner has them, and takes hundredths of a second to start. It ends with its owner, however that
-ends.
+ends; if it is stopped then, as soon as it goes on.
 """
 
 from __future__ import annotations
