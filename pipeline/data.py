@@ -168,9 +168,14 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of a split in order, as the model sees them."""
     split = samples_of(workload, name)
-    size = max(config.batch_size, min(MAX_EVAL_BATCH, MAX_EVAL_NUMBERS // max(1, split.sample_size)))
-    for inputs, targets in split.batches(torch.arange(len(split)).split(size), seed=derive_seed(config.seed, name)):
+    batches = torch.arange(len(split)).split(evaluation_batch_size(split, config))
+    for inputs, targets in split.batches(batches, seed=derive_seed(config.seed, name)):
         yield model_inputs(workload, inputs, dtype), targets
+
+
+def evaluation_batch_size(split: Samples, config: TrialConfig) -> int:
+    """Return how many samples of a split are evaluated at once."""
+    return max(config.batch_size, min(MAX_EVAL_BATCH, MAX_EVAL_NUMBERS // max(1, split.sample_size)))
 
 
 def augmented(workload: Workload, inputs: Tensor, *, seed: int) -> Tensor:

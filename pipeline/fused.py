@@ -7,9 +7,8 @@ and schedulers, one `Strategy` per trial over placeholder parameters.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipeline.kernels import cross_entropy_of_rows
 from pipeline.matrix_optimizer import MatrixOptimizer, row_order
 from pipeline.param_groups import assign_groups
 from pipeline.plain import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
+from pipeline.row_model import Company, RowModel
 from pipeline.stepwise import Batches, train_epoch_of
 from pipeline.strategy import OPTIMIZERS
 from pipeline.trainer import EpochMetrics, derive_seed
@@ -62,9 +62,7 @@ class FusedTrials:
         device: Where data and matrix live.
         dtype: Of parameters and floating-point data.
         seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
-        row_multiple: The matrix computes with a multiple of so many rows, filled up with copies of one, for the same
-            bits in any company: a lone row's product with a vector is a kernel of its own, and columns of a sum that
-            do not fill a vector register are summed in another order.
+        company: What rows are computed with, as the probe has found; None: with nothing.
     """
 
     fused = True
@@ -78,10 +76,9 @@ class FusedTrials:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         seeded: bool = True,
-        row_multiple: int = 1,
+        company: Company | None = None,
     ) -> None:
         self._seeded = seeded
-        self._row_multiple = row_multiple
         self.configs = row_order(configs)
         self._workload = place(workload, device=device, dtype=dtype)
         self._device, self._dtype = device, dtype
@@ -101,8 +98,7 @@ class FusedTrials:
         self._buffers = {
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
-        rowwise = {*trained, *self._buffers}
-        self._places = [place for place in _places(self._model) if place[2] in rowwise]
+        self._each_row = RowModel(self._model, {*trained, *self._buffers}, company or Company())
         self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
         self._record = Record()
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
@@ -151,7 +147,7 @@ class FusedTrials:
             seeded_step(self._seeded, self._device, self._config.seed, "evaluation", self._epoch, len(record.outputs)),
             autocast(self._config, self._device),
         ):
-            record.outputs.append(self._each_row(lambda model: model(inputs), parameters))
+            record.outputs.append(self._each_row(lambda model: model(inputs), parameters, self._buffers))
         record.targets.append(targets)
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
@@ -178,11 +174,16 @@ class FusedTrials:
         """Stop training a trial: its row leaves the matrix."""
         self._keep([other for other in self.configs if other != number])
 
+    def outputs(self, name: str) -> Tensor:
+        """Return what each trial's model puts out for a split, (row, sample, …)."""
+        self._record = Record()
+        for inputs, targets in self.evaluation_batches(name):
+            self.evaluate_step(inputs, targets)
+        return torch.cat(self._record.outputs, dim=1)
+
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        self._record = Record()
-        for inputs, targets in self.evaluation_batches("test"):
-            self.evaluate_step(inputs, targets)
+        self.outputs("test")
         return self._evaluated("test")
 
     def model_state(self, number: int) -> dict[str, Tensor]:
@@ -249,31 +250,11 @@ class FusedTrials:
         """Return each row's loss (row,) on one batch."""
         loss = self._workload.loss
         if loss is F.cross_entropy and targets.ndim == 1:
-            outputs = self._each_row(lambda model: model(inputs), parameters)
+            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers)
             if outputs.ndim == 3:
                 return cross_entropy_of_rows(outputs, targets)
             return vmap(loss, in_dims=(0, None))(outputs, targets)
-        return self._each_row(lambda model: loss(model(inputs), targets), parameters)
-
-    def _each_row(
-        self, function: Callable[[Callable[[Tensor], Tensor]], Tensor], parameters: Mapping[str, Tensor]
-    ) -> Tensor:
-        """Return what a function makes of each row's model, (row, …); all rows draw the same random numbers."""
-
-        def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
-            with _holding(self._places, {**parameters, **buffers}):
-                return function(self._model)
-
-        rows = len(self.configs)
-        each = vmap(one, randomness="same")
-        if not (extra := -rows % self._row_multiple):
-            values: Tensor = each(parameters, self._buffers)
-            return values
-        buffers = _filled_up(self._buffers, extra)
-        values = each(_filled_up(parameters, extra), buffers)
-        for name, buffer in self._buffers.items():
-            buffer.copy_(buffers[name][:rows])
-        return values[:rows]
+        return self._each_row(lambda model: loss(model(inputs), targets), parameters, self._buffers)
 
     def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """Return the rates that a trial used in the epoch, by group; a frozen group's are 0."""
@@ -314,44 +295,6 @@ class FusedTrials:
         self._buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
         self._optimizer.keep(staying)
         self.configs = {n: c for n, c in self.configs.items() if n in numbers}
-
-
-def _filled_up(tensors: Mapping[str, Tensor], extra: int) -> dict[str, Tensor]:
-    """Return tensors (row, …) with copies of their first row added."""
-    return {name: torch.cat([t, t.detach()[:1].expand(extra, *t.shape[1:])]) for name, t in tensors.items()}
-
-
-_Place = tuple[dict[str, Tensor | None], str, str]
-"""A module's parameters or buffers, the name that one has there, and the name that it goes by in the model."""
-
-
-def _places(model: nn.Module) -> list[_Place]:
-    """Return every place in which the modules of a model hold a parameter or buffer; some are held in several."""
-    names: dict[int, str] = {}
-    places = []
-    for prefix, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            for own, tensor in held.items():
-                if tensor is not None:
-                    name = names.setdefault(id(tensor), f"{prefix}.{own}" if prefix else own)
-                    places.append((held, own, name))
-    return places
-
-
-@contextlib.contextmanager
-def _holding(places: Sequence[_Place], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have a model compute with other tensors in place of its own; `torch.func.functional_call` takes ten times longer.
-
-    It would also leave the tensors in a module that is registered under two names.
-    """
-    kept = [(held, own, held[own]) for held, own, _ in places]
-    try:
-        for held, own, name in places:
-            held[own] = tensors[name]
-        yield
-    finally:
-        for held, own, tensor in kept:
-            held[own] = tensor
 
 
 def has_rule(optimizer: str) -> bool:

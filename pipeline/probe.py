@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import TrialConfig
-from pipeline.data import first_samples, model_inputs, place, samples_of
+from pipeline.data import evaluation_batch_size, first_samples, model_inputs, place, samples_of
 from pipeline.errors import first_line
 from pipeline.fused import FusedTrials
 from pipeline.memory import COPIES, SavedTensors
 from pipeline.plain import PlainTrials, fork_rng
+from pipeline.row_model import Company
 from pipeline.strategy import SGD, Constant, ParamGroup
 from pipeline.trainer import EpochMetrics
-from pipeline.workloads.workload import Workload
+from pipeline.workloads.workload import Split, Workload
 
 SAMPLES, BATCH = 32, 16
 RATES = {0: 0.01, 1: 0.02}
@@ -30,8 +32,10 @@ MANY, MANY_PARAMETERS = 33, 1 << 22
 MAX_STEP_FLOPS = 64e6
 """Of a trial's training step as a row on a CPU. What rows save is Python's work, half a millisecond or so per step;
 larger products are slower side by side than alone (benchmarks/NOTES.md)."""
-MULTIPLES = (1, 2, 4, 8)
-"""Of rows, as what a matrix may be filled up to; more would cost more than rows gain."""
+MAX_TIMES, ENOUGH_NUMBERS = 8, 1 << 13
+"""How often rows are compared: as often as it takes for so many parameters, since few can be the same by chance."""
+COMPANIES = tuple(Company(multiple=m, spare=s) for m, s in ((1, 0), (2, 0), (1, 1), (4, 0), (4, 1), (8, 0), (8, 1)))
+"""What is tried, in order of cost; more would cost more than rows gain."""
 TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
 """By precision: largest difference of a parameter, as a part of the parameters' largest change; likewise of a buffer
 and of a loss. What rounding to float32 leaves of two steps, also behind BatchNorm over few samples, is below a
@@ -48,8 +52,8 @@ class Finding:
     """Whether its model or loss draws random numbers in training, as dropout does."""
     trial_bytes: int
     """Memory that a trial takes in a training step, roughly."""
-    row_multiple: int = 1
-    """See `FusedTrials`."""
+    company: Company = field(default_factory=Company)
+    """What its rows are computed with."""
 
 
 def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtype: torch.dtype) -> Finding:
@@ -83,9 +87,9 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             return _cannot_fuse(finding, f"its {keeper} changes in training and is no buffer")
         if device.type != "cpu":
             return finding
-        if config.precision != "bf16":
-            for multiple in _row_multiples(workload, config, size, device=device, dtype=dtype):
-                return dataclasses.replace(finding, row_multiple=multiple)
+        company = _company(workload, config, size, device=device, dtype=dtype)
+        if company is not None:
+            return dataclasses.replace(finding, company=company)
         return _cannot_fuse(finding, "its numbers depend on how many trials are rows")
     except Exception as error:  # whatever a model does that a row cannot
         return _cannot_fuse(finding, f"{type(error).__name__}, {first_line(error)}")
@@ -128,45 +132,96 @@ def _same(fused: _Trained, plain: _Trained, model: nn.Module, tolerance: float) 
     )
 
 
-def _row_multiples(
+def _company(
     workload: Workload, config: TrialConfig, size: int, *, device: torch.device, dtype: torch.dtype
-) -> Iterator[int]:
-    """Yield the multiples of rows with which rows are the same to the bit alone and among many, small ones first.
+) -> Company | None:
+    """Return with what each row is the same to the bit alone and among many; None if there is nothing.
 
-    That is all that CPU kernels leave open.
-
-    PyTorch sums over a batch of vectors, as `BatchNorm1d` does, 32 columns at a time, and rows lie side by side. Tried
-    with a whole batch and with one as large as an epoch's last; bfloat16 kernels differ by shape in more ways.
+    That is all that CPU kernels leave open. PyTorch sums over a batch of vectors, as `BatchNorm1d` does, 32 columns at
+    a time, and rows lie side by side; and which kernel multiplies or convolves depends on the size of a batch, so each
+    size is tried that training and evaluation have. bfloat16 kernels differ by shape in more ways.
     """
-    small = _with_samples(workload, config.batch_size + len(workload.train) % config.batch_size)
-    configs = _configs(config)
-    many = {number: configs[number % 2] for number in range(max(3, min(MANY, MANY_PARAMETERS // size)))}
+    if config.precision == "bf16":
+        return None
+    workload = _of_same_batch_sizes(workload, config)
+    configs = _configs(config, momentum=0.5)  # as part of the state it has every bit of the gradients
+    many = max(3, min(MANY, MANY_PARAMETERS // size))
 
-    def trained(rows: int, multiple: int) -> Iterator[tuple[int, Any]]:
-        place: dict[str, Any] = {"device": device, "dtype": dtype, "row_multiple": multiple}
-        group = FusedTrials({number: many[number] for number in range(rows)}, small, **place)
-        metrics = group.train_epoch()
-        yield from ((number % 2, (metrics[number].metrics, group.model_state(number))) for number in range(rows))
+    @functools.cache
+    def trained(rows: int, company: Company, times: int) -> FusedTrials:
+        trials = {number: configs[number % 2] for number in range(rows)}
+        group = FusedTrials(trials, workload, device=device, dtype=dtype, company=company)
+        for _ in range(times):
+            group.begin_epoch()
+            for inputs, targets in group.training_batches():
+                group.train_step(inputs, targets)
+        return group
 
-    def same_with(multiple: int) -> bool:
-        """Try every place in which the end of a matrix can lie."""
-        among_many = dict(trained(len(many), multiple))
-        sizes = {1, *(min(times * multiple, len(many)) for times in (1, 2, 3))} - {len(many)}
-        return all(_same_bits(its, among_many[kind]) for rows in sizes for kind, its in trained(rows, multiple))
+    def states(group: FusedTrials) -> dict[int, Any]:
+        return {int(number): state for number, state in group.state_dict().items()}
 
-    yield from (multiple for multiple in MULTIPLES if multiple <= len(many) and same_with(multiple))
+    def outputs(group: FusedTrials) -> dict[int, Any]:
+        splits = [name for name in ("val", "test") if getattr(workload, name) is not None]
+        return dict(zip(group.configs, zip(*(group.outputs(name) for name in splits), strict=True), strict=True))
+
+    def alike(group: FusedTrials, other: FusedTrials, *whats: Callable[[FusedTrials], dict[int, Any]]) -> bool:
+        return all(
+            _same_bits(its, others[number % 2])
+            for what in whats
+            for others in [what(other)]
+            for number, its in what(group).items()
+        )
+
+    times = max(1, min(MAX_TIMES, ENOUGH_NUMBERS // size))
+    for company in COMPANIES:
+        if 3 * company.multiple > many:
+            break
+        # Together with `many`: a lone row, several, and every place where a matrix can end.
+        *fewer, few = sorted({1, 2, 3, *(n * company.multiple - company.spare for n in (1, 2, 3))} - {0})
+        if alike(trained(few, company, 1), trained(many, company, 1), states) and all(
+            alike(trained(rows, company, repeats), trained(few, company, repeats), states, outputs)
+            for repeats in sorted({1, times})
+            for rows in fewer
+        ):
+            plain = Company(lone_is_plain=True)
+            if company == Company() and alike(trained(1, plain, times), trained(few, company, times), states, outputs):
+                return plain
+            return company
+    return None
 
 
-def _same_bits(one: tuple[Any, Mapping[str, Tensor]], other: tuple[Any, Mapping[str, Tensor]]) -> bool:
-    return one[0] == other[0] and all(torch.equal(value, other[1][name]) for name, value in one[1].items())
+def _of_same_batch_sizes(workload: Workload, config: TrialConfig) -> Workload:
+    """Return a workload with a few samples, again and again, so many that batches of each size occur once."""
+
+    def some(name: str, size: int) -> Split:
+        samples = samples_of(workload, name)
+        few = first_samples(samples, config.batch_size)
+        again = torch.arange(min(len(samples), size + len(samples) % size), device=few.inputs.device) % len(few)
+        return Split(few.inputs[again], few.targets[again])
+
+    def evaluated(name: str) -> Split:
+        return some(name, evaluation_batch_size(samples_of(workload, name), config))
+
+    test = None if workload.test is None else evaluated("test")
+    return dataclasses.replace(workload, train=some("train", config.batch_size), val=evaluated("val"), test=test)
 
 
-def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
+def _same_bits(one: Any, other: Any) -> bool:
+    """Say whether two states are the same, whose tensors are within tuples, lists and dicts of the same keys."""
+    if isinstance(one, Mapping):
+        return all(_same_bits(value, other[key]) for key, value in one.items())
+    if isinstance(one, tuple | list):
+        return all(map(_same_bits, one, other))
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+def _configs(config: TrialConfig, *, momentum: float = 0.0) -> dict[int, TrialConfig]:
     """Return two trials of a workload that differ; what a config freezes or how fast it trains says nothing of it."""
     groups = {"all": ParamGroup(pattern=("*",))}
+    optimizers = {number: SGD(base_lr=rate, momentum=momentum) for number, rate in RATES.items()}
     return {
-        number: dataclasses.replace(config, optimizer=SGD(base_lr=rate), scheduler=Constant(), param_groups=groups)
-        for number, rate in RATES.items()
+        number: dataclasses.replace(config, optimizer=optimizer, scheduler=Constant(), param_groups=groups)
+        for number, optimizer in optimizers.items()
     }
 
 

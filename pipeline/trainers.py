@@ -71,7 +71,7 @@ class Trainer:
         self.plain_because = finding.plain_because
         """Why no trial of the workload can be a row; None if they can."""
         self._seeded = finding.draws_random_numbers
-        self._row_multiple = finding.row_multiple
+        self._company = finding.company
         self._processes = processes if device.type == "cpu" and can_fork() else 1
         self._workers: list[Worker] = []
         # Random numbers come from a state that all threads of the process share.
@@ -190,7 +190,7 @@ class Trainer:
     def _build_here(self, configs: Mapping[int, TrialConfig]) -> FusedTrials | PlainTrials:
         place: dict[str, Any] = {"device": self.device, "dtype": self._dtype, "seeded": self._seeded}
         if all(self.fuses(config) for config in configs.values()):
-            return FusedTrials(configs, self.workload, **place, row_multiple=self._row_multiple)
+            return FusedTrials(configs, self.workload, **place, company=self._company)
         return PlainTrials(configs, self.workload, **place)
 
     def _train_streamed(self, parts: Sequence[Part], epochs: int) -> list[dict[int, EpochMetrics] | Exception]:

@@ -25,6 +25,7 @@ WITH_TORCH = (
     "optim",
     "plain",
     "stepwise",
+    "row_model",
     "fused*",
     "matrix_optimizer",
     "probe",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import BODY_AND_HEAD, ONE_GROUP, TinyModel, tiny_config, tiny_workload
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.nn import functional as F
 
 from pipeline import strategy as s
@@ -26,7 +27,8 @@ from pipeline.probe import probe
 from pipeline.strategy import ParamGroup
 from pipeline.trainer import EpochMetrics
 from pipeline.trainers import Trainer, TrialParts
-from pipeline.workloads.workload import Metric, Workload
+from pipeline.workloads.digits import DigitsCNN, DigitsMLP, digits
+from pipeline.workloads.workload import Metric, Split, Workload
 
 CPU = torch.device("cpu")
 EPOCHS = 4
@@ -87,6 +89,19 @@ class Residual(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map inputs (batch, 6) to logits (batch, class)."""
         logits: Tensor = self.head(inputs + self.scale * self.layers["0"](torch.tanh(self.layers["in put"](inputs))))
+        return logits
+
+
+class NormOfVectors(nn.Module):
+    """BatchNorm over vectors, whose sums rows fill up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 1, 8, 8) to logits (batch, class)."""
+        logits: Tensor = self.body(images)
         return logits
 
 
@@ -213,7 +228,7 @@ def parts(group: TrialParts) -> list[tuple[str, list[int]]]:
     return [("rows" if isinstance(part, FusedTrials) else "plain", sorted(part.configs)) for part in group.parts]
 
 
-@pytest.mark.parametrize("width", [8, 16, 20, 32, 40, 200])
+@pytest.mark.parametrize("width", [8, 16, 20, 32, 33, 40, 200])
 def test_batch_norm_over_vectors_trains_as_rows_that_know_no_neighbours(width: int) -> None:
     trainer = build_trainer(lambda: batch_norm_of(width), rows=16)
     assert trainer.plain_because is None
@@ -229,6 +244,58 @@ def test_batch_norm_over_vectors_trains_as_rows_that_know_no_neighbours(width: i
         assert [alone.train_epoch()[number] for _ in history] == [epoch[number] for epoch in history]
         state = together.model_state(number)
         assert all(torch.equal(value, state[name]) for name, value in alone.model_state(number).items())
+
+
+def pooled(*layers: nn.Module, features: int) -> nn.Module:
+    """Return layers over images or sequences, and a head over their means."""
+    return nn.Sequential(*layers, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(features, 3))
+
+
+KERNELS_BY_SHAPE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int, int]] = {
+    "sequences": (
+        lambda: pooled(nn.Conv1d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv1d(4, 4, 3), features=4),
+        (1, 8),
+        *(101, 8, 20),
+    ),
+    "two channels": (lambda: pooled(nn.Conv2d(8, 2, 1), nn.GroupNorm(1, 2), features=2), (8, 12, 12), *(192, 8, 20)),
+    "strided": (
+        lambda: pooled(nn.Conv2d(3, 8, 1, stride=2), nn.BatchNorm2d(8), nn.SiLU(), features=8),
+        (3, 16, 16),
+        *(114, 8, 20),
+    ),
+    "large evaluation": (
+        lambda: nn.Sequential(nn.Linear(22, 45), nn.SiLU(), nn.Linear(45, 3)),
+        (22,),
+        *(67, 32, 270),
+    ),
+}
+"""Model, shape of a sample, samples to train on, batch size, samples to evaluate: where kernels for one row and for
+several differ by the size of a batch, or in so few bits that few steps do not show it."""
+
+
+@pytest.mark.parametrize("name", KERNELS_BY_SHAPE)
+def test_rows_know_no_neighbours_where_kernels_differ_by_shape(name: str) -> None:
+    build_model, shape, samples, batch_size, evaluated = KERNELS_BY_SHAPE[name]
+    generator = torch.Generator().manual_seed(0)
+    train_split, val, test = (
+        Split(torch.randn(count, *shape, generator=generator), torch.randint(3, (count,), generator=generator))
+        for count in (samples, evaluated, 20)
+    )
+    workload = dataclasses.replace(tiny_workload(build_model=build_model), train=train_split, val=val, test=test)
+    optimizers = (s.SGD(base_lr=0.1, momentum=0.9), s.AdamW(base_lr=0.01), s.RMSprop(base_lr=1e-3))
+    configs = {
+        number: tiny_config(optimizer, s.OneCycle(), batch_size=batch_size, param_groups=ONE_GROUP)
+        for number, optimizer in enumerate(optimizers)
+    }
+    trainer = Trainer(workload, configs[0], device=CPU, rows=16)
+    together = trainer.build(configs)
+    assert parts(together) == [("rows", [0, 1, 2])]
+    history = train(together)
+    for number, config in configs.items():
+        alone = trainer.build({number: config})
+        assert only(number, train(alone)) == only(number, history)
+        assert alone.test()[number] == together.test()[number]
+        assert_same_bits(alone.model_state(number), together.model_state(number))
 
 
 def test_a_large_step_trains_plain_on_a_cpu_where_rows_gain_nothing() -> None:
@@ -345,6 +412,51 @@ def test_configs_that_freeze_different_groups_are_separate_matrices_and_what_is_
             assert torch.equal(group.model_state(number)[name], before[name]) == frozen, (number, name)
 
 
+class OwnConvolution(DigitsCNN):
+    """Convolves otherwise than PyTorch's modules do: the gradient of its bias is another sum than that of rows."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 1, 8, 8) to logits (batch, class)."""
+        ones, zeros = (1, 1), (0, 0)
+        for layer in (self.conv1, self.conv2):
+            images = torch.convolution(images, layer.weight, layer.bias, ones, ones, ones, False, zeros, 1)
+            images = F.max_pool2d(F.relu(images), 2)
+        logits: Tensor = self.fc(images.flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("model", "as_it_is"), [(DigitsMLP, True), (DigitsCNN, True), (OwnConvolution, False), (NormOfVectors, False)]
+)
+def test_a_lone_row_is_computed_as_the_model_is_where_that_is_the_same_to_the_bit(
+    model: type[nn.Module], as_it_is: bool
+) -> None:
+    batched = []
+
+    def build() -> nn.Module:
+        built = model()
+        head = [module for module in built.modules() if isinstance(module, nn.Linear)][-1]
+        head.register_forward_pre_hook(lambda head, _: batched.append(is_batchedtensor(head.weight)))
+        return built
+
+    groups = {"all": ParamGroup(pattern=("*",))}
+    optimizers = (s.SGD(base_lr=0.1, momentum=0.9), s.AdamW(base_lr=0.01), s.RMSprop(base_lr=1e-3))
+    configs = {
+        number: tiny_config(optimizer, s.OneCycle(), epochs=2, batch_size=64, param_groups=groups)
+        for number, optimizer in enumerate(optimizers)
+    }
+    trainer = Trainer(dataclasses.replace(digits("cnn"), build_model=build), configs[0], device=CPU)
+    together = trainer.build(configs)
+    history = train(together, 2)
+    for number, config in configs.items():
+        alone = trainer.build({number: config})
+        batched.clear()
+        assert only(number, train(alone, 2)) == only(number, history)
+        assert set(batched) == {not as_it_is}
+        assert alone.test()[number] == together.test()[number]
+        assert_same_bits(alone.model_state(number), together.model_state(number))
+
+
 @pytest.mark.parametrize("build_model", [TinyModel, with_dropout])
 def test_how_many_rows_share_a_matrix_changes_no_result(build_model: Callable[[], nn.Module]) -> None:
     groups = {rows: build_trainer(build_model, rows=rows).build(various()) for rows in (1, 3, None)}
@@ -437,7 +549,7 @@ def test_a_row_that_runs_out_of_memory_alone_fails_and_the_plain_trials_go_on(me
 
 
 class Tiring(TinyModel):
-    """Works for the first 6 passes, which is an epoch and what a workload is tried with, and no longer."""
+    """Works for the first 36 passes, which is six epochs and more than a workload is tried with, and no longer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -445,7 +557,7 @@ class Tiring(TinyModel):
         self.passes = itertools.count(1)  # what the probe sees in a module that counts with a number, it trains plain
 
     def tired(self) -> bool:
-        return next(self.passes) > 6
+        return next(self.passes) > 36
 
 
 class Fails(Tiring):
@@ -463,7 +575,7 @@ def test_an_exception_in_a_matrix_fails_its_trials_with_the_cause() -> None:
         {0: tiny_config(), 1: tiny_config(), 2: tiny_config(s.Muon(base_lr=0.02))}
     )
     assert parts(group) == [("rows", [0, 1]), ("plain", [2])]
-    group.train_epoch()
+    assert all(metrics.finished for results in train(group, 6) for metrics in results.values())
     results = group.train_epoch()
     assert {metrics.failed for metrics in results.values()} == {"ValueError: tired"}
     assert sorted(results) == [0, 1, 2]
@@ -486,10 +598,10 @@ def test_an_exception_in_one_matrix_leaves_the_others_alone() -> None:
     trainer = build_trainer(SometimesSpare, rows=8)
     group = trainer.build(configs)
     assert sorted(parts(group)) == [("rows", [0, 2]), ("rows", [1, 3])]
-    history = train(group)
-    assert {history[1][number].failed for number in (0, 2)} == {"RuntimeError: the loss does not depend on spare"}
+    history = train(group, 7)
+    assert {history[6][number].failed for number in (0, 2)} == {"RuntimeError: the loss does not depend on spare"}
     alone = trainer.build({number: configs[number] for number in (1, 3)})
-    expected = train(alone)
+    expected = train(alone, 7)
     for number in (1, 3):
         assert only(number, history) == only(number, expected)
 

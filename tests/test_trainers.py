@@ -20,6 +20,7 @@ from pipeline.config import TrialConfig
 from pipeline.data import epoch_order
 from pipeline.fused import FusedTrials
 from pipeline.plain import PlainTrials
+from pipeline.row_model import Company
 from pipeline.strategy import (
     SGD,
     Adam,
@@ -168,7 +169,7 @@ def test_a_trial_alone_equals_itself_in_a_group_to_the_bit(
     trainer: Trainer, build_model: Callable[[], nn.Module]
 ) -> None:
     if trainer is FusedTrials and build_model is with_batch_norm:
-        trainer = functools.partial(FusedTrials, row_multiple=4)  # as the probe finds for its 8 channels
+        trainer = functools.partial(FusedTrials, company=Company(multiple=4))  # as the probe finds for its 8 channels
     workload = tiny_workload(build_model)
     group = trainer(various(), workload, device=CPU)
     history = train(group, 4)

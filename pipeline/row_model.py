@@ -1,0 +1,132 @@
+"""One model computed with the parameters and buffers of many rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.overrides import TorchFunctionMode
+
+_Place = tuple[dict[str, Tensor | None], str, str]
+"""A module's parameters or buffers, the name that one has there, and the name that it goes by in the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Company:
+    """What rows are computed with, for each to be the same to the bit whatever the others are."""
+
+    multiple: int = 1
+    """A multiple of so many rows is computed, filled up with copies of one. A lone row's product with a vector is a
+    kernel of its own, and columns of a sum that do not fill a vector register are summed in another order."""
+    spare: int = 0
+    """At least so many copies come last. The last numbers of a tensor, if they do not fill a vector register, get
+    another rounding of functions such as `exp`."""
+    lone_is_plain: bool = False
+    """Whether a lone row is the same if the model computes it as it is, without `vmap`, which takes less time."""
+
+
+class RowModel:
+    """Computes a function of a model for each row; all rows draw the same random numbers.
+
+    Args:
+        model: Whose parameters and buffers are replaced by those of rows while it computes.
+        names: Of those that each row has for itself.
+        company: What rows are computed with.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str], company: Company) -> None:
+        self._model = model
+        self._company = company
+        self._places = [place for place in _places(model) if place[2] in names]
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+        has_bias = any(convolution.bias is not None for convolution in convolutions)
+        self._as_rows_do: AbstractContextManager[Any] = _BiasApart() if has_bias else contextlib.nullcontext()
+
+    def __call__(
+        self,
+        function: Callable[[Callable[[Tensor], Tensor]], Tensor],
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Return what a function makes of each row's model, (row, …).
+
+        Args:
+            function: Of the model.
+            parameters: By name, (row, *shape).
+            buffers: By name, (row, *shape); changed as the model changes them.
+        """
+        rows = len(next(iter(parameters.values())))
+        if rows == 1 and self._company.lone_is_plain:
+            lone = {name: tensor.view(tensor.shape[1:]) for name, tensor in {**parameters, **buffers}.items()}
+            with _holding(self._places, lone), self._as_rows_do:
+                return function(self._model).unsqueeze(0)
+
+        def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
+            with _holding(self._places, {**parameters, **buffers}):
+                return function(self._model)
+
+        each = vmap(one, randomness="same")
+        spare = self._company.spare
+        if not (extra := spare + -(rows + spare) % self._company.multiple):
+            values: Tensor = each(parameters, buffers)
+            return values
+        filled_up = _filled_up(buffers, extra)
+        values = each(_filled_up(parameters, extra), filled_up)
+        for name, buffer in buffers.items():
+            buffer.copy_(filled_up[name][:rows])
+        return values[:rows]
+
+
+class _BiasApart(TorchFunctionMode):
+    """Has convolutions add their bias in a step of its own, as `vmap` does: the bias's gradient is summed otherwise."""
+
+    _DIMENSIONS: Mapping[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = options or {}
+        if function in self._DIMENSIONS and len(arguments) > 2 and arguments[2] is not None:
+            images, weight, bias, *others = arguments
+            return function(images, weight, None, *others, **options) + bias.view(-1, *[1] * self._DIMENSIONS[function])
+        return function(*arguments, **options)
+
+
+def _filled_up(tensors: Mapping[str, Tensor], extra: int) -> dict[str, Tensor]:
+    """Return tensors (row, …) with copies of their first row added."""
+    return {name: torch.cat([t, t.detach()[:1].expand(extra, *t.shape[1:])]) for name, t in tensors.items()}
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    """Return every place in which the modules of a model hold a parameter or buffer; some are held in several."""
+    names: dict[int, str] = {}
+    places = []
+    for prefix, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for own, tensor in held.items():
+                if tensor is not None:
+                    name = names.setdefault(id(tensor), f"{prefix}.{own}" if prefix else own)
+                    places.append((held, own, name))
+    return places
+
+
+@contextlib.contextmanager
+def _holding(places: Sequence[_Place], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have a model compute with other tensors in place of its own; `torch.func.functional_call` takes ten times longer.
+
+    It would also leave the tensors in a module that is registered under two names.
+    """
+    kept = [(held, own, held[own]) for held, own, _ in places]
+    try:
+        for held, own, name in places:
+            held[own] = tensors[name]
+        yield
+    finally:
+        for held, own, tensor in kept:
+            held[own] = tensor
