@@ -268,12 +268,26 @@ def _draws_at_random(dataset: Dataset) -> bool:
     return False
 
 
+def seed_global(seed: int, device: torch.device) -> None:
+    """Seed torch's global random states of the CPU and a device.
+
+    `torch.manual_seed` seeds all kinds of devices and, of those that are not there, notes where it was called, which
+    takes 0.3 ms.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed every global random state that data may be drawn from, and leave them as they were."""
+    device = device or torch.device("cpu")
     before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed_global(seed, device)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import TrialConfig
-from pipeline.data import evaluation_batches, place, training_batches
+from pipeline.data import evaluation_batches, place, seed_global, training_batches
 from pipeline.optim import Strategy, hidden_matrices
 from pipeline.param_groups import assign_groups
 from pipeline.stepwise import Batches, train_epoch_of, trouble_of_its_own
@@ -277,7 +277,7 @@ def seeded_step(seeded: bool, device: torch.device, seed: int, *purpose: str | i
         yield
         return
     with fork_rng(device):
-        torch.manual_seed(derive_seed(seed, *purpose))
+        seed_global(derive_seed(seed, *purpose), device)
         yield
 
 
