@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.folders import hold, study_folder
-from pipeline.tracking import StudyInfo, Tracker, cause_of, remote_uri
+from pipeline.tracking import StudyInfo, Tracker, cause_of, load_mlflow, remote_uri
 from pipeline.trial import EndedTrial
 
 SAMPLE_EVERY_S = 60.0
@@ -29,14 +29,16 @@ SAMPLE_EVERY_S = 60.0
 class BackgroundTracker:
     """A `Tracker` in a process of its own: nothing here raises or waits for MLflow, but `view_path` and `close`.
 
-    The process starts at once. It is in no danger from Ctrl-C, which only the caller hears, and it ends with `close`
-    or, having written what it was sent, with its parent.
+    The process starts at once and imports MLflow, whatever the caller does meanwhile; it touches nothing until `open`.
+    It is in no danger from Ctrl-C, which only the caller hears, and it ends with `close` or, having written what it was
+    sent, with its parent.
     """
 
-    def __init__(self, root: Path, study: StudyInfo) -> None:
+    def __init__(self, root: Path) -> None:
         """Start the process."""
+        self._root = root.absolute()
+        self._opened = False
         self._outbox: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
-        self._outbox.put(("open", (root.absolute(), study)))
         self._store = "at MLFLOW_TRACKING_URI" if remote_uri() else f"in {root.absolute()}"
         self._sent: Counter[str] = Counter()
         self._answered: Counter[str] = Counter()  # by the reader's thread, hence a counter of its own
@@ -63,6 +65,11 @@ class BackgroundTracker:
         """The process's id."""
         return self._process.pid
 
+    def open(self, study: StudyInfo) -> None:
+        """Have a study's `Tracker` made, before anything else."""
+        self._opened = True
+        self._outbox.put(("open", (self._root, study)))
+
     def view_path(self) -> str | None:
         """Return `Tracker.view_path()` once the store is open; None if it could not be, or not within a minute."""
         self._ready.wait(timeout=60)
@@ -80,11 +87,13 @@ class BackgroundTracker:
         """Have `Tracker.interrupt` called."""
         self._send("interrupt", note)
 
-    def close(self, timeout: float) -> list[str]:
+    def close(self, timeout: float = 60.0) -> list[str]:
         """Wait until all is written, at most `timeout` seconds, and return what went wrong, one sentence each."""
         if self._warnings is not None:
             return self._warnings
         self._outbox.put(None)
+        if not self._opened:
+            self._process.kill()
         self._reader.join(timeout)
         end = None
         if self._reader.is_alive():
@@ -93,7 +102,7 @@ class BackgroundTracker:
             self._reader.join()
         status = self._process.wait()
         self._writer.join()
-        if status:
+        if status and self._opened:
             end = end or f"its process ended with {_exit(status)}"
         unanswered = self._sent - self._answered
         if end or unanswered:
@@ -138,12 +147,18 @@ def serve() -> None:
     os.nice(10)  # training comes first; what is left of the cores is enough for this
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what MLflow prints must not come between the answers
+    threading.Thread(target=_load).start()  # beside the first message, whose folder is to be held at once
     with contextlib.suppress(BrokenPipeError), contextlib.ExitStack() as held:
         server = Server(answers, held)
         with contextlib.suppress(EOFError):
             while True:
                 server.do(*pickle.load(sys.stdin.buffer))
         server.retry()
+
+
+def _load() -> None:
+    with contextlib.suppress(Exception):  # whatever it is, `open` meets it too, and answers
+        load_mlflow()
 
 
 class Server:

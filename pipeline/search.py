@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.background import BackgroundTracker
     from pipeline.checkpoint import Checkpoints
     from pipeline.interrupts import Interrupts
+    from pipeline.space import SearchSpace
     from pipeline.store import Store
     from pipeline.study import Study
     from pipeline.trainers import Trainer
@@ -117,6 +118,16 @@ def _search(options: Options, console: Console) -> SearchResult:
     """Run or go on with a search, from its file to best.yaml."""
     space, trials = read_space(options)
 
+    from pipeline.background import BackgroundTracker
+
+    with contextlib.closing(BackgroundTracker(options.root)) as tracker:  # imports MLflow as this process does torch
+        return _search_space(space, trials, options, tracker, console)
+
+
+def _search_space(
+    space: SearchSpace, trials: int, options: Options, tracker: BackgroundTracker, console: Console
+) -> SearchResult:
+    """Run or go on with the search of a space."""
     from pipeline.checkpoint import Checkpoints
     from pipeline.interrupts import Interrupts
     from pipeline.prepare import prepare
@@ -138,7 +149,7 @@ def _search(options: Options, console: Console) -> SearchResult:
         _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
-        with _tracked(study, store) as tracker, _stopped_by_errors(tracker, way_on):
+        with _tracked(study, tracker), _stopped_by_errors(tracker, way_on):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, trainer, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
@@ -194,9 +205,8 @@ def _run(
 
 
 @contextlib.contextmanager
-def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
-    """Tell MLflow of a study from a process of its own; whatever fails there is a warning."""
-    from pipeline.background import BackgroundTracker
+def _tracked(study: Study, tracker: BackgroundTracker) -> Iterator[None]:
+    """Tell MLflow of a study; whatever fails there is a warning."""
     from pipeline.strict_yaml import dumps
     from pipeline.tracking import StudyInfo
 
@@ -213,11 +223,11 @@ def _tracked(study: Study, store: Store) -> Iterator[BackgroundTracker]:
         space=dumps(space.document),
         seed=space.seed,
     )
-    tracker = BackgroundTracker(store.root, info)
+    tracker.open(info)
     try:
-        yield tracker
+        yield
     finally:
-        for warning in tracker.close(timeout=60):
+        for warning in tracker.close():
             cli.warn(warning)
 
 

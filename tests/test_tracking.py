@@ -92,11 +92,17 @@ def epoch(
     return EpochMetrics(epoch=number, step=10 * number, metrics=values, lr=lr or {})
 
 
+def background_tracker(root: Path, study: StudyInfo) -> BackgroundTracker:
+    tracker = BackgroundTracker(root)
+    tracker.open(study)
+    return tracker
+
+
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables, which take seconds to create."""
     root = tmp_path_factory.mktemp("template")
-    BackgroundTracker(root, study(experiment="template")).close(CLOSE_S)
+    background_tracker(root, study(experiment="template")).close(CLOSE_S)
     return root / "mlflow.db"
 
 
@@ -318,7 +324,7 @@ def test_artifacts_of_a_root_that_was_moved_or_copied_are_found_below_it(
     root: Path, tmp_path: Path, moved: Callable[[Path, Path], object], opened: str
 ) -> None:
     def log_a_trial(root: Path) -> None:  # in a process of its own: MLflow remembers where a run's artifacts are
-        tracker = BackgroundTracker(root, study())
+        tracker = background_tracker(root, study())
         tracker.log_trial(ended())
         assert tracker.close(CLOSE_S) == []
 
@@ -366,7 +372,7 @@ def test_nothing_is_made_outside_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    tracker = BackgroundTracker(tmp_path / "new", study())
+    tracker = background_tracker(tmp_path / "new", study())
     tracker.log_trial(ended())
     assert tracker.close(CLOSE_S) == []
     assert [path.name for path in tmp_path.iterdir() if path != elsewhere] == ["new"]
@@ -378,7 +384,7 @@ def test_nothing_is_made_outside_the_root(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def background(root: Path) -> Iterator[BackgroundTracker]:
-    tracker = BackgroundTracker(root, study())
+    tracker = background_tracker(root, study())
     yield tracker
     tracker.close(CLOSE_S)
 
@@ -406,7 +412,7 @@ def test_the_background_process_writes_everything_whatever_signals_come(
 def test_the_background_process_ends_with_its_parent(root: Path) -> None:
     code = (
         "import signal; from pathlib import Path; import tests.test_tracking as here;"
-        f"print(here.BackgroundTracker(Path({str(root)!r}), here.study()).pid, flush=True);"
+        f"print(here.background_tracker(Path({str(root)!r}), here.study()).pid, flush=True);"
         "signal.pause()"
     )
     here = Path(__file__).parents[1]
@@ -417,6 +423,15 @@ def test_the_background_process_ends_with_its_parent(root: Path) -> None:
     gone, _, _ = select.select([orphan], [], [], CLOSE_S)
     os.close(orphan)
     assert gone
+
+
+def test_a_process_that_was_never_needed_ends_at_once_and_has_touched_nothing(tmp_path: Path) -> None:
+    tracker = BackgroundTracker(tmp_path / "root")
+    process = os.pidfd_open(tracker.pid)
+    assert tracker.close() == []
+    assert select.select([process], [], [], 0)[0] == [process]
+    os.close(process)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_process_is_a_warning(root: Path, background: BackgroundTracker) -> None:
@@ -431,7 +446,7 @@ def test_a_killed_process_is_a_warning(root: Path, background: BackgroundTracker
 def test_a_store_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "file").touch()
-    tracker = BackgroundTracker(tmp_path / "file", study())
+    tracker = background_tracker(tmp_path / "file", study())
     tracker.log_trial(ended())
     tracker.finish(None, "done", [])
     assert tracker.view_path() is None
@@ -480,7 +495,7 @@ def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> No
 def test_a_server_that_is_away_is_a_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = BackgroundTracker(root, study())
+    tracker = background_tracker(root, study())
     tracker.log_trial(ended())
     assert tracker.close(CLOSE_S) == ["MLflow at MLFLOW_TRACKING_URI: Connection refused; 1 trial is not in MLflow"]
 
