@@ -174,8 +174,9 @@ def _company(
 
     times = max(1, min(MAX_TIMES, ENOUGH_NUMBERS // size))
     for company in COMPANIES:
+        trained.cache_clear()
         if 3 * company.multiple > many:
-            break
+            continue
         # Together with `many`: a lone row, several, and every place where a matrix can end.
         *fewer, few = sorted({1, 2, 3, *(n * company.multiple - company.spare for n in (1, 2, 3))} - {0})
         if alike(trained(few, company, 1), trained(many, company, 1), states) and all(
