@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +39,7 @@ class BackgroundTracker:
         self._root = root.absolute()
         self._opened = False
         self._outbox: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
-        self._store = "at MLFLOW_TRACKING_URI" if remote_uri() else f"in {root.absolute()}"
+        self._store = ""
         self._sent: Counter[str] = Counter()
         self._answered: Counter[str] = Counter()  # by the reader's thread, hence a counter of its own
         self._failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -66,9 +66,10 @@ class BackgroundTracker:
         return self._process.pid
 
     def open(self, study: StudyInfo) -> None:
-        """Have a study's `Tracker` made, before anything else."""
+        """Have a study's `Tracker` made, before anything else, with what the environment says now."""
         self._opened = True
-        self._outbox.put(("open", (self._root, study)))
+        self._store = "at MLFLOW_TRACKING_URI" if remote_uri() else f"in {self._root}"
+        self._outbox.put(("open", (self._root, study, dict(os.environ))))
 
     def view_path(self) -> str | None:
         """Return `Tracker.view_path()` once the store is open; None if it could not be, or not within a minute."""
@@ -118,7 +119,9 @@ class BackgroundTracker:
         """Feed the process from the outbox, so that no caller waits for it."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            while (message := self._outbox.get()) is not None:
+            message: tuple[str, tuple[Any, ...]] | None = ("", ())
+            while message is not None:
+                message = self._outbox.get()
                 pickle.dump(message, pipe)
                 pipe.flush()
 
@@ -151,8 +154,9 @@ def serve() -> None:
     with contextlib.suppress(BrokenPipeError), contextlib.ExitStack() as held:
         server = Server(answers, held)
         with contextlib.suppress(EOFError):
-            while True:
-                server.do(*pickle.load(sys.stdin.buffer))
+            # The end of the pipe would not do: it has none while a process that the caller's model forked lives.
+            while (message := pickle.load(sys.stdin.buffer)) is not None:
+                server.do(*message)
         server.retry()
 
 
@@ -208,7 +212,8 @@ class Server:
             return [self._broken]
         return []
 
-    def _open(self, root: Path, study: StudyInfo) -> list[str]:
+    def _open(self, root: Path, study: StudyInfo, environment: Mapping[str, str]) -> list[str]:
+        os.environ.update(environment)
         self._held.enter_context(hold(study_folder(root, study.name)))
         self._tracker = Tracker(root, study, sample_every=SAMPLE_EVERY_S)
         return self._tracker.warnings

@@ -434,6 +434,32 @@ def test_a_process_that_was_never_needed_ends_at_once_and_has_touched_nothing(tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_that_the_caller_forked_keeps_nothing_waiting(root: Path) -> None:
+    tracker = BackgroundTracker(root)
+    forked = os.fork()
+    if forked == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        tracker.open(study())
+        tracker.log_trial(ended())
+        assert tracker.close(CLOSE_S) == []
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        os.waitpid(forked, 0)
+
+
+def test_a_store_that_the_environment_names_after_the_process_began_is_the_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = BackgroundTracker(root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    tracker.open(study())
+    assert tracker.close(CLOSE_S) == []
+    assert (tmp_path / "other.db").exists()
+    assert connect(root).get_experiment_by_name("digits-cnn") is None
+
+
 def test_a_killed_process_is_a_warning(root: Path, background: BackgroundTracker) -> None:
     os.kill(background.pid, signal.SIGKILL)
     background.log_trial(ended(0))
@@ -469,7 +495,7 @@ def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> No
     with contextlib.ExitStack() as held:
         answers = io.BytesIO()
         server = Server(answers, held)
-        server.do("open", (root, study()))
+        server.do("open", (root, study(), {}))
         blocked = root / "mlruns" / "artifacts" / "digits-cnn"
         shutil.rmtree(blocked)
         blocked.touch()
