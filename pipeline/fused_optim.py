@@ -12,6 +12,7 @@ can notice another, and on a GPU nothing waits for the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,9 +98,9 @@ class Adam:
     def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
         """See `Rule`."""
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
-        correction2 = (1 - beta2**steps).sqrt()
+        correction2 = (1 - _power(beta2, steps)).sqrt()
         direction = (1 - beta1, beta2, 1 - beta2, correction2, hyper["eps"])
-        return Coefficients(hyper["lr"] / (1 - beta1**steps), direction, **_decay(hyper, self.decoupled))
+        return Coefficients(hyper["lr"] / (1 - _power(beta1, steps)), direction, **_decay(hyper, self.decoupled))
 
     def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
         """See `Rule`."""
@@ -119,8 +120,9 @@ class NAdam:
     def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
         """See `Rule`."""
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
-        mu = beta1 * (1 - 0.5 * 0.96 ** (steps * hyper["momentum_decay"]))
-        mu_next = beta1 * (1 - 0.5 * 0.96 ** ((steps + 1) * hyper["momentum_decay"]))
+        decay = torch.tensor(0.96, dtype=beta1.dtype)
+        mu = beta1 * (1 - 0.5 * _power(decay, steps * hyper["momentum_decay"]))
+        mu_next = beta1 * (1 - 0.5 * _power(decay, (steps + 1) * hyper["momentum_decay"]))
         product = carry.get("mu_product", torch.ones(mu.shape[1:], dtype=torch.get_default_dtype()))
         products = []
         for factor in mu:
@@ -129,7 +131,7 @@ class NAdam:
         carry["mu_product"] = product
         through = torch.stack(products)
         of_gradient, of_moment = (1 - mu) / (1 - through), mu_next / (1 - through * mu_next)
-        direction = (1 - beta1, beta2, 1 - beta2, 1 - beta2**steps, hyper["eps"], of_gradient, of_moment)
+        direction = (1 - beta1, beta2, 1 - beta2, 1 - _power(beta2, steps), hyper["eps"], of_gradient, of_moment)
         return Coefficients(hyper["lr"], direction, **_decay(hyper, self.decoupled))
 
     def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
@@ -150,12 +152,13 @@ class RAdam:
     def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
         """See `Rule`."""
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
-        correction2 = 1 - beta2**steps
+        power2 = _power(beta2, steps)
+        correction2 = 1 - power2
         rho_inf = 2 / (1 - beta2) - 1
-        rho = rho_inf - 2 * steps * beta2**steps / correction2
+        rho = rho_inf - 2 * steps * power2 / correction2
         rectified = rho > 5
         rectification = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)).sqrt()
-        rate = hyper["lr"] / (1 - beta1**steps)
+        rate = hyper["lr"] / (1 - _power(beta1, steps))
         rate = torch.where(rectified, rate * correction2.sqrt() * rectification, rate)
         direction = (1 - beta1, beta2, 1 - beta2, hyper["eps"], rectified.double())
         return Coefficients(rate, direction, **_decay(hyper, self.decoupled))
@@ -174,7 +177,7 @@ class Adamax:
 
     def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
         """See `Rule`."""
-        rate = hyper["lr"] / (1 - hyper["beta1"] ** steps)
+        rate = hyper["lr"] / (1 - _power(hyper["beta1"], steps))
         direction = (1 - hyper["beta1"], hyper["beta2"], hyper["eps"])
         return Coefficients(rate, direction, l2=hyper["weight_decay"])
 
@@ -262,7 +265,7 @@ class ASGD:
         """See `Rule`."""
         lr, lambd, alpha = hyper["lr"], hyper["lambd"], hyper["alpha"]
         scalar = torch.get_default_dtype()  # of PyTorch's own eta
-        following = (lr / (1 + lambd * lr * steps) ** alpha).to(scalar)
+        following = (lr / _power(1 + lambd * lr * steps, alpha)).to(scalar)
         first = carry.get("eta", lr[0].to(scalar))
         carry["eta"] = following[-1]
         eta = torch.cat([first[None], following[:-1]]).double()
@@ -286,6 +289,22 @@ RULES: Mapping[str, Callable[[Mapping[str, bool]], Rule]] = {
     "ASGD": lambda options: ASGD(),
 }
 """Class of `torch.optim` to what makes its rule from its boolean options."""
+
+
+def _power(base: Tensor, exponent: Tensor) -> Tensor:
+    """Return base ** exponent, each number by itself: PyTorch rounds the last of a tensor, by its size, otherwise."""
+
+    def power(base: float, exponent: float) -> float:
+        try:
+            return math.pow(base, exponent)
+        except OverflowError:
+            return math.inf
+        except ValueError:
+            return math.nan
+
+    base, exponent = torch.broadcast_tensors(base, exponent)
+    powers = map(power, base.flatten().tolist(), exponent.flatten().tolist())
+    return torch.tensor(list(powers), dtype=base.dtype).view(base.shape)
 
 
 def _decay(hyper: Hyper, decoupled: bool) -> dict[str, Tensor]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.company import company_of
 from pipeline.config import TrialConfig
-from pipeline.data import evaluation_batch_size, first_samples, model_inputs, place, samples_of
+from pipeline.data import first_samples, model_inputs, place, samples_of
 from pipeline.errors import first_line
 from pipeline.fused import FusedTrials
 from pipeline.memory import COPIES, SavedTensors
@@ -22,20 +22,14 @@ from pipeline.plain import PlainTrials, fork_rng
 from pipeline.row_model import Company
 from pipeline.strategy import SGD, Constant, ParamGroup
 from pipeline.trainer import EpochMetrics
-from pipeline.workloads.workload import Split, Workload
+from pipeline.workloads.workload import Workload
 
 SAMPLES, BATCH = 32, 16
 RATES = {0: 0.01, 1: 0.02}
 """Trial number to base rate: rows that differ."""
-MANY, MANY_PARAMETERS = 33, 1 << 22
-"""Rows in company: a column more than 32 even of a model with one, but fewer if they have many parameters."""
 MAX_STEP_FLOPS = 64e6
 """Of a trial's training step as a row on a CPU. What rows save is Python's work, half a millisecond or so per step;
 larger products are slower side by side than alone (benchmarks/NOTES.md)."""
-MAX_TIMES, ENOUGH_NUMBERS = 8, 1 << 13
-"""How often rows are compared: as often as it takes for so many parameters, since few can be the same by chance."""
-COMPANIES = tuple(Company(multiple=m, spare=s) for m, s in ((1, 0), (2, 0), (1, 1), (4, 0), (4, 1), (8, 0), (8, 1)))
-"""What is tried, in order of cost; more would cost more than rows gain."""
 TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
 """By precision: largest difference of a parameter, as a part of the parameters' largest change; likewise of a buffer
 and of a loss. What rounding to float32 leaves of two steps, also behind BatchNorm over few samples, is below a
@@ -87,9 +81,11 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             return _cannot_fuse(finding, f"its {keeper} changes in training and is no buffer")
         if device.type != "cpu":
             return finding
-        company = _company(workload, config, size, device=device, dtype=dtype)
-        if company is not None:
-            return dataclasses.replace(finding, company=company)
+        if config.precision != "bf16":  # whose kernels differ by shape in more ways
+            some = list(_configs(config, momentum=0.5).values())
+            company = company_of(workload, some, size, device=device, dtype=dtype)
+            if company is not None:
+                return dataclasses.replace(finding, company=company)
         return _cannot_fuse(finding, "its numbers depend on how many trials are rows")
     except Exception as error:  # whatever a model does that a row cannot
         return _cannot_fuse(finding, f"{type(error).__name__}, {first_line(error)}")
@@ -130,90 +126,6 @@ def _same(fused: _Trained, plain: _Trained, model: nn.Module, tolerance: float) 
         for number in RATES
         for tensors in (model.named_parameters(), model.named_buffers())
     )
-
-
-def _company(
-    workload: Workload, config: TrialConfig, size: int, *, device: torch.device, dtype: torch.dtype
-) -> Company | None:
-    """Return with what each row is the same to the bit alone and among many; None if there is nothing.
-
-    That is all that CPU kernels leave open. PyTorch sums over a batch of vectors, as `BatchNorm1d` does, 32 columns at
-    a time, and rows lie side by side; and which kernel multiplies or convolves depends on the size of a batch, so each
-    size is tried that training and evaluation have. bfloat16 kernels differ by shape in more ways.
-    """
-    if config.precision == "bf16":
-        return None
-    workload = _of_same_batch_sizes(workload, config)
-    configs = _configs(config, momentum=0.5)  # as part of the state it has every bit of the gradients
-    many = max(3, min(MANY, MANY_PARAMETERS // size))
-
-    @functools.cache
-    def trained(rows: int, company: Company, times: int) -> FusedTrials:
-        trials = {number: configs[number % 2] for number in range(rows)}
-        group = FusedTrials(trials, workload, device=device, dtype=dtype, company=company)
-        for _ in range(times):
-            group.begin_epoch()
-            for inputs, targets in group.training_batches():
-                group.train_step(inputs, targets)
-        return group
-
-    def states(group: FusedTrials) -> dict[int, Any]:
-        return {int(number): state for number, state in group.state_dict().items()}
-
-    def outputs(group: FusedTrials) -> dict[int, Any]:
-        splits = [name for name in ("val", "test") if getattr(workload, name) is not None]
-        return dict(zip(group.configs, zip(*(group.outputs(name) for name in splits), strict=True), strict=True))
-
-    def alike(group: FusedTrials, other: FusedTrials, *whats: Callable[[FusedTrials], dict[int, Any]]) -> bool:
-        return all(
-            _same_bits(its, others[number % 2])
-            for what in whats
-            for others in [what(other)]
-            for number, its in what(group).items()
-        )
-
-    times = max(1, min(MAX_TIMES, ENOUGH_NUMBERS // size))
-    for company in COMPANIES:
-        trained.cache_clear()
-        if 3 * company.multiple > many:
-            continue
-        # Together with `many`: a lone row, several, and every place where a matrix can end.
-        *fewer, few = sorted({1, 2, 3, *(n * company.multiple - company.spare for n in (1, 2, 3))} - {0})
-        if alike(trained(few, company, 1), trained(many, company, 1), states) and all(
-            alike(trained(rows, company, repeats), trained(few, company, repeats), states, outputs)
-            for repeats in sorted({1, times})
-            for rows in fewer
-        ):
-            plain = Company(lone_is_plain=True)
-            if company == Company() and alike(trained(1, plain, times), trained(few, company, times), states, outputs):
-                return plain
-            return company
-    return None
-
-
-def _of_same_batch_sizes(workload: Workload, config: TrialConfig) -> Workload:
-    """Return a workload with a few samples, again and again, so many that batches of each size occur once."""
-
-    def some(name: str, size: int) -> Split:
-        samples = samples_of(workload, name)
-        few = first_samples(samples, config.batch_size)
-        again = torch.arange(min(len(samples), size + len(samples) % size), device=few.inputs.device) % len(few)
-        return Split(few.inputs[again], few.targets[again])
-
-    def evaluated(name: str) -> Split:
-        return some(name, evaluation_batch_size(samples_of(workload, name), config))
-
-    test = None if workload.test is None else evaluated("test")
-    return dataclasses.replace(workload, train=some("train", config.batch_size), val=evaluated("val"), test=test)
-
-
-def _same_bits(one: Any, other: Any) -> bool:
-    """Say whether two states are the same, whose tensors are within tuples, lists and dicts of the same keys."""
-    if isinstance(one, Mapping):
-        return all(_same_bits(value, other[key]) for key, value in one.items())
-    if isinstance(one, tuple | list):
-        return all(map(_same_bits, one, other))
-    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
 
 
 def _configs(config: TrialConfig, *, momentum: float = 0.0) -> dict[int, TrialConfig]:

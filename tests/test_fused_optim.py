@@ -131,3 +131,24 @@ def test_a_rule_equals_its_twin(name: str, data: st.DataObject) -> None:
             a, b = parameters(fused, number), parameters(plain, number)
             largest[number] = max(largest[number], float(b.abs().max()))
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * largest[number])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_row_has_the_same_coefficients_to_the_bit_with_any_number_of_others(name: str) -> None:
+    steps, rows = 50, 17
+    generator = torch.Generator().manual_seed(0)
+    fields = dataclasses.asdict(OPTIMIZERS[name](base_lr=0.1))
+    hyper = {key: torch.full((steps, rows, 1), float(value), dtype=torch.float64) for key, value in fields.items()}
+    for key in ("lr", "beta1", "beta2", "lambd"):
+        hyper[key] = 1 - 0.1 * torch.rand(steps, rows, 1, generator=generator, dtype=torch.float64)
+    rule = RULES[OPTIMIZERS[name].__name__](dict.fromkeys(fields, False))
+
+    def coefficients(of: slice) -> list[Tensor]:
+        numbers = torch.arange(1, steps + 1, dtype=torch.float64).view(-1, 1, 1)
+        its = rule.coefficients({key: value[:, of].contiguous() for key, value in hyper.items()}, numbers, {})
+        return [value for value in (its.rate, *its.direction, its.l2, its.shrink) if value is not None]
+
+    together = coefficients(slice(None))
+    for row in range(rows):
+        for alone, all_rows in zip(coefficients(slice(row, row + 1)), together, strict=True):
+            assert torch.equal(alone, all_rows[:, row : row + 1])

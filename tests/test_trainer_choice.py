@@ -228,7 +228,7 @@ def parts(group: TrialParts) -> list[tuple[str, list[int]]]:
     return [("rows" if isinstance(part, FusedTrials) else "plain", sorted(part.configs)) for part in group.parts]
 
 
-@pytest.mark.parametrize("width", [8, 16, 20, 32, 33, 40, 200])
+@pytest.mark.parametrize("width", [3, 8, 10, 16, 20, 32, 33, 40, 200])
 def test_batch_norm_over_vectors_trains_as_rows_that_know_no_neighbours(width: int) -> None:
     trainer = build_trainer(lambda: batch_norm_of(width), rows=16)
     assert trainer.plain_because is None
@@ -315,7 +315,6 @@ CANNOT_FUSE: list[tuple[Callable[[], nn.Module], str]] = [
     (SpareLayer, "RuntimeError, the loss does not depend on spare.weight, spare.bias"),
     (Counting, "as rows it trains to other numbers"),
     (TransposedDropout, "as rows it trains to other numbers"),
-    (lambda: batch_norm_of(10), "its numbers depend on how many trials are rows"),
     (TwoOutputs, "it could not be tried, TypeError: cross_entropy_loss()"),
 ]
 
@@ -657,6 +656,7 @@ def test_bfloat16_on_a_cpu_trains_plain_since_its_rows_would_notice_each_other()
         group = trainer.build({0: config})
         losses[precision] = [group.train_epoch()[0].metrics["train/loss"] for _ in range(3)][-1]
         assert (trainer.plain_because is None) == (precision == "fp32")
+        assert trainer.plain_because is None or "depend on how many trials are rows" in trainer.plain_because
         assert {parameter.dtype for parameter in group.model_state(0).values()} == {torch.float32}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)

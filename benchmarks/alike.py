@@ -1,0 +1,263 @@
+"""Whether rows are the same to the bit in any company: random small models, as 1, 2, 7, 17 and 33 rows.
+
+Few parameters, odd widths, odd batches, functions that are rounded otherwise at the end of a tensor: where CPU kernels
+leave the most to chance. Each model that the probe lets be rows trains two epochs as 33 rows of several optimizers, and
+then as fewer. Every row's parameters, buffers, optimizer state and outputs must be those that it had among 33.
+
+    python benchmarks/alike.py
+    python benchmarks/alike.py --models 500 --seed 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.arithmetic import arithmetic
+from pipeline.config import Digits, TrialConfig
+from pipeline.fused import FusedTrials
+from pipeline.probe import Finding, probe
+from pipeline.row_model import Company
+from pipeline.strategy import SGD, Adam, AdamW, Constant, ParamGroup, RMSprop
+from pipeline.workloads.workload import Split, Workload
+
+CPU = torch.device("cpu")
+ROWS, FEWER = 33, (17, 7, 2, 1)
+EPOCHS = 2
+ACTIVATIONS = (
+    nn.ReLU,
+    nn.GELU,
+    lambda: nn.GELU(approximate="tanh"),
+    nn.Tanh,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.ELU,
+    nn.Softplus,
+    nn.Mish,
+    nn.LogSigmoid,
+    nn.Hardswish,
+)
+OPTIMIZERS = (
+    SGD(base_lr=0.1, momentum=0.9),
+    AdamW(base_lr=1e-2),
+    RMSprop(base_lr=1e-3),
+    Adam(base_lr=3e-3),
+    SGD(base_lr=0.01),
+)
+
+
+def main() -> int:
+    """Try the models and say which differ; exit status 1 if any does."""
+    parser = argparse.ArgumentParser(description="random small models: are rows the same in any company?")
+    parser.add_argument("--models", type=int, default=200, help="how many to try (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first model (default: %(default)s)")
+    arguments = parser.parse_args()
+    tally: Counter[str] = Counter()
+    differ = 0
+    started = time.perf_counter()
+    for seed in range(arguments.seed, arguments.seed + arguments.models):
+        kind, workload, config = drawn(seed)
+        with arithmetic(config, CPU):
+            finding = probe(workload, config, device=CPU, dtype=torch.float32)
+            if finding.plain_because:
+                tally[f"{kind}, plain: {finding.plain_because}"] += 1
+                continue
+            tally[f"{kind}, {described(finding.company)}"] += 1
+            if places := list(differences(workload, config, finding)):
+                differ += 1
+                print(f"seed {seed}: {kind}, {described(finding.company)}, {', '.join(places)}", flush=True)
+    for what, count in sorted(tally.items()):
+        print(f"{count:5}  {what}")
+    print(f"{differ} of {arguments.models} models differ, {time.perf_counter() - started:.0f} s")
+    return 1 if differ else 0
+
+
+def drawn(seed: int) -> tuple[str, Workload, TrialConfig]:
+    """Return what kind of model a seed gives, the model with its data, and how its trials train."""
+    draw = random.Random(seed)
+    kind, shape, classes, build_model = draw.choice([mlp, convolutional, convolutional_1d, attention])(draw)
+    data = torch.Generator().manual_seed(seed)
+
+    def split(samples: int) -> Split:
+        inputs = torch.randn(samples, *shape, generator=data)
+        return Split(inputs, torch.randint(0, classes, (samples,), generator=data))
+
+    workload = Workload(
+        name="drawn",
+        build_model=build_model,
+        train=split(draw.randint(40, 200)),
+        val=split(draw.choice([20, 100, 333, 441])),
+        test=split(20),
+        loss=F.cross_entropy,
+        metrics={},
+    )
+    config = TrialConfig(
+        workload=Digits(model="mlp"),
+        epochs=EPOCHS,
+        batch_size=draw.choice([4, 8, 16, 17, 32, 64]),
+        seed=0,
+        optimizer=OPTIMIZERS[0],
+        scheduler=Constant(),
+        param_groups={"all": ParamGroup(pattern=("*",))},
+    )
+    return kind, workload, config
+
+
+Drawn = tuple[str, tuple[int, ...], int, Callable[[], nn.Module]]
+"""A kind of model, the shape of a sample, the classes, and what makes it."""
+
+
+def mlp(draw: random.Random) -> Drawn:
+    """Draw layers of 1 to 40 units."""
+    sizes = [draw.randint(1, 40) for _ in range(draw.randint(1, 4))]
+    activation, normed, bias, dropout, classes = ends(draw)
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for one, other in itertools.pairwise(sizes):
+            layers.append(nn.Linear(one, other, bias=bias))
+            norm = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}[normed](other)
+            layers += [norm, activation(), nn.Dropout(dropout)]
+        return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+
+    return "mlp", (sizes[0],), classes, build
+
+
+def convolutional(draw: random.Random) -> Drawn:
+    """Draw convolutions of images."""
+    channels = [draw.choice([1, 3, 4, 8]), *(draw.choice([2, 4, 5, 7, 8, 16]) for _ in range(draw.randint(1, 3)))]
+    side, stride, kernel = (draw.choice(some) for some in ([6, 7, 8, 12], [1, 1, 2], [1, 3, 5]))
+    pool = draw.choice([None, nn.MaxPool2d, nn.AvgPool2d])
+    activation, normed, bias, dropout, classes = ends(draw)
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for one, other in itertools.pairwise(channels):
+            layers.append(nn.Conv2d(one, other, kernel, padding=kernel // 2, stride=stride, bias=bias))
+            norm = {"batch": nn.BatchNorm2d(other), "layer": nn.GroupNorm(1, other), "none": nn.Identity()}[normed]
+            layers += [norm, activation(), nn.Dropout(dropout)]
+        layers.append(pool(2, ceil_mode=True) if pool else nn.Identity())
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
+
+    return "convolutional", (channels[0], side, side), classes, build
+
+
+def convolutional_1d(draw: random.Random) -> Drawn:
+    """Draw convolutions of series."""
+    channels, width, length = draw.choice([1, 3]), draw.choice([4, 5, 9, 16]), draw.choice([8, 13, 30])
+    activation, _, bias, dropout, classes = ends(draw)
+
+    def build() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv1d(channels, width, 3, padding=1, bias=bias),
+            activation(),
+            nn.Conv1d(width, width, 3, bias=bias),
+            activation(),
+            nn.Dropout(dropout),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+            nn.Linear(width, classes),
+        )
+
+    return "convolutional 1d", (channels, length), classes, build
+
+
+def attention(draw: random.Random) -> Drawn:
+    """Draw a block of a transformer."""
+    width = draw.choice([6, 8, 16])
+    _, _, _, dropout, classes = ends(draw)
+    function = draw.choice([nn.ReLU(), nn.GELU(), nn.SiLU()])
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.TransformerEncoderLayer(width, 2, 13, dropout, function, batch_first=True)
+            self.head = nn.Linear(width, classes)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.block(inputs).mean(dim=1))
+            return logits
+
+    return "attention", (5, width), classes, Block
+
+
+def ends(draw: random.Random) -> tuple[Callable[[], nn.Module], str, bool, float, int]:
+    """Draw an activation, a normalization, whether there is a bias, a rate of dropout, and how many classes."""
+    return (
+        draw.choice(ACTIVATIONS),
+        draw.choice(["none", "batch", "layer"]),
+        draw.random() < 0.8,
+        draw.choice([0.0, 0.0, 0.3]),
+        draw.randint(2, 12),
+    )
+
+
+def differences(workload: Workload, config: TrialConfig, finding: Finding) -> Iterator[str]:
+    """Yield, for each number of rows, the first row that is not what it was among the most rows, and in what."""
+
+    def trained(numbers: range) -> FusedTrials:
+        configs = {n: dataclasses.replace(config, optimizer=OPTIMIZERS[n % len(OPTIMIZERS)]) for n in numbers}
+        rows = FusedTrials(
+            configs,
+            workload,
+            device=CPU,
+            seeded=finding.draws_random_numbers,
+            company=finding.company,
+        )
+        for _ in range(EPOCHS):
+            rows.train_epoch()
+        return rows
+
+    def seen(rows: FusedTrials) -> dict[int, dict[str, Any]]:
+        outputs = {name: dict(zip(rows.configs, rows.outputs(name), strict=True)) for name in ("val", "test")}
+        return {
+            int(number): {**state, **{f"outputs of {name}": its[int(number)] for name, its in outputs.items()}}
+            for number, state in rows.state_dict().items()
+        }
+
+    expected = seen(trained(range(ROWS)))
+    for count in FEWER:
+        first = count % len(OPTIMIZERS)  # not always the same ones
+        for number, what in seen(trained(range(first, first + count))).items():
+            if number not in expected:
+                continue
+            unlike = [name for name, value in what.items() if not same_bits(value, expected[number][name])]
+            if unlike:
+                yield f"{count} rows: trial {number}'s {' and '.join(unlike)}"
+                break
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Say whether two states are the same."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return all(same_bits(*pair) for pair in zip(one, other, strict=True))
+    if isinstance(one, Tensor):
+        return torch.equal(one.nan_to_num(), other.nan_to_num())
+    return bool(one == other)
+
+
+def described(company: Company) -> str:
+    """Return what rows are computed with, in words."""
+    words = [f"multiples of {company.multiple}"] if company.multiple > 1 else []
+    words += [f"{company.spare} spare"] if company.spare else []
+    return " and ".join(words) or ("as they are" if not company.lone_is_plain else "as they are, a lone one plain")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

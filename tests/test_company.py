@@ -1,0 +1,162 @@
+"""With what rows are computed, for each to be the same to the bit in any company."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import ONE_GROUP, tiny_config, tiny_workload
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline import company
+from pipeline.arithmetic import arithmetic
+from pipeline.fused import FusedTrials
+from pipeline.probe import probe
+from pipeline.strategy import SGD, Adam
+from pipeline.trainer import EpochMetrics
+from pipeline.workloads.workload import Split
+
+CPU = torch.device("cpu")
+SINGLY = company.AT_ONCE - 1
+"""Numbers of a tensor that are all its end."""
+
+UNARY = (
+    *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh"),
+    *("cosh", "tanh", "asinh", "atanh", "erf", "erfc", "erfinv", "sigmoid", "rsqrt", "sqrt", "reciprocal", "lgamma"),
+    *("square", "abs", "neg", "sinc", "logit"),
+)
+BINARY = ("add", "sub", "mul", "div", "pow", "atan2", "hypot", "logaddexp", "xlogy", "maximum", "fmod", "remainder")
+LOSSES = (
+    *("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
+    *("kl_div", "soft_margin_loss", "poisson_nll_loss"),
+)
+NO_ELEMENTWISE = {"MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax", "RReLU", "Threshold", "GLU"}
+"""Activations that take more than one number, draw, or need arguments."""
+
+
+class Recorded(TorchDispatchMode):
+    """Keeps the operations of `torch.ops.aten` that are called, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, list[Any], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = [copied(argument) for argument in arguments]
+        result = function(*arguments, **(options or {}))
+        self.calls.append((function, given, dict(options or {}), copied(result)))
+        return result
+
+
+def copied(value: Any) -> Any:
+    """Return what a later operation cannot change in place."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def of_difference(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return function((x - y) * 4)
+
+
+def of_first(function: Callable[[Tensor], Tensor], x: Tensor, _y: Tensor) -> Tensor:
+    return function(x)
+
+
+def power(x: Tensor, *, exponent: float) -> Tensor:
+    return x**exponent
+
+
+def elementwise_functions() -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Yield the activations of `torch.nn`, functions and losses, each of two tensors, of which some use one."""
+    activations = [getattr(nn, name)() for name in nn.modules.activation.__all__ if name not in NO_ELEMENTWISE]
+    for module in (*activations, nn.Threshold(0.5, 0.2), nn.GELU(approximate="tanh")):
+        yield functools.partial(of_difference, module)
+    powers = [functools.partial(power, exponent=exponent) for exponent in (-2, -1, -0.5, 0.5, 1.5, 2, 3, 4)]
+    for function in (*(getattr(torch, name) for name in UNARY), *powers, lambda x: 2.0**x):
+        yield functools.partial(of_first, function)
+    for name in BINARY:
+        yield getattr(torch, name)
+    for name in LOSSES:
+        yield functools.partial(getattr(F, name), reduction="none")
+    yield lambda x, y: F.glu(torch.stack([x - 0.5, y]), dim=0).flatten()
+    yield lambda x, y: torch.lerp(x, y, 0.3)
+    yield lambda x, y: torch.addcmul(x, x, y, value=0.3)
+    yield lambda x, y: torch.addcdiv(x, x, y, value=0.3)
+    yield lambda x, y: torch.add(x, y, alpha=0.3)
+
+
+def moved_from_the_end(argument: Any) -> Any:
+    """Return a tensor with numbers after those that it has in its last dimension."""
+    if isinstance(argument, Tensor) and argument.shape[-1:] == (SINGLY,):
+        after = argument.new_full((*argument.shape[:-1], 2 * company.AT_ONCE - SINGLY), 0.5)
+        return torch.cat([argument, after], dim=-1)
+    return argument
+
+
+def test_every_elementwise_operation_that_rounds_the_end_of_a_tensor_otherwise_is_known() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = set()
+    for function in elementwise_functions():
+        for _ in range(50):
+            x, y, gradient = torch.rand(3, SINGLY, generator=generator) * 0.8 + 0.1
+            with Recorded() as recorded:
+                torch.autograd.grad(function(x.requires_grad_(), y), x, gradient)
+            for operation, arguments, options, result in recorded.calls:
+                computes = not operation.is_view and operation != torch.ops.aten.empty_like.default
+                if not computes or not isinstance(result, Tensor) or result.shape[-1:] != (SINGLY,):
+                    continue
+                elsewhere = operation(*map(moved_from_the_end, arguments), **options)[..., :SINGLY]
+                if not torch.equal(result.nan_to_num(), elsewhere.nan_to_num()):
+                    found.add((operation, company.rounds_ends_otherwise(operation, arguments, options)))
+    assert not {str(operation) for operation, known in found if not known}
+    assert {operation for operation, known in found if known}
+
+
+CASES = {
+    "functions of 441 samples": (lambda: nn.Sequential(nn.Linear(13, 16), nn.SiLU(), nn.Linear(16, 3)), (13,), 441),
+    "images": (
+        lambda: nn.Sequential(nn.Conv2d(1, 5, 3), nn.Sigmoid(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(20, 3)),
+        (1, 8, 8),
+        263,
+    ),
+    "one unit": (lambda: nn.Sequential(nn.Linear(4, 1), nn.Softplus(), nn.Linear(1, 3)), (4,), 33),
+    "columns": (lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Mish(), nn.Linear(6, 3)), (4,), 40),
+    "in place": (lambda: nn.Sequential(nn.Linear(4, 7), nn.SiLU(inplace=True), nn.Linear(7, 3)), (4,), 41),
+}
+"""Model, shape of a sample, number of samples."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_row_of_a_trial_is_at_the_end_of_a_tensor(name: str) -> None:
+    build_model, shape, samples = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        inputs = torch.randn(count, *shape, generator=generator)
+        return Split(inputs, torch.randint(3, (count,), generator=generator))
+
+    workload = dataclasses.replace(tiny_workload(build_model), train=split(samples), val=split(samples), test=split(21))
+    optimizers = (SGD(base_lr=0.1, momentum=0.9), Adam(base_lr=0.01))
+    configs = {row: tiny_config(optimizers[row % 2], batch_size=16, param_groups=ONE_GROUP) for row in range(33)}
+
+    def trained(rows: range) -> dict[int, tuple[list[EpochMetrics], dict[str, Tensor]]]:
+        group = FusedTrials({row: configs[row] for row in rows}, workload, device=CPU, company=finding.company)
+        metrics = [group.train_epoch() for _ in range(2)]
+        return {row: ([its[row] for its in metrics], group.model_state(row)) for row in rows}
+
+    with arithmetic(configs[0], CPU):
+        finding = probe(workload, configs[0], device=CPU, dtype=torch.float32)
+        assert finding.plain_because is None
+        assert finding.company.multiple > 1 or finding.company.spare
+        together = trained(range(33))
+        for rows in (range(1), range(3, 5), range(10, 17), range(16, 33)):
+            for row, (metrics, state) in trained(rows).items():
+                assert metrics == together[row][0]
+                assert [name for name, value in state.items() if not torch.equal(value, together[row][1][name])] == []
