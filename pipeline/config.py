@@ -128,6 +128,9 @@ class TrialConfig:
     bits, "bf16" is `torch.autocast`; parameters stay float32."""
     deterministic: bool = False
     """Whether a CUDA device uses only algorithms that give the same numbers each time; a CPU always does."""
+    channels_last: bool = False
+    """Whether images, and the weights of convolutions of plain trials, lie in memory with the channels last; see
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html."""
     clip_grad_norm: Annotated[float, Interval(gt=0)] | None = None
     """Longest gradient of all trained parameters together, above 0; longer ones are shortened to it."""
     optimizer: Optimizer
@@ -144,6 +147,7 @@ class TrialConfig:
             "seed": self.seed,
             "precision": self.precision,
             "deterministic": self.deterministic,
+            **({"channels_last": True} if self.channels_last else {}),
             **({"clip_grad_norm": self.clip_grad_norm} if self.clip_grad_norm is not None else {}),
             "optimizer": {self.optimizer.name: _plain(self.optimizer)},
             "scheduler": {self.scheduler.name: _plain(self.scheduler)},
@@ -162,6 +166,7 @@ class TrialConfig:
             seed=data["seed"],
             precision=data["precision"],
             deterministic=data["deterministic"],
+            channels_last=data.get("channels_last", False),
             clip_grad_norm=data.get("clip_grad_norm"),
             optimizer=OPTIMIZERS[optimizer](**_frozen(optimizer_values)),
             scheduler=SCHEDULERS[scheduler](**_frozen(scheduler_values)),

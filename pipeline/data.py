@@ -160,7 +160,7 @@ def training_batches(
     for step, (inputs, targets) in enumerate(batches):
         if workload.augment is not None:
             inputs = augmented(workload, inputs, seed=derive_seed(config.seed, "augment", epoch, step))
-        yield model_inputs(workload, inputs, dtype), targets
+        yield _laid_out(model_inputs(workload, inputs, dtype), config), targets
 
 
 def evaluation_batches(
@@ -170,7 +170,13 @@ def evaluation_batches(
     split = samples_of(workload, name)
     batches = torch.arange(len(split)).split(evaluation_batch_size(split, config))
     for inputs, targets in split.batches(batches, seed=derive_seed(config.seed, name)):
-        yield model_inputs(workload, inputs, dtype), targets
+        yield _laid_out(model_inputs(workload, inputs, dtype), config), targets
+
+
+def _laid_out(inputs: Tensor, config: TrialConfig) -> Tensor:
+    """Return a batch as a config has it lie in memory."""
+    images = config.channels_last and inputs.ndim == 4
+    return inputs.contiguous(memory_format=torch.channels_last) if images else inputs
 
 
 def evaluation_batch_size(split: Samples, config: TrialConfig) -> int:

@@ -148,6 +148,8 @@ class PlainTrial:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "weights"))
             self.model = workload.build_model().to(device, dtype)
+        for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
+            kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         patterns = {name: group.pattern for name, group in config.param_groups.items()}
         groups, problems = assign_groups(parameters, patterns)

@@ -70,6 +70,7 @@ class SearchSpace:
     seed: int
     precision: Precision
     deterministic: bool
+    channels_last: bool
     clip_grad_norm: Any
     """None, or what the largest norm of a gradient is chosen from."""
     objective: Objective
@@ -99,6 +100,7 @@ class SearchSpace:
             seed=self.seed,
             precision=self.precision,
             deterministic=self.deterministic,
+            channels_last=self.channels_last,
             clip_grad_norm=suggest(trial, "clip_grad_norm", self.clip_grad_norm),
             optimizer=OPTIMIZERS[optimizer](**optimizer_values),
             scheduler=SCHEDULERS[scheduler](**scheduler_values),
@@ -223,6 +225,7 @@ def file_form() -> type[BaseModel]:
         "seed": (seed, Field(0, description="Decides proposals, initial weights, data order and dropout.")),
         "precision": (Precision, Field("fp32", description="bf16: forward and backward passes by torch.autocast.")),
         "deterministic": (bool, Field(False, strict=True, description="Repeatable algorithms only, on a GPU too.")),
+        "channels_last": (bool, Field(False, strict=True, description="Images lie in memory with the channels last.")),
         "clip_grad_norm": (domain_of(get_type_hints(TrialConfig, include_extras=True)["clip_grad_norm"]), None),
         "objective": (form_of(Objective, searchable=False), Field(default_factory=dict, validate_default=True)),
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
@@ -256,6 +259,7 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
         seed=values.seed,
         precision=values.precision,
         deterministic=values.deterministic,
+        channels_last=values.channels_last,
         clip_grad_norm=values.clip_grad_norm,
         objective=Objective(**dict(values.objective)),
         optimizers=_present(values.optimizer),

@@ -95,7 +95,7 @@ def big_space(*, rprop: bool) -> SearchSpace:
     """Every optimizer and every schedule; Rprop goes with a constant rate only, so it has its own."""
     everything = {"optimizer": EVERY_OPTIMIZER, "scheduler": EVERY_SCHEDULER, "param_groups": GROUPS}
     alone = {"optimizer": RPROP, "scheduler": {"constant": {}}, "param_groups": {"all": {"pattern": "*"}}}
-    rest = {"workload": {"name": "digits"}, "epochs": 8, "batch_size": 64}
+    rest = {"workload": {"name": "digits"}, "epochs": 8, "batch_size": 64, "channels_last": rprop}
     return space_from_document({**rest, **(alone if rprop else everything)}, name="big")
 
 

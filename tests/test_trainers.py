@@ -192,6 +192,45 @@ def test_a_trial_on_digits_alone_equals_itself_in_a_group_to_the_bit(trainer: Tr
     assert_same_bits(group.model_state(1), alone.model_state(1))
 
 
+class Images(nn.Module):
+    """Convolutions of 3 channels, which note how the images lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.MaxPool2d(2))
+        self.head = nn.Linear(4, 3)
+        self.channels_last: set[bool] = set()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 3, 6, 6) to logits (batch, class)."""
+        self.channels_last.add(images.is_contiguous(memory_format=torch.channels_last))
+        logits: Tensor = self.head(self.body(images).flatten(1))
+        return logits
+
+
+def test_images_with_the_channels_last_train_to_the_same_numbers(trainer: Trainer) -> None:
+    models: list[Images] = []
+
+    def build_model() -> Images:
+        models.append(Images())
+        return models[-1]
+
+    images = Split(torch.randn(SAMPLES, 3, 6, 6), torch.arange(SAMPLES) % 3)
+    workload = dataclasses.replace(tiny_workload(build_model), train=images, val=images, test=None)
+    states = {}
+    for channels_last in (False, True):
+        configs = {n: tiny_config(SGD(base_lr=0.1 + n / 10), channels_last=channels_last) for n in range(3)}
+        assert TrialConfig.from_dict(configs[0].to_dict()) == configs[0]
+        group = trainer(configs, workload, device=CPU, dtype=torch.float64)
+        for model in models:  # some of which were but tried
+            model.channels_last.clear()
+        train(group, 3)
+        states[channels_last] = group.model_state(2)
+        assert set().union(*(model.channels_last for model in models)) == {channels_last}
+    for name, value in states[False].items():
+        torch.testing.assert_close(states[True][name], value, rtol=1e-9, atol=1e-12)
+
+
 def test_drop_leaves_other_trials_unchanged(trainer: Trainer) -> None:
     whole = trainer(various(), tiny_workload(with_dropout), device=CPU)
     thinned = trainer(various(), tiny_workload(with_dropout), device=CPU)
