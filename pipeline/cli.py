@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import io
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,20 +34,31 @@ def run(main: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without `·` is no reason to stop
+    pressed: list[int] = []
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as a shell has it for `command &`
+        signal.signal(signal.SIGINT, functools.partial(_note_ctrl_c, pressed))
     try:
         status = main()
         sys.stdout.flush()
-    except PipelineError as error:
-        print(error, file=sys.stderr)
-        status = error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except (Exception, KeyboardInterrupt) as error:
+        if pressed or isinstance(error, KeyboardInterrupt):  # in the midst of an import it becomes any error
+            print("interrupted", file=sys.stderr)
+            status = INTERRUPTED
+        elif isinstance(error, PipelineError):
+            print(error, file=sys.stderr)
+            status = error.exit_status
+        else:
+            raise
     gc.freeze()  # else Python looks for garbage among all that torch and Optuna made, for over a second
     sys.exit(status)
+
+
+def _note_ctrl_c(pressed: list[int], number: int, frame: object) -> NoReturn:
+    pressed.append(number)
+    raise KeyboardInterrupt
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:

@@ -363,6 +363,20 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     assert noted["metrics"] == noted_before["metrics"]
 
 
+def test_ctrl_c_that_an_import_turns_into_another_error_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n"
+        "    raise AttributeError('partially initialized module') from None\n"
+    )
+    command = [sys.executable, "-m", "pipeline.search", "--workload", f"{tmp_path}/mine.py:workload"]
+    ended = subprocess.run([*command, "--root", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["mine.py"]
+
+
 def test_a_second_search_of_a_study_is_refused_with_the_process_of_the_first(found: Found) -> None:
     store = Store(found.root)
     before = store.folder("small-1").stat().st_mtime_ns
