@@ -119,11 +119,10 @@ class BackgroundTracker:
         """Feed the process from the outbox, so that no caller waits for it."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            message: tuple[str, tuple[Any, ...]] | None = ("", ())
-            while message is not None:
-                message = self._outbox.get()
+            for message in iter(self._outbox.get, None):
                 pickle.dump(message, pipe)
                 pipe.flush()
+            pickle.dump(None, pipe)
 
     def _read(self) -> None:
         """Take the process's answers, until it ends."""
