@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import io
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.config import Own
 from pipeline.errors import InvalidInput, PipelineError, Problem
+from pipeline.interrupts import CtrlC
 
 if TYPE_CHECKING:
     from pipeline.overrides import Overrides
@@ -34,17 +33,16 @@ def run(main: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without `·` is no reason to stop
-    pressed: list[int] = []
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as a shell has it for `command &`
-        signal.signal(signal.SIGINT, functools.partial(_note_ctrl_c, pressed))
+    ctrl_c = CtrlC()
     try:
-        status = main()
-        sys.stdout.flush()
+        with ctrl_c:
+            status = main()
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (Exception, KeyboardInterrupt) as error:
-        if pressed or isinstance(error, KeyboardInterrupt):  # in the midst of an import it becomes any error
+        if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
             status = INTERRUPTED
         elif isinstance(error, PipelineError):
@@ -54,11 +52,6 @@ def run(main: Callable[[], int]) -> NoReturn:
             raise
     gc.freeze()  # else Python looks for garbage among all that torch and Optuna made, for over a second
     sys.exit(status)
-
-
-def _note_ctrl_c(pressed: list[int], number: int, frame: object) -> NoReturn:
-    pressed.append(number)
-    raise KeyboardInterrupt
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,6 +23,27 @@ def signals_put_off() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class CtrlC:
+    """Ctrl-C while a command is starting: an import may turn the interrupt into any error, or lose it."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> CtrlC:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell has `command &` ignore it
+            signal.signal(signal.SIGINT, self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if signal.getsignal(signal.SIGINT) is self:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self, number: int, frame: object) -> NoReturn:
+        """Take the signal."""
+        self.pressed = True
+        raise KeyboardInterrupt
+
+
 class Interrupts:
     """Ctrl-C, SIGTERM and the time limit, asked about between epochs; a second signal ends the process at once."""
 
@@ -35,6 +56,9 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # to which Python gives all signals
+            before = signal.getsignal(signal.SIGINT)
+            if isinstance(before, CtrlC) and before.pressed:
+                raise KeyboardInterrupt
             self._handlers = {s: signal.signal(s, self._on_signal) for s in STOPS}
         return self
 

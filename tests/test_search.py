@@ -363,18 +363,22 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     assert noted["metrics"] == noted_before["metrics"]
 
 
-def test_ctrl_c_that_an_import_turns_into_another_error_ends_without_a_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("then", ["raise AttributeError('partially initialized module') from None", "pass"])
+def test_ctrl_c_that_an_import_turns_into_another_error_or_loses_ends_a_search(tmp_path: Path, then: str) -> None:
     (tmp_path / "mine.py").write_text(
         "import os, signal\n"
+        "from pipeline.workloads.digits import digits\n"
         "try:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "except BaseException:\n"
-        "    raise AttributeError('partially initialized module') from None\n"
+        f"    {then}\n"
+        "def workload():\n"
+        "    return digits('mlp')\n"
     )
     command = [sys.executable, "-m", "pipeline.search", "--workload", f"{tmp_path}/mine.py:workload"]
     ended = subprocess.run([*command, "--root", str(tmp_path)], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
-    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["mine.py"]
+    assert not list(tmp_path.rglob("*.db"))
 
 
 def test_a_second_search_of_a_study_is_refused_with_the_process_of_the_first(found: Found) -> None:
