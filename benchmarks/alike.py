@@ -2,7 +2,7 @@
 
 Few parameters, odd widths, odd batches, functions that are rounded otherwise at the end of a tensor: where CPU kernels
 leave the most to chance. Each model that the probe lets be rows trains two epochs as 33 rows of several optimizers, and
-then as fewer. Every row's parameters, buffers, optimizer state and outputs must be those that it had among 33.
+then as fewer. Every row's parameters, buffers, optimizer state, metrics and outputs must be those that it had among 33.
 
     python benchmarks/alike.py
     python benchmarks/alike.py --models 500 --seed 1000
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import random
 import sys
@@ -60,6 +61,23 @@ OPTIMIZERS = (
 )
 
 
+def of_one_hot(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a loss of numbers as one of classes."""
+    return lambda outputs, classes: loss(outputs, F.one_hot(classes, outputs.shape[-1]).to(outputs.dtype))
+
+
+LOSSES = (
+    F.cross_entropy,
+    F.cross_entropy,
+    functools.partial(F.cross_entropy, label_smoothing=0.1),
+    of_one_hot(F.mse_loss),
+    of_one_hot(F.binary_cross_entropy_with_logits),
+    of_one_hot(functools.partial(F.smooth_l1_loss, beta=0.3)),
+    of_one_hot(functools.partial(F.huber_loss, delta=0.7)),
+    of_one_hot(lambda outputs, targets: torch.logaddexp(outputs - targets, targets - outputs).mean()),
+)
+
+
 def main() -> int:
     """Try the models and say which differ; exit status 1 if any does."""
     parser = argparse.ArgumentParser(description="random small models: are rows the same in any company?")
@@ -102,13 +120,13 @@ def drawn(seed: int) -> tuple[str, Workload, TrialConfig]:
         train=split(draw.randint(40, 200)),
         val=split(draw.choice([20, 100, 333, 441])),
         test=split(20),
-        loss=F.cross_entropy,
+        loss=draw.choice(LOSSES),
         metrics={},
     )
     config = TrialConfig(
         workload=Digits(model="mlp"),
         epochs=EPOCHS,
-        batch_size=draw.choice([4, 8, 16, 17, 32, 64]),
+        batch_size=draw.choice([1, 2, 4, 8, 16, 17, 32, 64]),
         seed=0,
         optimizer=OPTIMIZERS[0],
         scheduler=Constant(),
@@ -209,30 +227,25 @@ def ends(draw: random.Random) -> tuple[Callable[[], nn.Module], str, bool, float
 def differences(workload: Workload, config: TrialConfig, finding: Finding) -> Iterator[str]:
     """Yield, for each number of rows, the first row that is not what it was among the most rows, and in what."""
 
-    def trained(numbers: range) -> FusedTrials:
+    def seen(numbers: range) -> dict[int, dict[str, Any]]:
         configs = {n: dataclasses.replace(config, optimizer=OPTIMIZERS[n % len(OPTIMIZERS)]) for n in numbers}
-        rows = FusedTrials(
-            configs,
-            workload,
-            device=CPU,
-            seeded=finding.draws_random_numbers,
-            company=finding.company,
-        )
-        for _ in range(EPOCHS):
-            rows.train_epoch()
-        return rows
-
-    def seen(rows: FusedTrials) -> dict[int, dict[str, Any]]:
+        seeded = finding.draws_random_numbers
+        rows = FusedTrials(configs, workload, device=CPU, seeded=seeded, company=finding.company)
+        epochs = [rows.train_epoch() for _ in range(EPOCHS)]
         outputs = {name: dict(zip(rows.configs, rows.outputs(name), strict=True)) for name in ("val", "test")}
         return {
-            int(number): {**state, **{f"outputs of {name}": its[int(number)] for name, its in outputs.items()}}
+            int(number): {
+                **state,
+                **{f"outputs of {name}": its[int(number)] for name, its in outputs.items()},
+                "metrics": [epoch[int(number)].metrics for epoch in epochs],
+            }
             for number, state in rows.state_dict().items()
         }
 
-    expected = seen(trained(range(ROWS)))
+    expected = seen(range(ROWS))
     for count in FEWER:
         first = count % len(OPTIMIZERS)  # not always the same ones
-        for number, what in seen(trained(range(first, first + count))).items():
+        for number, what in seen(range(first, first + count)).items():
             if number not in expected:
                 continue
             unlike = [name for name, value in what.items() if not same_bits(value, expected[number][name])]
@@ -255,8 +268,9 @@ def same_bits(one: Any, other: Any) -> bool:
 def described(company: Company) -> str:
     """Return what rows are computed with, in words."""
     words = [f"multiples of {company.multiple}"] if company.multiple > 1 else []
-    words += [f"{company.spare} spare"] if company.spare else []
-    return " and ".join(words) or ("as they are" if not company.lone_is_plain else "as they are, a lone one plain")
+    words += [f"at most {max(company.spare.values())} spare"] if any(company.spare.values()) else []
+    words += ["a lone one plain"] if company.lone_is_plain else []
+    return ", ".join(words) or "as they are"
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
     help = "path/to/file.py:function or package.module:function that returns a Workload, or a built-in name"
     parser.add_argument("--workload", type=workload_choice, metavar="NAME", help=help)
-    help = "change a value of the file, such as epochs=5 or optimizer.sgd.base_lr.high=0.5; null removes it"
+    help = "change a value of the file, such as batch_size=32 or optimizer.sgd.base_lr.high=0.5; null removes it"
     parser.add_argument("--set", type=parse_override, metavar="PLACE=VALUE", action="append", default=[], help=help)
 
 
@@ -161,6 +161,20 @@ def folder(text: str) -> Path:
     if not os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise argparse.ArgumentTypeError(f"must be a folder that exists, got {text[:120]!r}; make it first")
     return Path(text)
+
+
+def check_writable(path: Path, place: str) -> None:
+    """Refuse, before anything is done, what could not be saved in the end.
+
+    Raises:
+        InvalidInput: The file could not be written.
+    """
+    from pipeline.strict_yaml import check_writable
+
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise InvalidInput(place, [Problem(str(path), f"cannot be written: {error.strerror}; name another")]) from None
 
 
 def quoted(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 Two things make a row notice the others. Which kernel multiplies, convolves or sums depends on the shapes beside it;
 that changes many numbers, and comparing rows finds it. And some functions round the end of a tensor otherwise; that
-changes a few numbers now and then, which comparing would miss: ends are marked, and it is seen where the marks go.
+changes a few numbers now and then, which comparing would miss: it follows from how their tensors lie in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,27 +18,31 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import TrialConfig
-from pipeline.data import evaluation_batch_size, first_samples, samples_of
+from pipeline.data import evaluation_batch_size, samples_of
 from pipeline.fused import FusedTrials
 from pipeline.row_model import Company
 from pipeline.workloads.workload import Split, Workload
 
 MANY, MANY_PARAMETERS = 33, 1 << 22
 """Rows in company: a column more than 32 even of a model with one, but fewer if they have many parameters."""
-MAX_TIMES, ENOUGH_NUMBERS = 8, 1 << 13
-"""How often rows are compared: as often as it takes for so many parameters, since few can be the same by chance."""
-MULTIPLES = (1, 2, 4, 8)
-"""More would cost more than rows gain."""
+FEW, MORE = 3, 5
+"""Rows whose tensors are watched: what is larger of more rows is of several rows."""
+ENOUGH_SAMPLES, DIFFERENT_SAMPLES = 64, 128
+"""In training steps and among all samples: kernels that differ can agree on a few."""
+MAX_STEPS, ENOUGH_NUMBERS = 16, 1 << 13
+"""Steps that rows train: as many as it takes for so many parameters, since few can be the same by chance."""
+MULTIPLES, MAX_EXTRA = (1, 2, 4, 8), 8
+"""More extra rows at the usual size of a batch would cost more than rows gain."""
 AT_ONCE = 32
 """Numbers that a loop over a tensor takes at once, at most: two vectors of 16. What is left it takes singly."""
 ROUND_ENDS_OTHERWISE = frozenset(
-    {"atan2", "atanh", "exp2", "glu", "glu_backward", "logaddexp", "pow", "sigmoid"}
-    | {"celu", "elu", "elu_backward", "mish", "mish_backward"}
-    | {"silu", "silu_backward", "softplus", "softplus_backward"}
+    {"atan2", "atanh", "exp2", "glu", "glu_backward", "logaddexp", "logaddexp2", "pow", "sigmoid"}
+    | {"celu", "elu", "elu_backward", "mish", "mish_backward", "silu", "silu_backward", "softplus", "softplus_backward"}
+    | {"huber_loss_backward", "smooth_l1_loss_backward"}
 )
 """Operations of `torch.ops.aten` that compute single numbers by another function than vectors, on x86; so does `gelu`
 by tanh."""
-EXACT_POWERS = (-2, -1, -0.5, 0.5, 2, 3)
+EXACT_POWERS = (-2, -1, -0.5, 0, 0.5, 1, 2, 3)
 """For which `pow` is an arithmetic operation."""
 ROUND_LAST_COLUMNS_OTHERWISE = (torch.ops.aten.native_batch_norm_backward,)
 """Those that do so with the last columns of a matrix (sample, column)."""
@@ -60,75 +64,144 @@ def company_of(
         dtype: Of parameters and floating-point data.
     """
     workload = _of_same_batch_sizes(workload, configs[0])
-    many = max(3, min(MANY, MANY_PARAMETERS // size))
+    most = max(3, MANY_PARAMETERS // size)
+    usual = min(configs[0].batch_size, len(workload.train))
+    splits = [name for name in ("val", "test") if getattr(workload, name) is not None]
 
-    def train(rows: int, company: Company, times: int) -> FusedTrials:
+    def group_of(rows: int, company: Company) -> FusedTrials:
         trials = {number: configs[number % 2] for number in range(rows)}
-        group = FusedTrials(trials, workload, device=device, dtype=dtype, company=company)
+        return FusedTrials(trials, workload, device=device, dtype=dtype, company=company)
+
+    def watched(rows: int) -> _Watched:
+        group, watch = group_of(rows, Company()), _Watched()
+        group.begin_epoch()
+        for inputs, targets in group.training_batches():
+            with watch.of_batch(len(inputs)):
+                group.train_step(inputs, targets)
+        for name in splits:
+            for inputs, targets in group.evaluation_batches(name):
+                with watch.of_batch(len(inputs)):
+                    group.evaluate_step(inputs, targets)
+        return watch
+
+    def trained(rows: int, company: Company, times: int, *, evaluated: bool = True) -> dict[int, Any]:
+        """Return all that training some epochs leaves of each row, its losses and what its model puts out."""
+        group = group_of(rows, company)
+        losses = []
         for _ in range(times):
             group.begin_epoch()
             for inputs, targets in group.training_batches():
                 group.train_step(inputs, targets)
-        return group
+            losses.append(group.losses())
+        outputs = [group.outputs(name) for name in splits] if evaluated else []
+        states = group.state_dict()
+        return {row: (states[str(row)], [of[row] for of in losses], [of[row] for of in outputs]) for row in range(rows)}
 
-    def outputs(group: FusedTrials) -> dict[int, Any]:
-        splits = [name for name in ("val", "test") if getattr(workload, name) is not None]
-        return dict(zip(group.configs, zip(*map(group.outputs, splits), strict=True), strict=True))
-
-    def ends(rows: int, company: Company) -> int:
-        """Return how many of the last rows get anything from the end of a tensor."""
-        with _MarkedEnds():  # type: ignore[no-untyped-call]
-            group = train(rows, company, 1)
-            seen = [*zip(_states(group).values(), outputs(group).values(), strict=True)]
-        return rows - next((row for row, what in enumerate(seen) if _has_marks(what)), rows)
-
-    def companies() -> list[Company]:
-        """Return what leaves no row of a trial at the end of a tensor, in order of cost."""
-        multiples = [multiple for multiple in MULTIPLES if 3 * multiple <= many]
-        if not ends(3, Company()):  # and so at no number of rows
-            return [Company(multiple=multiple) for multiple in multiples]
-        found = []
-        for multiple in multiples:
-            rows = (many // multiple - 1 | 1) * multiple  # odd times the multiple, at which most is left
-            if (spare := ends(rows, Company(multiple=multiple))) < rows:
-                found.append(Company(multiple=multiple, spare=spare))
-        return sorted(found, key=lambda company: company.multiple / 2 + company.spare)
-
-    times = max(1, min(MAX_TIMES, ENOUGH_NUMBERS // size))
-    for company in companies():
-        trained = functools.cache(functools.partial(train, company=company))
-        # Together with `many`: a lone row, several, and every place where a matrix can end.
-        ending = (n * company.multiple - company.spare for n in (1, 2, 3))
-        *fewer, few = sorted({1, 2, 3, *(rows for rows in ending if rows > 0)})
-        if _alike(trained(few, times=1), trained(many, times=1), _states) and all(
-            _alike(trained(rows, times=repeats), trained(few, times=repeats), _states, outputs)
+    steps = math.ceil(len(workload.train) / configs[0].batch_size)
+    times = max(1, min(MAX_STEPS, ENOUGH_NUMBERS // size) // steps)
+    for company in _companies(watched(FEW), watched(MORE), usual=usual):
+        if 3 * company.multiple > most:
+            continue
+        tried = functools.cache(functools.partial(trained, company=company))
+        # Together with many: a lone row, several, and where a matrix can end.
+        *fewer, few = sorted({1, 2, 3, *(n * company.multiple for n in (1, 2, 3))})
+        among_many = tried(min(MANY, most), times=1, evaluated=False)
+        if _alike(among_many, tried(few, times=1, evaluated=False)) and all(
+            _alike(tried(rows, times=repeats), tried(few, times=repeats))
             for repeats in sorted({1, times})
             for rows in fewer
         ):
-            plain = Company(lone_is_plain=True)
-            lone_is_same = company == Company() and not ends(1, plain)
-            if lone_is_same and _alike(train(1, plain, times), trained(few, times=times), _states, outputs):
+            plain = dataclasses.replace(company, lone_is_plain=True)
+            if company.multiple == 1 and _alike(trained(1, plain, times), tried(few, times=times)):
                 return plain
             return company
     return None
 
 
-class _MarkedEnds(TorchDispatchMode):
-    """Makes NaN what a kernel may have rounded otherwise for being at the end of a tensor, and so all that comes of it.
+class _Watched(TorchDispatchMode):
+    """Notes the tensors of operations that round ends otherwise, and how they lie in memory."""
 
-    How much is left at the end depends on the number of rows; it marks the most that can be for an odd number.
-    """
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors: list[tuple[int, Sequence[int], Sequence[int]]] = []
+        """Samples of the batch that it is computed of, shape and strides, in order."""
+        self.samples: set[int] = set()
+        """Of the batches."""
+        self._now = 0
+
+    def of_batch(self, samples: int) -> _Watched:
+        """Watch what is computed of a batch."""
+        self._now = samples
+        self.samples.add(samples)
+        return self
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
     ) -> Any:
         result = function(*arguments, **(options or {}))
+        results = result if isinstance(result, tuple) else (result,)
         if rounds_ends_otherwise(function, arguments, options or {}):
-            for tensor in result if isinstance(result, tuple) else (result,):
-                _mark_end(tensor)
+            for value in (*arguments, *results):
+                if isinstance(value, Tensor):
+                    self.tensors.append((self._now, value.shape, value.stride()))
         elif function.overloadpacket in ROUND_LAST_COLUMNS_OTHERWISE:
-            _mark_last_columns(result[0])
+            _, columns, *others = results[0].shape
+            if math.prod(others) == 1:
+                self.tensors.append((self._now, (columns,), (1,)))
         return result
+
+
+def _companies(few: _Watched, more: _Watched, *, usual: int) -> list[Company]:
+    """Return what leaves no row of a trial at an end, in order of cost at the usual size of a batch.
+
+    A loop over tensors goes along what lies together in memory. If that is of several rows, how much is left at its
+    end, to be taken singly, depends on the number of rows, and whose it is on how many numbers of a row lie side by
+    side. Such rows must be spare ones. Where each row has ends of its own, they are the same in any company.
+    """
+    if len(few.tensors) != len(more.tensors):  # something computes row after row, and no run is known to be of several
+        return []
+    runs: dict[int, set[tuple[int, int]]] = {samples: set() for samples in few.samples}
+    of_one: set[tuple[int, int]] = set()
+    for (samples, shape, strides), (_, larger, _) in zip(few.tensors, more.tensors, strict=True):
+        for numbers, together in _runs_of_rows(shape, strides, larger):
+            runs[samples].add((numbers, together))
+            one = numbers if numbers % samples else numbers // samples
+            of_one.add((one, math.gcd(one, together)))
+
+    def spare(multiple: int, runs: set[tuple[int, int]]) -> int:
+        return max((math.ceil(_left(multiple * numbers) / together) for numbers, together in runs), default=0)
+
+    companies = [
+        Company(
+            multiple=multiple,
+            spare={samples: spare(multiple, its) for samples, its in runs.items()},
+            spare_otherwise=spare(multiple, of_one),
+        )
+        for multiple in MULTIPLES
+    ]
+    companies = [company for company in companies if company.multiple - 1 + company.spare[usual] <= MAX_EXTRA]
+    return sorted(companies, key=lambda company: company.multiple / 2 + company.spare[usual])
+
+
+def _runs_of_rows(shape: Sequence[int], strides: Sequence[int], larger: Sequence[int]) -> set[tuple[int, int]]:
+    """Return how many numbers a tensor has of each of `FEW` rows, and how many of them side by side.
+
+    Args:
+        shape: Its own.
+        strides: Its own.
+        larger: Its shape with `MORE` rows.
+
+    Returns:
+        Nothing if no run of numbers that lie together in memory is of several rows.
+    """
+    length, together = 1, 0
+    for stride, size, size_of_more in sorted(zip(strides, shape, larger, strict=True)):
+        if size > 1 and stride != length:
+            break
+        if size != size_of_more:
+            together = length * size // FEW
+        length *= size
+    return {(length // FEW, together)} if together else set()
 
 
 def rounds_ends_otherwise(operation: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -142,58 +215,13 @@ def rounds_ends_otherwise(operation: Any, arguments: Sequence[Any], options: Map
 
 
 def _left(count: int) -> int:
-    """Return how many numbers are left at the end, at most, of a tensor of so many or an odd multiple."""
+    """Return how many numbers are left at the end, at most, of so many or a multiple."""
     return AT_ONCE - math.gcd(count, AT_ONCE)
 
 
-def _mark_end(tensor: Tensor) -> None:
-    left = min(_left(tensor.numel()), tensor.numel())
-    tensor.as_strided((left,), (1,), tensor.storage_offset() + tensor.numel() - left).fill_(math.nan)
-
-
-def _mark_last_columns(values: Tensor) -> None:
-    columns = values.shape[1]
-    if values.numel() == len(values) * columns:
-        values[:, max(0, columns - _left(columns)) :] = math.nan
-
-
-def _has_marks(state: Any) -> bool:
-    if isinstance(state, Mapping):
-        return any(map(_has_marks, state.values()))
-    if isinstance(state, tuple | list):
-        return any(map(_has_marks, state))
-    return isinstance(state, Tensor) and bool(state.isnan().any())
-
-
-def _states(group: FusedTrials) -> dict[int, Any]:
-    """Return all that each trial goes on with."""
-    return {int(number): state for number, state in group.state_dict().items()}
-
-
-def _alike(one: FusedTrials, other: FusedTrials, *whats: Callable[[FusedTrials], dict[int, Any]]) -> bool:
-    """Say whether the trials of a group are the same as the first two, of which they are copies, of another."""
-    return all(
-        _same_bits(its, others[number % 2])
-        for what in whats
-        for others in [what(other)]
-        for number, its in what(one).items()
-    )
-
-
-def _of_same_batch_sizes(workload: Workload, config: TrialConfig) -> Workload:
-    """Return a workload with a few samples, again and again, so many that batches of each size occur once."""
-
-    def some(name: str, size: int) -> Split:
-        samples = samples_of(workload, name)
-        few = first_samples(samples, config.batch_size)
-        again = torch.arange(min(len(samples), size + len(samples) % size), device=few.inputs.device) % len(few)
-        return Split(few.inputs[again], few.targets[again])
-
-    def evaluated(name: str) -> Split:
-        return some(name, evaluation_batch_size(samples_of(workload, name), config))
-
-    test = None if workload.test is None else evaluated("test")
-    return dataclasses.replace(workload, train=some("train", config.batch_size), val=evaluated("val"), test=test)
+def _alike(rows: Mapping[int, Any], others: Mapping[int, Any]) -> bool:
+    """Say whether rows are the same as the first two, of which they are copies, of others."""
+    return all(_same_bits(its, others[row % 2]) for row, its in rows.items())
 
 
 def _same_bits(one: Any, other: Any) -> bool:
@@ -203,3 +231,21 @@ def _same_bits(one: Any, other: Any) -> bool:
     if isinstance(one, tuple | list):
         return all(map(_same_bits, one, other))
     return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+def _of_same_batch_sizes(workload: Workload, config: TrialConfig) -> Workload:
+    """Return a workload with few samples, from all over it and again and again, that has batches of the same sizes."""
+
+    def some(name: str, size: int) -> Split:
+        samples = samples_of(workload, name)
+        different = torch.linspace(0, len(samples) - 1, min(len(samples), max(size, DIFFERENT_SAMPLES))).long()
+        ((inputs, targets),) = samples.batches([different], seed=0)
+        count = size * math.ceil(ENOUGH_SAMPLES / size) + len(samples) % size
+        again = torch.arange(min(len(samples), count), device=inputs.device) % len(inputs)
+        return Split(inputs[again], targets[again])
+
+    def evaluated(name: str) -> Split:
+        return some(name, evaluation_batch_size(samples_of(workload, name), config))
+
+    test = None if workload.test is None else evaluated("test")
+    return dataclasses.replace(workload, train=some("train", config.batch_size), val=evaluated("val"), test=test)

@@ -44,4 +44,8 @@ def _agreed(name: str, what: str) -> bool:
     if not sys.stdin.isatty():
         remedy = "nobody can be asked, since the input is no terminal; add --yes to delete it all the same"
         raise InvalidInput("--delete", [Problem(name, remedy)])
-    return input(f"delete {what}? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"delete {what}? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False

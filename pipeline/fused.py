@@ -147,7 +147,8 @@ class FusedTrials:
             seeded_step(self._seeded, self._device, self._config.seed, "evaluation", self._epoch, len(record.outputs)),
             autocast(self._config, self._device),
         ):
-            record.outputs.append(self._each_row(lambda model: model(inputs), parameters, self._buffers))
+            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers, samples=len(inputs))
+        record.outputs.append(outputs)
         record.targets.append(targets)
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
@@ -173,6 +174,10 @@ class FusedTrials:
     def drop(self, number: int) -> None:
         """Stop training a trial: its row leaves the matrix."""
         self._keep([other for other in self.configs if other != number])
+
+    def losses(self) -> Tensor:
+        """Return each trial's losses of the epoch so far, (row, step)."""
+        return torch.stack(self._record.losses, dim=1)
 
     def outputs(self, name: str) -> Tensor:
         """Return what each trial's model puts out for a split, (row, sample, …)."""
@@ -248,13 +253,13 @@ class FusedTrials:
 
     def _losses(self, inputs: Tensor, targets: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return each row's loss (row,) on one batch."""
-        loss = self._workload.loss
+        loss, samples = self._workload.loss, len(inputs)
         if loss is F.cross_entropy and targets.ndim == 1:
-            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers)
+            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers, samples=samples)
             if outputs.ndim == 3:
                 return cross_entropy_of_rows(outputs, targets)
             return vmap(loss, in_dims=(0, None))(outputs, targets)
-        return self._each_row(lambda model: loss(model(inputs), targets), parameters, self._buffers)
+        return self._each_row(lambda model: loss(model(inputs), targets), parameters, self._buffers, samples=samples)
 
     def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """Return the rates that a trial used in the epoch, by group; a frozen group's are 0."""

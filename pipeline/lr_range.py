@@ -34,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     overrides = cli.overrides_of(options)
     file = cli.space_file(options.space, overrides)
     space = load_space(file, overrides, searching=False)
+    picture = options.root / "mlruns" / f"lr_range-{space.name}.png"
+    cli.check_writable(picture, "--root")
+    if options.write:
+        cli.check_writable(options.space.resolve(), "--write")
 
     from pipeline.prepare import prepare
 
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     curves = _test(space, trainer, console)
     if options.write:
         _write(options.space, curves, console)
-    _save_picture(options.root / "mlruns" / f"lr_range-{space.name}.png", trainer.workload.name, curves, console)
+    _save_picture(picture, trainer.workload.name, curves, console)
     return 0 if any(curve.bounds() for curve in curves.values()) else 1
 
 

@@ -18,7 +18,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
     place, equals, value = text.partition("=")
     if not equals or not all(place.split(".")):
-        raise argparse.ArgumentTypeError(f"must be PLACE=VALUE, such as epochs=5, got {text[:120]!r}")
+        raise argparse.ArgumentTypeError(f"must be PLACE=VALUE, such as batch_size=32, got {text[:120]!r}")
     try:
         data = loads(f"value: {value}", source=place)
     except InvalidInput as error:

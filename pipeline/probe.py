@@ -81,11 +81,12 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             return _cannot_fuse(finding, f"its {keeper} changes in training and is no buffer")
         if device.type != "cpu":
             return finding
-        if config.precision != "bf16":  # whose kernels differ by shape in more ways
-            some = list(_configs(config, momentum=0.5).values())
-            company = company_of(workload, some, size, device=device, dtype=dtype)
-            if company is not None:
-                return dataclasses.replace(finding, company=company)
+        if config.precision == "bf16":  # whose kernels differ by shape in more ways
+            return _cannot_fuse(finding, "in bfloat16 a CPU's numbers depend on how many trials are rows")
+        some = list(_configs(config, momentum=0.5).values())
+        company = company_of(workload, some, size, device=device, dtype=dtype)
+        if company is not None:
+            return dataclasses.replace(finding, company=company)
         return _cannot_fuse(finding, "its numbers depend on how many trials are rows")
     except Exception as error:  # whatever a model does that a row cannot
         return _cannot_fuse(finding, f"{type(error).__name__}, {first_line(error)}")

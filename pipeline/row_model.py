@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,11 +24,19 @@ class Company:
     multiple: int = 1
     """A multiple of so many rows is computed, filled up with copies of one. A lone row's product with a vector is a
     kernel of its own, and columns of a sum that do not fill a vector register are summed in another order."""
-    spare: int = 0
-    """At least so many copies come last. The last numbers of a tensor, if they do not fill a vector register, get
-    another rounding of functions such as `exp`."""
+    spare: Mapping[int, int] = field(default_factory=dict)
+    """Samples of a batch to how many copies, at least, come last. The last numbers of a tensor, if they do not fill a
+    vector register, get another rounding of functions such as `sigmoid`."""
+    spare_otherwise: int = 0
+    """The same for batches of other sizes: as many as may be needed for one sample."""
     lone_is_plain: bool = False
-    """Whether a lone row is the same if the model computes it as it is, without `vmap`, which takes less time."""
+    """Whether a lone row without copies is the same if the model computes it as it is, without `vmap`, which takes less
+    time."""
+
+    def extra(self, rows: int, samples: int) -> int:
+        """Return how many copies fill up a matrix of so many rows."""
+        spare = self.spare.get(samples, self.spare_otherwise)
+        return spare + -(rows + spare) % self.multiple
 
 
 class RowModel:
@@ -53,6 +61,8 @@ class RowModel:
         function: Callable[[Callable[[Tensor], Tensor]], Tensor],
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
+        *,
+        samples: int,
     ) -> Tensor:
         """Return what a function makes of each row's model, (row, …).
 
@@ -60,9 +70,11 @@ class RowModel:
             function: Of the model.
             parameters: By name, (row, *shape).
             buffers: By name, (row, *shape); changed as the model changes them.
+            samples: Of the batch that the function computes.
         """
         rows = len(next(iter(parameters.values())))
-        if rows == 1 and self._company.lone_is_plain:
+        extra = self._company.extra(rows, samples)
+        if rows == 1 and not extra and self._company.lone_is_plain:
             lone = {name: tensor.view(tensor.shape[1:]) for name, tensor in {**parameters, **buffers}.items()}
             with _holding(self._places, lone), self._as_rows_do:
                 return function(self._model).unsqueeze(0)
@@ -72,8 +84,7 @@ class RowModel:
                 return function(self._model)
 
         each = vmap(one, randomness="same")
-        spare = self._company.spare
-        if not (extra := spare + -(rows + spare) % self._company.multiple):
+        if not extra:
             values: Tensor = each(parameters, buffers)
             return values
         filled_up = _filled_up(buffers, extra)

@@ -7,9 +7,11 @@ what a settings file has no use for: equal keys, aliases, tags, several document
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,7 +137,12 @@ def _span(node: Any, keys: tuple[str, ...]) -> tuple[int, int]:
 
 
 def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
-    """Write a file so that a reader, or a restart after a crash, sees the old content or the new, never a part."""
+    """Write a file so that a reader, or a restart after a crash, sees the old content or the new, never a part.
+
+    A file that is there keeps its permissions, and is not replaced if they forbid to write to it.
+    """
+    check_writable(path)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644
     parts = [part.encode() if isinstance(part, str) else part for part in content]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
@@ -144,7 +151,7 @@ def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
+        Path(temporary).chmod(mode)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -154,6 +161,17 @@ def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the OSError that writing a file would, if a permission is missing, or a file or folder is in the way."""
+    folder = next(place for place in path.absolute().parents if place.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def sweep(folder: Path) -> None:

@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline.space import load_config
 
+    path = arguments.root / "model.pt"
+    cli.check_writable(path, "--root")
     space, config, found = load_config(arguments.config, cli.overrides_of(arguments))
 
     import torch
@@ -56,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         print("test        ", "  ".join(f"{name} {number(value)}" for name, value in group.test()[0].items()))
     buffer = io.BytesIO()
     torch.save(group.model_state(0), buffer)
-    path = arguments.root / "model.pt"
     try:
         write_atomic(path, buffer.getvalue())
     except OSError as error:

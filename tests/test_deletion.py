@@ -83,7 +83,9 @@ def test_a_deletion_that_nobody_can_be_asked_about_is_refused(root: Path) -> Non
     assert names(root) == ["mine", "other"]
 
 
-@pytest.mark.parametrize(("answer", "status", "left"), [("\n", 1, ["mine", "other"]), ("y\n", 0, ["other"])])
+@pytest.mark.parametrize(
+    ("answer", "status", "left"), [("\n", 1, ["mine", "other"]), ("\x04", 1, ["mine", "other"]), ("y\n", 0, ["other"])]
+)
 def test_at_a_terminal_a_deletion_asks_first(
     root: Path, monkeypatch: pytest.MonkeyPatch, answer: str, status: int, left: list[str]
 ) -> None:

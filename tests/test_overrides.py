@@ -31,7 +31,7 @@ def test_an_override_is_a_place_and_a_value_in_yaml(text: str, place: str, value
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epochs", "must be PLACE=VALUE, such as epochs=5, got 'epochs'"),
+        ("epochs", "must be PLACE=VALUE, such as batch_size=32, got 'epochs'"),
         ("=5", "must be PLACE=VALUE"),
         ("a..b=5", "must be PLACE=VALUE"),
         ("epochs=[", "epochs: "),

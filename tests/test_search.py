@@ -210,6 +210,15 @@ def test_training_best_yaml_repeats_the_search_to_the_last_bit(
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_a_model_that_could_not_be_saved_is_not_trained(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.pt").mkdir()
+    with pytest.raises(InvalidInput, match=r"model\.pt: cannot be written: Is a directory; name another"):
+        pipeline.train.main([str(found.best_yaml), "--device", "cpu", "--root", str(tmp_path)])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_trained_model_loads_and_scores_what_was_printed(
     found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

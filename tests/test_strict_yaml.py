@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import math
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InvalidInput
-from pipeline.strict_yaml import MAX_BYTES, MAX_DEPTH, dumps, load, loads, write_atomic
+from pipeline.strict_yaml import MAX_BYTES, MAX_DEPTH, check_writable, dumps, load, loads, write_atomic
 
 
 @pytest.mark.parametrize(
@@ -202,10 +203,30 @@ def test_write_atomic_makes_the_folder_and_replaces_a_file(tmp_path: Path) -> No
     assert [entry.name for entry in path.parent.iterdir()] == ["best.yaml"]
 
 
+def test_write_atomic_keeps_the_permissions_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("before")
+    path.chmod(0o600)
+    write_atomic(path, "after")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("after", 0o600)
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "folder" / "file")
+    check_writable(tmp_path / "file")
+    with pytest.raises(NotADirectoryError):
+        check_writable(tmp_path / "file" / "folder" / "file")
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path)
+
+
 def test_write_atomic_that_fails_leaves_no_stray_file(tmp_path: Path) -> None:
     folder = tmp_path / "best.yaml"
     folder.mkdir()
     with pytest.raises(IsADirectoryError, match=r"best\.yaml"):
         write_atomic(folder, "text")
+    with pytest.raises(TypeError):
+        write_atomic(tmp_path / "other.yaml", "text", cast(Any, 3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["best.yaml"]
     assert list(folder.iterdir()) == []

@@ -100,7 +100,9 @@ def _last_batch_problems(workload: Workload, model: nn.Module, batch_size: int) 
         _, problem = _attempt("the model", "a batch of one sample", model, one)
         if problem:
             yield Problem(
-                "batch_size", f"leaves one of {len(samples)} samples for the last batch, and {problem.message}"
+                "batch_size",
+                f"{batch_size} leaves one of {len(samples)} samples for the last batch, and {problem.message}; another"
+                " size leaves none or several",
             )
 
 

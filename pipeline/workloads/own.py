@@ -146,11 +146,11 @@ def _load_module(name: str) -> ModuleType:
 
 def where(error: BaseException) -> str:
     """Return what was raised, and the last line of the person's own code that led to it."""
-    text = traceback.format_exception_only(error)[-1].strip()
+    text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if isinstance(error, SyntaxError):
         return f"{text}, in {error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    packages = ("site-packages", "importlib", str(Path(__file__).parent))
+    packages = ("site-packages", "importlib", str(Path(__file__).parent.parent))
     own = [frame for frame in frames if not any(part in frame.filename for part in packages)]
     return f"{text}, in {own[-1].filename}, line {own[-1].lineno}" if own else text
 
