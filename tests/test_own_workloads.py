@@ -246,9 +246,7 @@ NAN_INPUTS[4, 2] = torch.nan
         ({"val": Split(torch.ones(4, 6), torch.tensor([0, 1, 2, -100]))}, []),
         (
             {"build_model": lambda: TinyModel(batch_norm=True), "train": with_labels([0, 1, 2] * 11)},
-            [
-                "batch_size: 8 leaves one of 33 samples for the last batch, and the model raised ValueError on a batch"
-            ],
+            ["batch_size: 8 leaves one of 33 samples for the last batch, and the model raised ValueError on a batch"],
         ),
     ],
 )
