@@ -2,7 +2,8 @@
 
 Two things make a row notice the others. Which kernel multiplies, convolves or sums depends on the shapes beside it;
 that changes many numbers, and comparing rows finds it. And some functions round the end of a tensor otherwise; that
-changes a few numbers now and then, which comparing would miss: it follows from how their tensors lie in memory.
+changes a few numbers now and then, which comparing would miss: it follows from how all tensors of an operation lie
+in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,14 +40,14 @@ AT_ONCE = 32
 ROUND_ENDS_OTHERWISE = frozenset(
     {"atan2", "atanh", "exp2", "glu", "glu_backward", "logaddexp", "logaddexp2", "pow", "sigmoid"}
     | {"celu", "elu", "elu_backward", "mish", "mish_backward", "silu", "silu_backward", "softplus", "softplus_backward"}
-    | {"huber_loss_backward", "smooth_l1_loss_backward"}
+    | {"huber_loss_backward", "smooth_l1_loss_backward", "igamma", "logit_backward", "special_ndtri"}
 )
 """Operations of `torch.ops.aten` that compute single numbers by another function than vectors, on x86; so does `gelu`
-by tanh."""
+by tanh or in double precision."""
 EXACT_POWERS = (-2, -1, -0.5, 0, 0.5, 1, 2, 3)
 """For which `pow` is an arithmetic operation."""
 ROUND_LAST_COLUMNS_OTHERWISE = (torch.ops.aten.native_batch_norm_backward,)
-"""Those that do so with the last columns of a matrix (sample, column)."""
+"""Those that do so with the last columns, where channels lie side by side."""
 
 
 def company_of(
@@ -84,7 +86,7 @@ def company_of(
                     group.evaluate_step(inputs, targets)
         return watch
 
-    def trained(rows: int, company: Company, times: int, *, evaluated: bool = True) -> dict[int, Any]:
+    def trained(rows: int, company: Company, times: int) -> dict[int, Any]:
         """Return all that training some epochs leaves of each row, its losses and what its model puts out."""
         group = group_of(rows, company)
         losses = []
@@ -93,7 +95,7 @@ def company_of(
             for inputs, targets in group.training_batches():
                 group.train_step(inputs, targets)
             losses.append(group.losses())
-        outputs = [group.outputs(name) for name in splits] if evaluated else []
+        outputs = [group.outputs(name) for name in splits]
         states = group.state_dict()
         return {row: (states[str(row)], [of[row] for of in losses], [of[row] for of in outputs]) for row in range(rows)}
 
@@ -105,8 +107,7 @@ def company_of(
         tried = functools.cache(functools.partial(trained, company=company))
         # Together with many: a lone row, several, and where a matrix can end.
         *fewer, few = sorted({1, 2, 3, *(n * company.multiple for n in (1, 2, 3))})
-        among_many = tried(min(MANY, most), times=1, evaluated=False)
-        if _alike(among_many, tried(few, times=1, evaluated=False)) and all(
+        if _alike(tried(min(MANY, most), times=1), tried(few, times=1)) and all(
             _alike(tried(rows, times=repeats), tried(few, times=repeats))
             for repeats in sorted({1, times})
             for rows in fewer
@@ -118,15 +119,29 @@ def company_of(
     return None
 
 
+@dataclass(frozen=True)
+class _Loop:
+    """An operation that rounds ends otherwise, computed in a loop over all its tensors at once."""
+
+    samples: int
+    """Of the batch that it is computed of."""
+    shape: tuple[int, ...]
+    """Of its result."""
+    strides: tuple[tuple[int, ...], ...]
+    """Of its result and its arguments, each by dimension of the result; 0 where one number serves for all."""
+
+
 class _Watched(TorchDispatchMode):
-    """Notes the tensors of operations that round ends otherwise, and how they lie in memory."""
+    """Notes the operations that round ends otherwise, and how their tensors lie in memory."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tensors: list[tuple[int, Sequence[int], Sequence[int]]] = []
-        """Samples of the batch that it is computed of, shape and strides, in order."""
+        self.loops: list[_Loop] = []
+        """In order."""
         self.samples: set[int] = set()
         """Of the batches."""
+        self.complex = False
+        """Whether there are complex numbers: even their products round ends otherwise."""
         self._now = 0
 
     def of_batch(self, samples: int) -> _Watched:
@@ -139,33 +154,44 @@ class _Watched(TorchDispatchMode):
         self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
     ) -> Any:
         result = function(*arguments, **(options or {}))
-        results = result if isinstance(result, tuple) else (result,)
+        first = result[0] if isinstance(result, tuple) else result
+        if not isinstance(first, Tensor):
+            return result
+        self.complex |= first.is_complex()
         if rounds_ends_otherwise(function, arguments, options or {}):
-            for value in (*arguments, *results):
-                if isinstance(value, Tensor):
-                    self.tensors.append((self._now, value.shape, value.stride()))
-        elif function.overloadpacket in ROUND_LAST_COLUMNS_OTHERWISE:
-            _, columns, *others = results[0].shape
-            if math.prod(others) == 1:
-                self.tensors.append((self._now, (columns,), (1,)))
+            tensors = [first, *(argument for argument in arguments if isinstance(argument, Tensor))]
+            shape = tuple(first.shape)
+            strides = [strides for tensor in tensors if (strides := _strides_in(tensor, shape)) is not None]
+            self.loops.append(_Loop(self._now, shape, tuple(strides)))
+        elif function.overloadpacket in ROUND_LAST_COLUMNS_OTHERWISE and first.stride(1) == 1:
+            self.loops.append(_Loop(self._now, (first.shape[1],), ((1,),)))
         return result
+
+
+def _strides_in(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Return a tensor's strides by dimension of a shape that it is broadcast to; None if it is not."""
+    missing = len(shape) - tensor.ndim
+    if missing < 0 or any(own not in (1, size) for own, size in zip(tensor.shape, shape[missing:], strict=True)):
+        return None
+    own = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (*[0] * missing, *own)
 
 
 def _companies(few: _Watched, more: _Watched, *, usual: int) -> list[Company]:
     """Return what leaves no row of a trial at an end, in order of cost at the usual size of a batch.
 
-    A loop over tensors goes along what lies together in memory. If that is of several rows, how much is left at its
-    end, to be taken singly, depends on the number of rows, and whose it is on how many numbers of a row lie side by
-    side. Such rows must be spare ones. Where each row has ends of its own, they are the same in any company.
+    A loop goes along what lies together in the memory of all its tensors. If that is of several rows, how much is left
+    at its end, to be taken singly, depends on the number of rows, and whose it is on how many numbers of a row lie side
+    by side. Such rows must be spare ones. Where each row has ends of its own, they are the same in any company.
     """
-    if len(few.tensors) != len(more.tensors):  # something computes row after row, and no run is known to be of several
+    if few.complex or len(few.loops) != len(more.loops):  # if these differ, something computes row after row
         return []
     runs: dict[int, set[tuple[int, int]]] = {samples: set() for samples in few.samples}
     of_one: set[tuple[int, int]] = set()
-    for (samples, shape, strides), (_, larger, _) in zip(few.tensors, more.tensors, strict=True):
-        for numbers, together in _runs_of_rows(shape, strides, larger):
-            runs[samples].add((numbers, together))
-            one = numbers if numbers % samples else numbers // samples
+    for loop, larger in zip(few.loops, more.loops, strict=True):
+        for numbers, together in _runs_of_rows(loop, larger.shape):
+            runs[loop.samples].add((numbers, together))
+            one = numbers if numbers % loop.samples else numbers // loop.samples
             of_one.add((one, math.gcd(one, together)))
 
     def spare(multiple: int, runs: set[tuple[int, int]]) -> int:
@@ -183,20 +209,23 @@ def _companies(few: _Watched, more: _Watched, *, usual: int) -> list[Company]:
     return sorted(companies, key=lambda company: company.multiple / 2 + company.spare[usual])
 
 
-def _runs_of_rows(shape: Sequence[int], strides: Sequence[int], larger: Sequence[int]) -> set[tuple[int, int]]:
-    """Return how many numbers a tensor has of each of `FEW` rows, and how many of them side by side.
+def _runs_of_rows(loop: _Loop, larger: Sequence[int]) -> set[tuple[int, int]]:
+    """Return how many numbers of each of `FEW` rows a loop takes in a run, and how many of them side by side.
 
     Args:
-        shape: Its own.
-        strides: Its own.
-        larger: Its shape with `MORE` rows.
+        loop: What is computed of `FEW` rows.
+        larger: The shape of its result with `MORE` rows.
 
     Returns:
-        Nothing if no run of numbers that lie together in memory is of several rows.
+        Nothing if no run is of several rows.
     """
     length, together = 1, 0
-    for stride, size, size_of_more in sorted(zip(strides, shape, larger, strict=True)):
-        if size > 1 and stride != length:
+    first: tuple[int, ...] | None = None
+    for *strides, size, size_of_more in sorted(zip(*loop.strides, loop.shape, larger, strict=True)):
+        if size == 1 and size_of_more == 1:
+            continue
+        first = first or tuple(strides)
+        if tuple(strides) != tuple(stride * length for stride in first):
             break
         if size != size_of_more:
             together = length * size // FEW
@@ -210,7 +239,7 @@ def rounds_ends_otherwise(operation: Any, arguments: Sequence[Any], options: Map
     if name == "pow" and not isinstance(arguments[1], Tensor):
         return arguments[1] not in EXACT_POWERS
     if name in ("gelu", "gelu_backward"):
-        return options.get("approximate") == "tanh"
+        return options.get("approximate") == "tanh" or arguments[0].dtype == torch.float64
     return name in ROUND_ENDS_OTHERWISE
 
 
@@ -247,5 +276,6 @@ def _of_same_batch_sizes(workload: Workload, config: TrialConfig) -> Workload:
     def evaluated(name: str) -> Split:
         return some(name, evaluation_batch_size(samples_of(workload, name), config))
 
-    test = None if workload.test is None else evaluated("test")
+    # One of as many samples as `val` has the same batches.
+    test = None if workload.test is None or len(workload.test) == len(workload.val) else evaluated("test")
     return dataclasses.replace(workload, train=some("train", config.batch_size), val=evaluated("val"), test=test)
