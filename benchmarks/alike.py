@@ -1,8 +1,9 @@
 """Whether rows are the same to the bit in any company: random small models, as 1, 2, 7, 17 and 33 rows.
 
-Few parameters, odd widths, odd batches, functions that are rounded otherwise at the end of a tensor: where CPU kernels
-leave the most to chance. Each model that the probe lets be rows trains two epochs as 33 rows of several optimizers, and
-then as fewer. Every row's parameters, buffers, optimizer state, metrics and outputs must be those that it had among 33.
+Few parameters, odd widths, odd batches, functions that are rounded otherwise at the end of a tensor, operands that all
+rows share: where CPU kernels leave the most to chance. Each model that the probe lets be rows trains two epochs as 33
+rows of several optimizers, then as fewer, and as 33 of which most are dropped after the first epoch. Every row's
+parameters, buffers, optimizer state, metrics and outputs must be those that it had among 33.
 
     python benchmarks/alike.py
     python benchmarks/alike.py --models 500 --seed 1000
@@ -18,7 +19,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,55 @@ from pipeline.workloads.workload import Split, Workload
 CPU = torch.device("cpu")
 ROWS, FEWER = 33, (17, 7, 2, 1)
 EPOCHS = 2
+DROPPED = tuple(row for row in range(ROWS) if row % 3 == 1 or row > 27)
+
+
+class Gate(nn.Module):
+    """Multiplies by a function of one number that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the inputs, each multiplied."""
+        return inputs * torch.sigmoid(self.strength)
+
+
+class Soft(nn.Module):
+    """A maximum of each number and one that depends on its place, the same in all rows."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the smooth maximum."""
+        return torch.logaddexp(inputs, torch.linspace(-1, 1, inputs.shape[-1]))
+
+
+class RootMeanSquare(nn.Module):
+    """Normalises along the last dimension."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the inputs, each divided."""
+        return inputs * torch.rsqrt(inputs.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Cumulative(nn.Module):
+    """Sums along the last dimension."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the sum up to each number."""
+        return inputs.sigmoid().cumsum(-1)
+
+
 ACTIVATIONS = (
+    nn.PReLU,
+    Gate,
+    Soft,
+    RootMeanSquare,
+    Cumulative,
+    lambda: nn.SELU(inplace=True),
+    lambda: nn.LeakyReLU(0.07, inplace=True),
+    lambda: nn.Softplus(beta=2, threshold=1),
+    lambda: nn.Softmax(dim=-1),
     nn.ReLU,
     nn.GELU,
     lambda: nn.GELU(approximate="tanh"),
@@ -107,12 +156,11 @@ def main() -> int:
 def drawn(seed: int) -> tuple[str, Workload, TrialConfig]:
     """Return what kind of model a seed gives, the model with its data, and how its trials train."""
     draw = random.Random(seed)
-    kind, shape, classes, build_model = draw.choice([mlp, convolutional, convolutional_1d, attention])(draw)
+    kind, inputs, classes, build_model = draw.choice(KINDS)(draw)
     data = torch.Generator().manual_seed(seed)
 
     def split(samples: int) -> Split:
-        inputs = torch.randn(samples, *shape, generator=data)
-        return Split(inputs, torch.randint(0, classes, (samples,), generator=data))
+        return Split(inputs(samples, data), torch.randint(0, classes, (samples,), generator=data))
 
     workload = Workload(
         name="drawn",
@@ -131,12 +179,20 @@ def drawn(seed: int) -> tuple[str, Workload, TrialConfig]:
         optimizer=OPTIMIZERS[0],
         scheduler=Constant(),
         param_groups={"all": ParamGroup(pattern=("*",))},
+        channels_last=kind == "convolutional" and draw.random() < 0.3,
     )
     return kind, workload, config
 
 
-Drawn = tuple[str, tuple[int, ...], int, Callable[[], nn.Module]]
-"""A kind of model, the shape of a sample, the classes, and what makes it."""
+Inputs = Callable[[int, torch.Generator], Tensor]
+"""Makes so many samples."""
+Drawn = tuple[str, Inputs, int, Callable[[], nn.Module]]
+"""A kind of model, its samples, the classes, and what makes it."""
+
+
+def numbers(*shape: int) -> Inputs:
+    """Return what makes samples of a shape."""
+    return lambda samples, generator: torch.randn(samples, *shape, generator=generator)
 
 
 def mlp(draw: random.Random) -> Drawn:
@@ -152,7 +208,7 @@ def mlp(draw: random.Random) -> Drawn:
             layers += [norm, activation(), nn.Dropout(dropout)]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
-    return "mlp", (sizes[0],), classes, build
+    return "mlp", numbers(sizes[0]), classes, build
 
 
 def convolutional(draw: random.Random) -> Drawn:
@@ -171,7 +227,7 @@ def convolutional(draw: random.Random) -> Drawn:
         layers.append(pool(2, ceil_mode=True) if pool else nn.Identity())
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
 
-    return "convolutional", (channels[0], side, side), classes, build
+    return "convolutional", numbers(channels[0], side, side), classes, build
 
 
 def convolutional_1d(draw: random.Random) -> Drawn:
@@ -191,7 +247,7 @@ def convolutional_1d(draw: random.Random) -> Drawn:
             nn.Linear(width, classes),
         )
 
-    return "convolutional 1d", (channels, length), classes, build
+    return "convolutional 1d", numbers(channels, length), classes, build
 
 
 def attention(draw: random.Random) -> Drawn:
@@ -210,7 +266,27 @@ def attention(draw: random.Random) -> Drawn:
             logits: Tensor = self.head(self.block(inputs).mean(dim=1))
             return logits
 
-    return "attention", (5, width), classes, Block
+    return "attention", numbers(5, width), classes, Block
+
+
+def embeddings(draw: random.Random) -> Drawn:
+    """Draw a table of vectors, a function of them, and a layer on them all."""
+    words, width, length = draw.choice([5, 30]), draw.choice([1, 3, 6, 8]), draw.choice([1, 3, 5])
+    activation, _, bias, dropout, classes = ends(draw)
+
+    def build() -> nn.Module:
+        vectors = [nn.Embedding(words, width), activation(), nn.Dropout(dropout), nn.Flatten()]
+        return nn.Sequential(*vectors, nn.Linear(width * length, classes, bias=bias))
+
+    return (
+        "embeddings",
+        lambda samples, generator: torch.randint(0, words, (samples, length), generator=generator),
+        classes,
+        build,
+    )
+
+
+KINDS = (mlp, convolutional, convolutional_1d, attention, embeddings)
 
 
 def ends(draw: random.Random) -> tuple[Callable[[], nn.Module], str, bool, float, int]:
@@ -227,11 +303,14 @@ def ends(draw: random.Random) -> tuple[Callable[[], nn.Module], str, bool, float
 def differences(workload: Workload, config: TrialConfig, finding: Finding) -> Iterator[str]:
     """Yield, for each number of rows, the first row that is not what it was among the most rows, and in what."""
 
-    def seen(numbers: range) -> dict[int, dict[str, Any]]:
+    def seen(numbers: range, dropped: Collection[int] = ()) -> dict[int, dict[str, Any]]:
         configs = {n: dataclasses.replace(config, optimizer=OPTIMIZERS[n % len(OPTIMIZERS)]) for n in numbers}
         seeded = finding.draws_random_numbers
         rows = FusedTrials(configs, workload, device=CPU, seeded=seeded, company=finding.company)
-        epochs = [rows.train_epoch() for _ in range(EPOCHS)]
+        epochs = [rows.train_epoch()]
+        for number in dropped:
+            rows.drop(number)
+        epochs += [rows.train_epoch() for _ in range(EPOCHS - 1)]
         outputs = {name: dict(zip(rows.configs, rows.outputs(name), strict=True)) for name in ("val", "test")}
         return {
             int(number): {
@@ -243,14 +322,16 @@ def differences(workload: Workload, config: TrialConfig, finding: Finding) -> It
         }
 
     expected = seen(range(ROWS))
-    for count in FEWER:
-        first = count % len(OPTIMIZERS)  # not always the same ones
-        for number, what in seen(range(first, first + count)).items():
+    starts = {count: count % len(OPTIMIZERS) for count in FEWER}  # not always the same ones
+    companies = {f"{count} rows": seen(range(start, start + count)) for count, start in starts.items()}
+    companies["after others were dropped"] = seen(range(ROWS), DROPPED)
+    for company, its in companies.items():
+        for number, what in its.items():
             if number not in expected:
                 continue
             unlike = [name for name, value in what.items() if not same_bits(value, expected[number][name])]
             if unlike:
-                yield f"{count} rows: trial {number}'s {' and '.join(unlike)}"
+                yield f"{company}: trial {number}'s {' and '.join(unlike)}"
                 break
 
 

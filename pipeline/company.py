@@ -31,8 +31,8 @@ FEW, MORE = 3, 5
 """Rows whose tensors are watched: what is larger of more rows is of several rows."""
 ENOUGH_SAMPLES, DIFFERENT_SAMPLES = 64, 128
 """In training steps and among all samples: kernels that differ can agree on a few."""
-MAX_STEPS, ENOUGH_NUMBERS = 16, 1 << 13
-"""Steps that rows train: as many as it takes for so many parameters, since few can be the same by chance."""
+MIN_STEPS, MAX_STEPS, ENOUGH_NUMBERS = 4, 16, 1 << 13
+"""Steps that rows train: as many as it takes for so many numbers of gradients, since few can be the same by chance."""
 MULTIPLES, MAX_EXTRA = (1, 2, 4, 8), 8
 """More extra rows at the usual size of a batch would cost more than rows gain."""
 AT_ONCE = 32
@@ -60,7 +60,7 @@ def company_of(
 
     Args:
         workload: What is trained.
-        configs: Two trials of it that differ, with momentum: as part of the state it has every bit of the gradients.
+        configs: Two trials of it that differ.
         size: Number of its parameters.
         device: A CPU.
         dtype: Of parameters and floating-point data.
@@ -86,36 +86,31 @@ def company_of(
                     group.evaluate_step(inputs, targets)
         return watch
 
-    def trained(rows: int, company: Company, times: int) -> dict[int, Any]:
-        """Return all that training some epochs leaves of each row, its losses and what its model puts out."""
+    def trained(rows: int, company: Company) -> dict[int, Any]:
+        """Return all that training some epochs leaves of each row, and the losses and gradients of every step."""
         group = group_of(rows, company)
-        losses = []
-        for _ in range(times):
+        seen = []
+        for _ in range(epochs):
             group.begin_epoch()
             for inputs, targets in group.training_batches():
-                group.train_step(inputs, targets)
-            losses.append(group.losses())
+                losses, gradients = group.gradients(inputs, targets)
+                seen += [losses, gradients.clone()]
+                group.update(losses, gradients, samples=len(inputs))
         outputs = [group.outputs(name) for name in splits]
         states = group.state_dict()
-        return {row: (states[str(row)], [of[row] for of in losses], [of[row] for of in outputs]) for row in range(rows)}
+        return {row: (states[str(row)], [of[row] for of in (*seen, *outputs)]) for row in range(rows)}
 
-    steps = math.ceil(len(workload.train) / configs[0].batch_size)
-    times = max(1, min(MAX_STEPS, ENOUGH_NUMBERS // size) // steps)
+    steps = min(MAX_STEPS, max(MIN_STEPS, ENOUGH_NUMBERS // size))
+    epochs = math.ceil(steps / math.ceil(len(workload.train) / configs[0].batch_size))
     for company in _companies(watched(FEW), watched(MORE), usual=usual):
         if 3 * company.multiple > most:
             continue
         tried = functools.cache(functools.partial(trained, company=company))
         # Together with many: a lone row, several, and where a matrix can end.
         *fewer, few = sorted({1, 2, 3, *(n * company.multiple for n in (1, 2, 3))})
-        if _alike(tried(min(MANY, most), times=1), tried(few, times=1)) and all(
-            _alike(tried(rows, times=repeats), tried(few, times=repeats))
-            for repeats in sorted({1, times})
-            for rows in fewer
-        ):
+        if all(_alike(tried(rows), tried(few)) for rows in (min(MANY, most), *fewer)):
             plain = dataclasses.replace(company, lone_is_plain=True)
-            if company.multiple == 1 and _alike(trained(1, plain, times), tried(few, times=times)):
-                return plain
-            return company
+            return plain if company.multiple == 1 and _alike(trained(1, plain), tried(few)) else company
     return None
 
 

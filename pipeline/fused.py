@@ -130,12 +130,30 @@ class FusedTrials:
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Update every row on one batch."""
+        self.update(*self.gradients(inputs, targets), samples=len(inputs))
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's loss (row,) and gradients (row, parameter) on the next batch of the epoch.
+
+        Raises:
+            RuntimeError: The loss does not depend on a parameter. PyTorch's optimizers leave such a parameter as it
+                is, without weight decay and without counting the step, which a row cannot.
+        """
+        parameters = {name: p.detach().requires_grad_() for name, p in self._layout.views(self._matrix).items()}
         step = len(self._record.sizes)
         with seeded_step(self._seeded, self._device, self._config.seed, "step", self._epoch, step):
-            row_losses, gradients = self._gradients(inputs, targets)
-        self._optimizer.update(self._matrix, gradients, step=step)
-        self._record.losses.append(row_losses)
-        self._record.sizes.append(len(inputs))
+            with autocast(self._config, self._device):
+                losses = self._losses(inputs, targets, parameters)
+            gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
+            raise RuntimeError(f"the loss does not depend on {', '.join(unused)}")
+        return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
+
+    def update(self, losses: Tensor, gradients: Tensor, *, samples: int) -> None:
+        """Move every row by its gradients (row, parameter), which are overwritten, on a batch of so many samples."""
+        self._optimizer.update(self._matrix, gradients, step=len(self._record.sizes))
+        self._record.losses.append(losses)
+        self._record.sizes.append(samples)
 
     @torch.no_grad()
     def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
@@ -174,10 +192,6 @@ class FusedTrials:
     def drop(self, number: int) -> None:
         """Stop training a trial: its row leaves the matrix."""
         self._keep([other for other in self.configs if other != number])
-
-    def losses(self) -> Tensor:
-        """Return each trial's losses of the epoch so far, (row, step)."""
-        return torch.stack(self._record.losses, dim=1)
 
     def outputs(self, name: str) -> Tensor:
         """Return what each trial's model puts out for a split, (row, sample, …)."""
@@ -235,21 +249,6 @@ class FusedTrials:
         if self._layout.described() != saved["layout"]:
             raise ValueError("its parameters have other names, shapes or another order")
         check_shapes({name: buffer[0] for name, buffer in self._buffers.items()}, saved["buffers"])
-
-    def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each row's loss (row,) and gradients (row, parameter) on one batch.
-
-        Raises:
-            RuntimeError: The loss does not depend on a parameter. PyTorch's optimizers leave such a parameter as it
-                is, without weight decay and without counting the step, which a row cannot.
-        """
-        parameters = {name: p.detach().requires_grad_() for name, p in self._layout.views(self._matrix).items()}
-        with autocast(self._config, self._device):
-            losses = self._losses(inputs, targets, parameters)
-        gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-        if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
-            raise RuntimeError(f"the loss does not depend on {', '.join(unused)}")
-        return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
 
     def _losses(self, inputs: Tensor, targets: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return each row's loss (row,) on one batch."""

@@ -83,7 +83,7 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             return finding
         if config.precision == "bf16":  # whose kernels differ by shape in more ways
             return _cannot_fuse(finding, "in bfloat16 a CPU's numbers depend on how many trials are rows")
-        some = list(_configs(config, momentum=0.5).values())
+        some = list(_configs(config).values())
         company = company_of(workload, some, size, device=device, dtype=dtype)
         if company is not None:
             return dataclasses.replace(finding, company=company)
@@ -129,10 +129,10 @@ def _same(fused: _Trained, plain: _Trained, model: nn.Module, tolerance: float) 
     )
 
 
-def _configs(config: TrialConfig, *, momentum: float = 0.0) -> dict[int, TrialConfig]:
+def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
     """Return two trials of a workload that differ; what a config freezes or how fast it trains says nothing of it."""
     groups = {"all": ParamGroup(pattern=("*",))}
-    optimizers = {number: SGD(base_lr=rate, momentum=momentum) for number, rate in RATES.items()}
+    optimizers = {number: SGD(base_lr=rate) for number, rate in RATES.items()}
     return {
         number: dataclasses.replace(config, optimizer=optimizer, scheduler=Constant(), param_groups=groups)
         for number, optimizer in optimizers.items()

@@ -498,10 +498,10 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     size = Memory()
 
     class Limited(FusedTrials):
-        def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             if len(self.configs) > size.rows:
                 raise torch.OutOfMemoryError(f"{len(self.configs)} rows do not fit")
-            return super()._gradients(inputs, targets)
+            return super().gradients(inputs, targets)
 
     monkeypatch.setattr(trainers, "FusedTrials", Limited)
     return size

@@ -157,10 +157,10 @@ def test_whatever_a_process_is_asked_that_was_killed_another_answers(asked: str,
 
 def test_a_trial_that_fails_as_it_trains_anew_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fails(FusedTrials):
-        def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             if 14 in self.configs:
                 raise RuntimeError("not again")
-            return super()._gradients(inputs, targets)
+            return super().gradients(inputs, targets)
 
     group = trainer(processes=2).build(various())
     group.train_epoch()
