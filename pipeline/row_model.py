@@ -33,6 +33,10 @@ class Company:
     """Whether a lone row without copies is the same if the model computes it as it is, without `vmap`, which takes less
     time."""
 
+    def fills_up(self, samples: int) -> bool:
+        """Say whether copies fill up matrices of some numbers of rows; then all lie in memory as those do."""
+        return self.multiple > 1 or self.spare.get(samples, self.spare_otherwise) > 0
+
     def extra(self, rows: int, samples: int) -> int:
         """Return how many copies fill up a matrix of so many rows."""
         spare = self.spare.get(samples, self.spare_otherwise)
@@ -73,8 +77,8 @@ class RowModel:
             samples: Of the batch that the function computes.
         """
         rows = len(next(iter(parameters.values())))
-        extra = self._company.extra(rows, samples)
-        if rows == 1 and not extra and self._company.lone_is_plain:
+        fills_up = self._company.fills_up(samples)
+        if rows == 1 and not fills_up and self._company.lone_is_plain:
             lone = {name: tensor.view(tensor.shape[1:]) for name, tensor in {**parameters, **buffers}.items()}
             with _holding(self._places, lone), self._as_rows_do:
                 return function(self._model).unsqueeze(0)
@@ -84,9 +88,10 @@ class RowModel:
                 return function(self._model)
 
         each = vmap(one, randomness="same")
-        if not extra:
+        if not fills_up:
             values: Tensor = each(parameters, buffers)
             return values
+        extra = self._company.extra(rows, samples)
         filled_up = _filled_up(buffers, extra)
         values = each(_filled_up(parameters, extra), filled_up)
         for name, buffer in buffers.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import company
+from pipeline import tensor_ends
 from pipeline.arithmetic import arithmetic
 from pipeline.fused import FusedTrials
 from pipeline.probe import probe
@@ -23,7 +23,7 @@ from pipeline.trainer import EpochMetrics
 from pipeline.workloads.workload import Split
 
 CPU = torch.device("cpu")
-SINGLY = company.AT_ONCE - 1
+SINGLY = tensor_ends.AT_ONCE - 1
 """Numbers of a tensor that are all its end."""
 
 UNARY = (
@@ -115,7 +115,7 @@ def elementwise_functions() -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
 def moved_from_the_end(argument: Any) -> Any:
     """Return a tensor with numbers after those that it has in its last dimension."""
     if isinstance(argument, Tensor) and argument.shape[-1:] == (SINGLY,):
-        after = argument.new_full((*argument.shape[:-1], 2 * company.AT_ONCE - SINGLY), 0.5)
+        after = argument.new_full((*argument.shape[:-1], 2 * tensor_ends.AT_ONCE - SINGLY), 0.5)
         return torch.cat([argument, after], dim=-1)
     return argument
 
@@ -141,12 +141,12 @@ def test_the_elementwise_operations_that_round_the_end_of_a_tensor_otherwise_are
                 whole = elsewhere if isinstance(elsewhere, tuple) else (elsewhere,)
                 for part, other in zip(parts(result), whole, strict=True):
                     if not torch.equal(part.nan_to_num(), other[..., :SINGLY].nan_to_num()):
-                        found.add((operation, company.rounds_ends_otherwise(operation, arguments, options)))
+                        found.add((operation, tensor_ends.rounds_ends_otherwise(operation, arguments, options)))
     assert not {str(operation) for operation, known in found if not known}
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         names = {operation.overloadpacket.__name__ for operation, _ in found}
         seldom = {"logit_backward", "special_ndtri"}
-        assert names | seldom == company.ROUND_ENDS_OTHERWISE | {"gelu", "gelu_backward"}
+        assert names | seldom == tensor_ends.ROUND_ENDS_OTHERWISE | {"gelu", "gelu_backward"}
 
 
 CASES = {

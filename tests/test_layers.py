@@ -28,6 +28,7 @@ WITH_TORCH = (
     "row_model",
     "fused*",
     "matrix_optimizer",
+    "tensor_ends",
     "company",
     "probe",
     "trainers",
