@@ -162,7 +162,7 @@ def _companies(rows: _Rows) -> Iterator[Company]:
 
 
 def _alike(rows: Mapping[int, Any], others: Mapping[int, Any]) -> bool:
-    """Say whether rows are the same as the first two of others, of which they are copies, in all that is known of them."""
+    """Say whether rows are the same as the first two of others, of which they are copies, in what is known of them."""
     return all(_same_bits(its, others[row % 2]) for row, its in rows.items())
 
 
