@@ -220,14 +220,16 @@ class FusedTrials:
 
     def state_dict(self) -> dict[str, Any]:
         """Return, by trial, its row and all else that its next epoch depends on."""
+        matrix, optimizers = self._matrix.cpu(), self._optimizer.row_states()
+        buffers = {name: buffer.cpu() for name, buffer in self._buffers.items()}
         return {
             str(number): {
                 "epoch": self._epoch,
                 "step": self._step,
-                "row": self._matrix[row].to("cpu", copy=True),
+                "row": matrix[row].clone(),
                 "layout": self._layout.described(),
-                "buffers": {name: buffer[row].to("cpu", copy=True) for name, buffer in self._buffers.items()},
-                "optimizer": self._optimizer.row_state(number),
+                "buffers": {name: buffer[row].clone() for name, buffer in buffers.items()},
+                "optimizer": optimizers[number],
             }
             for row, number in enumerate(self.configs)
         }
@@ -284,7 +286,7 @@ class FusedTrials:
                 measure.function(row, targets) if fine else row.new_tensor(math.nan)
                 for row, fine in zip(outputs, finite, strict=True)
             ]
-        numbers = {measure: [float(value) for value in rows] for measure, rows in values.items()}
+        numbers = {measure: _floats(rows) for measure, rows in values.items()}
         return {
             number: {measure: rows[row] for measure, rows in numbers.items()} for row, number in enumerate(self.configs)
         }
@@ -304,6 +306,13 @@ class FusedTrials:
 def has_rule(optimizer: str) -> bool:
     """Say whether trials of an optimizer, by its name in a file, can be rows."""
     return OPTIMIZERS[optimizer].__name__ in RULES
+
+
+def _floats(values: Sequence[Any]) -> list[float]:
+    """Return scalars as Python's; tensors are fetched from their device all at once."""
+    if all(isinstance(value, Tensor) and value.dtype == values[0].dtype for value in values):
+        return [float(value) for value in torch.stack([value.reshape(()) for value in values]).tolist()]
+    return [float(value) for value in values]
 
 
 def _lay_out(model: nn.Module, config: TrialConfig) -> _Layout:

@@ -154,14 +154,18 @@ class MatrixOptimizer:
             start += len(local)
         self._blocks = blocks
 
-    def row_state(self, number: int) -> dict[str, Any]:
-        """Return the state of one trial's optimizer and scheduler."""
-        block, row = self._locate(number)
-        return {
-            "states": [state[row].to("cpu", copy=True) for state in block.states],
-            "carry": {name: values[row].to("cpu", copy=True) for name, values in block.carry.items()},
-            "strategy": self._strategies[number].state_dict(),
-        }
+    def row_states(self) -> dict[int, dict[str, Any]]:
+        """Return the state of each trial's optimizer and scheduler."""
+        members, found = list(self._strategies), {}
+        for block in self._blocks:
+            states = [state.cpu() for state in block.states]
+            for row, number in enumerate(members[block.rows]):
+                found[number] = {
+                    "states": [state[row].clone() for state in states],
+                    "carry": {name: values[row].clone() for name, values in block.carry.items()},
+                    "strategy": self._strategies[number].state_dict(),
+                }
+        return found
 
     def load_row_state(self, number: int, saved: Mapping[str, Any], *, steps: int) -> None:
         """Go on from one trial's state, after `steps` updates; every trial of the matrix has made as many."""

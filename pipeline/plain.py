@@ -283,9 +283,9 @@ def seeded_step(seeded: bool, device: torch.device, seed: int, *purpose: str | i
         yield
 
 
-def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
+def autocast(config: TrialConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return the context of a config's forward passes."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
 
 
 def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -74,7 +74,7 @@ class Split:
     def batches(self, indices: Sequence[Tensor], *, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs and targets of batches; see `Samples`."""
         sizes = [len(batch) for batch in indices]
-        for batch in torch.cat(list(indices)).to(self.inputs.device).split(sizes):
+        for batch in torch.cat(list(indices)).to(self.inputs.device, non_blocking=True).split(sizes):
             yield self.inputs.index_select(0, batch), self.targets.index_select(0, batch)
 
     def take(self, chosen: Tensor) -> Split:

@@ -1,0 +1,111 @@
+"""Training on a device other than the CPU: everything is there, and the host does not wait within an epoch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pretended import DEVICE, pretended_device
+from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
+from torch import Tensor, nn
+
+from pipeline.config import TrialConfig
+from pipeline.fused import FusedTrials
+from pipeline.fused_optim import RULES
+from pipeline.plain import PlainTrials
+from pipeline.strategy import OPTIMIZERS, Adafactor, Cosine, OneCycle, Plateau, Step
+from pipeline.trainer import TrialGroup
+from pipeline.trainers import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+SCHEDULES = (Step(step_size=1, gamma=0.5), OneCycle(), Plateau(patience=1), Cosine(warmup=1))
+
+
+class Net(nn.Module):
+    """Convolutions of the inputs as an image, with BatchNorm and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(0.2), nn.Flatten())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        logits: Tensor = self.head(self.body(inputs.view(-1, 1, 2, 3)))
+        return logits
+
+
+def configs_of_every_rule() -> dict[int, TrialConfig]:
+    optimizers = [optimizer for optimizer in OPTIMIZERS.values() if optimizer.__name__ in RULES]
+    return {
+        number: tiny_config(optimizer(base_lr=0.01), SCHEDULES[number % 4], clip_grad_norm=0.5 if number == 1 else None)
+        for number, optimizer in enumerate(optimizers)
+    }
+
+
+@pytest.fixture
+def waits() -> Iterator[list[str]]:
+    with pretended_device() as waits:
+        yield waits
+
+
+def test_the_host_does_not_wait_for_rows_within_an_epoch(waits: list[str]) -> None:
+    group = FusedTrials(configs_of_every_rule(), tiny_workload(Net), device=DEVICE)
+    for _ in range(2):
+        waits.clear()
+        group.begin_epoch()
+        for batch in group.training_batches():
+            group.train_step(*batch)
+        for batch in group.evaluation_batches("val"):
+            group.evaluate_step(*batch)
+        assert waits == []
+        metrics = group.end_epoch()
+        assert 0 < len(waits) <= 2 + len(next(iter(metrics.values())).metrics)  # not once for each row
+        group.drop(min(metrics))
+
+
+def whole_life(group: TrialGroup, again: TrialGroup) -> list[Any]:
+    """Train some epochs, lose a trial, save, go on from there, test; return all that comes of it."""
+    history: list[Any] = [group.train_epoch() for _ in range(2)]
+    group.drop(1)
+    history.append(group.train_epoch())
+    again.load_state_dict(group.state_dict())
+    history += [again.train_epoch(), again.test()]
+    left = [number for number in history[0] if number != 1]
+    return [*history, {number: again.model_state(number) for number in left}]
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, Tensor):
+        return one.device == other.device == CPU and torch.equal(one, other)
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("trainer", [FusedTrials, PlainTrials])
+def test_trials_on_a_device_live_as_on_the_cpu(trainer: type[FusedTrials | PlainTrials]) -> None:
+    configs = configs_of_every_rule()
+    workload = tiny_workload(functools.partial(TinyModel, dropout=0.2))  # a convolution is another kernel there
+    here = whole_life(*(trainer(configs, workload, device=CPU) for _ in range(2)))
+    with pretended_device():
+        there = whole_life(*(trainer(configs, workload, device=DEVICE) for _ in range(2)))
+    assert all(map(same, here, there))
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_search_on_a_device_trains_rows_and_plain_trials() -> None:
+    configs = {
+        number: tiny_config(optimizer(base_lr=0.01), param_groups=ONE_GROUP)
+        for number, optimizer in enumerate([*OPTIMIZERS.values(), Adafactor])
+        if optimizer.__name__ != "Muon"
+    }
+    trainer = Trainer(tiny_workload(Net), configs[0], device=DEVICE, rows=4)
+    assert trainer.plain_because is None
+    history = whole_life(*(trainer.build(configs) for _ in range(2)))
+    assert history[-1].keys() == configs.keys() - {1}
