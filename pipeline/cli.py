@@ -90,8 +90,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_space(parser: argparse.ArgumentParser) -> None:
     """Add `--space`, `--workload` and `--set`."""
-    help = f"a search-space file (default: {DEFAULT_SPACE.name}; with --workload, {OWN_SPACE.name})"
-    parser.add_argument("--space", type=Path, metavar="FILE", help=help)
+    help = (
+        f"a search-space file, or the name of one in {SPACES.name}/ (default: {DEFAULT_SPACE.stem}; with --workload, "
+    )
+    parser.add_argument("--space", type=Path, metavar="FILE", help=f"{help}{OWN_SPACE.stem})")
     add_overrides(parser)
 
 
@@ -112,8 +114,20 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def space_file(given: Path | None, overrides: Overrides) -> Path:
-    """Return the file of a search space: the one given, or the ready-made one."""
-    return given or (OWN_SPACE if "workload" in overrides else DEFAULT_SPACE)
+    """Return the file of a search space: the one given, by its path or as the name of a ready-made one, or the default.
+
+    Raises:
+        InvalidInput: It is a name, and nothing has that name.
+    """
+    if given is None:
+        return OWN_SPACE if "workload" in overrides else DEFAULT_SPACE
+    if given.suffix or given.name != str(given) or os.path.lexists(given):
+        return given
+    ready_made = {file.stem: file for file in sorted(SPACES.glob("*.yaml"))}
+    if given.name not in ready_made:
+        message = f"there is no such file, and no search space of that name; ready-made are {', '.join(ready_made)}"
+        raise InvalidInput(str(given), [Problem("", message)])
+    return ready_made[given.name]
 
 
 def source_of(file: Path | str, overrides: Overrides) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cli
+from pipeline.config import Own
 from pipeline.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     overrides = cli.overrides_of(options)
     file = cli.space_file(options.space, overrides)
     space = load_space(file, overrides, searching=False)
-    picture = options.root / "mlruns" / f"lr_range-{space.name}.png"
+    own = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
+    picture = options.root / "mlruns" / f"{'-'.join(['lr_range', space.name, *own])}.png"
     cli.check_writable(picture, "--root")
     if options.write:
-        cli.check_writable(options.space.resolve(), "--write")
+        cli.check_writable(file.resolve(), "--write")
 
     from pipeline.prepare import prepare
 
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     curves = _test(space, trainer, console)
     if options.write:
-        _write(options.space, curves, console)
+        _write(file, curves, console)
     _save_picture(picture, trainer.workload.name, curves, console)
     return 0 if any(curve.bounds() for curve in curves.values()) else 1
 

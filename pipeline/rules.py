@@ -115,7 +115,8 @@ def _count_problems(
     left = f"the {total - warmup} {unit}s of the run" + (" after the warm-up" if warmup else "")
     longest = max(extremes(scheduler["step_size"])) if name == "step" else 0
     if longest > total - warmup:
-        yield Problem(f"{place}.step_size", f"must be at most {left}, got {longest}; lower it, or give more epochs")
+        where = f"{place}.step_size" + (".high" if isinstance(scheduler["step_size"], Range) else "")
+        yield Problem(where, f"must be at most {left}, got {longest}; lower it, or give more epochs")
     last = max((max(milestones) for milestones in extremes(scheduler.get("milestones", ())) if milestones), default=0)
     if last >= total - warmup:
         yield Problem(f"{place}.milestones", f"must lie within {left}, got {last}")

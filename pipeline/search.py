@@ -129,20 +129,22 @@ def _search_space(
     space: SearchSpace, trials: int, options: Options, tracker: BackgroundTracker, console: Console
 ) -> SearchResult:
     """Run or go on with the search of a space."""
-    from pipeline.checkpoint import Checkpoints
-    from pipeline.interrupts import Interrupts
-    from pipeline.prepare import prepare
-    from pipeline.store import Store
+    with _at_work(console, "loading PyTorch and Optuna"):
+        from pipeline.checkpoint import Checkpoints
+        from pipeline.interrupts import Interrupts
+        from pipeline.prepare import prepare
+        from pipeline.store import Store
 
     cli.say_own_code(space, functools.partial(console.print, soft_wrap=True, markup=False))
-    trainer = prepare(
-        space,
-        source=source(options),
-        device=options.device,
-        searching=True,
-        rows=options.rows,
-        workload=options.workload,
-    )
+    with _at_work(console, "reading the data, trying the model"):
+        trainer = prepare(
+            space,
+            source=source(options),
+            device=options.device,
+            searching=True,
+            rows=options.rows,
+            workload=options.workload,
+        )
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study)
     way_on = command(options, space, study=name, trials=trials)
@@ -203,6 +205,11 @@ def _run(
                 tracker.log_trial(trial)
             progress.group_ended()
     forget_ended(checkpoints, study)
+
+
+def _at_work(console: Console, what: str) -> contextlib.AbstractContextManager[object]:
+    """Return a context that shows, in a terminal, what is going on."""
+    return console.status(what) if console.is_terminal else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

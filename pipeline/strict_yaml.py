@@ -63,7 +63,9 @@ def load(path: Path) -> dict[str, Any]:
             raise InvalidInput(str(path), [Problem("", f"must be at most {MAX_BYTES} bytes, got more")])
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise InvalidInput(str(path), [Problem("", f"cannot be read: {error.strerror}")]) from None
+        missing = "there is no such file; a path is relative to the working folder"
+        why = missing if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise InvalidInput(str(path), [Problem("", why)]) from None
     except UnicodeDecodeError as error:
         message = (
             f"must be UTF-8 text, got byte 0x{error.object[error.start]:02x} at offset {error.start}; save it as UTF-8"

@@ -91,7 +91,14 @@ REFUSED = [
     option("search --device tpu", "argument --device: must be auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
     option("search --device cuda:99", "--device: 1 problem", "cuda:99: there", "use --device cpu, or auto"),
     option("search --trails 5", "unrecognized arguments: --trails 5"),
-    option("search --space missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),
+    option(
+        "search --space decoy", "decoy: 1 problem", "ready-made are adaptive, decay, default, finetune, own, per_group"
+    ),
+    option(
+        "search --space missing.yaml",
+        "missing.yaml: 1 problem",
+        "there is no such file; a path is relative to the working folder",
+    ),
     option("search --space .", "cannot be read: Is a directory"),
     Refused(
         "search --space mine.yaml --trials 1 --device cpu",
@@ -167,7 +174,11 @@ REFUSED = [
     space("{name: digits, model: mlp}", "{name: image_folder, folder: a, image_size: 4}", "must be >= 8, got 4"),
     # A config to train.
     option("train", "the following arguments are required: CONFIG"),
-    option("train missing.yaml", "missing.yaml: 1 problem", "cannot be read: No such file or directory"),
+    option(
+        "train missing.yaml",
+        "missing.yaml: 1 problem",
+        "there is no such file; a path is relative to the working folder",
+    ),
     option("train mine.yaml", "optimizer.sgd.base_lr: must be one value in a config, got a choice"),
     config(
         "model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"

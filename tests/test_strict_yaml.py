@@ -127,7 +127,7 @@ def test_a_file_without_end_is_not_read_to_its_end() -> None:
 
 
 def test_a_file_that_is_missing_or_a_folder_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="cannot be read: No such file or directory"):
+    with pytest.raises(InvalidInput, match="there is no such file"):
         load(tmp_path / "missing.yaml")
     with pytest.raises(InvalidInput, match="cannot be read: Is a directory"):
         load(tmp_path)
