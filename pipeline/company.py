@@ -167,9 +167,9 @@ def _alike(rows: Mapping[int, Any], others: Mapping[int, Any]) -> bool:
 
 
 def _same_bits(one: Any, other: Any) -> bool:
-    """Say whether two states are the same, whose tensors are within tuples, lists and dicts of the same keys."""
+    """Say whether two states are the same, in the tensors within tuples and lists, and dicts under keys of both."""
     if isinstance(one, Mapping):
-        return all(_same_bits(value, other[key]) for key, value in one.items())
+        return all(_same_bits(value, other[key]) for key, value in one.items() if key in other)
     if isinstance(one, tuple | list):
         return all(map(_same_bits, one, other))
     return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
