@@ -177,7 +177,7 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
-def check_writable(path: Path, place: str) -> None:
+def refuse_unwritable(path: Path, place: str) -> None:
     """Refuse, before anything is done, what could not be saved in the end.
 
     Raises:

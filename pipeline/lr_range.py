@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     space = load_space(file, overrides, searching=False)
     own = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
     picture = options.root / "mlruns" / f"{'-'.join(['lr_range', space.name, *own])}.png"
-    cli.check_writable(picture, "--root")
+    cli.refuse_unwritable(picture, "--root")
     if options.write:
-        cli.check_writable(file.resolve(), "--write")
+        cli.refuse_unwritable(file.resolve(), "--write")
 
     from pipeline.prepare import prepare
 

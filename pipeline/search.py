@@ -117,7 +117,7 @@ def search(
 def _search(options: Options, console: Console) -> SearchResult:
     """Run or go on with a search, from its file to best.yaml."""
     space, trials = read_space(options)
-    cli.check_writable(options.root / "mlruns" / "optuna.db", "--root")
+    cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
 
     from pipeline.background import BackgroundTracker
 

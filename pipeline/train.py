@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.space import load_config
 
     path = arguments.root / "model.pt"
-    cli.check_writable(path, "--root")
+    cli.refuse_unwritable(path, "--root")
     space, config, found = load_config(arguments.config, cli.overrides_of(arguments))
 
     import torch

@@ -31,8 +31,9 @@ WITH_TORCH = (
     "tensor_ends",
     "company",
     "probe",
-    "trainers",
     "worker",
+    "trial_parts",
+    "trainers",
     "workloads*",
 )
 TRAINING = ("config", "strategy", "param_groups", "trainer", *WITH_TORCH)

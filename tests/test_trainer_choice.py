@@ -26,7 +26,8 @@ from pipeline.plain import PlainTrials
 from pipeline.probe import probe
 from pipeline.strategy import ParamGroup
 from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer, TrialParts
+from pipeline.trainers import Trainer
+from pipeline.trial_parts import TrialParts
 from pipeline.workloads.digits import DigitsCNN, DigitsMLP, digits
 from pipeline.workloads.workload import Metric, Split, Workload
 

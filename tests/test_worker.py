@@ -23,7 +23,8 @@ from pipeline.config import TrialConfig
 from pipeline.folders import LOCK
 from pipeline.fused import FusedTrials
 from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer, TrialParts
+from pipeline.trainers import Trainer
+from pipeline.trial_parts import TrialParts
 from pipeline.worker import RemoteTrials, Worker, WorkerEnded, can_fork
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux, and not beside CUDA")
