@@ -45,13 +45,19 @@ class CtrlC:
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and the time limit, asked about between epochs; a second signal ends the process at once."""
+    """Ctrl-C, SIGTERM and the time limit, asked about between epochs; a second signal ends the process at once.
 
-    def __init__(self, minutes: float | None) -> None:
+    Args:
+        minutes: The time limit; None: none.
+        last_words: What a process that ends at once says on standard error.
+    """
+
+    def __init__(self, minutes: float | None, *, last_words: str = "") -> None:
         self.reason: str | None = None
         self.exit_status = 0
         self._deadline = time.monotonic() + minutes * 60 if minutes is not None else None
         self._minutes = minutes
+        self._last_words = last_words
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -75,7 +81,8 @@ class Interrupts:
     def _on_signal(self, number: int, frame: object) -> None:
         if self.exit_status:  # stored trials are on the disk, and MLflow's process ends with this one
             with contextlib.suppress(OSError):
-                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")  # the progress display had hidden the cursor
+                cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # which the progress display had hidden
+                os.write(2, f"{cursor}{self._last_words}\n".encode())
             os._exit(self.exit_status)
         self.reason = "interrupted"
         self.exit_status = 128 + number

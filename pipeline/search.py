@@ -148,7 +148,9 @@ def _search_space(
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study)
     way_on = command(options, space, study=name, trials=trials)
-    with store.lock(name), contextlib.closing(trainer), Interrupts(options.timeout) as interrupts:
+    last_words = f"ended at once; go on with: {way_on}"
+    interrupts = Interrupts(options.timeout, last_words=last_words)
+    with store.lock(name), contextlib.closing(trainer), interrupts:
         _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
