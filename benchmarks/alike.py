@@ -34,7 +34,7 @@ from pipeline.config import Digits, TrialConfig
 from pipeline.fused import FusedTrials
 from pipeline.probe import Finding, probe
 from pipeline.row_model import Company
-from pipeline.strategy import SGD, Adam, AdamW, Constant, ParamGroup, RMSprop
+from pipeline.strategy import SGD, Adadelta, Adagrad, Adam, AdamW, Constant, NAdam, ParamGroup, RMSprop
 from pipeline.workloads.workload import Split, Workload
 
 CPU = torch.device("cpu")
@@ -106,7 +106,10 @@ OPTIMIZERS = (
     AdamW(base_lr=1e-2),
     RMSprop(base_lr=1e-3),
     Adam(base_lr=3e-3),
-    SGD(base_lr=0.01),
+    SGD(base_lr=0.01, weight_decay=0.1),
+    NAdam(base_lr=1e-3),
+    Adadelta(base_lr=1.0),
+    Adagrad(base_lr=1e-2),
 )
 
 
@@ -178,10 +181,18 @@ def drawn(seed: int) -> tuple[str, Workload, TrialConfig]:
         seed=0,
         optimizer=OPTIMIZERS[0],
         scheduler=Constant(),
-        param_groups={"all": ParamGroup(pattern=("*",))},
+        param_groups=groups(draw, build_model()),
         channels_last=kind == "convolutional" and draw.random() < 0.3,
     )
     return kind, workload, config
+
+
+def groups(draw: random.Random, model: nn.Module) -> dict[str, ParamGroup]:
+    """Draw which parameters are frozen: none, two thirds of the time."""
+    names = [name for name, _ in model.named_parameters()]
+    frozen = draw.sample(names, draw.randint(1, len(names) - 1)) if draw.random() < 1 / 3 and len(names) > 1 else []
+    rest = {"all": ParamGroup(pattern=("*",))}
+    return {"frozen": ParamGroup(pattern=tuple(frozen), lr_ratio=0.0), **rest} if frozen else rest
 
 
 Inputs = Callable[[int, torch.Generator], Tensor]
@@ -190,9 +201,15 @@ Drawn = tuple[str, Inputs, int, Callable[[], nn.Module]]
 """A kind of model, its samples, the classes, and what makes it."""
 
 
-def numbers(*shape: int) -> Inputs:
-    """Return what makes samples of a shape."""
-    return lambda samples, generator: torch.randn(samples, *shape, generator=generator)
+def numbers(draw: random.Random, *shape: int) -> Inputs:
+    """Return what makes samples of a shape: normal, or as large as what nobody has normalised, whole numbers perhaps."""
+    size, whole = draw.choice([1, 1, 1, 100, 1000]), draw.random() < 0.3
+
+    def make(samples: int, generator: torch.Generator) -> Tensor:
+        values = size * torch.randn(samples, *shape, generator=generator)
+        return values.abs().round() if whole and size > 1 else values
+
+    return make
 
 
 def mlp(draw: random.Random) -> Drawn:
@@ -208,7 +225,7 @@ def mlp(draw: random.Random) -> Drawn:
             layers += [norm, activation(), nn.Dropout(dropout)]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
-    return "mlp", numbers(sizes[0]), classes, build
+    return "mlp", numbers(draw, sizes[0]), classes, build
 
 
 def convolutional(draw: random.Random) -> Drawn:
@@ -227,7 +244,7 @@ def convolutional(draw: random.Random) -> Drawn:
         layers.append(pool(2, ceil_mode=True) if pool else nn.Identity())
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
 
-    return "convolutional", numbers(channels[0], side, side), classes, build
+    return "convolutional", numbers(draw, channels[0], side, side), classes, build
 
 
 def convolutional_1d(draw: random.Random) -> Drawn:
@@ -247,7 +264,7 @@ def convolutional_1d(draw: random.Random) -> Drawn:
             nn.Linear(width, classes),
         )
 
-    return "convolutional 1d", numbers(channels, length), classes, build
+    return "convolutional 1d", numbers(draw, channels, length), classes, build
 
 
 def attention(draw: random.Random) -> Drawn:
@@ -266,7 +283,7 @@ def attention(draw: random.Random) -> Drawn:
             logits: Tensor = self.head(self.block(inputs).mean(dim=1))
             return logits
 
-    return "attention", numbers(5, width), classes, Block
+    return "attention", numbers(draw, 5, width), classes, Block
 
 
 def embeddings(draw: random.Random) -> Drawn:

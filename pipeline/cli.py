@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import io
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.config import Own
-from pipeline.errors import InvalidInput, PipelineError, Problem
+from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean
 from pipeline.interrupts import CtrlC
 
 if TYPE_CHECKING:
@@ -121,13 +122,13 @@ def space_file(given: Path | None, overrides: Overrides) -> Path:
     """
     if given is None:
         return OWN_SPACE if "workload" in overrides else DEFAULT_SPACE
-    if given.suffix or given.name != str(given) or os.path.lexists(given):
-        return given
     ready_made = {file.stem: file for file in sorted(SPACES.glob("*.yaml"))}
-    if given.name not in ready_made:
-        message = f"there is no such file, and no search space of that name; ready-made are {', '.join(ready_made)}"
+    if str(given) in ready_made and not given.is_file():
+        return ready_made[str(given)]
+    if not os.path.lexists(given):
+        message = f"there is no such file, and no search space of that name; {did_you_mean(given.stem, ready_made)}"
         raise InvalidInput(str(given), [Problem("", message)])
-    return ready_made[given.name]
+    return given
 
 
 def source_of(file: Path | str, overrides: Overrides) -> str:
@@ -147,14 +148,13 @@ def warn(warning: str) -> None:
     print(f"warning: {warning}", file=sys.stderr)
 
 
-def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
     """Return an option's type: a whole number from `low` to `high`."""
-    limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
 
     def parse(text: str) -> int:
-        if re.fullmatch(r"[+-]?[0-9]{1,18}", text) and low <= int(text) and (high is None or int(text) <= high):
+        if re.fullmatch(r"[+-]?[0-9]{1,18}", text) and low <= int(text) <= high:
             return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number {limits}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:120]!r}")
 
     return parse
 
@@ -189,6 +189,24 @@ def refuse_unwritable(path: Path, place: str) -> None:
         check_writable(path)
     except OSError as error:
         raise InvalidInput(place, [Problem(str(path), f"cannot be written: {error.strerror}; name another")]) from None
+
+
+def refuse_broken(database: Path, whose: str) -> None:
+    """Refuse, before anything is done, a database that is not one.
+
+    Raises:
+        InvalidInput: There is a file, and SQLite cannot read it.
+    """
+    if not database.exists():
+        return
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.Error as error:
+        message = f"cannot be used as {whose} database: {error}; move it away, or name another --root"
+        raise InvalidInput(str(database), [Problem("", message)]) from None
 
 
 def quoted(path: Path) -> str:

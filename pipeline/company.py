@@ -8,9 +8,9 @@ that changes many numbers, and comparing rows finds it. And some functions round
 from __future__ import annotations
 
 import dataclasses
-import functools
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,76 +23,95 @@ from pipeline.row_model import Company
 from pipeline.tensor_ends import FEW, MORE, ONE_SAMPLE, Runs, Watched, rows_at_ends, runs_of_rows
 from pipeline.workloads.workload import Split, Workload
 
-MANY, MANY_PARAMETERS = 33, 1 << 22
-"""Rows in company: a column more than 32 even of a model with one, but fewer if they have many parameters."""
+MANY, SEVERAL, MANY_PARAMETERS = 33, 13, 1 << 22
+"""Rows in company: a column more than 32, and more than 8 and 4, even of a model with one column, since a sum takes so
+many at once; but fewer rows if they have many parameters."""
 ENOUGH_SAMPLES, DIFFERENT_SAMPLES = 64, 128
 """In training steps and among all samples: kernels that differ can agree on a few."""
-MIN_STEPS, MAX_STEPS, ENOUGH_NUMBERS = 4, 16, 1 << 13
-"""Steps that rows train: as many as it takes for so many numbers of gradients, since few can be the same by chance."""
+MIN_STEPS, MAX_STEPS, ENOUGH_NUMBERS = 2, 16, 1 << 13
+"""Steps that are tried: as many as it takes for so many numbers of gradients, since few can be the same by chance."""
+NOISE, SCALES = 0.1, (1.0, 0.3, 0.03)
+"""Rows of three kinds begin with the model's first parameters, changed by so large a part, and times so much: zeros and
+ones are computed alike by every kernel, and so is what inputs of large numbers saturate."""
 MAX_OFTEN = 1 << 12
 """Rows times samples that are evaluated after each epoch; more, after the last one, when they say enough."""
-NOISE = 0.1
-"""That is added to the first parameters, relative to them: zeros and ones are computed alike by every kernel."""
 MULTIPLES, MAX_EXTRA = (1, 2, 4, 8), 8
 """More extra rows at the usual size of a batch would cost more than rows gain."""
 
 
 def company_of(
-    workload: Workload, configs: Sequence[TrialConfig], size: int, *, device: torch.device, dtype: torch.dtype
+    workload: Workload, config: TrialConfig, size: int, *, device: torch.device, dtype: torch.dtype
 ) -> Company | None:
     """Return with what each row is the same to the bit alone and among many; None if there is nothing.
 
     Which kernel computes a product also depends on the size of a batch, so each size is tried that training and
-    evaluation have.
+    evaluation have, and on which parameters are frozen, since these are no part of a row.
 
     Args:
         workload: What is trained.
-        configs: Two trials of it that differ.
+        config: A trial of it, which says what is frozen.
         size: Number of its parameters.
         device: A CPU.
         dtype: Of parameters and floating-point data.
     """
-    rows = _Rows(_of_same_batch_sizes(workload, configs[0]), configs, size, device=device, dtype=dtype)
+    rows = _Rows(_of_same_batch_sizes(workload, config), config, size, device=device, dtype=dtype)
+    alone = [range(kind, kind + 1) for kind in range(len(SCALES))]
     for company in _companies(rows):
-        trained = functools.cache(functools.partial(rows.trained, company=company))
         # Together with many: a lone row, several, and where a matrix can end.
-        *fewer, few = sorted({1, 2, 3, *(n * company.multiple for n in (1, 2, 3))})
-        if few <= rows.most and all(_alike(trained(n), trained(few)) for n in (min(MANY, rows.most), *fewer)):
+        few = [range(1, 3), *(range(count) for count in {3, *(n * company.multiple for n in (1, 2, 3))})]
+        few += [range(SEVERAL)] if rows.most >= MANY else []
+        if 3 * company.multiple > rows.most:
+            continue
+        many = rows.tried(range(min(MANY, rows.most)), company)
+        if all(_alike(some, many) for some in (many, *(rows.tried(numbers, company) for numbers in (*alone, *few)))):
             plain = dataclasses.replace(company, lone_is_plain=True)
-            return plain if company.multiple == 1 and _alike(rows.trained(1, plain), trained(few)) else company
+            plain_too = company.multiple == 1 and all(_alike(rows.tried(numbers, plain), many) for numbers in alone)
+            return plain if plain_too else company
     return None
 
 
+_Seen = Mapping[Any, bytes]
+"""What was computed of a row, to a digest of its bits."""
+
+
 class _Rows:
-    """Rows of two trials that are trained to see in which company they are alike; see `company_of`."""
+    """Rows that are computed to see in which company they are alike; see `company_of`."""
 
     def __init__(
-        self, workload: Workload, configs: Sequence[TrialConfig], size: int, *, device: torch.device, dtype: torch.dtype
+        self, workload: Workload, config: TrialConfig, size: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._workload, self._configs, self._device, self._dtype = workload, configs, device, dtype
+        self._workload, self._config, self._device, self._dtype = workload, config, device, dtype
         self._splits = [name for name in ("val", "test") if getattr(workload, name) is not None]
-        self.most = max(3, MANY_PARAMETERS // size)
+        self.most = max(len(SCALES), MANY_PARAMETERS // size)
         """That are tried."""
-        self.usual = min(configs[0].batch_size, len(workload.train))
+        self.usual = min(config.batch_size, len(workload.train))
         """Samples of a batch."""
         steps = min(MAX_STEPS, max(MIN_STEPS, ENOUGH_NUMBERS // size))
-        self._epochs = math.ceil(steps / math.ceil(len(workload.train) / configs[0].batch_size))
+        self._epochs = math.ceil(steps / math.ceil(len(workload.train) / config.batch_size))
+        self._first: Tensor = self._built(range(1), Company()).state_dict()["0"]["row"]
 
-    def trained(self, rows: int, company: Company) -> dict[int, Any]:
-        """Return each row's losses and gradients of every step, outputs after epochs, and state in the end."""
-        group = self._built(rows, company)
-        seen: dict[Any, Tensor] = {}
+    def tried(self, numbers: range, company: Company) -> Mapping[int, _Seen]:
+        """Return what is seen of rows, by number: losses and gradients of every step, outputs and buffers."""
+        group = self._built(numbers, company)
+        seen: dict[int, dict[Any, bytes]] = {number: {} for number in numbers}
+
+        def note(what: Any, of_rows: Tensor) -> None:
+            for number, digest in zip(numbers, _digests(of_rows), strict=True):
+                seen[number][what] = digest
+
         for epoch in range(self._epochs):
-            group.begin_epoch()
+            self._begin(group, epoch)
             for step, (inputs, targets) in enumerate(group.training_batches()):
                 losses, gradients = group.gradients(inputs, targets)
-                seen[epoch, step, "losses"], seen[epoch, step, "gradients"] = losses, gradients.clone()
-                group.update(losses, gradients, samples=len(inputs))
+                note((epoch, step, "losses"), losses)
+                note((epoch, step, "gradients"), gradients)
             for name in self._splits:
-                if epoch == self._epochs - 1 or rows * len(getattr(self._workload, name)) <= MAX_OFTEN:
-                    seen[epoch, name] = group.outputs(name)
-        states = group.state_dict()
-        return {row: (states[str(row)], {what: of[row] for what, of in seen.items()}) for row in range(rows)}
+                if epoch == self._epochs - 1 or len(numbers) * len(getattr(self._workload, name)) <= MAX_OFTEN:
+                    note((epoch, name), group.outputs(name))
+        for number, state in group.state_dict().items():
+            buffers = {name: _digests(buffer.unsqueeze(0))[0] for name, buffer in state["buffers"].items()}
+            seen[int(number)].update(buffers)
+        return seen
 
     def runs(self, *, filled_up: bool) -> Runs | None:
         """Return the runs of rows in loops that round ends otherwise; None if rows cannot be alike.
@@ -103,28 +122,32 @@ class _Rows:
         return runs_of_rows(*(self._watched(rows, Company(multiple=rows if filled_up else 1)) for rows in (FEW, MORE)))
 
     def _watched(self, rows: int, company: Company) -> Watched:
-        group, watch = self._built(rows, company), Watched()
-        group.begin_epoch()
+        group, watch = self._built(range(rows), company), Watched()
+        self._begin(group, 0)
         for inputs, targets in group.training_batches():
             with watch.of_batch(len(inputs)):
-                group.train_step(inputs, targets)
+                group.gradients(inputs, targets)
         for name in self._splits:
             for inputs, targets in group.evaluation_batches(name):
                 with watch.of_batch(len(inputs)):
                     group.evaluate_step(inputs, targets)
         return watch
 
-    def _built(self, rows: int, company: Company) -> FusedTrials:
-        """Return rows of the two trials by turns, which begin with parameters of their own."""
-        trials = {number: self._configs[number % 2] for number in range(rows)}
-        group = FusedTrials(trials, self._workload, device=self._device, dtype=self._dtype, company=company)
-        states = group.state_dict()
-        for number in trials:
-            row = states[str(number)]["row"]
-            noise = NOISE * (2 * torch.rand(row.shape, generator=torch.Generator().manual_seed(number % 2)) - 1)
-            states[str(number)]["row"] = torch.where(row == 0, noise.to(row), row * (1 + noise))
+    def _built(self, numbers: range, company: Company) -> FusedTrials:
+        trials = dict.fromkeys(numbers, self._config)
+        return FusedTrials(trials, self._workload, device=self._device, dtype=self._dtype, company=company)
+
+    def _begin(self, group: FusedTrials, epoch: int) -> None:
+        """Begin an epoch with parameters of its own for each kind of rows."""
+        first, states, kinds = self._first, group.state_dict(), []
+        for kind, scale in enumerate(SCALES):
+            draws = torch.rand(first.shape, generator=torch.Generator().manual_seed(len(SCALES) * epoch + kind))
+            noise = NOISE * (2 * draws.to(first) - 1)
+            kinds.append(scale * torch.where(first == 0, noise, first * (1 + noise)))
+        for number in group.configs:
+            states[str(number)]["row"] = kinds[number % len(SCALES)]
         group.load_state_dict(states)
-        return group
+        group.begin_epoch()
 
 
 def _companies(rows: _Rows) -> Iterator[Company]:
@@ -161,18 +184,18 @@ def _companies(rows: _Rows) -> Iterator[Company]:
     yield from sorted(worth_it, key=lambda company: company.multiple / 2 + company.spare[rows.usual])
 
 
-def _alike(rows: Mapping[int, Any], others: Mapping[int, Any]) -> bool:
-    """Say whether rows are the same as the first two of others, of which they are copies, in what is known of them."""
-    return all(_same_bits(its, others[row % 2]) for row, its in rows.items())
+def _alike(rows: Mapping[int, _Seen], many: Mapping[int, _Seen]) -> bool:
+    """Say whether rows are the same as those of their kind among many, in what was seen of both."""
+    kinds = {number: many[number % len(SCALES)] for number in rows}
+    return all(its[what] == kinds[number][what] for number, its in rows.items() for what in its.keys() & kinds[number])
 
 
-def _same_bits(one: Any, other: Any) -> bool:
-    """Say whether two states are the same, in the tensors within tuples and lists, and dicts under keys of both."""
-    if isinstance(one, Mapping):
-        return all(_same_bits(value, other[key]) for key, value in one.items() if key in other)
-    if isinstance(one, tuple | list):
-        return all(map(_same_bits, one, other))
-    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+def _digests(rows: Tensor) -> list[bytes]:
+    """Return a digest of each row (row, …); a NaN is like any other, and so are zeros of either sign."""
+    rows = rows.detach().reshape(len(rows), -1)
+    if rows.is_floating_point():
+        rows = (rows + 0.0).masked_fill_(rows.isnan(), math.nan)
+    return [hashlib.blake2b(row.view(torch.uint8).numpy()).digest() for row in rows.contiguous()]
 
 
 def _of_same_batch_sizes(workload: Workload, config: TrialConfig) -> Workload:

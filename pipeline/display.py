@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import TrialConfig
+from pipeline.interrupts import Interrupts
 from pipeline.space import SearchSpace
 from pipeline.study import Study
 from pipeline.trainer import EpochMetrics
@@ -25,12 +26,14 @@ class Progress:
         study: Whose trials are counted.
         trials: How many there will be.
         console: Where to show them.
+        interrupts: What may end the search early, which is shown then.
     """
 
-    def __init__(self, study: Study, *, trials: int, console: Console) -> None:
+    def __init__(self, study: Study, *, trials: int, console: Console, interrupts: Interrupts) -> None:
         self._study = study
         self._trials = trials
         self._console = console
+        self._interrupts = interrupts
         self._started = time.monotonic()
         self._before = len(study.ended)
         self._epochs = 0
@@ -69,11 +72,17 @@ class Progress:
     def _render(self) -> RenderableType:
         done = len(self._study.ended) + self._in_group
         bar = ProgressBar(
-            total=self._trials, completed=min(done, self._trials), width=min(36, self._console.width // 2)
+            total=self._trials,
+            completed=min(done, self._trials),
+            width=min(36, self._console.width // 2),
+            complete_style="cyan",
+            finished_style="green",
         )
         head = Table.grid(padding=(0, 1))
         head.add_row("", bar, Text(f"{self._done()}   {self._time_left(done)}"))
         below = [Text(f"  {line}", style="dim") for line in (self._best_strategy(), self._line_of_counts()) if line]
+        if self._interrupts.exit_status and self._live.is_started:
+            below.append(Text("  ends after this epoch; Ctrl-C again ends at once"))
         return Group(head, *below)
 
     def _done(self) -> str:

@@ -47,8 +47,8 @@ class _Layout:
 
     def views(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return each parameter of all rows, (row, *shape), as a view of the matrix."""
-        parts = matrix.split(self.sizes, dim=1)
-        return {name: part.view(-1, *shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        rows, parts = len(matrix), matrix.split(self.sizes, dim=1)
+        return {name: part.view(rows, *shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
 
 class FusedTrials:
@@ -278,9 +278,8 @@ class FusedTrials:
         outputs, targets = torch.cat(self._record.outputs, dim=1), torch.cat(self._record.targets)
         outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
         values = {f"{name}/loss": [self._workload.loss(row, targets) for row in outputs]}
-        finite = (
-            torch.isfinite(outputs).flatten(1).all(dim=1).tolist()
-        )  # a metric may raise on what a diverged row puts out
+        # A metric may raise on what a diverged row puts out.
+        finite = torch.isfinite(outputs).flatten(1).all(dim=1).tolist()
         for metric, measure in self._workload.metrics.items():
             values[f"{name}/{metric}"] = [
                 measure.function(row, targets) if fine else row.new_tensor(math.nan)
@@ -308,10 +307,10 @@ def has_rule(optimizer: str) -> bool:
     return OPTIMIZERS[optimizer].__name__ in RULES
 
 
-def _floats(values: Sequence[Any]) -> list[float]:
-    """Return scalars as Python's; tensors are fetched from their device all at once."""
-    if all(isinstance(value, Tensor) and value.dtype == values[0].dtype for value in values):
-        return [float(value) for value in torch.stack([value.reshape(()) for value in values]).tolist()]
+def _floats(values: list[Tensor]) -> list[float]:
+    """Return scalars as Python's, fetched from their device all at once if they are on one."""
+    if len({(value.device, value.dtype) for value in values}) == 1:
+        return [float(value) for value in torch.stack(values).tolist()]
     return [float(value) for value in values]
 
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pipeline.trainers import Trainer
 
 
+TABLE_WIDTH = 100
+"""Characters that the table needs: a narrow terminal breaks its lines rather than lose numbers."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     options = _parse(argv)
@@ -36,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     file = cli.space_file(options.space, overrides)
     space = load_space(file, overrides, searching=False)
     own = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
+    if options.write and file != options.space:
+        message = f"is a ready-made search space, {file}; copy that file, and name the copy"
+        raise InvalidInput("--write", [Problem(str(options.space), message)])
     picture = options.root / "mlruns" / f"{'-'.join(['lr_range', space.name, *own])}.png"
     cli.refuse_unwritable(picture, "--root")
     if options.write:
@@ -45,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
     cli.say_own_code(space)
     trainer = prepare(space, source=cli.source_of(file, overrides), device=options.device, searching=False)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     curves = _test(space, trainer, console)
     if options.write:
         _write(file, curves, console)
@@ -71,7 +78,8 @@ def _test(space: SearchSpace, trainer: Trainer, console: Console) -> Mapping[str
             status.update(f"{name}, {len(curves) + 1} of {len(space.optimizers)}")
             curves[name] = range_test(space, name, trainer)
     console.print()
-    console.print(range_table(space, curves))
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(range_table(space, curves), crop=False)
     console.print()
     return curves
 

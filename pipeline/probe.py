@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.fused import FusedTrials
 from pipeline.memory import COPIES, SavedTensors
 from pipeline.plain import PlainTrials, fork_rng
 from pipeline.row_model import Company
-from pipeline.strategy import SGD, Constant, ParamGroup
+from pipeline.strategy import SGD, Constant
 from pipeline.trainer import EpochMetrics
 from pipeline.workloads.workload import Workload
 
@@ -51,7 +52,7 @@ class Finding:
 
 
 def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtype: torch.dtype) -> Finding:
-    """Train two trials for two steps as rows and plain, every parameter at the same rate.
+    """Train two trials for two steps as rows and plain, every parameter that is not frozen at the same rate.
 
     A model that `torch.func.vmap` cannot take is found by its error; one that it would take wrongly, by the result.
     """
@@ -83,17 +84,22 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             return finding
         if config.precision == "bf16":  # whose kernels differ by shape in more ways
             return _cannot_fuse(finding, "in bfloat16 a CPU's numbers depend on how many trials are rows")
-        some = list(_configs(config).values())
-        company = company_of(workload, some, size, device=device, dtype=dtype)
+        company = company_of(workload, _configs(config)[0], size, device=device, dtype=dtype)
         if company is not None:
             return dataclasses.replace(finding, company=company)
         return _cannot_fuse(finding, "its numbers depend on how many trials are rows")
     except Exception as error:  # whatever a model does that a row cannot
-        return _cannot_fuse(finding, f"{type(error).__name__}, {first_line(error)}")
+        return _cannot_fuse(finding, _what_vmap_lacks(error) or f"{type(error).__name__}, {first_line(error)}")
 
 
 def _cannot_fuse(finding: Finding, why: str) -> Finding:
     return dataclasses.replace(finding, plain_because=f"the model cannot be rows of a matrix: {why}")
+
+
+def _what_vmap_lacks(error: Exception) -> str | None:
+    """Say in fewer words than PyTorch which operation `torch.func.vmap` cannot compute for rows, if that is it."""
+    lacking = re.match(r"Batching rule not implemented for aten::(\w+)", str(error))
+    return f"PyTorch's vmap has no rule for {lacking[1]}" if lacking else None
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,11 @@ def _same(fused: _Trained, plain: _Trained, model: nn.Module, tolerance: float) 
 
 
 def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
-    """Return two trials of a workload that differ; what a config freezes or how fast it trains says nothing of it."""
-    groups = {"all": ParamGroup(pattern=("*",))}
+    """Return two trials of a workload that differ, and freeze what a config does; how fast it trains says nothing."""
+    groups = {
+        name: dataclasses.replace(group, lr_ratio=float(group.lr_ratio != 0))
+        for name, group in config.param_groups.items()
+    }
     optimizers = {number: SGD(base_lr=rate) for number, rate in RATES.items()}
     return {
         number: dataclasses.replace(config, optimizer=optimizer, scheduler=Constant(), param_groups=groups)

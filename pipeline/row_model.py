@@ -10,9 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.func import vmap
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+_NOTHING: AbstractContextManager[Any] = contextlib.nullcontext()
+_PRODUCTS = {
+    *(F.linear, F.bilinear, torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.mv),
+}
 _Place = tuple[dict[str, Tensor | None], str, str]
 """A module's parameters or buffers, the name that one has there, and the name that it goes by in the model."""
 
@@ -59,6 +68,7 @@ class RowModel:
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
         has_bias = any(convolution.bias is not None for convolution in convolutions)
         self._as_rows_do: AbstractContextManager[Any] = _BiasApart() if has_bias else contextlib.nullcontext()
+        self._shares = not all(name in names for name, _ in model.named_parameters())
 
     def __call__(
         self,
@@ -84,7 +94,9 @@ class RowModel:
                 return function(self._model).unsqueeze(0)
 
         def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
-            with _holding(self._places, {**parameters, **buffers}):
+            some = next(iter(parameters.values()))
+            shares = self._shares and some.device.type == "cpu"
+            with _holding(self._places, {**parameters, **buffers}), _EachItsOwn(some) if shares else _NOTHING:
                 return function(self._model)
 
         each = vmap(one, randomness="same")
@@ -112,6 +124,39 @@ class _BiasApart(TorchFunctionMode):
             images, weight, bias, *others = arguments
             return function(images, weight, None, *others, **options) + bias.view(-1, *[1] * self._DIMENSIONS[function])
         return function(*arguments, **options)
+
+
+class _EachItsOwn(TorchFunctionMode):
+    """Gives each row a frozen parameter of its own where one meets what differs between rows.
+
+    Else `vmap` makes one product of all rows, in which a CPU's kernel depends on their number. What only meets the
+    samples stays shared, and is computed once.
+
+    Args:
+        row: Any tensor of a row, within `vmap`.
+    """
+
+    def __init__(self, row: Tensor) -> None:
+        super().__init__()
+        self._one = torch.ones_like(row.detach().flatten()[:1].view(()))
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = options or {}
+        if any(map(_is_of_rows, (*arguments, *options.values()))):
+            places = range(len(arguments))
+            arguments = [self._own(arguments[place], factor=place > 0 and function in _PRODUCTS) for place in places]
+            options = {name: self._own(value, factor=function in _PRODUCTS) for name, value in options.items()}
+        return function(*arguments, **options)
+
+    def _own(self, value: Any, *, factor: bool) -> Any:
+        shared = isinstance(value, nn.Parameter) or (factor and isinstance(value, Tensor) and not _is_of_rows(value))
+        return value * self._one if shared and value.is_floating_point() else value
+
+
+def _is_of_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_batchedtensor(value)
 
 
 def _filled_up(tensors: Mapping[str, Tensor], extra: int) -> dict[str, Tensor]:

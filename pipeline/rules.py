@@ -116,7 +116,7 @@ def _count_problems(
     longest = max(extremes(scheduler["step_size"])) if name == "step" else 0
     if longest > total - warmup:
         where = f"{place}.step_size" + (".high" if isinstance(scheduler["step_size"], Range) else "")
-        yield Problem(where, f"must be at most {left}, got {longest}; lower it, or give more epochs")
+        yield Problem(where, f"must be at most {left}, got {longest}; lower it to that, or give more epochs")
     last = max((max(milestones) for milestones in extremes(scheduler.get("milestones", ())) if milestones), default=0)
     if last >= total - warmup:
         yield Problem(f"{place}.milestones", f"must lie within {left}, got {last}")

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         return delete(arguments.root, arguments.delete, sure=arguments.yes)
     from rich.console import Console
 
-    return _search(options_of(arguments), Console(highlight=False)).exit_status
+    return _search(options_of(arguments), Console(highlight=False, markup=False)).exit_status
 
 
 def search(
@@ -92,7 +92,7 @@ def search(
     """Run or go on with a search, as the command line does.
 
     Args:
-        space: A search-space file, or what one says; None: a ready-made one.
+        space: A search-space file, the name of a ready-made one, or what one says; None: a ready-made one.
         workload: In place of the space's: a workload, a function that returns one, or a name as `--workload` takes.
         overrides: Changes to the space, dotted place to value, such as `{"optimizer.sgd.base_lr.high": 0.5}`.
         trials: In total; None: what the study was last asked for, or 50.
@@ -111,13 +111,14 @@ def search(
     options = checked_options(
         space=space, trials=trials, timeout=timeout, study=study, root=root, device=device, rows=rows
     )
-    return _search(with_workload(options, workload, overrides), Console(highlight=False, quiet=quiet))
+    return _search(with_workload(options, workload, overrides), Console(highlight=False, markup=False, quiet=quiet))
 
 
 def _search(options: Options, console: Console) -> SearchResult:
     """Run or go on with a search, from its file to best.yaml."""
     space, trials = read_space(options)
     cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
+    cli.refuse_broken(options.root / "mlflow.db", "MLflow's")
 
     from pipeline.background import BackgroundTracker
 
@@ -129,28 +130,28 @@ def _search_space(
     space: SearchSpace, trials: int, options: Options, tracker: BackgroundTracker, console: Console
 ) -> SearchResult:
     """Run or go on with the search of a space."""
-    with _at_work(console, "loading PyTorch and Optuna"):
+    loading = console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext()
+    with loading:
         from pipeline.checkpoint import Checkpoints
         from pipeline.interrupts import Interrupts
         from pipeline.prepare import prepare
         from pipeline.store import Store
 
-    cli.say_own_code(space, functools.partial(console.print, soft_wrap=True, markup=False))
-    with _at_work(console, "reading the data, trying the model"):
-        trainer = prepare(
-            space,
-            source=source(options),
-            device=options.device,
-            searching=True,
-            rows=options.rows,
-            workload=options.workload,
-        )
+    cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
+    trainer = prepare(
+        space,
+        source=source(options),
+        device=options.device,
+        searching=True,
+        rows=options.rows,
+        workload=options.workload,
+    )
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study)
     way_on = command(options, space, study=name, trials=trials)
     last_words = f"ended at once; go on with: {way_on}"
     interrupts = Interrupts(options.timeout, last_words=last_words)
-    with store.lock(name), contextlib.closing(trainer), interrupts:
+    with contextlib.closing(store), store.lock(name), contextlib.closing(trainer), interrupts:
         _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
         console.print(_headline(study, trainer, trials), soft_wrap=True)
@@ -190,7 +191,7 @@ def _run(
     for trial in study.ended:  # MLflow passes over those that it has, which after a crash need not be all
         epochs = replay_rates(trial.config, trial.epochs, directions=trainer.workload.directions)
         tracker.log_trial(dataclasses.replace(trial, epochs=epochs))
-    with Progress(study, trials=trials, console=console) as progress:
+    with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
         while not interrupts.reason and (proposals := study.next_group(trials)):
             group = trainer.build({number: config for number, (config, _) in proposals.items()})
             progress.group_begins(group.describe())
@@ -207,11 +208,6 @@ def _run(
                 tracker.log_trial(trial)
             progress.group_ended()
     forget_ended(checkpoints, study)
-
-
-def _at_work(console: Console, what: str) -> contextlib.AbstractContextManager[object]:
-    """Return a context that shows, in a terminal, what is going on."""
-    return console.status(what) if console.is_terminal else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -262,8 +258,8 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
     best = study.best()
     path = _best_file(study, store)
     if not best:
-        why = "each was pruned, diverged or failed" if study.ended else "none has ended yet"
-        console.print(f"no trial is complete: {why}")
+        ended = f"each of the {len(study.ended)} that have ended was pruned, diverged or failed"
+        console.print(f"no trial is complete: {ended if study.ended else 'none has ended yet'}")
         for trial in study.ended[-3:]:
             console.print(f"  trial {trial.number} {trial.state}: {trial.reason}", soft_wrap=True)
         note = "No trial is complete."

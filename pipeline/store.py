@@ -70,6 +70,13 @@ class Store:
         self.database = root / "mlruns" / "optuna.db"
         self._opened: RDBStorage | None = None  # opening it takes Optuna longer than storing a trial
 
+    def close(self) -> None:
+        """Let go of the database: SQLite then puts into its file what is in the log beside it."""
+        if self._opened is not None:
+            self._opened.remove_session()
+            self._opened.engine.dispose()
+            self._opened = None
+
     def headers(self) -> list[StudyHeader]:
         """Return every study, oldest first; writes nothing.
 

@@ -25,7 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.fused import FusedTrials, has_rule
 from pipeline.memory import free_memory
 from pipeline.plain import PlainTrials
-from pipeline.probe import probe
+from pipeline.probe import Finding, probe
 from pipeline.stepwise import AtOnce, train_epoch_together, trouble_of_its_own
 from pipeline.trainer import EpochMetrics
 from pipeline.trial_parts import Part, TrialParts
@@ -63,12 +63,11 @@ class Trainer:
         self.device = device
         self._dtype = dtype
         self._config = config
-        with self.arithmetic():
-            finding = probe(self.workload, config, device=device, dtype=dtype)
+        self._findings: dict[tuple[str, ...], Finding] = {}
+        finding = self._finding(config)
         self.plain_because = finding.plain_because
-        """Why no trial of the workload can be a row; None if they can."""
+        """Why trials that freeze what `config` does cannot be rows; None if they can."""
         self._seeded = finding.draws_random_numbers
-        self._company = finding.company
         self._processes = processes if device.type == "cpu" and can_fork() else 1
         self._workers: list[Worker] = []
         # Random numbers come from a state that all threads of the process share.
@@ -86,7 +85,7 @@ class Trainer:
 
     def fuses(self, config: TrialConfig) -> bool:
         """Say whether a trial trains as a row."""
-        return self.plain_because is None and has_rule(config.optimizer.name)
+        return has_rule(config.optimizer.name) and self._finding(config).plain_because is None
 
     def on(self, workload: Workload) -> Trainer:
         """Return a trainer like this one for other samples of the same data."""
@@ -101,6 +100,8 @@ class Trainer:
 
     def build(self, configs: Mapping[int, TrialConfig]) -> TrialParts:
         """Build the trainers of a group of trials; `close` when they are done with."""
+        for config in configs.values():
+            self._finding(config)  # which workers that are new then have too
         self._start_workers(len(configs))
         return TrialParts(self, [part for lane, some in self.plan(configs) for part in self._build(some, lane)])
 
@@ -155,6 +156,14 @@ class Trainer:
             self.rows = min(self.rows or size, size)
         return [part for half in _split(configs, size) for part in self._build(half, 0)]
 
+    def _finding(self, config: TrialConfig) -> Finding:
+        """Return what is known of trials that freeze what this one does, tried once."""
+        key = _frozen(config)
+        if key not in self._findings:
+            with self.arithmetic():
+                self._findings[key] = probe(self.workload, config, device=self.device, dtype=self._dtype)
+        return self._findings[key]
+
     def _start_workers(self, trials: int) -> None:
         """Start as many workers as so many trials need."""
         self._workers = self._living()
@@ -187,7 +196,8 @@ class Trainer:
     def _build_here(self, configs: Mapping[int, TrialConfig]) -> FusedTrials | PlainTrials:
         place: dict[str, Any] = {"device": self.device, "dtype": self._dtype, "seeded": self._seeded}
         if all(self.fuses(config) for config in configs.values()):
-            return FusedTrials(configs, self.workload, **place, company=self._company)
+            company = self._finding(next(iter(configs.values()))).company
+            return FusedTrials(configs, self.workload, **place, company=company)
         return PlainTrials(configs, self.workload, **place)
 
     def _train_streamed(self, parts: Sequence[Part], epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
@@ -216,11 +226,16 @@ class Trainer:
                 yield functools.partial(_map, pool)
 
 
+def _frozen(config: TrialConfig) -> tuple[str, ...]:
+    """Return the groups that a trial freezes."""
+    return tuple(name for name, group in config.param_groups.items() if group.lr_ratio == 0)
+
+
 def _alike(configs: Mapping[int, TrialConfig]) -> Iterator[dict[int, TrialConfig]]:
     """Yield trials that freeze the same groups: a frozen group is no part of a row."""
 
     def frozen(number: int) -> tuple[str, ...]:
-        return tuple(name for name, group in configs[number].param_groups.items() if group.lr_ratio == 0)
+        return _frozen(configs[number])
 
     for _, numbers in itertools.groupby(sorted(configs, key=lambda number: (frozen(number), number)), key=frozen):
         yield {number: configs[number] for number in numbers}

@@ -71,7 +71,9 @@ def check(root: Path, port: int) -> list[tuple[str, str]]:
     problems: list[Problem] = []
     studies: list[tuple[str, str]] = []
     database = root.absolute() / "mlflow.db"
-    if not database.is_file():
+    if root.exists() and not os.access(root, os.R_OK | os.X_OK):
+        problems.append(Problem("--root", f"must be a folder that can be read, got {root.absolute()}"))
+    elif not database.is_file():
         remedy = "search first, `python -m pipeline.search`, or name the folder of a search that ran"
         if remote := os.environ.get("MLFLOW_TRACKING_URI"):
             remedy += f"; with MLFLOW_TRACKING_URI set, runs are at {remote}"

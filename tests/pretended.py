@@ -21,6 +21,8 @@ READ = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"
 """Operations whose result, or its shape, the host waits for."""
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 """Operations that take indices of the CPU, which they copy."""
+WHOLE = {"stack", "cat"}
+"""Operations that take not even a number of the CPU."""
 
 _waits: list[str] = []
 
@@ -96,7 +98,7 @@ def _computed(function: Any, arguments: Sequence[Any], options: Mapping[str, Any
         if there != isinstance(arguments[1], _There):
             _waits.append("a copy")
     elif there:
-        strangers = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, _There)]
+        strangers = [t for t in tensors if (t.ndim or name in WHOLE) and not isinstance(t, _There)]
         indices = arguments[1] if name in INDEXED else ()
         if any(all(stranger is not index for index in indices) for stranger in strangers):
             raise RuntimeError(f"{name} of tensors on {DEVICE} and on the CPU")

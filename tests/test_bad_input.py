@@ -13,7 +13,7 @@ import optuna
 import pytest
 import torch
 
-from pipeline import cli, export, search, train
+from pipeline import cli, export, lr_range, search, train
 from pipeline.config import Digits, TrialConfig
 from pipeline.space import load_space
 from pipeline.store import Store
@@ -21,7 +21,12 @@ from pipeline.strategy import SGD, Constant, ParamGroup
 from pipeline.trainer import EpochMetrics
 from pipeline.trial import EndedTrial, TrialState
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"search": search.main, "train": train.main, "export": export.main}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "search": search.main,
+    "train": train.main,
+    "export": export.main,
+    "lr_range": lr_range.main,
+}
 
 SPACE = """\
 workload: {name: digits, model: mlp}
@@ -75,10 +80,10 @@ NO_STUDY = "holds no study; run `python -m pipeline.search`, or name another --r
 
 REFUSED = [
     # The command line itself.
-    option("search --trials 0", "argument --trials: must be a whole number of at least 1, got '0'"),
-    option("search --trials -1", "argument --trials: must be a whole number of at least 1, got '-1'"),
-    option("search --trials 3.5", "argument --trials: must be a whole number of at least 1, got '3.5'"),
-    option("search --trials ten", "argument --trials: must be a whole number of at least 1, got 'ten'"),
+    option("search --trials 0", "argument --trials: must be a whole number from 1 to 1000000000, got '0'"),
+    option("search --trials -1", "argument --trials: must be a whole number from 1 to 1000000000, got '-1'"),
+    option("search --trials 3.5", "argument --trials: must be a whole number from 1 to 1000000000, got '3.5'"),
+    option("search --trials ten", "argument --trials: must be a whole number from 1 to 1000000000, got 'ten'"),
     option("search --seed -1", "argument --seed: must be a whole number from 0 to 4294967295, got '-1'"),
     option("search --timeout 0", "argument --timeout: must be a number above 0, got '0'"),
     option("search --timeout nan", "argument --timeout: must be a number above 0, got 'nan'"),
@@ -91,14 +96,9 @@ REFUSED = [
     option("search --device tpu", "argument --device: must be auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
     option("search --device cuda:99", "--device: 1 problem", "cuda:99: there", "use --device cpu, or auto"),
     option("search --trails 5", "unrecognized arguments: --trails 5"),
-    option(
-        "search --space decoy", "decoy: 1 problem", "ready-made are adaptive, decay, default, finetune, own, per_group"
-    ),
-    option(
-        "search --space missing.yaml",
-        "missing.yaml: 1 problem",
-        "there is no such file; a path is relative to the working folder",
-    ),
+    option("search --space decya", "decya: 1 problem", "no search space of that name; did you mean decay?"),
+    option("search --space decay.yaml", "there is no such file, and no search space of that name; did you mean decay?"),
+    option("lr_range --space decay --write", "--write: 1 problem", "decay: is a ready-made search space, "),
     option("search --space .", "cannot be read: Is a directory"),
     Refused(
         "search --space mine.yaml --trials 1 --device cpu",
@@ -190,7 +190,7 @@ REFUSED = [
     # No study.
     option("export", "--root: 1 problem", NO_STUDY),
     option("export --study default-1", "--root: 1 problem", NO_STUDY),
-    option("export --trial -1", "argument --trial: must be a whole number of at least 0, got '-1'"),
+    option("export --trial -1", "argument --trial: must be a whole number from 0 to 1000000000, got '-1'"),
 ]
 
 
@@ -244,6 +244,10 @@ def test_a_database_that_is_none_is_refused(
         assert "mlruns/optuna.db: 1 problem" in said
         assert "cannot be used as Optuna's database" in said
         assert "file is not a database; move it away, or name another --root" in said
+    Path("mlruns/optuna.db").unlink()
+    Path("mlflow.db").write_text("not a database " * 100)
+    said = refuse("search --space mine.yaml", capsys)
+    assert "mlflow.db: 1 problem\n  cannot be used as MLflow's database: file is not a database; move it away" in said
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +346,7 @@ def test_a_terminal_that_lacks_a_character_shows_its_code() -> None:
 @pytest.mark.parametrize(
     ("module", "arguments", "words"),
     [
-        ("search", ["--trials", "0"], "argument --trials: must be a whole number of at least 1, got '0'"),
+        ("search", ["--trials", "0"], "argument --trials: must be a whole number from 1 to 1000000000, got '0'"),
         ("search", ["--space", "mine.yaml"], "optimizer.sdg: unknown optimizer; did you mean sgd?"),
         ("train", ["mine.yaml"], "optimizer.sdg: unknown optimizer; did you mean sgd?"),
         ("export", [], NO_STUDY),

@@ -18,8 +18,9 @@ from pipeline import tensor_ends
 from pipeline.arithmetic import arithmetic
 from pipeline.fused import FusedTrials
 from pipeline.probe import probe
-from pipeline.strategy import SGD, Adam
+from pipeline.strategy import SGD, Adam, AdamW, ParamGroup
 from pipeline.trainer import EpochMetrics
+from pipeline.trainers import Trainer
 from pipeline.workloads.workload import Split
 
 CPU = torch.device("cpu")
@@ -190,3 +191,57 @@ def test_no_row_of_a_trial_is_at_the_end_of_a_tensor(name: str) -> None:
             for row, (metrics, state) in trained(rows).items():
                 assert metrics == together[row][0]
                 assert [name for name, value in state.items() if not torch.equal(value, together[row][1][name])] == []
+
+
+def frozen(*patterns: str) -> dict[str, ParamGroup]:
+    return {"frozen": ParamGroup(pattern=patterns, lr_ratio=0.0), "all": ParamGroup(pattern=("*",))}
+
+
+def layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(13, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def images() -> nn.Module:
+    body = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("build_model", "shape", "size", "param_groups"),
+    [
+        pytest.param(layers, (13,), 1, frozen("4.*"), id="a frozen head"),
+        pytest.param(layers, (13,), 1, frozen("*.weight"), id="frozen weights"),
+        pytest.param(images, (1, 8, 8), 1, frozen("0.*", "1.*"), id="a frozen body"),
+        pytest.param(images, (1, 8, 8), 1, frozen("3.*", "7.*"), id="a frozen end"),
+        pytest.param(layers, (13,), 1000, ONE_GROUP, id="inputs of large numbers"),
+        pytest.param(
+            lambda: nn.Sequential(nn.Linear(4, 1), nn.PReLU(), nn.Linear(1, 3)), (4,), 1, ONE_GROUP, id="one number"
+        ),
+    ],
+)
+def test_rows_are_alike_in_any_company_or_train_plain(
+    build_model: Callable[[], nn.Module], shape: tuple[int, ...], size: float, param_groups: dict[str, ParamGroup]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        inputs = size * torch.randn(count, *shape, generator=generator).abs()
+        return Split(inputs, torch.randint(3, (count,), generator=generator))
+
+    workload = dataclasses.replace(tiny_workload(build_model), train=split(50), val=split(41), test=split(20))
+    optimizers = (SGD(base_lr=0.1, momentum=0.9), Adam(base_lr=0.01), AdamW(base_lr=0.001))
+    configs = {
+        row: tiny_config(optimizers[row % 3], batch_size=16, epochs=3, param_groups=param_groups) for row in range(33)
+    }
+    trainer = Trainer(workload, configs[0], device=CPU)
+    counts = range(1, 18)
+    together, *few = (trainer.build({row: configs[row] for row in rows}) for rows in (range(33), *map(range, counts)))
+    for _ in range(3):
+        expected = together.train_epoch()
+        for group in few:
+            for row, metrics in group.train_epoch().items():
+                assert metrics == expected[row]
+    for count, group in zip(counts, few, strict=True):
+        for row in range(count):
+            there = together.model_state(row)
+            assert [name for name, value in group.model_state(row).items() if not torch.equal(value, there[name])] == []

@@ -117,6 +117,7 @@ def outcomes(trials: list[EndedTrial]) -> list[tuple[Any, ...]]:
 def test_a_search_leaves_its_record_and_says_where(found: Found) -> None:
     for name in ("mlflow.db", "mlruns/optuna.db", "mlruns/studies/small-1/best.yaml"):
         assert (found.root / name).is_file()
+    assert not (found.root / "mlruns/optuna.db-wal").exists()  # whoever copies the database has all trials
     first, *_ = found.printed.splitlines()
     assert first == "digits · mlp · 3 epochs · cpu, 3 trials at once   study small-1, seed 0"
     assert f"{TRIALS}/{TRIALS}   best " in found.printed

@@ -310,7 +310,7 @@ def test_a_large_step_trains_plain_on_a_cpu_where_rows_gain_nothing() -> None:
 
 
 CANNOT_FUSE: list[tuple[Callable[[], nn.Module], str]] = [
-    (Recurrent, "RuntimeError, Batching rule not implemented for aten::lstm"),
+    (Recurrent, "PyTorch's vmap has no rule for lstm"),
     (with_rrelu, "RuntimeError, vmap: we do not yet support aten::rrelu"),
     (with_cumulative_batch_norm, "RuntimeError, vmap: It looks like you're calling .item() on a Tensor"),
     (SpareLayer, "RuntimeError, the loss does not depend on spare.weight, spare.bias"),

@@ -75,6 +75,9 @@ def _tried(workload: Workload, model: nn.Module) -> tuple[list[Problem], Tensor 
         told = f"outputs {_shape(outputs)} and targets {_shape(batch.targets)}"
         loss, problem = _attempt("the loss", told, workload.loss, outputs, batch.targets)
         problem = problem or _scalar_problem("the loss", loss)
+        if problem is None and not bool(torch.isfinite(loss)):
+            message = f"the loss of the fresh model is {loss.item()} on a few samples of {name}; it must begin finite"
+            problem = Problem("workload", message)
         if problem is None and mode and not loss.requires_grad:
             problem = Problem("workload", "the loss does not depend on the model's parameters: it has no gradient")
         if problem:

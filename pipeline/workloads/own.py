@@ -91,9 +91,13 @@ def _misfits(workload: Workload) -> Iterator[str]:
         yield f"metrics must be a mapping from names to Metrics, got {_kind(workload.metrics)}"
     for key, metric in metrics.items():
         if not isinstance(metric, Metric) or metric.direction not in ("minimize", "maximize"):
-            yield f'metrics[{key!r}] must be a Metric with direction "minimize" or "maximize", got {metric!r}'
+            yield f'metrics[{key!r}] must be a Metric with direction "minimize" or "maximize", got {_direction(metric)}'
         elif not (isinstance(key, str) and key.isidentifier()) or key == "loss":
             yield f"metrics may not be called {key!r}; take a word of letters, digits and '_' other than loss"
+
+
+def _direction(metric: Any) -> str:
+    return f"direction {metric.direction!r}" if isinstance(metric, Metric) else _kind(metric)
 
 
 def _split_misfits(split: Any, member: str) -> Iterator[str]:
