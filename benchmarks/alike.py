@@ -202,7 +202,7 @@ Drawn = tuple[str, Inputs, int, Callable[[], nn.Module]]
 
 
 def numbers(draw: random.Random, *shape: int) -> Inputs:
-    """Return what makes samples of a shape: normal, or as large as what nobody has normalised, whole numbers perhaps."""
+    """Return what makes samples of a shape: normal, or as large as what is not normalised, whole numbers perhaps."""
     size, whole = draw.choice([1, 1, 1, 100, 1000]), draw.random() < 0.3
 
     def make(samples: int, generator: torch.Generator) -> Tensor:
