@@ -58,7 +58,7 @@ def company_of(
     alone = [range(kind, kind + 1) for kind in range(len(SCALES))]
     for company in _companies(rows):
         # Together with many: a lone row, several, and where a matrix can end.
-        few = [range(1, 3), *(range(count) for count in {3, *(n * company.multiple for n in (1, 2, 3))})]
+        few = [range(1, 3), *(range(count) for count in {3, *(n * company.multiple for n in (1, 2, 3))} - {1})]
         few += [range(SEVERAL)] if rows.most >= MANY else []
         if 3 * company.multiple > rows.most:
             continue

@@ -159,10 +159,11 @@ def _search_space(
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, trainer, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
+            if len(study.ended) < trials:
+                console.print(f"{interrupts.reason}; go on with: {way_on}", soft_wrap=True)
     best = next(iter(study.best()), None)
     status = 0 if best else 1
     if len(study.ended) < trials:
-        console.print(f"{interrupts.reason}; go on with: {way_on}", soft_wrap=True)
         status = interrupts.exit_status
     return SearchResult(
         study=study.name,
@@ -259,7 +260,7 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
     path = _best_file(study, store)
     if not best:
         ended = f"each of the {len(study.ended)} that have ended was pruned, diverged or failed"
-        console.print(f"no trial is complete: {ended if study.ended else 'none has ended yet'}")
+        console.print(f"no trial is complete: {ended if study.ended else 'none has ended yet'}", soft_wrap=True)
         for trial in study.ended[-3:]:
             console.print(f"  trial {trial.number} {trial.state}: {trial.reason}", soft_wrap=True)
         note = "No trial is complete."
