@@ -185,12 +185,18 @@ def _tried_alone(
 def _keeper_of_state(
     workload: Workload, small: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """Return an attribute that a training step changes in a module, such as a counter: rows would share it."""
+    """Return what a forward pass in training changes in a module and is no buffer: rows would share it.
+
+    That is an attribute such as a counter, or a parameter, perhaps a frozen one that follows another slowly.
+    """
     with fork_rng(device), torch.no_grad():
         model = workload.build_model().to(device, dtype).train()
         inputs = model_inputs(workload, first_samples(samples_of(small, "train"), BATCH).inputs, dtype)
         before = _plain_attributes(model)
+        versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts what writes
         model(inputs)
+    if written := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
+        return f"parameter {written[0]}"
     after = _plain_attributes(model)
     return next((name for name in after if before.get(name) != after[name]), None)
 

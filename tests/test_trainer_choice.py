@@ -309,12 +309,31 @@ def test_a_large_step_trains_plain_on_a_cpu_where_rows_gain_nothing() -> None:
     assert build_trainer(lambda: wide(2048)).plain_because == "a step of 0.2 GFLOP gains nothing as a row on a CPU"
 
 
+class Following(nn.Module):
+    """A frozen layer that follows a trained one slowly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(6, 8), nn.Linear(16, 3)
+        self.average = nn.Linear(6, 8).requires_grad_(False)
+        self.average.load_state_dict(self.hidden.state_dict())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        if self.training:
+            with torch.no_grad():
+                self.average.weight.copy_(self.average.weight * 0.996 + self.hidden.weight * 0.004)
+        logits: Tensor = self.head(torch.relu(torch.cat([self.hidden(inputs), self.average(inputs)], dim=1)))
+        return logits
+
+
 CANNOT_FUSE: list[tuple[Callable[[], nn.Module], str]] = [
     (Recurrent, "PyTorch's vmap has no rule for lstm"),
     (with_rrelu, "RuntimeError, vmap: we do not yet support aten::rrelu"),
     (with_cumulative_batch_norm, "RuntimeError, vmap: It looks like you're calling .item() on a Tensor"),
     (SpareLayer, "RuntimeError, the loss does not depend on spare.weight, spare.bias"),
     (Counting, "as rows it trains to other numbers"),
+    (Following, "its parameter average.weight changes in training and is no buffer"),
     (TransposedDropout, "as rows it trains to other numbers"),
     (lambda: batch_norm_of(3), "its numbers depend on how many trials are rows"),
     (TwoOutputs, "it could not be tried, TypeError: cross_entropy_loss()"),
