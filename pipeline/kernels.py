@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,7 +59,9 @@ def _replace_kernel() -> Library:
         return result
 
     library = Library("aten", "IMPL")
-    library.impl("max_pool2d_with_indices", pool, "CPU", with_keyset=True)
+    with warnings.catch_warnings():  # of the very thing that is wanted, up to torch 2.13
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        library.impl("max_pool2d_with_indices", pool, "CPU", with_keyset=True)
     return library
 
 
