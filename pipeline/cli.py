@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import io
 import os
@@ -189,24 +188,6 @@ def refuse_unwritable(path: Path, place: str) -> None:
         check_writable(path)
     except OSError as error:
         raise InvalidInput(place, [Problem(str(path), f"cannot be written: {error.strerror}; name another")]) from None
-
-
-def refuse_broken(database: Path, whose: str) -> None:
-    """Refuse, before anything is done, a database that is not one.
-
-    Raises:
-        InvalidInput: There is a file, and SQLite cannot read it.
-    """
-    if not database.exists():
-        return
-    import sqlite3
-
-    try:
-        with contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            connection.execute("PRAGMA schema_version")
-    except sqlite3.Error as error:
-        message = f"cannot be used as {whose} database: {error}; move it away, or name another --root"
-        raise InvalidInput(str(database), [Problem("", message)]) from None
 
 
 def quoted(path: Path) -> str:

@@ -118,10 +118,11 @@ def _search(options: Options, console: Console) -> SearchResult:
     """Run or go on with a search, from its file to best.yaml."""
     space, trials = read_space(options)
     cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
-    cli.refuse_broken(options.root / "mlflow.db", "MLflow's")
 
     from pipeline.background import BackgroundTracker
+    from pipeline.tracking import refuse_broken
 
+    refuse_broken(options.root)
     with contextlib.closing(BackgroundTracker(options.root)) as tracker:  # imports MLflow as this process does torch
         return _search_space(space, trials, options, tracker, console)
 

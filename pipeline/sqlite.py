@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,15 @@ def sqlite_uri(path: Path) -> str:
     from sqlalchemy import URL
 
     return URL.create("sqlite", database=str(path.resolve())).render_as_string(hide_password=False)
+
+
+def open_existing(database: Path) -> sqlite3.Connection:
+    """Open a database that is there; not read-only, which could not undo a transaction that a kill cut short.
+
+    Raises:
+        sqlite3.Error: SQLite cannot open it.
+    """
+    return sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True)
 
 
 def create_whole(database: Path, build: Callable[[Path], object]) -> None:

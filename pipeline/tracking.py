@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
+from pipeline.errors import InvalidInput, Problem
 from pipeline.relocation import relocate
 from pipeline.saved_view import TAG_PREFIX, mlflow_name, saved_view, view_path
-from pipeline.sqlite import create_whole, sqlite_uri
+from pipeline.sqlite import create_whole, open_existing, sqlite_uri
 from pipeline.strict_yaml import dumps
 from pipeline.trial import EndedTrial, TrialState
 from pipeline.trial_record import lr_csv, lr_metric, metric_points, trial_params, trial_tags
@@ -295,6 +296,22 @@ def remote_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
+def refuse_broken(root: Path) -> None:
+    """Refuse, before anything is done, a `mlflow.db` that is no database.
+
+    Raises:
+        InvalidInput: SQLite cannot read it.
+    """
+    database = root / "mlflow.db"
+    if remote_uri() or not database.exists():
+        return
+    try:
+        _try(database)
+    except sqlite3.Error as error:
+        message = f"cannot be used as MLflow's database: {error}; move it away, or name another --root"
+        raise InvalidInput(str(database), [Problem("", message)]) from None
+
+
 def cause_of(error: BaseException) -> str:
     """Return in one line why MLflow failed: the system's reason where there is one, without SQL, retries and paths."""
     chain = [error]
@@ -337,10 +354,15 @@ def _open_store(root: Path) -> MlflowClient:
     database = root / "mlflow.db"
     if not database.exists():
         create_whole(database, _build_database)
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        connection.execute("PRAGMA schema_version")  # MLflow would try for minutes to open what cannot be opened
+    _try(database)
     relocate(database)
     return MlflowClient(sqlite_uri(database))
+
+
+def _try(database: Path) -> None:
+    """Raise what SQLite raises for a database; MLflow would try for minutes to open it."""
+    with contextlib.closing(open_existing(database)) as connection:
+        connection.execute("PRAGMA schema_version")
 
 
 def _build_database(database: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from pipeline.errors import InvalidInput, PipelineError, Problem
 from pipeline.relocation import relocate
 from pipeline.saved_view import view_path
-from pipeline.sqlite import sqlite_uri
+from pipeline.sqlite import open_existing, sqlite_uri
 
 HOST = "127.0.0.1"
 """MLflow asks nobody for a password: whoever reaches the port may read and write. From afar, use `ssh -L`."""
@@ -97,7 +97,7 @@ def check(root: Path, port: int) -> list[tuple[str, str]]:
 
 def newest_studies(database: Path) -> list[tuple[str, str]]:
     """Return studies as (experiment id, name), newest first, without MLflow, whose import takes seconds."""
-    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+    with closing(open_existing(database)) as connection:
         return [(str(experiment_id), study) for experiment_id, study in connection.execute(STUDIES, [MAX_STUDIES])]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +21,7 @@ from pipeline.config import Digits, TrialConfig
 from pipeline.space import load_space
 from pipeline.store import Store
 from pipeline.strategy import SGD, Constant, ParamGroup
+from pipeline.tracking import refuse_broken
 from pipeline.trainer import EpochMetrics
 from pipeline.trial import EndedTrial, TrialState
 
@@ -248,6 +252,22 @@ def test_a_database_that_is_none_is_refused(
     Path("mlflow.db").write_text("not a database " * 100)
     said = refuse("search --space mine.yaml", capsys)
     assert "mlflow.db: 1 problem\n  cannot be used as MLflow's database: file is not a database; move it away" in said
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    refuse_broken(Path())  # which is not used then
+
+
+def test_a_database_in_which_a_kill_cut_a_transaction_short_is_none_that_is_broken(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "killed.db", isolation_level=None)) as database:
+        database.execute("CREATE TABLE t (x)")
+        database.execute("INSERT INTO t VALUES ('before')")
+        database.execute("PRAGMA cache_size = 1")  # pages: whatever is more goes into the file before its time
+        database.execute("BEGIN")
+        database.executemany("INSERT INTO t VALUES (?)", [("after" * 500,)] * 100)
+        for left in ("", "-journal"):
+            shutil.copy(tmp_path / f"killed.db{left}", tmp_path / f"mlflow.db{left}")
+    refuse_broken(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        assert database.execute("SELECT x FROM t").fetchall() == [("before",)]
 
 
 @pytest.fixture(scope="module")
