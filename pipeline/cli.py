@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.config import Own
+from pipeline.config import WORKLOADS, Own
 from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean
 from pipeline.interrupts import CtrlC
 
@@ -130,12 +130,6 @@ def space_file(given: Path | None, overrides: Overrides) -> Path:
     return given
 
 
-def source_of(file: Path | str, overrides: Overrides) -> str:
-    """Return what messages call a search space."""
-    workload = overrides.get("workload")
-    return f"{file} with --workload {workload.get('function', workload['name'])}" if workload else str(file)
-
-
 def say_own_code(space: SearchSpace, say: Callable[[str], None] = print) -> None:
     """Say which code of a person's own is about to run, if any."""
     if isinstance(space.workload, Own):
@@ -190,6 +184,18 @@ def refuse_unwritable(path: Path, place: str) -> None:
         raise InvalidInput(place, [Problem(str(path), f"cannot be written: {error.strerror}; name another")]) from None
 
 
+def refuse_out(path: Path) -> None:
+    """Refuse, before anything is done, an `--out` that could not be written in the end.
+
+    Raises:
+        InvalidInput: Its folder is not there, or the file could not be written.
+    """
+    if not path.absolute().parent.is_dir():
+        message = f"there is no folder {path.absolute().parent}; make it first"
+        raise InvalidInput("--out", [Problem(str(path), message)])
+    refuse_unwritable(path.resolve(), "--out")
+
+
 def quoted(path: Path) -> str:
     """Return a path as a shell takes it."""
     return shlex.quote(str(path))
@@ -207,11 +213,15 @@ def workload_choice(text: str) -> dict[str, str]:
     """Return what a file says of a workload that was named in one word.
 
     Raises:
-        InvalidInput: It is a file or a module without a function.
+        InvalidInput: It is a file or a module without a function, or nothing has that name.
     """
     file, colon, function = text.rpartition(":")
     if not colon and re.search(r"[./]", text):
         raise InvalidInput("--workload", [Problem(text, f"has no function; name one, {text}:function")])
+    if not colon and text not in WORKLOADS:
+        names = did_you_mean(text, (name for name in WORKLOADS if name != "own"))
+        message = f"unknown workload; {names}; one of your own is path/to/file.py:function"
+        raise InvalidInput("--workload", [Problem(repr(text), message)])
     if not colon:
         return {"name": text}
     return {"name": "own", "function": f"{os.path.normpath(file) if file.endswith('.py') else file}:{function}"}

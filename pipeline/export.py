@@ -84,9 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is None:
         sys.stdout.write(text)
         return 0
-    if not arguments.out.absolute().parent.is_dir():
-        message = f"there is no folder {arguments.out.absolute().parent}; make it first"
-        raise InvalidInput("--out", [Problem(str(arguments.out), message)])
+    cli.refuse_out(arguments.out)
     try:
         write_atomic(arguments.out.resolve(), text)
     except OSError as error:

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
+    from pipeline.overrides import source_of
     from pipeline.space import load_space
 
     overrides = cli.overrides_of(options)
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.prepare import prepare
 
     cli.say_own_code(space)
-    trainer = prepare(space, source=cli.source_of(file, overrides), device=options.device, searching=False)
+    trainer = prepare(space, source=source_of(file, overrides), device=options.device, searching=False)
     console = Console(highlight=False, markup=False)
     curves = _test(space, trainer, console)
     if options.write:

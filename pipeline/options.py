@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import cli
 from pipeline.config import Own
 from pipeline.errors import InvalidInput, Problem
-from pipeline.overrides import Overrides, override
+from pipeline.overrides import Overrides, override, source_of
 
 if TYPE_CHECKING:
     from pipeline.space import SearchSpace
@@ -115,7 +115,7 @@ def read_space(options: Options) -> tuple[SearchSpace, int]:
         header = next((h for h in Store(options.root).headers() if h.name == options.study), None)
     if options.space is None and header is not None:
         document = override(header.document, _agreed_overrides(header, options))
-        space = build_space(document, source=f"--study {header.name}", name=header.space)
+        space = build_space(document, source=source_of(f"--study {header.name}", options.overrides), name=header.space)
     else:
         space = _given_space(options)
     for warning in rules.warnings(space):
@@ -126,7 +126,7 @@ def read_space(options: Options) -> tuple[SearchSpace, int]:
 def source(options: Options) -> str:
     """Return what messages call the search space."""
     file = "space" if isinstance(options.space, Mapping) else cli.space_file(options.space, options.overrides)
-    return cli.source_of(file, options.overrides)
+    return source_of(file, options.overrides)
 
 
 def command(options: Options, space: SearchSpace, *, study: str, trials: int) -> str:
@@ -161,7 +161,7 @@ def _given_space(options: Options) -> SearchSpace:
     from pipeline.space import build_space, load_space, study_name
 
     if isinstance(options.space, Mapping):
-        return build_space(override(options.space, options.overrides), source="space", name="search")
+        return build_space(override(options.space, options.overrides), source=source(options), name="search")
     space = load_space(cli.space_file(options.space, options.overrides), options.overrides)
     if options.space is None and "workload" in options.overrides:
         space = dataclasses.replace(space, name=study_name(space.workload.title))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InvalidInput, Problem
@@ -49,3 +50,11 @@ def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
             inner = inner[name]
         inner.pop(key, None) if value is None else inner.update({key: value})
     return changed
+
+
+def source_of(file: Path | str, overrides: Overrides) -> str:
+    """Return what messages call a file with its changes, such as `own.yaml with --workload mnist --set epochs`."""
+    said = [f"--set {place}" for place in overrides if place not in ("workload", "seed")]
+    if isinstance(workload := overrides.get("workload"), Mapping):
+        said.insert(0, f"--workload {workload.get('function', workload.get('name'))}")
+    return " ".join([str(file), "with", *said]) if said else str(file)

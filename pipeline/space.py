@@ -30,7 +30,7 @@ from pipeline.config import (
 from pipeline.domains import Choices, Suggests, contains, describe, is_searched, label, suggest
 from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.forms import FORM, MAX_COUNT, check, domain_of, form_of, one_or_more
-from pipeline.overrides import Overrides, override
+from pipeline.overrides import Overrides, override, source_of
 from pipeline.pruning import Median, NoPruner, Pruner, SuccessiveHalving
 from pipeline.strategy import OPTIMIZERS, SCHEDULERS, Interval, ParamGroup
 
@@ -152,7 +152,7 @@ def load_space(path: Path, overrides: Overrides = MappingProxyType({}), *, searc
         InvalidInput: With every problem of the file.
     """
     data = override(strict_yaml.load(path), overrides)
-    return build_space(data, source=str(path), name=path.stem, searching=searching)
+    return build_space(data, source=source_of(path, overrides), name=path.stem, searching=searching)
 
 
 def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: bool = True) -> SearchSpace:
@@ -206,7 +206,7 @@ def load_config(
         if not isinstance(found, dict):
             problems.append(Problem(FOUND, f"must be a mapping, got {found!r}"))
     if problems or space is None:
-        raise InvalidInput(str(path), problems)
+        raise InvalidInput(source_of(path, overrides), problems)
     return space, space.example(), found
 
 

@@ -23,16 +23,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.train", description="Train a config, such as best.yaml.")
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file: of a search, or written by hand")
     parser.add_argument("--test", action="store_true", help="report the test split too; never choose by it")
-    parser.add_argument("--root", type=cli.folder, default=Path(), metavar="DIR", help="where to save model.pt")
+    help = "where to save the trained model (default: model.pt)"
+    parser.add_argument("--out", type=Path, default=Path("model.pt"), metavar="FILE", help=help)
     cli.add_device(parser)
     cli.add_overrides(parser)
     arguments = parser.parse_args(argv)
 
+    from pipeline.overrides import source_of
     from pipeline.space import load_config
 
-    path = arguments.root / "model.pt"
-    cli.refuse_unwritable(path, "--root")
-    space, config, found = load_config(arguments.config, cli.overrides_of(arguments))
+    overrides = cli.overrides_of(arguments)
+    cli.refuse_out(arguments.out)
+    space, config, found = load_config(arguments.config, overrides)
 
     import torch
 
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.strict_yaml import write_atomic
 
     cli.say_own_code(space)
-    trainer = prepare(space, source=str(arguments.config), device=arguments.device, searching=False)
+    trainer = prepare(space, source=source_of(arguments.config, overrides), device=arguments.device, searching=False)
     if arguments.test and trainer.workload.test is None:
         raise InvalidInput("--test", [Problem("", f"{trainer.workload.name} has no test split; leave --test away")])
     group = trainer.build({0: config})
@@ -59,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     buffer = io.BytesIO()
     torch.save(group.model_state(0), buffer)
     try:
-        write_atomic(path, buffer.getvalue())
+        write_atomic(arguments.out.resolve(), buffer.getvalue())
     except OSError as error:
-        raise InvalidInput("--root", [Problem(str(path), f"cannot be written: {error.strerror}")]) from None
-    print(f"model        {path}   a state dict: torch.load({str(path)!r}, weights_only=True)")
+        raise InvalidInput("--out", [Problem(str(arguments.out), f"cannot be written: {error.strerror}")]) from None
+    print(f"model        {arguments.out}   a state dict: torch.load({str(arguments.out)!r}, weights_only=True)")
     return 0
 
 

@@ -183,6 +183,14 @@ REFUSED = [
         "missing.yaml: 1 problem",
         "there is no such file; a path is relative to the working folder",
     ),
+    option(
+        "train mine.yaml --out nowhere/model.pt", "--out: 1 problem", "there is no folder", "nowhere; make it first"
+    ),
+    option("train mine.yaml --set epochs=x --set seed=1", "mine.yaml with --set epochs: 1 problem", "epochs: must be"),
+    option("search --workload mnst", "--workload: 1 problem", "'mnst': unknown workload; did you mean mnist?"),
+    option(
+        "search --workload line", "unknown workload; known: digits, ", "one of your own is path/to/file.py:function"
+    ),
     option("train mine.yaml", "optimizer.sgd.base_lr: must be one value in a config, got a choice"),
     config(
         "model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"

@@ -338,7 +338,7 @@ def test_a_search_over_a_file_of_ones_own_and_its_way_on(task: Path) -> None:
     assert (status, "4/4" in printed) == (0, True)
     printed_again = io.StringIO()
     with contextlib.redirect_stdout(printed_again):
-        assert pipeline.train.main([str(best), "--device", "cpu", "--root", str(task.parent)]) == 0
+        assert pipeline.train.main([str(best), "--device", "cpu", "--out", str(task.parent / "model.pt")]) == 0
     assert "repeated     every metric of the search, to the last bit" in printed_again.getvalue()
 
 
@@ -395,7 +395,7 @@ def test_a_search_from_python_returns_its_result(tmp_path: Path, capsys: pytest.
         ({"root": "absent"}, "root: must be a folder that exists, got 'absent'; make it first"),
         ({"space": 7}, "space: must be a file or a mapping, got int"),
         ({"overrides": [1]}, "must be a mapping from places, such as epochs, to values"),
-        ({"workload": ""}, "workload.name: must be one of digits"),
+        ({"workload": ""}, "--workload: 1 problem\n  '': unknown workload; known: digits, mnist,"),
     ],
 )
 def test_a_search_from_python_refuses_what_the_command_line_does(given: dict[str, Any], message: str) -> None:

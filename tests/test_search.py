@@ -216,14 +216,17 @@ def test_a_model_that_could_not_be_saved_is_not_trained(
 ) -> None:
     (tmp_path / "model.pt").mkdir()
     with pytest.raises(InvalidInput, match=r"model\.pt: cannot be written: Is a directory; name another"):
-        pipeline.train.main([str(found.best_yaml), "--device", "cpu", "--root", str(tmp_path)])
+        pipeline.train.main([str(found.best_yaml), "--device", "cpu", "--out", str(tmp_path / "model.pt")])
     assert capsys.readouterr().out == ""
 
 
 def test_a_trained_model_loads_and_scores_what_was_printed(
     found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pipeline.train.main([str(found.best_yaml), "--device", "cpu", "--root", str(tmp_path), "--test"]) == 0
+    assert (
+        pipeline.train.main([str(found.best_yaml), "--device", "cpu", "--out", str(tmp_path / "model.pt"), "--test"])
+        == 0
+    )
     (tested,) = re.findall(r"^test +test/loss (\S+)  test/accuracy (\S+)$", capsys.readouterr().out, re.MULTILINE)
     model = DigitsMLP()
     model.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
@@ -253,7 +256,7 @@ def test_an_exported_pruned_trial_trains_again(
     _, config, noted = load_config(out)
     assert config == found.study.ended[number].config
     assert (noted["trial"], noted["state"], noted["epochs"]) == (number, "pruned", 2)
-    assert pipeline.train.main([str(out), "--device", "cpu", "--root", str(tmp_path)]) == 0
+    assert pipeline.train.main([str(out), "--device", "cpu", "--out", str(tmp_path / "model.pt")]) == 0
     printed = capsys.readouterr().out
     assert "epoch   3/3" in printed
     assert "repeated" not in printed  # it was never trained that far
@@ -272,7 +275,7 @@ def test_a_training_that_differs_says_in_what(found: Found, tmp_path: Path, caps
     accuracy = found.study.best()[0].value
     changed = tmp_path / "changed.yaml"
     changed.write_text(found.best_yaml.read_text().replace(f"val/accuracy: {accuracy!r}", "val/accuracy: 0.5"))
-    assert pipeline.train.main([str(changed), "--device", "cpu", "--root", str(tmp_path)]) == 0
+    assert pipeline.train.main([str(changed), "--device", "cpu", "--out", str(tmp_path / "model.pt")]) == 0
     printed = capsys.readouterr().out
     assert f"differs      val/accuracy: {accuracy!r}, the search had 0.5\n" in printed
 
@@ -284,7 +287,7 @@ def test_a_diverging_config_ends_with_its_reason(
     values = config.to_dict() | {"optimizer": {"sgd": {"base_lr": 1e30}}}
     path = tmp_path / "diverging.yaml"
     path.write_text(str(values))
-    assert pipeline.train.main([str(path), "--device", "cpu", "--root", str(tmp_path)]) == 1
+    assert pipeline.train.main([str(path), "--device", "cpu", "--out", str(tmp_path / "model.pt")]) == 1
     assert re.search(r"ended: the loss became (nan|inf) at step 2, in epoch 1\n$", capsys.readouterr().out)
     assert not (tmp_path / "model.pt").exists()
 
