@@ -6,7 +6,8 @@ evaluates the whole validation split after each epoch:
 - `loop`: what one writes from Optuna's PyTorch example. `TensorDataset`, `DataLoader(shuffle=True)`, one trial at a
   time, each batch copied to the device.
 - `plain`: the plain trainer, one trial.
-- `rows N`: N trials as `pipeline.trainers.Trainer` trains them, on a CPU in as many processes as a search has.
+- `N trials`: N at once as `pipeline.trainers.Trainer` trains them, on a CPU in as many processes as a search has: as
+  rows or, where these gain nothing, plain.
 
 On a CPU the loop is measured with PyTorch's own number of threads and with one, and the faster of the two counts; not
 measured are several loops in as many processes, which is what a ratio on several cores has to be divided by for
@@ -177,6 +178,8 @@ class Options:
     device: torch.device
     models: Sequence[str]
     rows: Sequence[int]
+    processes: int
+    """That train at once, as in a search."""
     seconds: float
     repeats: int
     samples: int | None
@@ -227,7 +230,7 @@ def measure_model(model: str, options: Options) -> dict[str, Any]:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        if table[-1]["note"]:
+        if table[-1]["note"] and count >= options.processes:
             print(f"{model}: {count} trials at once {table[-1]['note']}")
             break
     return {
@@ -247,8 +250,9 @@ def _measure_rows(
 ) -> dict[str, Any]:
     """Measure `count` trials at once in turns with the loop, and one trial with the plain trainer too."""
     trials = range(max(count, len(OPTIMIZERS)))
-    processes = torch.get_num_threads()
-    trainers = [Trainer(workload, configs[0], device=options.device, processes=processes) for _ in trials[::count]]
+    trainers = [
+        Trainer(workload, configs[0], device=options.device, processes=options.processes) for _ in trials[::count]
+    ]
     groups = [
         trainer.build({number: configs[number] for number in trials[start : start + count]})
         for start, trainer in zip(trials[::count], trainers, strict=True)
@@ -438,7 +442,7 @@ def _parse() -> Options:
     arguments["models"] = arguments["models"] or [model for model in BATCH if not (on_cpu and model == "resnet18")]
     few = on_cpu and "resnet18" in arguments["models"]
     arguments["rows"] = arguments["rows"] or ([1, 2] if few else [1, 2, 4, 8, 16, 32, 64, 128])
-    return Options(**arguments)
+    return Options(**arguments, processes=torch.get_num_threads() if on_cpu else 1)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ _PRODUCTS = {
     *(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum),
     *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.mv),
 }
+"""Functions that multiply their first argument by later ones: with a factor that all rows share, `vmap` makes one
+product of all rows, whose kernel depends on how many they are."""
 _Place = tuple[dict[str, Tensor | None], str, str]
 """A module's parameters or buffers, the name that one has there, and the name that it goes by in the model."""
 
