@@ -91,7 +91,12 @@ class _Rows:
         self._first: Tensor = self._built(range(1), Company()).state_dict()["0"]["row"]
 
     def tried(self, numbers: range, company: Company) -> Mapping[int, _Seen]:
-        """Return what is seen of rows, by number: losses and gradients of every step, outputs and buffers."""
+        """Return what is seen of rows: losses and gradients of every step, outputs and buffers.
+
+        Args:
+            numbers: Of the rows; those that leave the same rest modulo `len(SCALES)` begin with the same parameters.
+            company: With what they are computed.
+        """
         group = self._built(numbers, company)
         seen: dict[int, dict[Any, bytes]] = {number: {} for number in numbers}
 
@@ -169,7 +174,8 @@ def _companies(rows: _Rows) -> Iterator[Company]:
     def spare(multiple: int, samples: int) -> int:
         if multiple == 1 and not rows_at_ends(1, bare[samples]):
             return 0
-        return max(rows_at_ends(multiple, filled_up[samples]), 1 if multiple == 1 else 0)
+        at_least = 1 if multiple == 1 else 0  # without a copy a matrix would lie in memory as a bare one
+        return max(rows_at_ends(multiple, filled_up[samples]), at_least)
 
     companies = [
         Company(
@@ -181,6 +187,7 @@ def _companies(rows: _Rows) -> Iterator[Company]:
     ]
     with_copies = [company for company in companies if company.multiple > 1 or company.spare_otherwise]
     worth_it = [company for company in with_copies if company.multiple - 1 + company.spare[rows.usual] <= MAX_EXTRA]
+    # Filling a multiple up takes half of it on average.
     yield from sorted(worth_it, key=lambda company: company.multiple / 2 + company.spare[rows.usual])
 
 

@@ -202,6 +202,8 @@ class FusedTrials:
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
+        if not self.configs:
+            return {}
         self.outputs("test")
         return self._evaluated("test")
 

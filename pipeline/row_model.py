@@ -30,7 +30,11 @@ _Place = tuple[dict[str, Tensor | None], str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Company:
-    """What rows are computed with, for each to be the same to the bit whatever the others are."""
+    """What rows are computed with, for each to be the same to the bit whatever the others are.
+
+    With `multiple=4` and `spare={64: 1}`, five rows and a batch of 64 samples are computed as eight: three copies come
+    last.
+    """
 
     multiple: int = 1
     """A multiple of so many rows is computed, filled up with copies of one. A lone row's product with a vector is a
@@ -69,7 +73,7 @@ class RowModel:
         self._places = [place for place in _places(model) if place[2] in names]
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
         has_bias = any(convolution.bias is not None for convolution in convolutions)
-        self._as_rows_do: AbstractContextManager[Any] = _BiasApart() if has_bias else contextlib.nullcontext()
+        self._without_vmap: AbstractContextManager[Any] = _BiasApart() if has_bias else _NOTHING
         self._shares = not all(name in names for name, _ in model.named_parameters())
 
     def __call__(
@@ -92,7 +96,7 @@ class RowModel:
         fills_up = self._company.fills_up(samples)
         if rows == 1 and not fills_up and self._company.lone_is_plain:
             lone = {name: tensor.view(tensor.shape[1:]) for name, tensor in {**parameters, **buffers}.items()}
-            with _holding(self._places, lone), self._as_rows_do:
+            with _holding(self._places, lone), self._without_vmap:
                 return function(self._model).unsqueeze(0)
 
         def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
@@ -132,7 +136,8 @@ class _EachItsOwn(TorchFunctionMode):
     """Gives each row a frozen parameter of its own where one meets what differs between rows.
 
     Else `vmap` makes one product of all rows, in which a CPU's kernel depends on their number. What only meets the
-    samples stays shared, and is computed once.
+    samples stays shared, and is computed once. What this misses, such as a factor within a list, is found where rows
+    are tried (`pipeline.company`), and the model trains plain.
 
     Args:
         row: Any tensor of a row, within `vmap`.
@@ -147,7 +152,7 @@ class _EachItsOwn(TorchFunctionMode):
     ) -> Any:
         options = options or {}
         if any(map(_is_of_rows, (*arguments, *options.values()))):
-            places = range(len(arguments))
+            places = range(len(arguments))  # at the first is what is multiplied: samples, which a first layer shares
             arguments = [self._own(arguments[place], factor=place > 0 and function in _PRODUCTS) for place in places]
             options = {name: self._own(value, factor=function in _PRODUCTS) for name, value in options.items()}
         return function(*arguments, **options)

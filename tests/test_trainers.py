@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BATCH, SAMPLES, STEPS_PER_EPOCH, TinyModel, tiny_config, tiny_workload
+from tiny import BATCH, ONE_GROUP, SAMPLES, STEPS_PER_EPOCH, TinyModel, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -244,6 +244,15 @@ def test_drop_leaves_other_trials_unchanged(trainer: Trainer) -> None:
     for number in (4, 7, 9):
         assert of(number, history) == of(number, expected)
         assert_same_bits(thinned.model_state(number), whole.model_state(number))
+
+
+@pytest.mark.parametrize("param_groups", [ONE_GROUP, FROZEN_BODY])
+def test_a_group_without_trials_has_no_metrics(trainer: Trainer, param_groups: dict[str, ParamGroup]) -> None:
+    group = trainer({0: tiny_config(param_groups=param_groups)}, tiny_workload(), device=CPU)
+    train(group, 1)
+    group.drop(0)
+    assert group.train_epoch() == {}
+    assert group.test() == {}
 
 
 def test_a_diverged_trial_names_step_and_epoch_and_leaves(trainer: Trainer) -> None:
