@@ -93,7 +93,7 @@ def add_space(parser: argparse.ArgumentParser) -> None:
     help = (
         f"a search-space file, or the name of one in {SPACES.name}/ (default: {DEFAULT_SPACE.stem}; with --workload, "
     )
-    parser.add_argument("--space", type=Path, metavar="FILE", help=f"{help}{OWN_SPACE.stem})")
+    parser.add_argument("--space", type=file, metavar="FILE", help=f"{help}{OWN_SPACE.stem})")
     add_overrides(parser)
 
 
@@ -163,6 +163,13 @@ def positive_number(text: str) -> float:
     return value
 
 
+def file(text: str) -> Path:
+    """Read the path of a file, which need not exist."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the path of a file, got ''")
+    return Path(text)
+
+
 def folder(text: str) -> Path:
     """Read the path of a folder that exists."""
     if not os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
@@ -218,9 +225,9 @@ def workload_choice(text: str) -> dict[str, str]:
     file, colon, function = text.rpartition(":")
     if not colon and re.search(r"[./]", text):
         raise InvalidInput("--workload", [Problem(text, f"has no function; name one, {text}:function")])
-    if not colon and text not in WORKLOADS:
-        names = did_you_mean(text, (name for name in WORKLOADS if name != "own"))
-        message = f"unknown workload; {names}; one of your own is path/to/file.py:function"
+    built_in = [name for name in WORKLOADS if name != "own"]
+    if not colon and text not in built_in:
+        message = f"unknown workload; {did_you_mean(text, built_in)}; one of your own is path/to/file.py:function"
         raise InvalidInput("--workload", [Problem(repr(text), message)])
     if not colon:
         return {"name": text}

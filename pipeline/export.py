@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import cli
@@ -73,18 +72,19 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_root(parser)
     cli.add_study(parser, help="which study (default: the newest)")
     parser.add_argument("--trial", type=cli.whole_number(0), metavar="N", help="which trial (default: the best)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: the terminal)")
+    parser.add_argument("--out", type=cli.file, metavar="FILE", help="where to write it (default: the terminal)")
     arguments = parser.parse_args(argv)
 
     from pipeline.store import Store
     from pipeline.strict_yaml import write_atomic
 
+    if arguments.out is not None:
+        cli.refuse_out(arguments.out)
     study = Store(arguments.root).open(arguments.study)
     text = config_file(study, choose_trial(study, arguments.trial))
     if arguments.out is None:
         sys.stdout.write(text)
         return 0
-    cli.refuse_out(arguments.out)
     try:
         write_atomic(arguments.out.resolve(), text)
     except OSError as error:

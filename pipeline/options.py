@@ -62,17 +62,18 @@ def checked_options(*, space: Path | str | Mapping[str, Any] | None, root: Path 
         "root": cli.folder,
     }
     problems = []
-    for name, value in {**others, "root": str(root)}.items():
+    read: dict[str, Any] = {}
+    for name, value in {**others, "root": root}.items():
         try:
             if value is not None:
-                readers[name](str(value))
+                read[name] = readers[name](str(value))
         except argparse.ArgumentTypeError as error:
             problems.append(Problem(name, str(error)))
     if not (space is None or isinstance(space, str | Path | Mapping)):
         problems.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
     if problems:
         raise InvalidInput("search", problems)
-    return Options(space=Path(space) if isinstance(space, str) else space, root=Path(root), **others)
+    return Options(space=Path(space) if isinstance(space, str) else space, **read)
 
 
 def with_workload(

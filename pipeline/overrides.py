@@ -54,7 +54,7 @@ def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
 
 def source_of(file: Path | str, overrides: Overrides) -> str:
     """Return what messages call a file with its changes, such as `own.yaml with --workload mnist --set epochs`."""
-    said = [f"--set {place}" for place in overrides if place not in ("workload", "seed")]
-    if isinstance(workload := overrides.get("workload"), Mapping):
-        said.insert(0, f"--workload {workload.get('function', workload.get('name'))}")
+    workload = overrides.get("workload")
+    chosen = [f"--workload {workload.get('function', workload.get('name'))}"] if isinstance(workload, Mapping) else []
+    said = [*chosen, *(f"--set {place}" for place in overrides if not (chosen and place == "workload"))]
     return " ".join([str(file), "with", *said]) if said else str(file)

@@ -16,13 +16,17 @@ def sqlite_uri(path: Path) -> str:
     return URL.create("sqlite", database=str(path.resolve())).render_as_string(hide_password=False)
 
 
-def open_existing(database: Path) -> sqlite3.Connection:
+def open_existing(database: Path, *, patience: float = 5.0) -> sqlite3.Connection:
     """Open a database that is there; not read-only, which could not undo a transaction that a kill cut short.
+
+    Args:
+        database: Its file.
+        patience: Seconds to wait for another process that holds it.
 
     Raises:
         sqlite3.Error: SQLite cannot open it.
     """
-    return sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True)
+    return sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", timeout=patience, uri=True)
 
 
 def create_whole(database: Path, build: Callable[[Path], object]) -> None:

@@ -166,12 +166,16 @@ def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise the OSError that writing a file would, if a permission is missing, or a file or folder is in the way."""
+    """Raise the OSError that writing a file would, if a permission is missing, or something is in the way."""
     folder = next(place for place in path.absolute().parents if place.exists())
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # a device, which a file would replace
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "Is a link to nothing", str(path))
     if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 

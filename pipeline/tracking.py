@@ -300,10 +300,10 @@ def refuse_broken(root: Path) -> None:
     """Refuse, before anything is done, a `mlflow.db` that is no database.
 
     Raises:
-        InvalidInput: SQLite cannot read it.
+        InvalidInput: SQLite cannot read it, or it is a link to nothing, which a new database would replace.
     """
     database = root / "mlflow.db"
-    if remote_uri() or not database.exists():
+    if remote_uri() or not os.path.lexists(database):
         return
     try:
         _try(database)
@@ -360,9 +360,13 @@ def _open_store(root: Path) -> MlflowClient:
 
 
 def _try(database: Path) -> None:
-    """Raise what SQLite raises for a database; MLflow would try for minutes to open it."""
-    with contextlib.closing(open_existing(database)) as connection:
-        connection.execute("PRAGMA schema_version")
+    """Raise what SQLite raises for a file that is no database; MLflow would try for minutes to open it."""
+    try:
+        with contextlib.closing(open_existing(database, patience=0)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:  # one that another process holds is a database
+            raise
 
 
 def _build_database(database: Path) -> None:

@@ -21,10 +21,10 @@ from pipeline.trial import number
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.train", description="Train a config, such as best.yaml.")
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file: of a search, or written by hand")
+    parser.add_argument("config", type=cli.file, metavar="CONFIG", help="a YAML file: of a search, or written by hand")
     parser.add_argument("--test", action="store_true", help="report the test split too; never choose by it")
     help = "where to save the trained model (default: model.pt)"
-    parser.add_argument("--out", type=Path, default=Path("model.pt"), metavar="FILE", help=help)
+    parser.add_argument("--out", type=cli.file, default=Path("model.pt"), metavar="FILE", help=help)
     cli.add_device(parser)
     cli.add_overrides(parser)
     arguments = parser.parse_args(argv)

@@ -186,7 +186,15 @@ REFUSED = [
     option(
         "train mine.yaml --out nowhere/model.pt", "--out: 1 problem", "there is no folder", "nowhere; make it first"
     ),
-    option("train mine.yaml --set epochs=x --set seed=1", "mine.yaml with --set epochs: 1 problem", "epochs: must be"),
+    option(
+        "train mine.yaml --set epochs=x --set seed=1",
+        "mine.yaml with --set epochs --set seed: 1 problem",
+        "epochs: must be",
+    ),
+    option("search --workload own", "'own': unknown workload; known: digits, "),
+    option("search --set workload=mnist", "own.yaml with --set workload: 1 problem", "workload: must be a mapping"),
+    option("search --set seed=x", "default.yaml with --set seed: 1 problem", "seed: must be a whole number"),
+    option("train mine.yaml --out=", "argument --out: must be the path of a file, got ''"),
     option("search --workload mnst", "--workload: 1 problem", "'mnst': unknown workload; did you mean mnist?"),
     option(
         "search --workload line", "unknown workload; known: digits, ", "one of your own is path/to/file.py:function"
@@ -262,6 +270,39 @@ def test_a_database_that_is_none_is_refused(
     assert "mlflow.db: 1 problem\n  cannot be used as MLflow's database: file is not a database; move it away" in said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
     refuse_broken(Path())  # which is not used then
+
+
+def test_a_link_to_nothing_is_refused_rather_than_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(SPACE)
+    Path("mlflow.db").symlink_to("unmounted/mlflow.db")
+    assert "cannot be used as MLflow's database: unable to open" in refuse("search --space mine.yaml", capsys)
+    Path("mlflow.db").unlink()
+    Path("mlruns").mkdir()
+    Path("mlruns/optuna.db").symlink_to("unmounted/optuna.db")
+    said = refuse("search --space mine.yaml", capsys)
+    assert "mlruns/optuna.db: cannot be written: Is a link to nothing; name another" in said
+    assert Path("mlruns/optuna.db").is_symlink()
+
+
+@pytest.mark.parametrize("command", ["train mine.yaml", "export"])
+def test_what_is_no_file_is_not_replaced_by_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(CONFIG)
+    os.mkfifo("pipe")
+    assert "pipe: cannot be written: Not a regular file; name another" in refuse(f"{command} --out pipe", capsys)
+    assert Path("pipe").is_fifo()
+
+
+def test_a_database_that_another_process_holds_is_not_taken_for_a_broken_one(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as database:
+        database.execute("CREATE TABLE t (x)")
+        database.execute("BEGIN EXCLUSIVE")
+        refuse_broken(tmp_path)
 
 
 def test_a_database_in_which_a_kill_cut_a_transaction_short_is_none_that_is_broken(tmp_path: Path) -> None:

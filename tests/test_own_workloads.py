@@ -368,7 +368,7 @@ def test_a_search_from_python_returns_its_result(tmp_path: Path, capsys: pytest.
         {"workload": {"name": "digits"}, **SPACE},
         workload=workload,
         overrides={"objective": objective},
-        trials=6,
+        trials="6",  # type: ignore[arg-type]  # as a form or an environment has it
         root=tmp_path,
         device="cpu",
         quiet=True,
