@@ -24,7 +24,7 @@ ROUND_ENDS_OTHERWISE = frozenset(
     {"atan2", "atanh", "exp2", "glu", "glu_backward", "logaddexp", "logaddexp2", "pow", "sigmoid"}
     | {"celu", "elu", "elu_backward", "mish", "mish_backward", "silu", "silu_backward", "softplus", "softplus_backward"}
     | {"huber_loss_backward", "smooth_l1_loss_backward", "igamma", "logit_backward", "special_ndtri"}
-    | {"acosh", "cosh", "sinh"}  # in torch 2.11
+    | {"cosh", "sinh"}  # in torch 2.11
 )
 """Operations of `torch.ops.aten` that compute single numbers by another function than vectors, on x86; so does `gelu`
 by tanh or in double precision."""
