@@ -29,12 +29,14 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.arithmetic import arithmetic
-from pipeline.config import Digits, TrialConfig
-from pipeline.fused import FusedTrials
-from pipeline.probe import Finding, probe
-from pipeline.row_model import Company
-from pipeline.strategy import SGD, Adadelta, Adagrad, Adam, AdamW, Constant, NAdam, ParamGroup, RMSprop
+from pipeline.space.config import Digits, TrialConfig
+from pipeline.space.optimizers import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RMSprop
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.schedules import Constant
+from pipeline.training.precision import arithmetic
+from pipeline.training.rows.model import Company
+from pipeline.training.rows.probe import Finding, probe
+from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.workload import Split, Workload
 
 CPU = torch.device("cpu")

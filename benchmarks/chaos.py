@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.checkpoint import Checkpoints
-from pipeline.sqlite import sqlite_uri
-from pipeline.store import Store
+from pipeline.files.sqlite import sqlite_uri
+from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.store import Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUDY = "chaos"
@@ -178,7 +178,7 @@ def children(pid: int) -> list[tuple[int, str]]:
     """Return the processes that a process has started, and what they are for: a fork has its owner's command line."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     rows = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
-    return [(int(pid), "mlflow" if "pipeline.background" in args else "worker") for pid, args in rows]
+    return [(int(pid), "mlflow" if "pipeline.tracking.process" in args else "worker") for pid, args in rows]
 
 
 def finish(one: Round) -> None:

@@ -33,13 +33,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
-from pipeline.arithmetic import arithmetic
-from pipeline.config import Precision, TorchvisionDataset, TrialConfig
-from pipeline.plain import autocast
-from pipeline.pruning import Score, SuccessiveHalving, score
-from pipeline.strategy import SGD, AdamW, Optimizer, ParamGroup, Step
-from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer
+from pipeline.space.config import Precision, TorchvisionDataset, TrialConfig
+from pipeline.space.optimizers import SGD, AdamW, Optimizer
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.pruners import Score, SuccessiveHalving, score
+from pipeline.space.schedules import Step
+from pipeline.space.trial import EpochMetrics
+from pipeline.training.executor import Trainer
+from pipeline.training.plain import autocast
+from pipeline.training.precision import arithmetic
 from pipeline.workloads.images import Normalization, shift_and_flip
 from pipeline.workloads.models import ResNet9
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy

@@ -22,11 +22,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
-from pipeline.cli import DEFAULT_SPACE
-from pipeline.prepare import prepare
-from pipeline.range_test import range_test
-from pipeline.space import SearchSpace, load_space, space_from_document
-from pipeline.trainers import Trainer
+from pipeline.app.cli import DEFAULT_SPACE
+from pipeline.app.prepare import prepare
+from pipeline.app.range_test import range_test
+from pipeline.space.load import load_space, space_from_document
+from pipeline.space.search_space import SearchSpace
+from pipeline.training.executor import Trainer
 
 WIDE = {"low": 1e-5, "high": 10.0, "log": True}
 ROWS = 25

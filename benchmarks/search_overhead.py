@@ -60,24 +60,24 @@ CATEGORIES = (
 )
 WRAPPED = (
     ("pipeline.search", "read_space", "reading and checking"),
-    ("pipeline.prepare", "prepare", "reading and checking"),
-    ("pipeline.store", "Store.choose", "reading and checking"),
-    ("pipeline.store", "Store.create", DATABASES),
-    ("pipeline.trainers", "Trainer.__init__", "probing and choosing rows"),
-    ("pipeline.trainers", "Trainer._start_workers", "probing and choosing rows"),
-    ("pipeline.trainers", "Trainer.build", "building groups"),
-    ("pipeline.trainers", "TrialParts.train_epoch", TRAINING),
-    ("pipeline.checkpoint", "Checkpoints.save", CHECKPOINTS),
-    ("pipeline.checkpoint", "Checkpoints.load", CHECKPOINTS),
-    ("pipeline.checkpoint", "Checkpoints.clear", CHECKPOINTS),
-    ("pipeline.study", "Study.next_group", "Optuna: propose"),
-    ("pipeline.study", "Study.stops", "Optuna: prune"),
-    ("pipeline.study", "Study.add", "Optuna: store"),
-    ("pipeline.background", "BackgroundTracker.__init__", "MLflow in the search's process"),
-    ("pipeline.background", "BackgroundTracker.log_trial", "MLflow in the search's process"),
-    ("pipeline.background", "BackgroundTracker.finish", "MLflow in the search's process"),
-    ("pipeline.background", "BackgroundTracker.view_path", "waiting for MLflow"),
-    ("pipeline.background", "BackgroundTracker.close", "waiting for MLflow"),
+    ("pipeline.app.prepare", "prepare", "reading and checking"),
+    ("pipeline.study.store", "Store.choose", "reading and checking"),
+    ("pipeline.study.store", "Store.create", DATABASES),
+    ("pipeline.training.executor", "Trainer.__init__", "probing and choosing rows"),
+    ("pipeline.training.executor", "Trainer._start_workers", "probing and choosing rows"),
+    ("pipeline.training.executor", "Trainer.build", "building groups"),
+    ("pipeline.training.executor", "TrialParts.train_epoch", TRAINING),
+    ("pipeline.study.checkpoint", "Checkpoints.save", CHECKPOINTS),
+    ("pipeline.study.checkpoint", "Checkpoints.load", CHECKPOINTS),
+    ("pipeline.study.checkpoint", "Checkpoints.clear", CHECKPOINTS),
+    ("pipeline.study.study", "Study.next_group", "Optuna: propose"),
+    ("pipeline.study.study", "Study.stops", "Optuna: prune"),
+    ("pipeline.study.study", "Study.add", "Optuna: store"),
+    ("pipeline.tracking.process", "BackgroundTracker.__init__", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "BackgroundTracker.log_trial", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "BackgroundTracker.finish", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "BackgroundTracker.view_path", "waiting for MLflow"),
+    ("pipeline.tracking.process", "BackgroundTracker.close", "waiting for MLflow"),
 )
 """Module, function, and what its time counts as."""
 
@@ -171,7 +171,8 @@ def _search_under_stopwatch(figures: Path, started: float) -> None:
         for part in outer:
             owner = getattr(owner, part)
         setattr(owner, attribute, watch.wrap(getattr(owner, attribute), name))
-    from pipeline import cli, search
+    from pipeline import search
+    from pipeline.app import cli
 
     try:
         cli.run(functools.partial(search.main, sys.argv[1:]))

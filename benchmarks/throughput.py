@@ -6,8 +6,8 @@ evaluates the whole validation split after each epoch:
 - `loop`: what one writes from Optuna's PyTorch example. `TensorDataset`, `DataLoader(shuffle=True)`, one trial at a
   time, each batch copied to the device.
 - `plain`: the plain trainer, one trial.
-- `N trials`: N at once as `pipeline.trainers.Trainer` trains them, on a CPU in as many processes as a search has: as
-  rows or, where these gain nothing, plain.
+- `N trials`: N at once as a search trains them, on a CPU in as many processes: as rows or, where these gain nothing,
+  plain.
 
 On a CPU the loop is measured with PyTorch's own number of threads and with one, and the faster of the two counts; not
 measured are several loops in as many processes, which is what a ratio on several cores has to be divided by for
@@ -44,12 +44,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
-from pipeline.config import Own, TrialConfig
-from pipeline.data import MAX_EVAL_BATCH, first_samples, place, samples_of
-from pipeline.plain import PlainTrials
-from pipeline.strategy import SGD, Adam, AdamW, Constant, Optimizer, ParamGroup, RMSprop
-from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer
+from pipeline.space.config import Own, TrialConfig
+from pipeline.space.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.schedules import Constant
+from pipeline.space.trial import EpochMetrics
+from pipeline.training.executor import Trainer
+from pipeline.training.plain import PlainTrials
+from pipeline.workloads.data import MAX_EVAL_BATCH, first_samples, place, samples_of
 from pipeline.workloads.digits import digits
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 

@@ -10,18 +10,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import cli
-from pipeline.config import Own
+from pipeline.app import cli
 from pipeline.errors import InvalidInput, Problem
+from pipeline.space.config import Own
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
 
-    from pipeline.range_test import RateCurve
-    from pipeline.space import SearchSpace
-    from pipeline.trainers import Trainer
+    from pipeline.app.range_test import RateCurve
+    from pipeline.space.search_space import SearchSpace
+    from pipeline.training.executor import Trainer
 
 
 TABLE_WIDTH = 100
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from pipeline.overrides import source_of
-    from pipeline.space import load_space
+    from pipeline.space.load import load_space
+    from pipeline.space.overrides import source_of
 
     overrides = cli.overrides_of(options)
     file = cli.space_file(options.space, overrides)
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.write:
         cli.refuse_unwritable(file.resolve(), "--write")
 
-    from pipeline.prepare import prepare
+    from pipeline.app.prepare import prepare
 
     cli.say_own_code(space)
     trainer = prepare(space, source=source_of(file, overrides), device=options.device, searching=False)
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _test(space: SearchSpace, trainer: Trainer, console: Console) -> Mapping[str, RateCurve]:
     """Test every optimizer of a space, and show what came out."""
-    from pipeline.fused import has_rule
-    from pipeline.range_picture import range_table
-    from pipeline.range_test import RATES, STEPS, range_test
+    from pipeline.app.range_picture import range_table
+    from pipeline.app.range_test import RATES, STEPS, range_test
+    from pipeline.training.rows.trainer import has_rule
 
     what = f"{trainer.workload.name} · at least {STEPS} steps at each of {len(RATES)} rates · {trainer.device}"
     if trainer.plain_because is not None:
@@ -87,8 +87,8 @@ def _test(space: SearchSpace, trainer: Trainer, console: Console) -> Mapping[str
 
 def _write(path: Path, curves: Mapping[str, RateCurve], console: Console) -> None:
     """Put the proposed bounds into the file."""
-    from pipeline.range_picture import as_written
-    from pipeline.space_edit import write_bounds
+    from pipeline.app.range_picture import as_written
+    from pipeline.space.edit import write_bounds
 
     proposed = {name: bounds for name, curve in curves.items() if (bounds := curve.bounds())}
     changed = write_bounds(path, {name: (as_written(b.low), as_written(b.high)) for name, b in proposed.items()})
@@ -97,8 +97,8 @@ def _write(path: Path, curves: Mapping[str, RateCurve], console: Console) -> Non
 
 
 def _save_picture(path: Path, title: str, curves: Mapping[str, RateCurve], console: Console) -> None:
-    from pipeline.range_picture import range_png
-    from pipeline.strict_yaml import write_atomic
+    from pipeline.app.range_picture import range_png
+    from pipeline.files.atomic import write_atomic
 
     try:
         write_atomic(path, range_png(title, curves))

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli
+from pipeline.app import cli
 from pipeline.errors import InvalidInput, Problem
-from pipeline.trainer import EpochMetrics
-from pipeline.trial import number
+from pipeline.space.trial import EpochMetrics, number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_overrides(parser)
     arguments = parser.parse_args(argv)
 
-    from pipeline.overrides import source_of
-    from pipeline.space import load_config
+    from pipeline.space.load import load_config
+    from pipeline.space.overrides import source_of
 
     overrides = cli.overrides_of(arguments)
     cli.refuse_out(arguments.out)
@@ -38,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from pipeline.prepare import prepare
-    from pipeline.strict_yaml import write_atomic
+    from pipeline.app.prepare import prepare
+    from pipeline.files.atomic import write_atomic
 
     cli.say_own_code(space)
     trainer = prepare(space, source=source_of(arguments.config, overrides), device=arguments.device, searching=False)

@@ -18,9 +18,9 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.errors import InvalidInput, PipelineError, Problem
-from pipeline.relocation import relocate
-from pipeline.saved_view import view_path
-from pipeline.sqlite import open_existing, sqlite_uri
+from pipeline.files.sqlite import open_existing, sqlite_uri
+from pipeline.tracking.paths import relocate
+from pipeline.tracking.view import view_path
 
 HOST = "127.0.0.1"
 """MLflow asks nobody for a password: whoever reaches the port may read and write. From afar, use `ssh -L`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.strict_yaml import dumps
+from pipeline.files.strict_yaml import dumps
 
 SMALL: dict[str, Any] = {
     "workload": {"name": "digits", "model": "mlp"},

@@ -20,19 +20,19 @@ import optuna
 import torch
 from test_checkpoint import DOCUMENT, TRIALS, begin, outcomes, search
 
-import pipeline.store
-import pipeline.study
-from pipeline.space import space_from_document
-from pipeline.store import Store
+import pipeline.study.store
+import pipeline.study.study
+from pipeline.space.load import space_from_document
+from pipeline.study.store import Store
 
 DIED = 99
 """Exit status of a process that ended at its point."""
 CALLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
-    "build the database": (pipeline.store, "_build_database", (1,)),
+    "build the database": (pipeline.study.store, "_build_database", (1,)),
     "create the study": (optuna, "create_study", (1,)),
     "name the metric": (optuna.study.Study, "set_metric_names", (1,)),
     "describe the study": (optuna.study.Study, "set_user_attr", (1,)),
-    "store a trial": (pipeline.study.Study, "add", (1, 4, 5, TRIALS)),
+    "store a trial": (pipeline.study.study.Study, "add", (1, 4, 5, TRIALS)),
     "make the temporary file": (tempfile, "mkstemp", (3,)),
     "open the temporary file": (os, "fdopen", (3,)),
     "sync": (os, "fsync", (5, 6)),  # the third checkpoint's file, and its folder

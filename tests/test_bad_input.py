@@ -16,14 +16,16 @@ import optuna
 import pytest
 import torch
 
-from pipeline import cli, export, lr_range, search, train
-from pipeline.config import Digits, TrialConfig
-from pipeline.space import load_space
-from pipeline.store import Store
-from pipeline.strategy import SGD, Constant, ParamGroup
-from pipeline.tracking import refuse_broken
-from pipeline.trainer import EpochMetrics
-from pipeline.trial import EndedTrial, TrialState
+from pipeline import export, lr_range, search, train
+from pipeline.app import cli
+from pipeline.space.config import Digits, TrialConfig
+from pipeline.space.load import load_space
+from pipeline.space.optimizers import SGD
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.schedules import Constant
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.store import Store
+from pipeline.tracking.mlflow import refuse_broken
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "search": search.main,
@@ -405,7 +407,7 @@ def test_a_folder_may_have_the_signs_of_urls_in_its_name(tmp_path: Path) -> None
 
 
 def test_a_terminal_that_lacks_a_character_shows_its_code() -> None:
-    code = "from pipeline import cli; cli.run(lambda: print('8×8') or 0)"
+    code = "from pipeline.app import cli; cli.run(lambda: print('8×8') or 0)"
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -438,7 +440,8 @@ def test_help_and_form_errors_do_not_wait_for_torch(arguments: list[str], status
     (tmp_path / "mine.yaml").write_text(SPACE.replace("sgd:", "sdg:"))
     code = f"""
 import sys
-from pipeline import cli, search
+from pipeline import search
+from pipeline.app import cli
 try:
     cli.run(lambda: search.main({arguments!r}))
 except SystemExit as ended:

@@ -15,18 +15,12 @@ import torch
 from tiny import TinyModel, tiny_config, tiny_workload
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import TrialConfig
 from pipeline.errors import InvalidInput, StorageError
-from pipeline.fused import FusedTrials
-from pipeline.loop import forget_ended, run_group
-from pipeline.plain import PlainTrials
-from pipeline.space import space_from_document
-from pipeline.store import Store
-from pipeline.strategy import (
+from pipeline.space.config import TrialConfig
+from pipeline.space.load import space_from_document
+from pipeline.space.optimizers import SGD, Adam
+from pipeline.space.schedules import (
     SCHEDULERS,
-    SGD,
-    Adam,
     Constant,
     Cosine,
     CosineWarmRestarts,
@@ -40,10 +34,14 @@ from pipeline.strategy import (
     Scheduler,
     Step,
 )
-from pipeline.study import Study
-from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer
-from pipeline.trial import EndedTrial, TrialState
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.loop import forget_ended, run_group
+from pipeline.study.store import Store
+from pipeline.study.study import Study
+from pipeline.training.executor import Trainer
+from pipeline.training.plain import PlainTrials
+from pipeline.training.rows.trainer import FusedTrials
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

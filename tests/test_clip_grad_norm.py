@@ -12,15 +12,16 @@ import torch
 from tiny import BODY_AND_HEAD, TinyModel, tiny_config, tiny_workload
 from torch import Tensor
 
-from pipeline.config import TrialConfig
-from pipeline.data import training_batches
 from pipeline.errors import InvalidInput
-from pipeline.fused import FusedTrials
-from pipeline.plain import PlainTrials
-from pipeline.space import load_config, load_space
-from pipeline.store import Store
-from pipeline.strategy import SGD, Adam, AdamW, ParamGroup, RMSprop
-from pipeline.trainer import EpochMetrics, derive_seed
+from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.space.load import load_config, load_space
+from pipeline.space.optimizers import SGD, Adam, AdamW, RMSprop
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.trial import EpochMetrics
+from pipeline.study.store import Store
+from pipeline.training.plain import PlainTrials
+from pipeline.training.rows.trainer import FusedTrials
+from pipeline.workloads.data import training_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import tensor_ends
-from pipeline.arithmetic import arithmetic
-from pipeline.fused import FusedTrials
-from pipeline.probe import probe
-from pipeline.strategy import SGD, Adam, AdamW, ParamGroup
-from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer
+from pipeline.space.optimizers import SGD, Adam, AdamW
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.trial import EpochMetrics
+from pipeline.training.executor import Trainer
+from pipeline.training.precision import arithmetic
+from pipeline.training.rows import tensor_ends
+from pipeline.training.rows.probe import probe
+from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.workload import Split
 
 CPU = torch.device("cpu")

@@ -20,15 +20,15 @@ from image_files import random_images, write_dataset, write_photos
 from tiny import TinyModel, tiny_config, tiny_workload
 from torch import Tensor
 
-from pipeline import data
-from pipeline.config import ImageFolder, TorchvisionDataset, TrialConfig
-from pipeline.data import Streamed, evaluation_batches, is_streamed, place, samples_of, training_batches
 from pipeline.errors import DataError
-from pipeline.strategy import SGD, AdamW, Optimizer, Rprop
-from pipeline.trainers import Trainer
-from pipeline.workloads import Split, Workload
+from pipeline.space.config import ImageFolder, TorchvisionDataset, TrialConfig
+from pipeline.space.optimizers import SGD, AdamW, Optimizer, Rprop
+from pipeline.training.executor import Trainer
+from pipeline.workloads import data
+from pipeline.workloads.data import Streamed, evaluation_batches, is_streamed, place, samples_of, training_batches
 from pipeline.workloads.image_folder import image_folder
 from pipeline.workloads.torchvision_dataset import torchvision_dataset
+from pipeline.workloads.workload import Split, Workload
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -258,7 +258,7 @@ import torch
 from test_data import Broken, as_samples
 from tiny import tiny_config, tiny_workload
 
-from pipeline import data
+from pipeline.workloads import data
 from pipeline.errors import DataError
 
 CPU = torch.device("cpu")

@@ -12,13 +12,14 @@ from pretended import DEVICE, pretended_device
 from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
 from torch import Tensor, nn
 
-from pipeline.config import TrialConfig
-from pipeline.fused import FusedTrials
-from pipeline.fused_optim import RULES
-from pipeline.plain import PlainTrials
-from pipeline.strategy import OPTIMIZERS, Adafactor, Cosine, OneCycle, Plateau, Step
-from pipeline.trainer import TrialGroup
-from pipeline.trainers import Trainer
+from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import OPTIMIZERS, Adafactor
+from pipeline.space.schedules import Cosine, OneCycle, Plateau, Step
+from pipeline.training.contract import TrialGroup
+from pipeline.training.executor import Trainer
+from pipeline.training.plain import PlainTrials
+from pipeline.training.rows.trainer import FusedTrials
+from pipeline.training.rows.update_rules import RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

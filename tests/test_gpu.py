@@ -10,13 +10,14 @@ from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.arithmetic import arithmetic
-from pipeline.config import TrialConfig
-from pipeline.fused import FusedTrials
-from pipeline.plain import PlainTrials
-from pipeline.strategy import SGD, Adam, AdamW, Cosine, OneCycle, RMSprop, Step
-from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer
+from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import SGD, Adam, AdamW, RMSprop
+from pipeline.space.schedules import Cosine, OneCycle, Step
+from pipeline.space.trial import EpochMetrics
+from pipeline.training.executor import Trainer
+from pipeline.training.plain import PlainTrials
+from pipeline.training.precision import arithmetic
+from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.digits import digits
 from pipeline.workloads.workload import Split, Workload
 

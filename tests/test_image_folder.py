@@ -15,15 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 import pipeline.search
-from pipeline.config import ImageFolder, TrialConfig
 from pipeline.errors import InvalidInput
-from pipeline.fused import FusedTrials
-from pipeline.plain import PlainTrials
-from pipeline.store import Store
-from pipeline.strategy import SGD, Constant, ParamGroup
-from pipeline.strict_yaml import dumps, loads
-from pipeline.workloads import Split, Workload
+from pipeline.files.strict_yaml import dumps, loads
+from pipeline.space.config import ImageFolder, TrialConfig
+from pipeline.space.optimizers import SGD
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.schedules import Constant
+from pipeline.study.store import Store
+from pipeline.training.plain import PlainTrials
+from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.image_folder import Images, image_folder
+from pipeline.workloads.workload import Split, Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

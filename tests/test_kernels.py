@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
-from pipeline.arithmetic import arithmetic
-from pipeline.kernels import channels_last_pooling, cross_entropy_of_rows
+from pipeline.training.precision import arithmetic
+from pipeline.training.rows.kernels import channels_last_pooling, cross_entropy_of_rows
 
 IMAGES = {
     "large": (64, 16, 8, 8),

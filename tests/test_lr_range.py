@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import lr_range
 from pipeline.errors import InvalidInput
-from pipeline.space import load_space
+from pipeline.space.load import load_space
 
 ONE_RATE = {"sgd": {"base_lr": 0.3, "momentum": 0.9}}
 

@@ -11,10 +11,41 @@ from tiny import BODY_AND_HEAD, STEPS_PER_EPOCH, TinyModel, tiny_config
 from torch import nn
 from torch.optim import lr_scheduler
 
-from pipeline import strategy as s
-from pipeline.config import TrialConfig
-from pipeline.optim import Strategy, build_optimizers, hidden_matrices
-from pipeline.strategy import OPTIMIZERS, SCHEDULERS, ParamGroup
+from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import (
+    ASGD,
+    OPTIMIZERS,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Muon,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.schedules import (
+    SCHEDULERS,
+    Constant,
+    Cosine,
+    CosineWarmRestarts,
+    Cyclic,
+    Exponential,
+    Linear,
+    MultiStep,
+    OneCycle,
+    Plateau,
+    Polynomial,
+    Scheduler,
+    Step,
+)
+from pipeline.training.optim import Strategy, build_optimizers, hidden_matrices
 
 DIRECTIONS = {"train/loss": "minimize", "val/loss": "minimize", "val/accuracy": "maximize"}
 METRICS = {"train/loss": 1.0, "val/loss": 1.0, "val/accuracy": 0.5}
@@ -81,7 +112,7 @@ def warmed(
 class Case:
     """A schedule from a base rate of 1, its rates worked by hand, and the same schedule written for PyTorch."""
 
-    schedule: s.Scheduler
+    schedule: Scheduler
     rates: list[float]
     torch: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
     epochs: int | None = None
@@ -89,76 +120,76 @@ class Case:
 
 
 CASES = {
-    "constant": Case(s.Constant(), [1, 1, 1], lambda o: lr_scheduler.LambdaLR(o, lambda _: 1.0)),
+    "constant": Case(Constant(), [1, 1, 1], lambda o: lr_scheduler.LambdaLR(o, lambda _: 1.0)),
     "step": Case(
-        s.Step(step_size=2, gamma=0.1),
+        Step(step_size=2, gamma=0.1),
         [1, 1, 0.1, 0.1, 0.01, 0.01],
         lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.1),
     ),
     "step, by steps": Case(
-        s.Step(step_size=3, gamma=0.5, interval="step"),
+        Step(step_size=3, gamma=0.5, interval="step"),
         [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25],
         lambda o: lr_scheduler.StepLR(o, step_size=3, gamma=0.5),
         epochs=2,
     ),
     "multistep": Case(
-        s.MultiStep(milestones=(1, 3), gamma=0.5),
+        MultiStep(milestones=(1, 3), gamma=0.5),
         [1, 0.5, 0.5, 0.25, 0.25],
         lambda o: lr_scheduler.MultiStepLR(o, milestones=[1, 3], gamma=0.5),
     ),
     "exponential": Case(
-        s.Exponential(gamma=0.5), [1, 0.5, 0.25, 0.125], lambda o: lr_scheduler.ExponentialLR(o, gamma=0.5)
+        Exponential(gamma=0.5), [1, 0.5, 0.25, 0.125], lambda o: lr_scheduler.ExponentialLR(o, gamma=0.5)
     ),
     "polynomial to the end": Case(  # (1 - epoch / 4)²
-        s.Polynomial(power=2.0),
+        Polynomial(power=2.0),
         [1, 0.5625, 0.25, 0.0625],
         lambda o: lr_scheduler.PolynomialLR(o, total_iters=4, power=2.0),
     ),
     "polynomial that ends early": Case(
-        s.Polynomial(total_iters=2), [1, 0.5, 0, 0], lambda o: lr_scheduler.PolynomialLR(o, total_iters=2)
+        Polynomial(total_iters=2), [1, 0.5, 0, 0], lambda o: lr_scheduler.PolynomialLR(o, total_iters=2)
     ),
     "cosine to the end": Case(  # (1 + cos(π · epoch / 4)) / 2
-        s.Cosine(),
+        Cosine(),
         [1, 0.8535533905932737, 0.5, 0.1464466094067262],
         lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=4),
     ),
     "cosine with a floor": Case(  # 0.2 + 0.8 · (1 + cos(π · epoch / 2)) / 2
-        s.Cosine(T_max=2, eta_min=0.2),
+        Cosine(T_max=2, eta_min=0.2),
         [1, 0.6, 0.2, 0.6, 1],
         lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=2, eta_min=0.2),
     ),
     "cosine with warm restarts": Case(  # a cycle of 2, then one of 4
-        s.CosineWarmRestarts(T_0=2, T_mult=2),
+        CosineWarmRestarts(T_0=2, T_mult=2),
         [1, 0.5, 1, 0.8535533905932737, 0.5, 0.1464466094067262],
         lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=2, T_mult=2),
     ),
     "linear to the end": Case(
-        s.Linear(),
+        Linear(),
         [1, 0.75, 0.5, 0.25],
         lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=4),
     ),
     "linear upwards": Case(
-        s.Linear(start_factor=0.5, end_factor=1.0, total_iters=2),
+        Linear(start_factor=0.5, end_factor=1.0, total_iters=2),
         [0.5, 0.75, 1, 1],
         lambda o: lr_scheduler.LinearLR(o, start_factor=0.5, end_factor=1.0, total_iters=2),
     ),
     "warm-up, then constant": Case(
-        s.Constant(warmup=3, warmup_start_factor=0.25),
+        Constant(warmup=3, warmup_start_factor=0.25),
         [0.25, 0.5, 0.75, 1, 1],
         lambda o: warmed(o, start=0.25, length=3, main=lambda: lr_scheduler.LambdaLR(o, lambda _: 1.0)),
     ),
     "warm-up, then step": Case(
-        s.Step(step_size=2, gamma=0.1, warmup=2),
+        Step(step_size=2, gamma=0.1, warmup=2),
         [0.1, 0.55, 1, 1, 0.1, 0.1],
         lambda o: warmed(o, start=0.1, length=2, main=lambda: lr_scheduler.StepLR(o, step_size=2, gamma=0.1)),
     ),
     "warm-up, then cosine to the end": Case(
-        s.Cosine(warmup=2),
+        Cosine(warmup=2),
         [0.1, 0.55, 1, 0.8535533905932737, 0.5, 0.1464466094067262],
         lambda o: warmed(o, start=0.1, length=2, main=lambda: lr_scheduler.CosineAnnealingLR(o, T_max=4)),
     ),
     "one cycle": Case(  # up from 1/5 to the peak in 4 steps, down to 1/5/4 in 5
-        s.OneCycle(pct_start=0.5, anneal_strategy="linear", div_factor=5.0, final_div_factor=4.0),
+        OneCycle(pct_start=0.5, anneal_strategy="linear", div_factor=5.0, final_div_factor=4.0),
         [0.2, 0.4, 0.6, 0.8, 1, 0.81, 0.62, 0.43, 0.24, 0.05],
         lambda o: lr_scheduler.OneCycleLR(
             o,
@@ -173,13 +204,13 @@ CASES = {
         epochs=2,
     ),
     "cyclic, triangular": Case(
-        s.Cyclic(max_lr_ratio=3.0, step_size_up=2),
+        Cyclic(max_lr_ratio=3.0, step_size_up=2),
         [1, 2, 3, 2, 1, 2, 3, 2],
         lambda o: lr_scheduler.CyclicLR(o, base_lr=1.0, max_lr=3.0, step_size_up=2, cycle_momentum=False),
         epochs=2,
     ),
     "cyclic, triangular2, slow down": Case(
-        s.Cyclic(max_lr_ratio=3.0, step_size_up=1, step_size_down=2, mode="triangular2"),
+        Cyclic(max_lr_ratio=3.0, step_size_up=1, step_size_down=2, mode="triangular2"),
         [1, 3, 2, 1, 2, 1.5, 1, 1.5],
         lambda o: lr_scheduler.CyclicLR(
             o, base_lr=1.0, max_lr=3.0, step_size_up=1, step_size_down=2, mode="triangular2", cycle_momentum=False
@@ -192,7 +223,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_recorded_rates_are_those_worked_by_hand_and_those_of_pytorch(case: Case) -> None:
     epochs = case.epochs or len(case.rates)
-    config = tiny_config(s.SGD(base_lr=1.0), case.schedule, epochs=epochs)
+    config = tiny_config(SGD(base_lr=1.0), case.schedule, epochs=epochs)
     rates = recorded_rates(config, steps_per_epoch=len(case.rates) // epochs)
     assert rates["body"] == pytest.approx(case.rates, abs=1e-12)  # sums and products round
     assert rates["body"] == torch_rates(case.torch, count=len(case.rates))
@@ -205,7 +236,7 @@ def test_recorded_rates_are_those_worked_by_hand_and_those_of_pytorch(case: Case
 def test_plateau_lowers_the_rate_when_its_metric_has_not_improved_for_longer_than_patience(
     metric: str, values: list[float]
 ) -> None:
-    config = tiny_config(s.SGD(base_lr=1.0), s.Plateau(metric=metric, factor=0.1, patience=1), epochs=6)
+    config = tiny_config(SGD(base_lr=1.0), Plateau(metric=metric, factor=0.1, patience=1), epochs=6)
     rates = recorded_rates(config, metrics=[METRICS | {metric: value} for value in values])
     mode: Any = "min" if metric == "val/loss" else "max"
     reference = torch_rates(
@@ -216,7 +247,7 @@ def test_plateau_lowers_the_rate_when_its_metric_has_not_improved_for_longer_tha
 
 
 def test_an_epoch_schedule_holds_its_rate_within_an_epoch() -> None:
-    strategy = build_strategy(tiny_config(s.SGD(base_lr=1.0), s.Exponential(gamma=0.5)), TinyModel())
+    strategy = build_strategy(tiny_config(SGD(base_lr=1.0), Exponential(gamma=0.5)), TinyModel())
     rates = []
     for _ in range(2):
         for _ in range(3):
@@ -228,21 +259,21 @@ def test_an_epoch_schedule_holds_its_rate_within_an_epoch() -> None:
 
 def test_ratios_multiply_the_base_rate_under_the_schedule() -> None:
     groups = {"head": ParamGroup(pattern=("head.*",), lr_ratio=4.0), "body": ParamGroup(pattern=("*",), lr_ratio=0.5)}
-    config = tiny_config(s.SGD(base_lr=0.5), s.Step(step_size=1, gamma=0.5), epochs=3, param_groups=groups)
+    config = tiny_config(SGD(base_lr=0.5), Step(step_size=1, gamma=0.5), epochs=3, param_groups=groups)
     assert recorded_rates(config) == {"head": [2, 1, 0.5], "body": [0.25, 0.125, 0.0625]}
 
 
 def test_ratios_multiply_the_peak_of_one_cycle_and_the_bounds_of_a_cycle() -> None:
     groups = {"head": ParamGroup(pattern=("head.*",), lr_ratio=4.0), "body": ParamGroup(pattern=("*",))}
-    for schedule in (s.OneCycle(), s.Cyclic(max_lr_ratio=3.0, step_size_up=2)):
+    for schedule in (OneCycle(), Cyclic(max_lr_ratio=3.0, step_size_up=2)):
         rates = recorded_rates(tiny_config(None, schedule, param_groups=groups), steps_per_epoch=5)
         assert rates["head"] == pytest.approx([4 * rate for rate in rates["body"]], rel=1e-12)
-        assert max(rates["head"]) == pytest.approx(0.4 if isinstance(schedule, s.OneCycle) else 1.2)
+        assert max(rates["head"]) == pytest.approx(0.4 if isinstance(schedule, OneCycle) else 1.2)
 
 
 def test_a_frozen_group_records_zero_and_gets_no_torch_group() -> None:
     groups = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
-    config = tiny_config(s.SGD(base_lr=0.1, weight_decay=0.1), epochs=2, param_groups=groups)
+    config = tiny_config(SGD(base_lr=0.1, weight_decay=0.1), epochs=2, param_groups=groups)
     strategy = build_strategy(config, TinyModel())
     assert [[group["group"] for group in o.param_groups] for o in strategy.optimizers] == [["head"]]
     assert recorded_rates(config) == {"head": [0.1, 0.1], "body": [0, 0]}
@@ -250,29 +281,29 @@ def test_a_frozen_group_records_zero_and_gets_no_torch_group() -> None:
 
 def test_a_groups_own_weight_decay_takes_the_place_of_the_optimizers() -> None:
     groups = {"head": ParamGroup(pattern=("head.*",), weight_decay=0.0), "body": ParamGroup(pattern=("*",))}
-    strategy = build_strategy(tiny_config(s.AdamW(base_lr=0.1, weight_decay=0.3), param_groups=groups), TinyModel())
+    strategy = build_strategy(tiny_config(AdamW(base_lr=0.1, weight_decay=0.3), param_groups=groups), TinyModel())
     (optimizer,) = strategy.optimizers
     assert {group["group"]: group["weight_decay"] for group in optimizer.param_groups} == {"head": 0.0, "body": 0.3}
 
 
-HYPERPARAMETERS: dict[str, tuple[s.Optimizer, type[torch.optim.Optimizer], dict[str, Any]]] = {
+HYPERPARAMETERS: dict[str, tuple[Optimizer, type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (
-        s.SGD(base_lr=0.2, weight_decay=0.3, momentum=0.8, nesterov=True),
+        SGD(base_lr=0.2, weight_decay=0.3, momentum=0.8, nesterov=True),
         torch.optim.SGD,
         {"lr": 0.2, "weight_decay": 0.3, "momentum": 0.8, "dampening": 0.0, "nesterov": True},
     ),
     "adam": (
-        s.Adam(base_lr=0.2, weight_decay=0.3, beta1=0.7, beta2=0.8, eps=1e-3, amsgrad=True),
+        Adam(base_lr=0.2, weight_decay=0.3, beta1=0.7, beta2=0.8, eps=1e-3, amsgrad=True),
         torch.optim.Adam,
         {"lr": 0.2, "weight_decay": 0.3, "betas": (0.7, 0.8), "eps": 1e-3, "amsgrad": True},
     ),
     "adamw": (
-        s.AdamW(base_lr=0.2, weight_decay=0.3, beta1=0.7, beta2=0.8, eps=1e-3, amsgrad=True),
+        AdamW(base_lr=0.2, weight_decay=0.3, beta1=0.7, beta2=0.8, eps=1e-3, amsgrad=True),
         torch.optim.AdamW,
         {"lr": 0.2, "weight_decay": 0.3, "betas": (0.7, 0.8), "eps": 1e-3, "amsgrad": True},
     ),
     "nadam": (
-        s.NAdam(
+        NAdam(
             base_lr=0.2,
             weight_decay=0.3,
             beta1=0.7,
@@ -285,47 +316,47 @@ HYPERPARAMETERS: dict[str, tuple[s.Optimizer, type[torch.optim.Optimizer], dict[
         {"betas": (0.7, 0.8), "eps": 1e-3, "momentum_decay": 0.1, "decoupled_weight_decay": True, "weight_decay": 0.3},
     ),
     "radam": (
-        s.RAdam(base_lr=0.2, weight_decay=0.3, beta1=0.7, beta2=0.8, eps=1e-3, decoupled_weight_decay=True),
+        RAdam(base_lr=0.2, weight_decay=0.3, beta1=0.7, beta2=0.8, eps=1e-3, decoupled_weight_decay=True),
         torch.optim.RAdam,
         {"lr": 0.2, "weight_decay": 0.3, "betas": (0.7, 0.8), "eps": 1e-3, "decoupled_weight_decay": True},
     ),
     "adamax": (
-        s.Adamax(base_lr=0.2, weight_decay=0.3, beta1=0.7, beta2=0.8, eps=1e-3),
+        Adamax(base_lr=0.2, weight_decay=0.3, beta1=0.7, beta2=0.8, eps=1e-3),
         torch.optim.Adamax,
         {"lr": 0.2, "weight_decay": 0.3, "betas": (0.7, 0.8), "eps": 1e-3},
     ),
     "rmsprop": (
-        s.RMSprop(base_lr=0.2, weight_decay=0.3, alpha=0.7, eps=1e-3, momentum=0.6, centered=True),
+        RMSprop(base_lr=0.2, weight_decay=0.3, alpha=0.7, eps=1e-3, momentum=0.6, centered=True),
         torch.optim.RMSprop,
         {"lr": 0.2, "weight_decay": 0.3, "alpha": 0.7, "eps": 1e-3, "momentum": 0.6, "centered": True},
     ),
     "adagrad": (
-        s.Adagrad(base_lr=0.2, weight_decay=0.3, lr_decay=0.1, initial_accumulator_value=0.5, eps=1e-3),
+        Adagrad(base_lr=0.2, weight_decay=0.3, lr_decay=0.1, initial_accumulator_value=0.5, eps=1e-3),
         torch.optim.Adagrad,
         {"lr": 0.2, "weight_decay": 0.3, "lr_decay": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-3},
     ),
     "adadelta": (
-        s.Adadelta(base_lr=0.2, weight_decay=0.3, rho=0.7, eps=1e-3),
+        Adadelta(base_lr=0.2, weight_decay=0.3, rho=0.7, eps=1e-3),
         torch.optim.Adadelta,
         {"lr": 0.2, "weight_decay": 0.3, "rho": 0.7, "eps": 1e-3},
     ),
     "asgd": (
-        s.ASGD(base_lr=0.2, weight_decay=0.3, lambd=0.01, alpha=0.6, t0=100.0),
+        ASGD(base_lr=0.2, weight_decay=0.3, lambd=0.01, alpha=0.6, t0=100.0),
         torch.optim.ASGD,
         {"lr": 0.2, "weight_decay": 0.3, "lambd": 0.01, "alpha": 0.6, "t0": 100.0},
     ),
     "adafactor": (
-        s.Adafactor(base_lr=0.2, weight_decay=0.3, beta2_decay=-0.5, d=2.0),
+        Adafactor(base_lr=0.2, weight_decay=0.3, beta2_decay=-0.5, d=2.0),
         torch.optim.Adafactor,
         {"lr": 0.2, "weight_decay": 0.3, "beta2_decay": -0.5, "d": 2.0},
     ),
     "rprop": (
-        s.Rprop(base_lr=0.2, eta_minus=0.4, eta_plus=1.3, step_size_min=1e-5, step_size_max=10.0),
+        Rprop(base_lr=0.2, eta_minus=0.4, eta_plus=1.3, step_size_min=1e-5, step_size_max=10.0),
         torch.optim.Rprop,
         {"lr": 0.2, "etas": (0.4, 1.3), "step_sizes": (1e-5, 10.0)},
     ),
     "muon": (
-        s.Muon(
+        Muon(
             base_lr=0.2, weight_decay=0.3, momentum=0.8, nesterov=False, ns_steps=4, adjust_lr_fn="original", beta1=0.7
         ),
         torch.optim.Muon,
@@ -363,7 +394,7 @@ def test_every_hyperparameter_arrives_in_torchs_optimizer(name: str) -> None:
 
 
 def test_dampening_arrives_in_torchs_sgd() -> None:
-    (optimizer,) = build_strategy(tiny_config(s.SGD(base_lr=0.1, momentum=0.9, dampening=0.4)), TinyModel()).optimizers
+    (optimizer,) = build_strategy(tiny_config(SGD(base_lr=0.1, momentum=0.9, dampening=0.4)), TinyModel()).optimizers
     assert [group["dampening"] for group in optimizer.param_groups] == [0.4, 0.4]
 
 
@@ -384,7 +415,10 @@ def test_hidden_matrices_leave_out_embeddings_convolutions_vectors_and_the_outpu
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest_at_the_same_rates() -> None:
     groups = {"head": ParamGroup(pattern=("head.*",), lr_ratio=3.0), "body": ParamGroup(pattern=("*",))}
     config = tiny_config(
-        s.Muon(base_lr=0.1, beta1=0.7, beta2=0.8), s.Step(step_size=1, gamma=0.5), epochs=2, param_groups=groups
+        Muon(base_lr=0.1, beta1=0.7, beta2=0.8),
+        Step(step_size=1, gamma=0.5),
+        epochs=2,
+        param_groups=groups,
     )
     model = WithEmbedding()
     muon, adamw = build_strategy(config, model).optimizers
@@ -400,22 +434,22 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest_at_the_same_rates() -
 def test_muon_without_a_hidden_matrix_is_adamw_alone() -> None:
     parameters = {"all": [("weight", nn.Parameter(torch.zeros(2, 2)))]}
     groups = {"all": ParamGroup(pattern=("*",))}
-    (optimizer,) = build_optimizers(tiny_config(s.Muon(base_lr=0.1), param_groups=groups), parameters)
+    (optimizer,) = build_optimizers(tiny_config(Muon(base_lr=0.1), param_groups=groups), parameters)
     assert type(optimizer) is torch.optim.AdamW
 
 
 SCHEDULES = [
-    s.Constant(),
-    s.Step(step_size=2),
-    s.MultiStep(milestones=(1, 3)),
-    s.Exponential(gamma=0.9),
-    s.Polynomial(),
-    s.Cosine(warmup=1),
-    s.CosineWarmRestarts(T_0=2),
-    s.OneCycle(),
-    s.Cyclic(max_lr_ratio=2.0, step_size_up=3),
-    s.Linear(warmup=2, interval="step"),
-    s.Plateau(patience=0),
+    Constant(),
+    Step(step_size=2),
+    MultiStep(milestones=(1, 3)),
+    Exponential(gamma=0.9),
+    Polynomial(),
+    Cosine(warmup=1),
+    CosineWarmRestarts(T_0=2),
+    OneCycle(),
+    Cyclic(max_lr_ratio=2.0, step_size_up=3),
+    Linear(warmup=2, interval="step"),
+    Plateau(patience=0),
 ]
 
 
@@ -441,10 +475,10 @@ def test_every_schedule_runs_with_every_optimizer_that_may_have_it(name: str) ->
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "muon", "adam", "adamw", "nadam", "radam", "adamax"])
 @pytest.mark.parametrize(
     "schedule",
-    [s.OneCycle(cycle_momentum=True), s.Cyclic(max_lr_ratio=2.0, step_size_up=10, cycle_momentum=True)],
+    [OneCycle(cycle_momentum=True), Cyclic(max_lr_ratio=2.0, step_size_up=10, cycle_momentum=True)],
     ids=lambda schedule: str(schedule.name),
 )
-def test_cycle_momentum_moves_momentum_or_beta1_against_the_rate(name: str, schedule: s.OneCycle | s.Cyclic) -> None:
+def test_cycle_momentum_moves_momentum_or_beta1_against_the_rate(name: str, schedule: OneCycle | Cyclic) -> None:
     strategy = build_strategy(tiny_config(OPTIMIZERS[name](base_lr=0.1), schedule), TinyModel())
     (first, *_) = strategy.optimizers
     rates, momenta = [], []

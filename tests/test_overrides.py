@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.domains import Range
 from pipeline.errors import InvalidInput
-from pipeline.overrides import override, parse_override
-from pipeline.space import load_config, load_space
+from pipeline.space.distributions import Range
+from pipeline.space.load import load_config, load_space
+from pipeline.space.overrides import override, parse_override
 
 SpaceFile = Callable[..., Path]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.param_groups import assign_groups
+from pipeline.space.param_groups import assign_groups
 
 NAMES = ["conv1.weight", "conv1.bias", "fc.weight", "fc.bias"]
 

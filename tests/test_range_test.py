@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny import BATCH, tiny_workload
 
-from pipeline.data import Streamed, some_samples
-from pipeline.prepare import prepare
-from pipeline.range_picture import as_written, range_png, range_table
-from pipeline.range_test import PER_DECADE, RATES, Bounds, EvenDraw, RateCurve, range_test
-from pipeline.space import SearchSpace, space_from_document
-from pipeline.trainers import Trainer
+from pipeline.app.prepare import prepare
+from pipeline.app.range_picture import as_written, range_png, range_table
+from pipeline.app.range_test import PER_DECADE, RATES, Bounds, EvenDraw, RateCurve, range_test
+from pipeline.space.load import space_from_document
+from pipeline.space.search_space import SearchSpace
+from pipeline.training.executor import Trainer
+from pipeline.workloads.data import Streamed, some_samples
 from pipeline.workloads.workload import Split
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.space import load_space
+from pipeline.space.load import load_space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

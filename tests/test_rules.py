@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from torch import nn
 
-from pipeline import rules
-from pipeline.config import Digits
+from pipeline.app.prepare import objective_problems, problems_with_model
 from pipeline.errors import InvalidInput
-from pipeline.space import load_space
-from pipeline.workloads import Workload, load_workload
+from pipeline.space import rules
+from pipeline.space.config import Digits
+from pipeline.space.load import load_space
+from pipeline.workloads.load import load_workload
+from pipeline.workloads.workload import Workload
 
 SpaceFile = Callable[..., Path]
 LR = {"low": 1e-3, "high": 1.0}
@@ -164,7 +166,7 @@ def digits() -> Workload:
 
 
 def with_model(path: Path, workload: Workload) -> list[str]:
-    return [str(p) for p in rules.problems_with_model(load_space(path), workload, workload.build_model())]
+    return [str(p) for p in problems_with_model(load_space(path), workload, workload.build_model())]
 
 
 # Digits has 1,257 samples to train on: at a batch size of 64, 20 steps an epoch and 80 steps a run.
@@ -222,7 +224,7 @@ def test_a_space_that_does_not_fit_its_model_is_refused_and_its_neighbour_is_not
 def test_a_model_without_parameters_is_refused(space_file: SpaceFile, digits: Workload) -> None:
     frozen = nn.Linear(2, 2).requires_grad_(False)
     for model in (nn.Flatten(), frozen):
-        found = rules.problems_with_model(load_space(space_file()), digits, model)
+        found = problems_with_model(load_space(space_file()), digits, model)
         assert [str(problem) for problem in found] == ["workload.model: has no parameter to train"]
 
 
@@ -232,7 +234,7 @@ def test_an_objective_must_be_a_metric_of_the_workload_in_its_direction(
     said = {}
     for metric, direction in [("val/acc", "maximize"), ("val/loss", "maximize"), ("val/loss", "minimize")]:
         space = load_space(space_file(objective={"metric": metric, "direction": direction}))
-        said[metric, direction] = [str(problem) for problem in rules.objective_problems(space, digits)]
+        said[metric, direction] = [str(problem) for problem in objective_problems(space, digits)]
     assert said == {
         ("val/acc", "maximize"): ["objective.metric: unknown metric 'val/acc'; did you mean val/accuracy?"],
         ("val/loss", "maximize"): ["objective.direction: must be minimize for val/loss, got maximize"],

@@ -24,19 +24,18 @@ from torch.nn import functional as F
 import pipeline.export
 import pipeline.search
 import pipeline.train
-from pipeline.checkpoint import Checkpoints
+from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput, StudyBusy
-from pipeline.folders import hold
-from pipeline.loop import run_group
-from pipeline.prepare import prepare
-from pipeline.space import load_config
-from pipeline.store import Store
-from pipeline.study import Study
-from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer
-from pipeline.trial import EndedTrial, TrialState
-from pipeline.workloads import Split
+from pipeline.files.locks import hold
+from pipeline.space.load import load_config
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.loop import run_group
+from pipeline.study.store import Store
+from pipeline.study.study import Study
+from pipeline.training.executor import Trainer
 from pipeline.workloads.digits import DigitsMLP, digits
+from pipeline.workloads.workload import Split
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -15,14 +15,14 @@ import optuna
 import pytest
 from optuna_dashboard._app import create_app  # type: ignore[import-untyped]
 
-from pipeline.config import TrialConfig
 from pipeline.errors import InvalidInput, StudyBusy
-from pipeline.folders import hold
-from pipeline.space import SearchSpace, space_from_document
-from pipeline.sqlite import create_whole
-from pipeline.store import Store
-from pipeline.trainer import EpochMetrics
-from pipeline.trial import EndedTrial, TrialState
+from pipeline.files.locks import hold
+from pipeline.files.sqlite import create_whole
+from pipeline.space.config import TrialConfig
+from pipeline.space.load import space_from_document
+from pipeline.space.search_space import SearchSpace
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.store import Store
 
 DOCUMENT: dict[str, Any] = {
     "workload": {"name": "digits", "model": "mlp"},
@@ -196,7 +196,7 @@ def test_a_database_survives_the_end_of_its_process_without_closing(store: Store
 def holder(store: Store) -> Iterator[subprocess.Popen[str]]:
     """A process that drives the study `mine` until it is killed."""
     script = (
-        "from pathlib import Path; from pipeline.store import Store\n"
+        "from pathlib import Path; from pipeline.study.store import Store\n"
         f"with Store(Path({str(store.root)!r})).lock('mine'):\n"
         "    print('held', flush=True)\n"
         "    input()"

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InvalidInput
-from pipeline.strict_yaml import MAX_BYTES, MAX_DEPTH, check_writable, dumps, load, loads, write_atomic
+from pipeline.files.atomic import check_writable, write_atomic
+from pipeline.files.strict_yaml import MAX_BYTES, MAX_DEPTH, dumps, load, loads
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState as OptunaState
 from scipy.stats import qmc
 
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import TrialConfig
-from pipeline.loop import run_group
-from pipeline.sampling import distributions
-from pipeline.space import SearchSpace, space_from_document
-from pipeline.store import Store
-from pipeline.study import Study, group_size
-from pipeline.trainer import EpochMetrics
-from pipeline.trial import EndedTrial, TrialState
+from pipeline.space.config import TrialConfig
+from pipeline.space.load import space_from_document
+from pipeline.space.search_space import SearchSpace
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.loop import run_group
+from pipeline.study.samplers import distributions
+from pipeline.study.store import Store
+from pipeline.study.study import Study, group_size
 
 EPOCHS = 4
 DOCUMENT: dict[str, Any] = {

@@ -12,10 +12,10 @@ from image_files import Arrays, compress, idx, md5, random_images, write_dataset
 from torch import Tensor
 from torchvision import datasets
 
-from pipeline.config import TorchvisionDataset
 from pipeline.errors import InvalidInput
-from pipeline.workloads import Split, Workload
+from pipeline.space.config import TorchvisionDataset
 from pipeline.workloads.torchvision_dataset import FACTS, torchvision_dataset
+from pipeline.workloads.workload import Split, Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.nn import functional as F
 
-from pipeline import strategy as s
-from pipeline import trainers
-from pipeline.arithmetic import arithmetic
-from pipeline.config import TrialConfig
-from pipeline.fused import FusedTrials
-from pipeline.optim import replay_rates
-from pipeline.plain import PlainTrials
-from pipeline.probe import probe
-from pipeline.strategy import ParamGroup
-from pipeline.trainer import EpochMetrics
-from pipeline.trainers import Trainer
-from pipeline.trial_parts import TrialParts
+from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import ASGD, SGD, Adafactor, Adam, AdamW, Muon, NAdam, RMSprop, Rprop
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.schedules import Cosine, Cyclic, OneCycle, Plateau, Step
+from pipeline.space.trial import EpochMetrics
+from pipeline.training import executor as trainers
+from pipeline.training.executor import Trainer
+from pipeline.training.optim import replay_rates
+from pipeline.training.plain import PlainTrials
+from pipeline.training.precision import arithmetic
+from pipeline.training.rows.probe import probe
+from pipeline.training.rows.trainer import FusedTrials
+from pipeline.training.shards import TrialParts
 from pipeline.workloads.digits import DigitsCNN, DigitsMLP, digits
 from pipeline.workloads.workload import Metric, Split, Workload
 
@@ -200,14 +201,14 @@ def build_trainer(build_model: Callable[[], nn.Module] = TinyModel, *, rows: int
 def various() -> dict[int, TrialConfig]:
     """Trials in two matrices, since some freeze the body, and plain ones."""
     return {
-        1: tiny_config(s.SGD(base_lr=0.1, momentum=0.9), s.OneCycle(cycle_momentum=True)),
-        2: tiny_config(s.Muon(base_lr=0.02), s.Step(step_size=2)),
-        3: tiny_config(s.AdamW(base_lr=0.01), s.Cosine(warmup=1), param_groups=FROZEN_BODY),
-        5: tiny_config(s.NAdam(base_lr=0.01), s.Plateau(patience=0)),
-        6: tiny_config(s.Adafactor(base_lr=0.01), s.Cosine(warmup=1)),
-        7: tiny_config(s.ASGD(base_lr=0.1), s.Step(step_size=1, gamma=0.5), param_groups=FROZEN_BODY),
-        8: tiny_config(s.Rprop(base_lr=1e-3)),
-        9: tiny_config(s.Adam(base_lr=0.01, amsgrad=True)),
+        1: tiny_config(SGD(base_lr=0.1, momentum=0.9), OneCycle(cycle_momentum=True)),
+        2: tiny_config(Muon(base_lr=0.02), Step(step_size=2)),
+        3: tiny_config(AdamW(base_lr=0.01), Cosine(warmup=1), param_groups=FROZEN_BODY),
+        5: tiny_config(NAdam(base_lr=0.01), Plateau(patience=0)),
+        6: tiny_config(Adafactor(base_lr=0.01), Cosine(warmup=1)),
+        7: tiny_config(ASGD(base_lr=0.1), Step(step_size=1, gamma=0.5), param_groups=FROZEN_BODY),
+        8: tiny_config(Rprop(base_lr=1e-3)),
+        9: tiny_config(Adam(base_lr=0.01, amsgrad=True)),
     }
 
 
@@ -233,7 +234,7 @@ def parts(group: TrialParts) -> list[tuple[str, list[int]]]:
 def test_batch_norm_over_vectors_trains_as_rows_that_know_no_neighbours(width: int) -> None:
     trainer = build_trainer(lambda: batch_norm_of(width), rows=16)
     assert trainer.plain_because is None
-    configs = {n: tiny_config(s.AdamW(base_lr=0.001 * (n + 1))) for n in range(11)}
+    configs = {n: tiny_config(AdamW(base_lr=0.001 * (n + 1))) for n in range(11)}
     configs = {n: dataclasses.replace(config, param_groups=ONE_GROUP) for n, config in configs.items()}
     together = trainer.build(configs)
     history = [together.train_epoch()]
@@ -283,9 +284,13 @@ def test_rows_know_no_neighbours_where_kernels_differ_by_shape(name: str) -> Non
         for count in (samples, evaluated, 20)
     )
     workload = dataclasses.replace(tiny_workload(build_model=build_model), train=train_split, val=val, test=test)
-    optimizers = (s.SGD(base_lr=0.1, momentum=0.9), s.AdamW(base_lr=0.01), s.RMSprop(base_lr=1e-3))
+    optimizers = (
+        SGD(base_lr=0.1, momentum=0.9),
+        AdamW(base_lr=0.01),
+        RMSprop(base_lr=1e-3),
+    )
     configs = {
-        number: tiny_config(optimizer, s.OneCycle(), batch_size=batch_size, param_groups=ONE_GROUP)
+        number: tiny_config(optimizer, OneCycle(), batch_size=batch_size, param_groups=ONE_GROUP)
         for number, optimizer in enumerate(optimizers)
     }
     trainer = Trainer(workload, configs[0], device=CPU, rows=16)
@@ -348,7 +353,7 @@ def test_a_model_that_rows_cannot_train_trains_plain_and_says_why(
     assert trainer.plain_because is not None
     assert trainer.plain_because.startswith(f"the model cannot be rows of a matrix: {reason}")
     assert "\n" not in trainer.plain_because
-    configs = {0: tiny_config(), 1: tiny_config(s.AdamW(base_lr=0.1, weight_decay=0.1))}
+    configs = {0: tiny_config(), 1: tiny_config(AdamW(base_lr=0.1, weight_decay=0.1))}
     group = trainer.build(configs)
     assert parts(group) == [("plain", [0]), ("plain", [1])]
     plain = PlainTrials(configs, tiny_workload(build_model), device=CPU)
@@ -361,7 +366,7 @@ def test_a_model_that_rows_cannot_train_trains_plain_and_says_why(
 def test_a_model_that_rows_can_train_trains_as_rows(build_model: Callable[[], nn.Module]) -> None:
     trainer = build_trainer(build_model)
     assert trainer.plain_because is None
-    configs = {number: tiny_config(s.Adam(base_lr=0.01 * (1 + number))) for number in range(3)}
+    configs = {number: tiny_config(Adam(base_lr=0.01 * (1 + number))) for number in range(3)}
     group = trainer.build(configs)
     assert {kind for kind, _ in parts(group)} == {"rows"}
     assert all(metrics.finished for results in train(group) for metrics in results.values())
@@ -397,7 +402,7 @@ def test_a_loss_that_rows_cannot_compute_trains_plain() -> None:
 def test_what_a_config_freezes_or_how_fast_it_trains_does_not_decide_whether_its_workload_can_be_rows() -> None:
     far = {"head": ParamGroup(pattern=("head.*",), lr_ratio=1e30), "body": ParamGroup(pattern=("*",), lr_ratio=0.0)}
     for groups in (FROZEN_BODY, FROZEN_HEAD, far):
-        config = tiny_config(s.SGD(base_lr=1e10), param_groups=groups)
+        config = tiny_config(SGD(base_lr=1e10), param_groups=groups)
         assert Trainer(tiny_workload(), config, device=CPU).plain_because is None
 
 
@@ -419,7 +424,7 @@ def test_one_group_mixes_rows_and_plain_trials_each_of_which_equals_itself_alone
 
 
 def test_configs_that_freeze_different_groups_are_separate_matrices_and_what_is_frozen_stays() -> None:
-    optimizer = s.AdamW(base_lr=0.1, weight_decay=0.1)
+    optimizer = AdamW(base_lr=0.1, weight_decay=0.1)
     groups = [BODY_AND_HEAD, FROZEN_BODY, FROZEN_HEAD, FROZEN_BODY]
     configs = {number: tiny_config(optimizer, param_groups=some) for number, some in enumerate(groups)}
     group = build_trainer(SpatialNorm, rows=8).build(configs)
@@ -460,9 +465,13 @@ def test_a_lone_row_is_computed_as_the_model_is_where_that_is_the_same_to_the_bi
         return built
 
     groups = {"all": ParamGroup(pattern=("*",))}
-    optimizers = (s.SGD(base_lr=0.1, momentum=0.9), s.AdamW(base_lr=0.01), s.RMSprop(base_lr=1e-3))
+    optimizers = (
+        SGD(base_lr=0.1, momentum=0.9),
+        AdamW(base_lr=0.01),
+        RMSprop(base_lr=1e-3),
+    )
     configs = {
-        number: tiny_config(optimizer, s.OneCycle(), epochs=2, batch_size=64, param_groups=groups)
+        number: tiny_config(optimizer, OneCycle(), epochs=2, batch_size=64, param_groups=groups)
         for number, optimizer in enumerate(optimizers)
     }
     trainer = Trainer(dataclasses.replace(digits("cnn"), build_model=build), configs[0], device=CPU)
@@ -489,8 +498,13 @@ def test_how_many_rows_share_a_matrix_changes_no_result(build_model: Callable[[]
 
 
 def test_rows_that_pruning_leaves_are_spread_equally_again_and_do_not_notice() -> None:
-    optimizers = [s.ASGD(base_lr=0.1), s.NAdam(base_lr=0.01), s.SGD(base_lr=0.1, momentum=0.9), s.Adam(base_lr=0.01)]
-    configs = {n: tiny_config(optimizer, s.OneCycle()) for n, optimizer in enumerate([*optimizers, *optimizers])}
+    optimizers = [
+        ASGD(base_lr=0.1),
+        NAdam(base_lr=0.01),
+        SGD(base_lr=0.1, momentum=0.9),
+        Adam(base_lr=0.01),
+    ]
+    configs = {n: tiny_config(optimizer, OneCycle()) for n, optimizer in enumerate([*optimizers, *optimizers])}
     trainer = build_trainer(with_dropout, rows=3)
     group = trainer.build(configs)
     assert sorted(len(numbers) for _, numbers in parts(group)) == [2, 3, 3]
@@ -533,8 +547,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 def test_a_matrix_that_runs_out_of_memory_is_halved_to_the_same_results(
     memory: Memory, build_model: Callable[[], nn.Module], after: int, fitting: int
 ) -> None:
-    configs = {number: tiny_config(s.Adam(base_lr=0.01 * (number + 1))) for number in range(7)}
-    configs[7] = tiny_config(s.Muon(base_lr=0.02))
+    configs = {number: tiny_config(Adam(base_lr=0.01 * (number + 1))) for number in range(7)}
+    configs[7] = tiny_config(Muon(base_lr=0.02))
     expected = build_trainer(build_model, rows=8).build(configs)
     history = train(expected, 1)
     expected.drop(3)
@@ -591,9 +605,7 @@ class Fails(Tiring):
 
 
 def test_an_exception_in_a_matrix_fails_its_trials_with_the_cause() -> None:
-    group = build_trainer(Fails, rows=8).build(
-        {0: tiny_config(), 1: tiny_config(), 2: tiny_config(s.Muon(base_lr=0.02))}
-    )
+    group = build_trainer(Fails, rows=8).build({0: tiny_config(), 1: tiny_config(), 2: tiny_config(Muon(base_lr=0.02))})
     assert parts(group) == [("rows", [0, 1]), ("plain", [2])]
     assert all(metrics.finished for results in train(group, 6) for metrics in results.values())
     results = group.train_epoch()
@@ -631,7 +643,7 @@ def test_an_exception_in_one_matrix_leaves_the_others_alone() -> None:
 def test_a_saved_group_goes_on_to_the_bit_whatever_its_rows(
     build_model: Callable[[], nn.Module], rows: int | None
 ) -> None:
-    configs = various() | {4: tiny_config(s.SGD(base_lr=1e30))}
+    configs = various() | {4: tiny_config(SGD(base_lr=1e30))}
     uninterrupted = build_trainer(build_model, rows=3).build(configs)
     assert train(uninterrupted, 1)[0][4].diverged
     uninterrupted.drop(5)
@@ -647,7 +659,7 @@ def test_a_saved_group_goes_on_to_the_bit_whatever_its_rows(
 
 
 def test_a_saved_group_that_runs_out_of_memory_is_halved_too(memory: Memory) -> None:
-    configs = {number: tiny_config(s.Adam(base_lr=0.01 * (number + 1))) for number in range(4)}
+    configs = {number: tiny_config(Adam(base_lr=0.01 * (number + 1))) for number in range(4)}
     uninterrupted = build_trainer(rows=4).build(configs)
     train(uninterrupted, 2)
     resumed = build_trainer(rows=4).build(configs)
@@ -691,7 +703,7 @@ def refuses(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def test_a_metric_that_refuses_what_diverged_does_not_fail_the_neighbours() -> None:
     workload = dataclasses.replace(tiny_workload(), metrics={"accuracy": Metric(refuses, "maximize")})
-    configs = {number: tiny_config(s.SGD(base_lr=rate)) for number, rate in enumerate([0.01, 0.02, 1e30])}
+    configs = {number: tiny_config(SGD(base_lr=rate)) for number, rate in enumerate([0.01, 0.02, 1e30])}
     for rows in (1, 3):
         results = Trainer(workload, configs[0], device=torch.device("cpu"), rows=rows).build(configs).train_epoch()
         assert [results[number].finished for number in configs] == [True, True, False]
@@ -701,12 +713,12 @@ def test_a_metric_that_refuses_what_diverged_does_not_fail_the_neighbours() -> N
 
 def test_the_rates_of_a_stored_trial_are_those_that_it_used() -> None:
     schedules = [
-        s.OneCycle(),
-        s.Plateau(patience=0, factor=0.5),
-        s.Cosine(warmup=2),
-        s.Cyclic(max_lr_ratio=3.0, step_size_up=2),
+        OneCycle(),
+        Plateau(patience=0, factor=0.5),
+        Cosine(warmup=2),
+        Cyclic(max_lr_ratio=3.0, step_size_up=2),
     ]
-    configs = {n: tiny_config(s.SGD(base_lr=0.1), schedule, epochs=6) for n, schedule in enumerate(schedules)}
+    configs = {n: tiny_config(SGD(base_lr=0.1), schedule, epochs=6) for n, schedule in enumerate(schedules)}
     history = train(build_trainer().build(configs), 6)
     for number, config in configs.items():
         epochs = only(number, history)

@@ -15,30 +15,27 @@ from tiny import BATCH, ONE_GROUP, SAMPLES, STEPS_PER_EPOCH, TinyModel, tiny_con
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import trainers
-from pipeline.config import TrialConfig
-from pipeline.data import epoch_order
-from pipeline.fused import FusedTrials
-from pipeline.plain import PlainTrials
-from pipeline.row_model import Company
-from pipeline.strategy import (
-    SGD,
-    Adam,
-    AdamW,
+from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import SGD, Adam, AdamW, Muon, RMSprop
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.schedules import (
     Constant,
     Cosine,
     Cyclic,
     Exponential,
     MultiStep,
-    Muon,
     OneCycle,
-    ParamGroup,
     Plateau,
-    RMSprop,
     Scheduler,
     Step,
 )
-from pipeline.trainer import EpochMetrics, TrialGroup
+from pipeline.space.trial import EpochMetrics
+from pipeline.training import executor as trainers
+from pipeline.training.contract import TrialGroup
+from pipeline.training.plain import PlainTrials
+from pipeline.training.rows.model import Company
+from pipeline.training.rows.trainer import FusedTrials
+from pipeline.workloads.data import epoch_order
 from pipeline.workloads.digits import digits
 from pipeline.workloads.workload import Split, Workload
 

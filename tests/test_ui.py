@@ -30,7 +30,7 @@ def imports_mlflow(done: subprocess.CompletedProcess[str]) -> bool:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A store with the part of MLflow's tables that is read without MLflow; test_tracking has the real ones."""
+    """A store with the part of MLflow's tables that is read without MLflow; test_mlflow has the real ones."""
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
         database.execute("CREATE TABLE runs (run_uuid, experiment_id, lifecycle_stage, start_time)")
         database.execute("CREATE TABLE tags (run_uuid, key, value)")

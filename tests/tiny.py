@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import Own, TrialConfig
-from pipeline.strategy import SGD, Constant, Optimizer, ParamGroup, Scheduler
+from pipeline.space.config import Own, TrialConfig
+from pipeline.space.optimizers import SGD, Optimizer
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.schedules import Constant, Scheduler
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 SAMPLES = 37

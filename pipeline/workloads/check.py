@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.data import augmented, first_samples, model_inputs, samples_of
 from pipeline.errors import DataError, Problem, first_line
+from pipeline.workloads.data import augmented, first_samples, model_inputs, samples_of
 from pipeline.workloads.workload import Split, Workload
 
 FEW = 4
@@ -19,7 +19,7 @@ SHOWN = 5
 
 
 def workload_problems(workload: Workload, model: nn.Module, *, batch_size: int) -> Iterator[Problem]:
-    """Yield what is wrong with a workload that `pipeline.data.place` returned.
+    """Yield what is wrong with a workload that `pipeline.workloads.data.place` returned.
 
     Args:
         workload: Of a person's own, or a built-in one with data from elsewhere.

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
 
-from pipeline.config import ImageFolder
-from pipeline.data import SHARE
 from pipeline.errors import InvalidInput, Problem, collect, first_line, listed
-from pipeline.memory import free_memory
+from pipeline.space.config import ImageFolder
+from pipeline.workloads.data import SHARE, free_memory
 from pipeline.workloads.images import Normalization, part_sizes, shift_and_flip, split_by_class
 from pipeline.workloads.models import input_channels, model_builder
 from pipeline.workloads.workload import Dataset, Metric, Split, Workload, accuracy

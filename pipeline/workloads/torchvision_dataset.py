@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pipeline.config import TorchvisionDataset
 from pipeline.errors import InvalidInput, Problem, collect, first_line
+from pipeline.space.config import TorchvisionDataset
 from pipeline.workloads.images import Normalization, shift_and_flip, split_by_class
 from pipeline.workloads.models import input_channels, model_builder
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy

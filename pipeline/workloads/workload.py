@@ -25,7 +25,7 @@ class Dataset(Protocol):
 
 
 class Samples(Protocol):
-    """The samples of one split, where trials train; `Split` is one in memory, `pipeline.data.Streamed` is read."""
+    """The samples of one split, where trials train; `Split` is one in memory, `data.Streamed` is read."""
 
     @property
     def sample_size(self) -> int:

@@ -1,0 +1,1 @@
+"""What the commands share, from the options of a command line to the search itself."""

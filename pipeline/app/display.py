@@ -1,0 +1,153 @@
+"""What a search shows: progress while it runs, the best trials when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.files.signals import Interrupts
+from pipeline.space.config import TrialConfig
+from pipeline.space.search_space import SearchSpace
+from pipeline.space.trial import EpochMetrics
+from pipeline.study.study import Study
+
+
+class Progress:
+    """Trials done, the best so far and its strategy, time left: a live display, or plain lines in a pipe.
+
+    Args:
+        study: Whose trials are counted.
+        trials: How many there will be.
+        console: Where to show them.
+        interrupts: What may end the search early, which is shown then.
+    """
+
+    def __init__(self, study: Study, *, trials: int, console: Console, interrupts: Interrupts) -> None:
+        self._study = study
+        self._trials = trials
+        self._console = console
+        self._interrupts = interrupts
+        self._started = time.monotonic()
+        self._before = len(study.ended)
+        self._epochs = 0
+        self._in_group = 0.0
+        self._spread = ""
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Progress:
+        """Begin to show."""
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the last state in sight."""
+        if self._console.is_terminal:
+            self._live.stop()
+            self._console.print(self._render())
+
+    def group_begins(self, spread: str) -> None:
+        """Note how a group's trials are spread over matrices."""
+        self._spread = spread
+
+    def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
+        """Note an epoch of a group."""
+        self._epochs += len(metrics)
+        self._in_group = sum(m.epoch for m in metrics.values()) / self._study.space.epochs
+
+    def group_ended(self) -> None:
+        """Note that a group's trials are stored; in a pipe, write a line."""
+        self._in_group = 0.0
+        if not self._console.is_terminal:
+            parts = (self._done(), self._best_strategy(), self._line_of_counts())
+            self._console.print("   ".join(part for part in parts if part), soft_wrap=True, highlight=False)
+
+    def _render(self) -> RenderableType:
+        done = len(self._study.ended) + self._in_group
+        bar = ProgressBar(
+            total=self._trials,
+            completed=min(done, self._trials),
+            width=min(36, self._console.width // 2),
+            complete_style="cyan",
+            finished_style="green",
+        )
+        head = Table.grid(padding=(0, 1))
+        head.add_row("", bar, Text(f"{self._done()}   {self._time_left(done)}"))
+        below = [Text(f"  {line}", style="dim") for line in (self._best_strategy(), self._line_of_counts()) if line]
+        if self._interrupts.exit_status and self._live.is_started:
+            below.append(Text("  ends after this epoch; Ctrl-C again ends at once"))
+        return Group(head, *below)
+
+    def _done(self) -> str:
+        best = self._study.best()
+        done = f"{len(self._study.ended)}/{self._trials}"
+        return f"{done}   best {best[0].score}" if best else done
+
+    def _best_strategy(self) -> str:
+        best = self._study.best()
+        return strategy_line(best[0].config) if best else ""
+
+    def _line_of_counts(self) -> str:
+        counts = Counter(trial.state for trial in self._study.ended)
+        states = " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
+        rate = self._epochs / max(time.monotonic() - self._started, 1e-9)
+        speed = f"{rate:.0f} trial-epochs/s" if rate >= 10 else f"{rate:.2g} trial-epochs/s"
+        return "   ".join(part for part in (states, speed, self._spread) if part)
+
+    def _time_left(self, done: float) -> str:
+        gained = done - self._before
+        if gained <= 0 or done >= self._trials:
+            return ""
+        seconds = (time.monotonic() - self._started) / gained * (self._trials - done)
+        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
+
+
+def best_table(study: Study, *, count: int = 5) -> Table:
+    """Return a table of the best complete trials, with a column for each group whose rate is searched."""
+    metric = study.space.objective.metric
+    groups = _searched_groups(study.space)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
+    for column in ("#", metric, "optimizer", "base_lr", "schedule", *(f"{group} ratio" for group in groups)):
+        table.add_column(column, no_wrap=True)
+    for trial in study.best(count):
+        config = trial.config
+        ratios = [f"{config.param_groups[group].lr_ratio:.3g}" for group in groups]
+        rate = f"{config.optimizer.base_lr:.2e}"
+        table.add_row(str(trial.number), trial.score, config.optimizer.name, rate, schedule_line(config), *ratios)
+    return table
+
+
+def strategy_line(config: TrialConfig) -> str:
+    """Return a strategy in a few words: `adamw 3.1e-03, step 6 × 0.21, head ×2.4`."""
+    ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in config.param_groups.items() if group.lr_ratio != 1]
+    rate = f"{config.optimizer.name} {config.optimizer.base_lr:.1e}"
+    clip = [f"clip {config.clip_grad_norm:.2g}"] if config.clip_grad_norm is not None else []
+    return ", ".join([rate, schedule_line(config), *ratios, *clip])
+
+
+def schedule_line(config: TrialConfig) -> str:
+    """Return a schedule in a few words: `step 6 × 0.21`."""
+    schedule = config.to_dict()["scheduler"][config.scheduler.name]
+    match config.scheduler.name:
+        case "step":
+            words = f"step {schedule['step_size']} × {schedule['gamma']:.2g}"
+        case "multistep":
+            words = f"multistep {schedule['milestones']} × {schedule['gamma']:.2g}"
+        case "exponential":
+            words = f"exponential × {schedule['gamma']:.3g}"
+        case "plateau":
+            words = f"plateau {schedule['patience']} × {schedule['factor']:.2g}"
+        case name:
+            words = name
+    return f"{words}, warm-up {schedule['warmup']}" if schedule.get("warmup") else words
+
+
+def _searched_groups(space: SearchSpace) -> list[str]:
+    return [name.split(".", 1)[1] for name in space.searched_hyperparameters() if name.startswith("lr_ratio.")]

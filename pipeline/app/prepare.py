@@ -1,0 +1,190 @@
+"""What a run needs besides its file: data, a model that fits, a device. Checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import Problem, did_you_mean
+from pipeline.space.param_groups import assign_groups
+from pipeline.space.rules import count_problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.space.search_space import SearchSpace
+    from pipeline.workloads.workload import Workload
+
+
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+
+import torch
+
+from pipeline.errors import DataError, InvalidInput
+from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.space.search_space import SearchSpace
+from pipeline.training.executor import Trainer
+from pipeline.training.precision import in_force
+from pipeline.workloads.check import workload_problems
+from pipeline.workloads.custom import where
+from pipeline.workloads.data import place
+from pipeline.workloads.load import load_workload
+from pipeline.workloads.workload import Workload
+
+
+def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
+    """Yield what is wrong with a space for its model and data."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        yield Problem("workload.model", "has no parameter to train")
+        return
+    yield from assign_groups(names, {name: group["pattern"] for name, group in space.param_groups.items()})[1]
+    if space.batch_size > len(workload.train):
+        message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
+        yield Problem("batch_size", message)
+    plateau = space.schedulers.get("plateau")
+    if plateau and plateau["metric"] not in workload.directions:
+        message = f"unknown metric {plateau['metric']!r}; {did_you_mean(plateau['metric'], workload.directions)}"
+        yield Problem("scheduler.plateau.metric", message)
+    steps_per_epoch = -(-len(workload.train) // space.batch_size)
+    for name, scheduler in space.schedulers.items():
+        if scheduler["interval"] == "step":
+            yield from count_problems(space, name, scheduler, steps_per_epoch=steps_per_epoch)
+
+
+def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
+    """Yield what is wrong with a space's objective for its workload."""
+    directions = workload.directions
+    metric, direction = space.objective.metric, space.objective.direction
+    if metric not in directions:
+        known = [name for name in directions if name.startswith("val/")]
+        yield Problem("objective.metric", f"unknown metric {metric!r}; {did_you_mean(metric, known)}")
+    elif direction != directions[metric]:
+        yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
+
+
+TF32_CAPABILITY = (8, 0)
+"""Of the first CUDA devices that have it, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
+
+
+def prepare(
+    space: SearchSpace,
+    *,
+    source: str,
+    device: str,
+    searching: bool,
+    rows: int | None = None,
+    workload: Workload | None = None,
+) -> Trainer:
+    """Load a space's workload, choose the device, and find out how trials train there.
+
+    Args:
+        space: Of a search or, with one point, of a config.
+        source: Name of its file, for messages.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA where there is one, else the CPU.
+        searching: Whether the objective matters.
+        rows: At most this many trials in a matrix; None: as many as train fastest.
+        workload: In place of the one that the space names.
+
+    Raises:
+        InvalidInput: With every problem of the file for this workload, or the device is not there.
+    """
+    chosen = choose_device(device)
+    try:
+        workload = _placed(workload or load_workload(space.workload), chosen)
+        model = _first_model(workload, space.seed)
+    except InvalidInput as error:
+        raise InvalidInput(source, error.problems) from None
+    problems: Iterable[Problem] = problems_with_model(space, workload, model)
+    problems = [*problems, *(objective_problems(space, workload) if searching else ())]
+    problems += _precision_problems(space, chosen)
+    problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
+    if problems:
+        raise InvalidInput(source, problems)
+    return Trainer(workload, space.example(), device=chosen, rows=rows, processes=torch.get_num_threads())
+
+
+def _placed(workload: Workload, device: torch.device) -> Workload:
+    try:
+        return place(workload, device=device, dtype=torch.float32)
+    except DataError as error:
+        split, _, why = str(error).partition(": ")
+        raise InvalidInput("workload", [Problem(f"workload.{split}", why)]) from None
+
+
+def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "weights"))
+            model, again = workload.build_model(), workload.build_model()
+    except InvalidInput:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InvalidInput("workload", [Problem("workload", f"build_model raised {where(error)}")]) from None
+    if problem := _model_problem(model, again):
+        raise InvalidInput("workload", [Problem("workload", problem)])
+    return model
+
+
+def _model_problem(model: Any, again: Any) -> str | None:
+    """Say what is wrong with a model, of which a second one was built."""
+    if not isinstance(model, torch.nn.Module):
+        return f"build_model must return a torch.nn.Module, got {type(model).__name__}"
+    if lazy := [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]:
+        return (
+            f"build_model must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
+        )
+    if {id(p) for p in model.parameters()} & {id(p) for p in again.parameters()}:
+        return (
+            "build_model must make a new model each time, got the same parameters twice; build it within the function"
+        )
+    if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
+        return f"the model begins with a NaN or an infinity in {broken[0]}; mend its weights"
+    return None
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name.
+
+    Raises:
+        InvalidInput: It is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InvalidInput("--device", [Problem(name, "there is no Metal device; use --device cpu, or auto")])
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = f"there are {count} CUDA devices, cuda:0 to cuda:{count - 1}" if count else "there is no CUDA device"
+        raise InvalidInput("--device", [Problem(name, f"{there}; use --device cpu, or auto")])
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _precision_problems(space: SearchSpace, device: torch.device) -> list[Problem]:
+    """Say what a device cannot compute; PyTorch would compute something else without a word."""
+    remedy = "set precision to fp32" + ("" if device.type == "mps" else " or bf16")
+    if space.precision == "tf32" and device.type != "cuda":
+        return [Problem("precision", f"tf32 needs a CUDA device, and trials train on {device.type}; {remedy}")]
+    if space.precision == "tf32" and torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return [Problem("precision", f"tf32 needs a CUDA device of capability 8.0, which {name} is not; {remedy}")]
+    return []
+
+
+def environment(trainer: Trainer, config: TrialConfig) -> dict[str, Any]:
+    """Return what a trial's numbers may depend on besides its config."""
+    device = trainer.device
+    with trainer.arithmetic():
+        settings = in_force(device)
+    return {
+        "trainer": "fused" if trainer.fuses(config) else "plain",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **settings,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "pipeline": metadata.version("lr-strategy-search"),
+    }

@@ -1,0 +1,60 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+_TEMPORARY = ".tmp"
+"""How the names of files end that are not yet whole."""
+
+
+def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
+    """Write a file so that a reader, or a restart after a crash, sees the old content or the new, never a part.
+
+    A file that is there keeps its permissions, and is not replaced if they forbid to write to it.
+    """
+    check_writable(path)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644
+    parts = [part.encode() if isinstance(part, str) else part for part in content]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(mode)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the OSError that writing a file would, if a permission is missing, or something is in the way."""
+    folder = next(place for place in path.absolute().parents if place.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # a device, which a file would replace
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "Is a link to nothing", str(path))
+    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder and in those below it."""
+    for path in folder.rglob(f".*{_TEMPORARY}"):
+        path.unlink()

@@ -1,0 +1,230 @@
+"""What a search-space file may say: pydantic models, derived from the dataclasses of `pipeline.space.optimizers`.
+
+Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns what
+pydantic finds into one line per problem, and `model_json_schema` tells an editor the same rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+)
+from pydantic_core import ErrorDetails
+
+from pipeline.errors import Problem, did_you_mean
+from pipeline.space.distributions import Choices, Range
+from pipeline.space.limits import Interval
+
+FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
+"""Fields that say what a strategy is rather than how large something is."""
+
+MAX_COUNT = 10**9
+"""Of whatever is counted: beyond it lies a slip of the finger, and beyond floats no sampler works."""
+
+_KINDS = (_VALUE, _CHOICES, _RANGE) = ("<value>", "<choices>", "<range>")
+"""Pydantic's names of what a searchable field accepts, spelt unlike any key of a file."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def form_of(cls: type[Any], *, searchable: bool) -> type[BaseModel]:
+    """Derive the form of a dataclass: its fields, legal intervals and defaults; with domains if `searchable`."""
+    fields: dict[str, Any] = {}
+    hints = get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        open_to_search = searchable and field.name not in NOT_SEARCHED
+        annotation = domain_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
+        fields[field.name] = (annotation, _default(field))
+    return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields)
+
+
+def one_or_more(name: str, classes: Mapping[str, type[Any]]) -> type[BaseModel]:
+    """Derive the form of a mapping from names, such as optimizers', to the searchable form of each."""
+    fields: dict[str, Any] = {key: (form_of(cls, searchable=True), None) for key, cls in classes.items()}
+    return create_model(name, __config__=FORM, **fields)
+
+
+def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
+    """Read data as a form: either the form's value, or all that is wrong with the data."""
+    try:
+        return form.model_validate(data), []
+    except ValidationError as error:
+        # A list with a wrong item is said to be too short besides.
+        found = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
+        return None, [_problem(form, details) for details in found]
+
+
+def domain_of(annotation: Any) -> Any:
+    """Return what a searchable field of a type accepts: a value, choices, or a range."""
+    value = _strict(annotation)
+    element = _strict(_without_none(annotation))
+    kinds: list[Any] = [Annotated[value, Tag(_VALUE)], Annotated[Choices[element], Tag(_CHOICES)]]  # type: ignore[valid-type]
+    if (number := _without_annotations(_without_none(annotation))) in (int, float):
+        kinds.append(Annotated[Range[element, _strict(number)], Tag(_RANGE)])  # type: ignore[misc, valid-type]
+        return Annotated[Union[tuple(kinds)], Discriminator(_number_kind)]  # noqa: UP007 - built at run time
+    return Annotated[Union[tuple(kinds)], Discriminator(_word_kind)]  # noqa: UP007
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is dataclasses.MISSING else field.default
+
+
+def _number_kind(data: Any) -> str:
+    if isinstance(data, dict):
+        return _CHOICES if "choices" in data else _RANGE
+    return _CHOICES if isinstance(data, Choices) else _RANGE if isinstance(data, Range) else _VALUE
+
+
+def _word_kind(data: Any) -> str:
+    return _CHOICES if isinstance(data, dict | Choices) else _VALUE
+
+
+def _strict(annotation: Any) -> Any:
+    """Return an annotation for pydantic: intervals as constraints, no text for numbers, no booleans for counts."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        intervals = [Field(**_bounds(item)) if isinstance(item, Interval) else item for item in arguments[1:]]
+        return Annotated[(_strict(arguments[0]), *intervals)]
+    if origin in (types.UnionType, Union):
+        return Union[tuple(_strict(argument) for argument in arguments)]  # noqa: UP007
+    if origin is tuple:
+        several = Annotated[tuple[_strict(arguments[0]), ...], Field(min_length=1)]  # type: ignore[misc, valid-type]
+        return (
+            Annotated[several, BeforeValidator(_listed, json_schema_input_type=str | list[str])]
+            if arguments[0] is str
+            else several
+        )
+    if annotation is float:
+        return Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    if annotation is int:
+        return Annotated[int, Field(strict=True, le=MAX_COUNT)]
+    return Annotated[annotation, Field(strict=True)] if annotation in (bool, str) else annotation
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _bounds(interval: Interval) -> dict[str, Any]:
+    return {name: bound for name, bound in dataclasses.asdict(interval).items() if bound is not None}
+
+
+def _without_none(annotation: Any) -> Any:
+    rest = [argument for argument in get_args(annotation) if argument is not types.NoneType]
+    optional = get_origin(annotation) in (types.UnionType, Union) and len(rest) == 1
+    return rest[0] if optional else annotation
+
+
+def _without_annotations(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
+    """Put one of pydantic's errors into a line: the place, the rule, the value, the remedy."""
+    place = _place(details["loc"])
+    got, context = details["input"], details.get("ctx", {})
+    kind = details["type"]
+    match kind:
+        case "extra_forbidden":
+            message = f"unknown {_noun(place)}; {did_you_mean(str(place[-1]), _known_keys(form, details['loc'][:-1]))}"
+        case "missing":
+            message = "is missing and has no default; add it"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}[kind]
+            message = f"must be {sign} {next(iter(context.values())):.10g}, got {_shown(got)}"
+        case "int_type" | "int_from_float":
+            message = f"must be a whole number, got {_shown(got)}"
+        case "float_type" | "finite_number":
+            message = f"must be a finite number, got {_shown(got)}"
+        case "bool_type":
+            message = f"must be true or false, got {_shown(got)}"
+        case "string_type":
+            message = f"must be text, got {_shown(got)}"
+        case "literal_error":
+            known = re.findall(r"'([^']*)'", context["expected"])
+            message = f"must be one of {', '.join(known)}, got {_shown(got)}{_hint(got, known)}"
+        case "union_tag_invalid":
+            known = re.findall(r"'([^']*)'", context["expected_tags"])
+            place.append("name")
+            message = f"must be one of {', '.join(known)}, got {_shown(context['tag'])}{_hint(context['tag'], known)}"
+        case "union_tag_not_found":
+            message = "must have a `name`"
+        case "string_pattern_mismatch":
+            message = f"must be letters, digits, '_' and '-', got {_shown(got)}"
+        case "value_error":
+            message = str(context["error"])
+        case "tuple_type" | "list_type" | "model_type" | "model_attributes_type" | "dict_type":
+            wanted = "a list" if kind in ("tuple_type", "list_type") else "a mapping, `key: value`"
+            message = f"must be {wanted}, got {_shown(got)}"
+        case "too_short":
+            message = "must hold at least one value, got none"
+        case _:
+            message = f"{details['msg'][0].lower()}{details['msg'][1:]}, got {_shown(got)}"
+    return Problem(".".join(str(part) for part in place), message)
+
+
+def _place(loc: tuple[int | str, ...]) -> list[int | str]:
+    """Return where in the file a problem is: pydantic names the chosen form of a union as if it were a key."""
+    tagged = loc[:1] in (("pruner",), ("workload",))
+    return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (tagged and index == 1)]
+
+
+def _noun(place: list[Any]) -> str:
+    return {"optimizer": "optimizer", "scheduler": "scheduler"}.get(str(place[0]) if len(place) == 2 else "", "key")
+
+
+def _hint(got: Any, known: list[str]) -> str:
+    nearest = did_you_mean(got, known) if isinstance(got, str) else ""
+    return f"; {nearest}" if nearest.startswith("did") else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    shown = text if len(text) <= 60 else text[:57] + "…"
+    return f"the text {shown}" if isinstance(value, str) else shown
+
+
+def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Return the keys that are legal at a place within a form."""
+    candidates: list[Any] = [form]
+    for part in loc:
+        following: list[Any] = []
+        for model in candidates:
+            if part in model.model_fields:
+                following += _models_in(model.model_fields[part].annotation)
+                for item in model.model_fields[part].metadata:
+                    following += _models_in(item)
+        if following:
+            candidates = following
+        elif part in _KINDS:
+            wanted = {_CHOICES: "Choices", _RANGE: "Range"}.get(str(part), "")
+            candidates = [model for model in candidates if model.__name__.startswith(wanted)] or candidates
+        else:
+            candidates = [model for model in candidates if part in _names_of(model)] or candidates
+    return [name for model in candidates for name in model.model_fields]
+
+
+def _names_of(form: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(form.model_fields["name"].annotation) if "name" in form.model_fields else ()
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

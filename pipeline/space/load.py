@@ -1,0 +1,255 @@
+"""Read search-space and config files: `load_space`, `load_config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import BaseModel, Field, StringConstraints, create_model
+
+from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.files import strict_yaml
+from pipeline.space import rules
+from pipeline.space.config import (
+    WORKLOADS,
+    Digits,
+    ImageFolder,
+    Own,
+    Precision,
+    TorchvisionDataset,
+    TrialConfig,
+)
+from pipeline.space.distributions import contains, describe, is_searched, label
+from pipeline.space.file_format import FORM, MAX_COUNT, check, domain_of, form_of, one_or_more
+from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.overrides import Overrides, override, source_of
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.pruners import Median, NoPruner, SuccessiveHalving
+from pipeline.space.schedules import SCHEDULERS
+from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
+
+
+def schema_text() -> str:
+    """Return the schema as JSON text, as it stands in `search_spaces/schema.json`."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **file_form().model_json_schema()}
+    return json.dumps(schema, indent=1) + "\n"
+
+
+FOUND = "found"
+"""Key of a config file under which a search notes what it found; not part of the config."""
+
+
+def load_space(path: Path, overrides: Overrides = MappingProxyType({}), *, searching: bool = True) -> SearchSpace:
+    """Read a search-space file and check all that needs no model; see `pipeline.space.rules` for the rest.
+
+    Args:
+        path: Of the file.
+        overrides: Changes to what it says.
+        searching: Whether there must be something to choose.
+
+    Raises:
+        InvalidInput: With every problem of the file.
+    """
+    data = override(strict_yaml.load(path), overrides)
+    return build_space(data, source=source_of(path, overrides), name=path.stem, searching=searching)
+
+
+def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: bool = True) -> SearchSpace:
+    """Make a search space of what a file says; `source` names it in errors, `name` its studies, as far as they can.
+
+    Raises:
+        InvalidInput: With every problem of the data.
+    """
+    space, problems = _read(data, name=study_name(name))
+    if searching and space is not None and not problems and not any(map(is_searched, space.parameters().values())):
+        problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
+    if problems or space is None:
+        raise InvalidInput(source, problems)
+    return space
+
+
+def study_name(text: str) -> str:
+    """Return a text in the letters that `--study` takes."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:80] or "space"
+
+
+def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpace:
+    """Rebuild a space from its `document`, as a study stores it.
+
+    Raises:
+        InvalidInput: The document is not of this version's format.
+    """
+    space, problems = _read(document, name=name)
+    if problems or space is None:
+        raise InvalidInput(f"the space of study {name}", problems)
+    return space
+
+
+def load_config(
+    path: Path, overrides: Overrides = MappingProxyType({})
+) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
+    """Read a config file, such as best.yaml.
+
+    Returns:
+        The space of one point that it is, the config, and what a search noted about it, if anything.
+
+    Raises:
+        InvalidInput: With every problem of the file.
+    """
+    data = override(strict_yaml.load(path), overrides)
+    found = data.pop(FOUND, {})
+    space, problems = _read(data, name=path.stem)
+    if space is not None:
+        message = "must be one value in a config, got a choice; search it with `python -m pipeline.search --space`"
+        problems += [Problem(place, message) for place in _searched_places(space)]
+        if not isinstance(found, dict):
+            problems.append(Problem(FOUND, f"must be a mapping, got {found!r}"))
+    if problems or space is None:
+        raise InvalidInput(source_of(path, overrides), problems)
+    return space, space.example(), found
+
+
+@functools.cache
+def file_form() -> type[BaseModel]:
+    """Return the form of a search-space file; made once, since pydantic takes half a second for it."""
+    count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+    seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
+    group_name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=64)]
+    workloads = [form_of(cls, searchable=False) for cls in (Digits, TorchvisionDataset, ImageFolder, Own)]
+    pruners = [form_of(cls, searchable=False) for cls in (SuccessiveHalving, Median, NoPruner)]
+    fields: dict[str, Any] = {
+        "workload": (_named_union(workloads), ...),
+        "epochs": (count, Field(description="Passes over the training data per trial.")),
+        "batch_size": (count, Field(description="Samples per optimizer step.")),
+        "seed": (seed, Field(0, description="Decides proposals, initial weights, data order and dropout.")),
+        "precision": (Precision, Field("fp32", description="bf16: forward and backward passes by torch.autocast.")),
+        "deterministic": (bool, Field(False, strict=True, description="Repeatable algorithms only, on a GPU too.")),
+        "channels_last": (bool, Field(False, strict=True, description="Images lie in memory with the channels last.")),
+        "clip_grad_norm": (domain_of(get_type_hints(TrialConfig, include_extras=True)["clip_grad_norm"]), None),
+        "objective": (form_of(Objective, searchable=False), Field(default_factory=dict, validate_default=True)),
+        "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
+        "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
+        "param_groups": (dict[group_name, form_of(ParamGroup, searchable=True)], Field(min_length=1)),  # type: ignore[misc]
+        "sampler": (form_of(Sampler, searchable=False), Field(default_factory=dict, validate_default=True)),
+        "pruner": (_named_union(pruners), Field(default_factory=lambda: {"name": "none"}, validate_default=True)),
+        "enqueue": (list[dict[str, Any]], Field(default=[], description="Configs to try first, in a file's words.")),
+    }
+    return create_model("SearchSpace", __config__=FORM, **fields)
+
+
+def _named_union(forms: list[type[BaseModel]]) -> Any:
+    union: Any = forms[0]
+    for form in forms[1:]:
+        union = union | form
+    return Annotated[union, Field(discriminator="name")]
+
+
+def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, list[Problem]]:
+    """Check data against the form, then against the rules that connect fields."""
+    form, problems = check(file_form(), data)
+    if form is None:
+        return None, problems
+    values: Any = form
+    space = SearchSpace(
+        name=name,
+        workload=WORKLOADS[values.workload.name](**dict(values.workload)),
+        epochs=values.epochs,
+        batch_size=values.batch_size,
+        seed=values.seed,
+        precision=values.precision,
+        deterministic=values.deterministic,
+        channels_last=values.channels_last,
+        clip_grad_norm=values.clip_grad_norm,
+        objective=Objective(**dict(values.objective)),
+        optimizers=_present(values.optimizer),
+        schedulers=_present(values.scheduler),
+        param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
+        sampler=Sampler(**dict(values.sampler)),
+        pruner=_PRUNERS[values.pruner.name](**dict(values.pruner)),
+        enqueue=(),
+        document=form.model_dump(mode="json", exclude_none=True),
+    )
+    problems = [*rules.problems(space)]
+    known: list[Mapping[str, Any]] = []
+    for index, entry in enumerate(values.enqueue):
+        known.append(dict(_enqueued(space, entry, f"enqueue.{index}", problems)))
+    return dataclasses.replace(space, enqueue=tuple(known)), problems
+
+
+_PRUNERS: dict[str, Any] = {"successive_halving": SuccessiveHalving, "median": Median, "none": NoPruner}
+
+
+def _present(forms: BaseModel) -> dict[str, dict[str, Any]]:
+    return {name: dict(form) for name, form in forms if form is not None}
+
+
+def _searched_places(space: SearchSpace) -> Iterator[str]:
+    """Yield where a space leaves something to choose, in a file's words."""
+    yield from (kind for kind in ("optimizer", "scheduler") if is_searched(space.parameters()[kind]))
+    parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
+    for kind, options in parts.items():
+        for owner, domains in options.items():
+            yield from (f"{kind}.{owner}.{name}" for name, domain in domains.items() if is_searched(domain))
+    yield from ["clip_grad_norm"] if is_searched(space.clip_grad_norm) else []
+
+
+def _enqueued(
+    space: SearchSpace, entry: Mapping[str, Any], place: str, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    """Translate a config to try first into parameters by Optuna's names; append what is wrong with it."""
+    parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
+    for key, value in entry.items():
+        if key == "clip_grad_norm":
+            yield from _enqueued_value(key, space.clip_grad_norm, value, f"{place}.{key}", problems)
+            continue
+        if key not in parts:
+            known = (*parts, "clip_grad_norm")
+            problems.append(Problem(f"{place}.{key}", f"unknown key; {did_you_mean(key, known)}"))
+            continue
+        if not isinstance(value, dict) or (key != "param_groups" and len(value) != 1):
+            problems.append(Problem(f"{place}.{key}", f"must be a mapping with one name as its key, got {value!r}"))
+            continue
+        for owner, values in value.items():
+            here = f"{place}.{key}.{owner}"
+            if owner not in parts[key]:
+                problems.append(Problem(here, f"is not in this space; {did_you_mean(owner, parts[key])}"))
+                continue
+            if not isinstance(values, dict):
+                problems.append(Problem(here, f"must be a mapping, `key: value`, got {values!r}"))
+                continue
+            if key != "param_groups" and len(parts[key]) > 1:
+                yield key, owner
+            if isinstance(values.get("pattern"), str):
+                values = values | {"pattern": [values["pattern"]]}  # as a file may say it
+            yield from _enqueued_values(parts[key][owner], values, key, owner, place, problems)
+
+
+def _enqueued_values(
+    domains: Domains, values: Mapping[str, Any], key: str, owner: str, place: str, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        here = f"{place}.{key}.{owner}.{name}"
+        if name not in domains:
+            problems.append(Problem(here, f"unknown key; {did_you_mean(name, domains)}"))
+        else:
+            parameter = f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"
+            yield from _enqueued_value(parameter, domains[name], value, here, problems)
+
+
+def _enqueued_value(
+    parameter: str, domain: Any, value: Any, place: str, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    if not contains(domain, value):
+        problems.append(Problem(place, f"must be {describe(domain)}, as in this space, got {value!r}"))
+    elif is_searched(domain):
+        yield parameter, label(value)
+
+
+if __name__ == "__main__":  # python -m pipeline.space.load > search_spaces/schema.json
+    print(schema_text(), end="")

@@ -1,0 +1,60 @@
+"""Changes to a file's settings from the command line: `--set optimizer.sgd.base_lr.high=0.5`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InvalidInput, Problem
+
+Overrides = Mapping[str, Any]
+"""Dotted place in a file to the value that it shall have; None removes what is there."""
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Read `place=value`, the value in YAML, for a command line."""
+    from pipeline.files.strict_yaml import loads
+
+    place, equals, value = text.partition("=")
+    if not equals or not all(place.split(".")):
+        raise argparse.ArgumentTypeError(f"must be PLACE=VALUE, such as batch_size=32, got {text[:120]!r}")
+    try:
+        data = loads(f"value: {value}", source=place)
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(f"{place}: {error.problems[0].message}, got {value[:120]!r}") from None
+    if data.keys() != {"value"}:
+        raise argparse.ArgumentTypeError(f"{place}: must be one value, got {value[:120]!r}")
+    return place, data["value"]
+
+
+def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Return a file's data with some values replaced, in the order given; what is new is added.
+
+    Raises:
+        InvalidInput: A place lies within something that is no mapping.
+    """
+    changed = dict(data)
+    for place, value in overrides.items():
+        *above, key = place.split(".")
+        inner = changed
+        for depth, name in enumerate(above, 1):
+            child = inner.get(name, {})
+            if not isinstance(child, Mapping):
+                message = (
+                    f"cannot be set, since {'.'.join(above[:depth])} is {child!r} and no mapping; set that instead"
+                )
+                raise InvalidInput("--set", [Problem(place, message)])
+            inner[name] = dict(child)
+            inner = inner[name]
+        inner.pop(key, None) if value is None else inner.update({key: value})
+    return changed
+
+
+def source_of(file: Path | str, overrides: Overrides) -> str:
+    """Return what messages call a file with its changes, such as `own.yaml with --workload mnist --set epochs`."""
+    workload = overrides.get("workload")
+    chosen = [f"--workload {workload.get('function', workload.get('name'))}"] if isinstance(workload, Mapping) else []
+    said = [*chosen, *(f"--set {place}" for place in overrides if not (chosen and place == "workload"))]
+    return " ".join([str(file), "with", *said]) if said else str(file)

@@ -1,0 +1,134 @@
+"""Rules of a search space that connect several fields, or that need the model and the data.
+
+A rule must hold for every config that the space can draw, so it is tried on the extremes of each domain. A file that
+breaks one is refused: nothing is adjusted, so what is recorded is what was trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import Problem
+from pipeline.space.distributions import Range, extremes, is_searched
+
+if TYPE_CHECKING:
+    from pipeline.space.search_space import SearchSpace
+
+
+def problems(space: SearchSpace) -> Iterator[Problem]:
+    """Yield what is wrong with a space as far as its file alone shows it."""
+    if not space.objective.metric.startswith("val/"):
+        message = f"must be a validation metric, such as val/accuracy, got {space.objective.metric!r}"
+        yield Problem("objective.metric", message)
+    for kind, options in (("optimizer", space.optimizers), ("scheduler", space.schedulers)):
+        if not options:
+            yield Problem(kind, f"must name at least one {kind}")
+    for name, optimizer in space.optimizers.items():
+        yield from _optimizer_problems(space, f"optimizer.{name}", optimizer)
+    for name, scheduler in space.schedulers.items():
+        yield from count_problems(space, name, scheduler, steps_per_epoch=None)
+        yield from _rate_floor_problems(space, f"scheduler.{name}", scheduler)
+        yield from _momentum_problems(space, f"scheduler.{name}", scheduler)
+    if "rprop" in space.optimizers:
+        yield from _rprop_problems(space)
+    if all(0 in extremes(group["lr_ratio"]) for group in space.param_groups.values()):
+        yield Problem("param_groups", "every group can be frozen (lr_ratio 0) at once; give one a ratio above 0")
+
+
+def warnings(space: SearchSpace) -> Iterator[str]:
+    """Yield what a space may say but hardly means."""
+    for name, domain in space.parameters().items():
+        if isinstance(domain, Range) and domain.low == domain.high:
+            yield f"{name}: low equals high, so this is the constant {domain.low}"
+    for name, scheduler in space.schedulers.items():
+        if name != "cyclic" and extremes(scheduler.get("gamma")) == (1.0,):
+            yield f"scheduler.{name}.gamma: a gamma of 1 leaves the rate as it is"
+
+
+def _optimizer_problems(space: SearchSpace, place: str, optimizer: Mapping[str, Any]) -> Iterator[Problem]:
+    momentum, dampening = optimizer.get("momentum"), optimizer.get("dampening", 0.0)
+    if "dampening" in optimizer and True in extremes(optimizer["nesterov"]):
+        if 0 in extremes(momentum):
+            yield Problem(
+                f"{place}.nesterov", "needs a momentum above 0 in every trial; raise momentum or remove nesterov"
+            )
+        if any(extremes(dampening)):
+            yield Problem(f"{place}.nesterov", "needs a dampening of 0 in every trial; remove dampening or nesterov")
+    if "step_size_max" in optimizer and max(extremes(optimizer["step_size_min"])) > min(
+        extremes(optimizer["step_size_max"])
+    ):
+        yield Problem(f"{place}.step_size_min", "must be at most step_size_max in every trial")
+
+
+def count_problems(
+    space: SearchSpace, name: str, scheduler: Mapping[str, Any], *, steps_per_epoch: int | None
+) -> Iterator[Problem]:
+    """Check a schedule's counts against the length of the run, once it is known in the schedule's interval."""
+    place, unit = f"scheduler.{name}", scheduler["interval"]
+    for milestones in extremes(scheduler.get("milestones", ())):
+        if any(a >= b for a, b in itertools.pairwise(milestones)):
+            yield Problem(f"{place}.milestones", f"must increase, got {list(milestones)}")
+    if unit == "step" and steps_per_epoch is None:
+        return
+    total = space.epochs * (steps_per_epoch or 1)
+    warmup = max(extremes(scheduler.get("warmup", 0)))
+    if warmup >= total:
+        yield Problem(f"{place}.warmup", f"must be shorter than the run of {total} {unit}s, got {warmup}")
+        return
+    left = f"the {total - warmup} {unit}s of the run" + (" after the warm-up" if warmup else "")
+    longest = max(extremes(scheduler["step_size"])) if name == "step" else 0
+    if longest > total - warmup:
+        where = f"{place}.step_size" + (".high" if isinstance(scheduler["step_size"], Range) else "")
+        yield Problem(where, f"must be at most {left}, got {longest}; lower it to that, or give more epochs")
+    last = max((max(milestones) for milestones in extremes(scheduler.get("milestones", ())) if milestones), default=0)
+    if last >= total - warmup:
+        yield Problem(f"{place}.milestones", f"must lie within {left}, got {last}")
+    if name == "onecycle":
+        shares = extremes(scheduler["pct_start"])
+        if min(shares) * total <= 1:
+            message = f"must be above {1 / total:g}, so that the rise takes over one of {left}, got {min(shares):g}"
+            yield Problem(f"{place}.pct_start", message)
+        if max(shares) > 0.5 and True in extremes(scheduler["three_phase"]):
+            yield Problem(f"{place}.pct_start", f"must be at most 0.5 with three_phase, got {max(shares):g}")
+
+
+def _rate_floor_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:
+    """A floor above the rate would raise the rate: refuse it for the smallest rate that the space can draw."""
+    ratios = [ratio for group in space.param_groups.values() for ratio in extremes(group["lr_ratio"]) if ratio > 0]
+    for field in ("eta_min", "min_lr"):
+        floor = max(extremes(scheduler.get(field, 0.0)))
+        for name, optimizer in space.optimizers.items():
+            lowest = min(extremes(optimizer["base_lr"])) * min(ratios, default=1.0)
+            if floor > lowest:
+                message = f"must be at most the smallest rate, {lowest:g} of {name} times its lr_ratio, got {floor:g}"
+                yield Problem(f"{place}.{field}", message)
+
+
+def _momentum_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check `cycle_momentum`, which overwrites the optimizer's momentum or beta1."""
+    if not scheduler.get("cycle_momentum"):
+        return
+    if max(extremes(scheduler["base_momentum"])) > min(extremes(scheduler["max_momentum"])):
+        yield Problem(f"{place}.base_momentum", "must be at most max_momentum in every trial")
+    for name, optimizer in space.optimizers.items():
+        field = next((field for field in ("momentum", "beta1") if field in optimizer), None)
+        if field is None:
+            yield Problem(f"{place}.cycle_momentum", f"must be false, since {name} has no momentum")
+        elif is_searched(optimizer[field]):
+            message = f"must be false beside the searched optimizer.{name}.{field}, which it would overwrite"
+            yield Problem(f"{place}.cycle_momentum", message)
+
+
+def _rprop_problems(space: SearchSpace) -> Iterator[Problem]:
+    """Rprop reads the rate at its first step alone, as the size of that step."""
+    for name, scheduler in space.schedulers.items():
+        if name != "constant" or any(extremes(scheduler["warmup"])):
+            message = "needs a constant rate, since it reads the rate at its first step only; remove "
+            yield Problem("optimizer.rprop", message + (f"scheduler.{name}" if name != "constant" else "the warm-up"))
+    for name, group in space.param_groups.items():
+        if 0 in extremes(group["lr_ratio"]):
+            yield Problem(f"param_groups.{name}.lr_ratio", "must be above 0 with rprop, got 0")
+        if group["weight_decay"] is not None:
+            yield Problem(f"param_groups.{name}.weight_decay", "must be absent with rprop, which has no weight decay")

@@ -1,0 +1,147 @@
+"""SearchSpace: one file says everything that a search is. `load_space` checks it; `sample` draws a TrialConfig.
+
+A trial's config is a space of one point, so `load_config` reads it by the same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pipeline.space.config import (
+    Precision,
+    TrialConfig,
+    WorkloadChoice,
+)
+from pipeline.space.distributions import Choices, Suggests, is_searched, suggest
+from pipeline.space.limits import Interval
+from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.param_groups import ParamGroup
+from pipeline.space.pruners import Pruner
+from pipeline.space.schedules import SCHEDULERS
+
+Domains = Mapping[str, Any]
+"""Hyperparameter name to what a search may choose it from: a value, `Choices` or a `Range`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What decides between trials: a validation metric after the last epoch."""
+
+    metric: str = "val/accuracy"
+    direction: Literal["minimize", "maximize"] = "maximize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Which of Optuna's samplers proposes trials."""
+
+    name: Literal["tpe", "gp", "random", "qmc"] = "tpe"
+    n_startup_trials: Annotated[int, Interval(ge=1)] = 10
+    """Random trials before TPE and GP begin to model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Everything that a search is, but for how many trials it runs and where."""
+
+    name: str
+    """The file's, without its ending, in the letters that `--study` takes; studies are named after it."""
+    workload: WorkloadChoice
+    epochs: int
+    batch_size: int
+    seed: int
+    precision: Precision
+    deterministic: bool
+    channels_last: bool
+    clip_grad_norm: Any
+    """None, or what the largest norm of a gradient is chosen from."""
+    objective: Objective
+    optimizers: Mapping[str, Domains]
+    """Optimizer name to its hyperparameters; a trial has one optimizer."""
+    schedulers: Mapping[str, Domains]
+    param_groups: Mapping[str, Domains]
+    """Group name to `pattern`, `lr_ratio` and `weight_decay`, in the order in which patterns are tried."""
+    sampler: Sampler
+    pruner: Pruner
+    enqueue: tuple[Mapping[str, Any], ...]
+    """What to try first, each by parameter name; what is not named is sampled."""
+    document: Mapping[str, Any]
+    """The file with every default filled in: two spaces are the same if their documents are."""
+
+    def sample(self, trial: Suggests) -> TrialConfig:
+        """Let a trial choose a value of everything that is searched."""
+        optimizer = suggest(trial, "optimizer", _one_of(self.optimizers))
+        optimizer_values = _suggest_all(trial, self.optimizers[optimizer], prefix=f"{optimizer}.")
+        scheduler = suggest(trial, "scheduler", _one_of(self.schedulers))
+        scheduler_values = _suggest_all(trial, self.schedulers[scheduler], prefix=f"{scheduler}.")
+        groups = {name: _suggest_all(trial, group, suffix=f".{name}") for name, group in self.param_groups.items()}
+        return TrialConfig(
+            workload=self.workload,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            precision=self.precision,
+            deterministic=self.deterministic,
+            channels_last=self.channels_last,
+            clip_grad_norm=suggest(trial, "clip_grad_norm", self.clip_grad_norm),
+            optimizer=OPTIMIZERS[optimizer](**optimizer_values),
+            scheduler=SCHEDULERS[scheduler](**scheduler_values),
+            param_groups={name: ParamGroup(**values) for name, values in groups.items()},
+        )
+
+    def example(self) -> TrialConfig:
+        """Return one config of the space, always the same."""
+        return self.sample(_First())
+
+    def parameters(self) -> dict[str, Any]:
+        """Return every parameter by its name in Optuna, such as `adamw.base_lr` or `lr_ratio.head`, with its domain."""
+        named = {"optimizer": _one_of(self.optimizers), "scheduler": _one_of(self.schedulers)}
+        for owner, domains in [*self.optimizers.items(), *self.schedulers.items()]:
+            named |= {f"{owner}.{name}": domain for name, domain in domains.items()}
+        for group, domains in self.param_groups.items():
+            named |= {f"{name}.{group}": domain for name, domain in domains.items()}
+        return named | ({"clip_grad_norm": self.clip_grad_norm} if self.clip_grad_norm is not None else {})
+
+    def searched_hyperparameters(self) -> tuple[str, ...]:
+        """Return the names, as in `TrialConfig.hyperparameters`, of those that differ between trials."""
+        parts = {name: name.split(".") for name, domain in self.parameters().items() if is_searched(domain)}
+        owners = {*self.optimizers, *self.schedulers}
+        names = [part[1] if part[0] in owners and len(part) > 1 else name for name, part in parts.items()]
+        return tuple(dict.fromkeys(names))
+
+    def shared_hyperparameters(self) -> tuple[str, ...]:
+        """Return those of `searched_hyperparameters` that every trial has, whatever its optimizer and schedule."""
+        owned = {
+            name for options in (self.optimizers, self.schedulers) for domains in options.values() for name in domains
+        }
+        shared = {
+            name
+            for options in (self.optimizers, self.schedulers)
+            for name in set.intersection(*(set(domains) for domains in options.values()))
+        }
+        return tuple(name for name in self.searched_hyperparameters() if name in shared or name not in owned)
+
+
+def _one_of(options: Mapping[str, Any]) -> Any:
+    return Choices[str](choices=tuple(options))
+
+
+def _suggest_all(trial: Suggests, domains: Domains, *, prefix: str = "", suffix: str = "") -> dict[str, Any]:
+    return {name: suggest(trial, f"{prefix}{name}{suffix}", domain) for name, domain in domains.items()}
+
+
+class _First:
+    """A trial that takes the first of everything."""
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        return low
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return low
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return choices[0]

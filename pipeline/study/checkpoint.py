@@ -1,0 +1,129 @@
+"""Checkpoints: what is under way, in files that are whole or not there.
+
+A file is a line that names its format, a line with the SHA-256 of the rest, and the rest as `torch.save` writes it. It
+is read with `weights_only=True`, so it holds plain values and tensors, and loading it runs no code. The last two are
+kept: if the newest does not verify, the one before it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import StorageError
+from pipeline.files.atomic import write_atomic
+
+FORMAT = 1
+SHARE = 0.02
+"""The part of the time that saving may take."""
+FIRST_GUESS_S = 0.02
+"""How long a save takes, before there was one."""
+KEPT = 2
+_TITLE = b"checkpoint of lr-strategy-search, format "
+
+
+class Checkpoints:
+    """The checkpoints of one study.
+
+    Args:
+        folder: Holds them and nothing else; made when the first is saved.
+        warn: Told of each file that cannot be used, in one sentence.
+        share: The part of the time that saving may take; 1 to save whenever asked.
+    """
+
+    def __init__(self, folder: Path, *, warn: Callable[[str], None], share: float = SHARE) -> None:
+        self.folder = folder
+        self.warn = warn
+        self._share = share
+        self._last = time.monotonic()
+        self._took = FIRST_GUESS_S if share < 1 else 0.0
+
+    def due(self) -> bool:
+        """Say whether a save now keeps to its share of the time, if it takes as long as the last one."""
+        return time.monotonic() - self._last >= self._took / self._share
+
+    def save(self, name: str, content: Callable[[], Mapping[str, Any]]) -> None:
+        """Write a checkpoint; when this returns, it is on the disk.
+
+        Args:
+            name: Of the file; later ones sort behind earlier ones.
+            content: Returns what to write; called here, since copying from a device counts too.
+
+        Raises:
+            StorageError: The disk cannot take it; earlier checkpoints are as they were.
+        """
+        start = time.monotonic()
+        file = io.BytesIO()
+        torch.save(content(), file)
+        payload = file.getbuffer()
+        with _storage_errors(self.folder / name, "written"):
+            write_atomic(self.folder / name, _TITLE, f"{FORMAT}\n{hashlib.sha256(payload).hexdigest()}\n", payload)
+        self._remove(self._paths()[KEPT:])
+        self._last = time.monotonic()
+        self._took = self._last - start
+
+    def load(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield each checkpoint that verifies, newest first; warn of the others."""
+        for path in self._paths():
+            content = _read(path)
+            if isinstance(content, str):
+                self.warn(f"{path}: {content}")
+            else:
+                yield path, content
+
+    def put_aside(self, path: Path) -> Path:
+        """Keep a checkpoint for a person to bring back, out of the way of new ones; return its new path."""
+        return path.replace(path.with_suffix(".unused"))
+
+    def clear(self, *, but: Path | None = None) -> None:
+        """Remove every checkpoint, but this one.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        self._remove(path for path in self._paths() if path != but)
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            with _storage_errors(path, "removed"):
+                path.unlink()
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("*.pt"), reverse=True)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path, done: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be {done}: {error.strerror}") from error
+
+
+def _read(path: Path) -> dict[str, Any] | str:
+    """Return what a checkpoint holds, or in words why it cannot be used."""
+    try:
+        title, _, rest = path.read_bytes().partition(b"\n")
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not title.startswith(_TITLE):
+        return "is no checkpoint of this program, or its beginning is damaged"
+    if title != _TITLE + str(FORMAT).encode():
+        number = title.removeprefix(_TITLE).decode(errors="replace")[:20]
+        return f"is of format {number}, and this version reads format {FORMAT}"
+    expected, _, payload = rest.partition(b"\n")
+    if hashlib.sha256(payload).hexdigest().encode() != expected:
+        return "is damaged: its content is not what was written"
+    try:
+        content: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        return f"cannot be loaded: {str(error).splitlines()[0]}"
+    return content

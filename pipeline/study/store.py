@@ -1,0 +1,286 @@
+"""Where studies live: `mlruns/optuna.db` for what ended, `mlruns/studies/<study>/` for what a person opens."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.study import StudySummary
+
+from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
+from pipeline.files.atomic import sweep
+from pipeline.files.locks import LOCK, study_folder
+from pipeline.files.sqlite import create_whole, sqlite_uri
+from pipeline.space.load import space_from_document
+from pipeline.space.search_space import SearchSpace
+from pipeline.study.study import Study, group_size, storage_errors
+
+FORMAT = 2
+"""Of what a study stores about itself and its trials."""
+
+_HEADER = "pipeline"
+"""The user attribute of an Optuna study that holds what we store about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyHeader:
+    """What is known of a study without its trials."""
+
+    name: str
+    space: str
+    """Name of its space."""
+    document: Mapping[str, Any]
+    """Of its space."""
+    trials: int
+    """How many it was last asked for, in total."""
+    group_size: int
+    ended: int
+    """How many trials it holds."""
+    created: float
+    """Seconds since 1970."""
+
+    @property
+    def identity(self) -> str:
+        """Of this study and no other, even one of the same name in a new database."""
+        return f"{self.created:.6f}"
+
+
+class Store:
+    """The studies below a root folder.
+
+    Args:
+        root: Folder that holds `mlruns/`, made when the first study is.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.database = root / "mlruns" / "optuna.db"
+        self._opened: RDBStorage | None = None  # opening it takes Optuna longer than storing a trial
+
+    def close(self) -> None:
+        """Let go of the database: SQLite then puts into its file what is in the log beside it."""
+        if self._opened is not None:
+            self._opened.remove_session()
+            self._opened.engine.dispose()
+            self._opened = None
+
+    def headers(self) -> list[StudyHeader]:
+        """Return every study, oldest first; writes nothing.
+
+        Raises:
+            InvalidInput: The database cannot be read, or holds a study of another format.
+        """
+        headers = []
+        for summary in self._summaries():
+            header = summary.user_attrs.get(_HEADER)
+            if header is None:
+                continue  # made by another program, or abandoned
+            if header["format"] != FORMAT:
+                message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
+                raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
+            values = {key: header[key] for key in ("space", "document", "trials", "group_size", "created")}
+            headers.append(StudyHeader(name=summary.study_name, ended=summary.n_trials, **values))
+        return sorted(headers, key=lambda header: header.created)
+
+    def choose(self, space: SearchSpace, *, trials: int, name: str | None) -> tuple[str, bool]:
+        """Choose the study that a search goes on with or begins; writes nothing.
+
+        Without a name that is the newest unfinished study of the same space, seed and number of trials, else a new
+        `<space>-N`.
+
+        Returns:
+            The study's name, and whether it exists.
+
+        Raises:
+            InvalidInput: The named study was made with another space; the message shows each difference.
+        """
+        known = {header.name: header for header in self.headers()}
+        if name is None:
+            for header in reversed(known.values()):
+                if header.trials == trials and header.ended < trials and header.document == space.document:
+                    return header.name, True
+            taken = self._names()
+            return next(n for i in itertools.count(1) if (n := f"{space.name}-{i}") not in taken), False
+        if name not in known:
+            if name in self._names():
+                message = "was made by another program in the same database; choose another name"
+                raise InvalidInput("--study", [Problem(name, message)])
+            return name, False
+        if differences := list(_differences(known[name].document, space.document)):
+            remedy = Problem("", "a study keeps its space; choose another --study, or the space that it was made with")
+            raise InvalidInput(f"--study {name}", [*differences, remedy])
+        return name, True
+
+    def create(self, space: SearchSpace, *, name: str, trials: int) -> Study:
+        """Begin a study.
+
+        Raises:
+            InvalidInput: The database cannot be written.
+        """
+        header = {
+            "format": FORMAT,
+            "space": space.name,
+            "document": space.document,
+            "trials": trials,
+            "group_size": group_size(trials),
+            "created": time.time(),
+        }
+        storage = self._storage(create=True)
+        with storage_errors(f"creating study {name}"):
+            if any(s.study_name == name and self._is_abandoned(s) for s in self._summaries()):
+                optuna.delete_study(study_name=name, storage=storage)
+            direction = space.objective.direction
+            study = optuna.create_study(storage=storage, study_name=name, direction=direction)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names([space.objective.metric])  # for Optuna's own tables and plots
+            study.set_user_attr(_HEADER, header)
+        return self.open(name)
+
+    def open(self, name: str | None, *, trials: int | None = None) -> Study:
+        """Open a study, by default the newest, with the space that it was made with; note a new total of trials.
+
+        Raises:
+            InvalidInput: There is no such study.
+        """
+        header = self.header(name)
+        storage = self._storage()
+        with storage_errors(f"opening study {header.name}"):
+            if trials is not None and trials != header.trials:
+                study = optuna.load_study(study_name=header.name, storage=storage)
+                study.set_user_attr(_HEADER, study.user_attrs[_HEADER] | {"trials": trials})
+            space = space_from_document(header.document, name=header.space)
+            identity, size = header.identity, header.group_size
+            return Study(space, name=header.name, identity=identity, group_size=size, storage=storage)
+
+    def header(self, name: str | None, *, option: str = "--study") -> StudyHeader:
+        """Return the header of a study that an option names, by default the newest's.
+
+        Raises:
+            InvalidInput: There is no such study.
+        """
+        known = {header.name: header for header in self.headers()}
+        if not known:
+            remedy = "run `python -m pipeline.search`, or name another --root"
+            raise InvalidInput("--root", [Problem(str(self.root), f"holds no study; {remedy}")])
+        if name is not None and name not in known:
+            raise InvalidInput(option, [Problem(name, f"there is no such study; {did_you_mean(name, known)}")])
+        return list(known.values())[-1] if name is None else known[name]
+
+    def delete(self, name: str) -> None:
+        """Remove a study's folder and trials; hold its lock meanwhile.
+
+        Raises:
+            StorageError: Something cannot be removed.
+        """
+        with storage_errors(f"deleting study {name}"):
+            shutil.rmtree(self.folder(name))
+            optuna.delete_study(study_name=name, storage=self._storage())
+
+    def folder(self, study: str) -> Path:
+        """Return the folder of what a study writes for people, and of its checkpoints."""
+        return study_folder(self.root, study)
+
+    @contextlib.contextmanager
+    def lock(self, study: str) -> Iterator[None]:
+        """Hold the one right to drive a study; the system takes it back when the process ends, however it ends.
+
+        Raises:
+            StudyBusy: Another process holds it.
+            StorageError: The folder cannot be written.
+        """
+        path = self.folder(study) / LOCK
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            remedy = "make room or permission for it, or name another --root"
+            raise StorageError(f"{path}: cannot be written: {error.strerror}; {remedy}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise StudyBusy(f"study {study} is driven by {holder}; wait for it, or name another --study") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            sweep(path.parent)
+            yield
+
+    def _names(self) -> set[str]:
+        """Return the names in the database that are taken, by other programs' studies too."""
+        return {summary.study_name for summary in self._summaries() if not self._is_abandoned(summary)}
+
+    def _is_abandoned(self, study: StudySummary) -> bool:
+        """Say whether the search that created a study was killed before it described it.
+
+        A search holds its study's lock before it creates it, so then the study's folder is there.
+        """
+        bare = _HEADER not in study.user_attrs and study.n_trials == 0
+        return bare and self.folder(study.study_name).exists()
+
+    def _summaries(self) -> list[StudySummary]:
+        if not self.database.exists():
+            return []
+        storage = self._storage()
+        with _readable(self.database):
+            return optuna.get_all_study_summaries(storage)
+
+    def _storage(self, *, create: bool = False) -> RDBStorage:
+        """Open the database, in the journal mode that lets people read it while a search writes."""
+        with _readable(self.database):
+            if create:
+                create_whole(self.database, _build_database)
+                with contextlib.closing(sqlite3.connect(self.database)) as connection:
+                    connection.execute("PRAGMA journal_mode=WAL")
+            self._opened = self._opened or RDBStorage(sqlite_uri(self.database))
+            return self._opened
+
+
+def _build_database(database: Path) -> None:
+    RDBStorage(sqlite_uri(database)).engine.dispose()
+
+
+@contextlib.contextmanager
+def _readable(database: Path) -> Iterator[None]:
+    """Say of a database that cannot be opened what to do."""
+    try:
+        with storage_errors("opening"):
+            yield
+    except StorageError as error:
+        message = f"cannot be used as Optuna's database: {error}; move it away, or name another --root"
+        raise InvalidInput(str(database), [Problem("", message)]) from None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield each place in which two documents differ."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    for place in [*before, *(place for place in after if place not in before)]:
+        if before.get(place) != after.get(place):
+            yield Problem(
+                place, f"the study has {before.get(place, 'nothing')}, this search {after.get(place, 'nothing')}"
+            )
+
+
+def _leaves(data: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _leaves(value, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, json.dumps(data)

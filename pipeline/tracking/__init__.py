@@ -1,0 +1,1 @@
+"""Who is told of a search while it runs: MLflow."""

@@ -1,0 +1,1 @@
+"""Train trials: from configs and a workload to the metrics of epochs."""

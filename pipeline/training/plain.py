@@ -1,0 +1,308 @@
+"""The reference trainer: one `nn.Module`, one torch optimizer and one torch scheduler per trial."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.space.param_groups import assign_groups
+from pipeline.space.trial import EpochMetrics
+from pipeline.training.optim import Strategy, hidden_matrices
+from pipeline.training.stepwise import Batches, train_epoch_of, trouble_of_its_own
+from pipeline.workloads.data import evaluation_batches, place, seed_global, training_batches
+from pipeline.workloads.workload import Workload
+
+
+class PlainTrials:
+    """A group of plain trials that advance epoch by epoch together; see `TrialGroup` for the contract.
+
+    Args:
+        configs: Trial number to what it trains.
+        workload: Data, model, loss and metrics of all of them.
+        device: Where data and models live.
+        dtype: Of parameters and floating-point data.
+        seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
+    """
+
+    fused = False
+    """Whether its trials are rows of a matrix."""
+
+    def __init__(
+        self,
+        configs: Mapping[int, TrialConfig],
+        workload: Workload,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seeded: bool = True,
+    ) -> None:
+        self.configs = dict(configs)
+        self._config = next(iter(configs.values()))
+        self._epoch = 0
+        self._device, self._dtype = device, dtype
+        self._workload = workload = place(workload, device=device, dtype=dtype)
+        self._trials = {
+            number: PlainTrial(config, workload, device=device, dtype=dtype, seeded=seeded)
+            for number, config in configs.items()
+        }
+        self._failed: dict[int, EpochMetrics] = {}
+
+    def train_epoch(self) -> dict[int, EpochMetrics]:
+        """Train every trial for one epoch and evaluate it; a diverged or failed trial has left the group."""
+        return train_epoch_of(self)
+
+    def training_batches(self) -> Batches:
+        """Yield the batches of the epoch that comes next; see `Stepwise` for this and what follows."""
+        return training_batches(self._workload, self._config, epoch=self._epoch, device=self._device, dtype=self._dtype)
+
+    def evaluation_batches(self, name: str) -> Batches:
+        """Yield the batches of a split."""
+        return evaluation_batches(self._workload, name, self._config, dtype=self._dtype)
+
+    def begin_epoch(self) -> None:
+        """Make ready for the batches of an epoch."""
+        self._failed = {}
+        self._each(PlainTrial.begin_epoch)
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Update every trial on one batch."""
+        self._each(lambda trial: trial.train_step(inputs.clone(), targets.clone()))  # a model may change them in place
+
+    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Evaluate every trial on one batch."""
+        self._each(lambda trial: trial.evaluate_step(inputs, targets))
+
+    def end_epoch(self) -> dict[int, EpochMetrics]:
+        """Return what the epoch came to."""
+        self._epoch += 1
+        results: dict[int, EpochMetrics] = {}
+        self._each(lambda trial: trial.end_epoch(), results)
+        for number in [number for number, metrics in results.items() if metrics.diverged]:
+            self.drop(number)
+        return dict(sorted((results | self._failed).items()))
+
+    def _each(self, function: Callable[[PlainTrial], Any], results: dict[int, Any] | None = None) -> None:
+        """Call a function of every trial; one that raises has failed, whatever a person's model raises."""
+        for number, trial in list(self._trials.items()):
+            try:
+                value = function(trial)
+            except Exception as error:
+                trouble_of_its_own(error)
+                failed = f"{type(error).__name__}: {error}"
+                self._failed[number] = EpochMetrics(
+                    epoch=trial.epoch, step=trial.step, metrics={}, lr={}, failed=failed
+                )
+                self.drop(number)
+            else:
+                if results is not None:
+                    results[number] = value
+
+    def drop(self, number: int) -> None:
+        """Stop training a trial."""
+        del self._trials[number], self.configs[number]
+
+    def test(self) -> dict[int, dict[str, float]]:
+        """Return each trial's `test/…` metrics."""
+        for inputs, targets in self.evaluation_batches("test"):
+            for trial in self._trials.values():
+                trial.evaluate_step(inputs, targets)
+        return {number: trial.evaluated("test") for number, trial in self._trials.items()}
+
+    def model_state(self, number: int) -> dict[str, Tensor]:
+        """Return a trial's parameters and buffers by name, on the CPU."""
+        state = self._trials[number].model.state_dict()
+        return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every trial."""
+        return {str(number): trial.state_dict() for number, trial in self._trials.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; trials that it does not hold were dropped."""
+        for number in [number for number in self._trials if str(number) not in state]:
+            self.drop(number)
+        for number, trial in self._trials.items():
+            trial.load_state_dict(state[str(number)])
+            self._epoch = trial.epoch
+
+
+class PlainTrial:
+    """One trial; its steps read as a person would write them."""
+
+    def __init__(
+        self, config: TrialConfig, workload: Workload, *, device: torch.device, dtype: torch.dtype, seeded: bool
+    ) -> None:
+        self.config = config
+        self.seeded = seeded
+        self.workload = workload
+        self.device = device
+        self.epoch = 0
+        self.step = 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "weights"))
+            self.model = workload.build_model().to(device, dtype)
+        for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
+            kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        patterns = {name: group.pattern for name, group in config.param_groups.items()}
+        groups, problems = assign_groups(parameters, patterns)
+        assert not problems, problems
+        for name, group in config.param_groups.items():
+            for parameter in groups[name]:
+                parameters[parameter].requires_grad_(group.lr_ratio != 0)
+        self.trained = [p for p in parameters.values() if p.requires_grad]
+        self.strategy = Strategy(
+            config,
+            {group: [(name, parameters[name]) for name in names] for group, names in groups.items()},
+            steps_per_epoch=math.ceil(len(workload.train) / config.batch_size),
+            directions=workload.directions,
+            hidden_matrices=hidden_matrices(self.model),
+        )
+        self.record = Record()
+
+    def begin_epoch(self) -> None:
+        """Make ready for the batches of an epoch."""
+        self.record = Record()
+        self.model.train()
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Update the parameters on one batch."""
+        record = self.record
+        record.rates.append(self.strategy.learning_rates())
+        self.strategy.zero_grad()
+        with seeded_step(self.seeded, self.device, self.config.seed, "step", self.epoch, len(record.sizes)):
+            with autocast(self.config, self.device):
+                loss = self.workload.loss(self.model(inputs), targets)
+            loss.backward()
+        if self.config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
+        self.strategy.step()
+        record.losses.append(loss.detach())
+        record.sizes.append(len(inputs))
+
+    @torch.no_grad()
+    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Note the model's outputs for one batch of a split."""
+        record = self.record
+        self.model.eval()
+        with (
+            seeded_step(self.seeded, self.device, self.config.seed, "evaluation", self.epoch, len(record.outputs)),
+            autocast(self.config, self.device),
+        ):
+            record.outputs.append(self.model(inputs))
+        record.targets.append(targets)
+
+    def end_epoch(self) -> EpochMetrics:
+        """Return what the epoch came to, and move a schedule that moves every epoch."""
+        record = self.record
+        first = self.step + 1
+        self.step += len(record.sizes)
+        self.epoch += 1
+        losses = torch.stack(record.losses).tolist()
+        metrics = {"train/loss": mean_loss(losses, record.sizes), **self.evaluated("val")}
+        diverged = why_diverged(losses, metrics, first_step=first, epoch=self.epoch)
+        if diverged is None:
+            self.strategy.end_epoch(metrics)
+        points = {name: [(first + n, r[name]) for n, r in enumerate(record.rates)] for name in record.rates[0]}
+        lr = {name: tuple(some if self.strategy.per_step else some[-1:]) for name, some in points.items()}
+        self.record = Record()
+        return EpochMetrics(epoch=self.epoch, step=self.step, metrics=metrics, lr=lr, diverged=diverged)
+
+    @torch.no_grad()
+    def evaluated(self, name: str) -> dict[str, float]:
+        """Return the loss and every metric of what was noted of a split, named after it."""
+        outputs, targets = torch.cat(self.record.outputs), torch.cat(self.record.targets)
+        outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+        values = {f"{name}/loss": float(self.workload.loss(outputs, targets))}
+        finite = bool(torch.isfinite(outputs).all())  # a metric may raise on what a diverged model puts out
+        for metric, measure in self.workload.metrics.items():
+            values[f"{name}/{metric}"] = float(measure.function(outputs, targets)) if finite else math.nan
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next epoch depends on."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())},
+            "strategy": self.strategy.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that a trial of the same config returned."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        here = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        check_shapes(here, state["model"])
+        for name, value in here.items():
+            value.data.copy_(state["model"][name])  # also the buffers that `load_state_dict` leaves out
+        self.strategy.load_state_dict(state["strategy"])
+
+
+@dataclass
+class Record:
+    """What an epoch has come to so far."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    """Of each step: scalars, or (row,)."""
+    sizes: list[int] = field(default_factory=list)
+    """Samples of each step."""
+    rates: list[dict[str, float]] = field(default_factory=list)
+    """Learning rates of each step by group."""
+    outputs: list[Tensor] = field(default_factory=list)
+    """Of each batch of an evaluation: (sample, …), or (row, sample, …)."""
+    targets: list[Tensor] = field(default_factory=list)
+
+
+def check_shapes(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of a model's tensors with those of a state.
+
+    Raises:
+        ValueError: They differ.
+    """
+    ours, theirs = ({name: tuple(value.shape) for name, value in some.items()} for some in (here, saved))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"{name} is {ours.get(name, 'absent')} here and was {theirs.get(name, 'absent')}")
+
+
+@contextlib.contextmanager
+def seeded_step(seeded: bool, device: torch.device, seed: int, *purpose: str | int) -> Iterator[None]:
+    """Seed torch's global random states for a step, and leave them as they were; do nothing unless `seeded`."""
+    if not seeded:
+        yield
+        return
+    with fork_rng(device):
+        seed_global(derive_seed(seed, *purpose), device)
+        yield
+
+
+def autocast(config: TrialConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of a config's forward passes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
+
+
+def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context that leaves torch's global random states as they were, the CPU's and the device's."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def mean_loss(losses: list[float], sizes: list[int]) -> float:
+    """Return the mean over an epoch's samples of the losses of its steps."""
+    return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+
+
+def why_diverged(losses: list[float], metrics: Mapping[str, float], *, first_step: int, epoch: int) -> str | None:
+    """Say where a trial's numbers stopped being finite, or None while they are."""
+    for step, loss in enumerate(losses, start=first_step):
+        if not math.isfinite(loss):
+            return f"the loss became {loss} at step {step}, in epoch {epoch}"
+    if not math.isfinite(metrics["val/loss"]):
+        return f"val/loss became {metrics['val/loss']} after epoch {epoch}"
+    return None

@@ -1,0 +1,59 @@
+"""How numbers are computed while trials train: PyTorch's global settings, set as a config asks and put back after."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pipeline.space.config import TrialConfig
+from pipeline.training.rows.kernels import channels_last_pooling
+
+_CUDNN: Any = torch.backends.cudnn
+PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn)
+"""What a CUDA device may compute from rounded factors; https://docs.pytorch.org/docs/stable/notes/cuda.html.
+PyTorch's own default rounds those of convolutions."""
+
+
+@contextlib.contextmanager
+def arithmetic(config: TrialConfig, device: torch.device) -> Iterator[None]:
+    """Compute as a config asks on a device, and, on the CPU, with one thread and the channels last in pooling.
+
+    bfloat16 is no global setting; see `pipeline.training.plain.autocast`.
+    """
+    threads = torch.get_num_threads()
+    products = [product.fp32_precision for product in PRODUCTS]
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        if device.type == "cuda":
+            _set_products(["tf32" if config.precision == "tf32" else "ieee"] * len(PRODUCTS))
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, which reads it once
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        with channels_last_pooling() if device.type == "cpu" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        _set_products(products)
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def in_force(device: torch.device) -> dict[str, Any]:
+    """Return the settings that numbers depend on now."""
+    if device.type == "cpu":
+        return {"threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled()}
+    of_cuda = {"fp32_precision": PRODUCTS[0].fp32_precision} if device.type == "cuda" else {}
+    return {**of_cuda, "deterministic": torch.are_deterministic_algorithms_enabled()}
+
+
+def _set_products(precisions: list[str]) -> None:
+    for product, precision in zip(PRODUCTS, precisions, strict=True):
+        product.fp32_precision = precision

@@ -1,0 +1,240 @@
+"""A process that trains trials on a core of its own, for a CPU.
+
+Threads would wait for each other: PyTorch needs the interpreter's lock between any two operations, and two threads with
+half of the rows each took as long as one with all of them. A worker is forked, so it has the workload, the model's code
+and all settings as its owner has them, and takes hundredths of a second to start. It ends with its owner, however that
+ends; if it is stopped then, as soon as it goes on.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import gc
+import multiprocessing
+import os
+import pickle
+import select
+import signal
+import stat
+import sys
+import threading
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.files.locks import LOCK
+from pipeline.files.signals import STOPS, signals_put_off
+from pipeline.space.config import TrialConfig
+from pipeline.space.trial import EpochMetrics
+
+Build = Callable[[Mapping[int, TrialConfig]], Any]
+"""Builds a trainer of trials."""
+
+
+class WorkerEnded(Exception):
+    """A worker was ended by something else; what it had is lost."""
+
+
+def can_fork() -> bool:
+    """Say whether this process may be forked: autograd, if it has threads for another device, does not survive it."""
+    return sys.platform == "linux" and not torch.accelerator.is_available()
+
+
+class Worker:
+    """A process that holds trainers, and does with them what it is asked to, one thing at a time.
+
+    Args:
+        build: Builds a trainer there.
+    """
+
+    def __init__(self, build: Build) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        self._lock = threading.Lock()
+        self._keys = 0
+        self._forgotten: collections.deque[int] = collections.deque()
+        self._why = "a process that trained trials has ended"
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # else the worker writes it once more
+        with warnings.catch_warnings(), signals_put_off():
+            # Of other threads: a lock that one holds now stays held in the worker, as in those of a DataLoader.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+            if pid == 0:
+                _serve(theirs, build)
+        theirs.close()
+        self.pid = pid
+        self._end = weakref.finalize(self, _end, self._connection, pid, os.getpid())
+
+    def end(self) -> None:
+        """End the process, with all that it holds."""
+        self._end()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process was found to have ended."""
+        return not self._end.alive
+
+    def build(self, configs: Mapping[int, TrialConfig], *, fused: bool) -> RemoteTrials:
+        """Build the trainer of some trials."""
+        self._keys += 1
+        trials = RemoteTrials(self, self._keys, fused=fused)
+        trials.call("build", dict(configs))
+        weakref.finalize(trials, self._forgotten.append, self._keys).atexit = False
+        return trials
+
+    def call(self, key: int, method: str, *arguments: Any) -> tuple[Any, dict[int, TrialConfig]]:
+        """Call a trainer's method; return its value and the configs of the trials that are left.
+
+        Raises:
+            WorkerEnded: The process has ended.
+        """
+        with self._lock:
+            forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+            try:
+                self._connection.send_bytes(pickle.dumps((key, method, arguments, forgotten)))
+                value, configs, error = pickle.loads(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                if status := self._end():
+                    self._why += f", killed by signal {-status}" if status < 0 else f", with status {status}"
+                raise WorkerEnded(self._why) from None
+            except BaseException:  # the answer may come yet, and must not be the next question's
+                self._end()
+                raise
+        if error is not None:
+            raise error
+        return value, configs
+
+
+class RemoteTrials:
+    """A group of trials that a worker trains; see `TrialGroup` for the contract."""
+
+    def __init__(self, worker: Worker, key: int, *, fused: bool) -> None:
+        self.worker = worker
+        self.fused = fused
+        self.configs: dict[int, TrialConfig] = {}
+        self._key = key
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the trainer there."""
+        value, self.configs = self.worker.call(self._key, method, *arguments)
+        return value
+
+    def train_epoch(self) -> dict[int, EpochMetrics]:
+        """Train every trial for one epoch and evaluate it."""
+        results: dict[int, EpochMetrics] = self.call("train_epoch")
+        return results
+
+    def drop(self, number: int) -> None:
+        """Stop training a trial."""
+        self.call("drop", number)
+
+    def test(self) -> dict[int, dict[str, float]]:
+        """Return each trial's `test/…` metrics."""
+        metrics: dict[int, dict[str, float]] = self.call("test")
+        return metrics
+
+    def model_state(self, number: int) -> dict[str, Any]:
+        """Return a trial's parameters and buffers by name."""
+        state: dict[str, Any] = self.call("model_state", number)
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every trial."""
+        state: dict[str, Any] = self.call("state_dict")
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; trials that it does not hold were dropped."""
+        self.call(
+            "load_state_dict", {str(number): state[str(number)] for number in self.configs if str(number) in state}
+        )
+
+
+def _serve(connection: Connection, build: Build) -> NoReturn:
+    """Be the worker: do what is asked until nobody is left to ask."""
+    status = 1
+    try:
+        for number in STOPS:  # which say to the owner that it shall stop
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        gc.freeze()  # nothing that the owner has may be closed from here
+        _let_go(but=connection.fileno())
+        threading.Thread(target=_end_with_owner, args=(connection.fileno(),), daemon=True).start()
+        trainers: dict[int, Any] = {}
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                key, method, arguments, forgotten = pickle.loads(connection.recv_bytes())
+                for old in forgotten:
+                    trainers.pop(old, None)
+                answer = _answer(trainers, key, method, arguments, build)
+                sys.stdout.flush()
+                connection.send_bytes(answer)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _answer(trainers: dict[int, Any], key: int, method: str, arguments: tuple[Any, ...], build: Build) -> bytes:
+    """Return a value, the configs of the trials that are left, and what was raised in place of a value; pickled."""
+    try:
+        if method == "build":
+            trainers[key] = build(*arguments)
+            return pickle.dumps((None, trainers[key].configs, None))
+        value = getattr(trainers[key], method)(*arguments)
+        return pickle.dumps((value, trainers[key].configs, None))
+    except Exception as error:
+        return pickle.dumps((None, trainers[key].configs if key in trainers else {}, _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an exception that another process can read, of the same name and text."""
+    with contextlib.suppress(Exception):
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error.with_traceback(None)
+    if isinstance(error, PipelineError):
+        return PipelineError(str(error))
+    text = type(error).__name__
+    with contextlib.suppress(Exception):
+        text += f": {error}"
+    return RuntimeError(text)
+
+
+def _let_go(*, but: int) -> None:
+    """Close the owner's connections and its study's lock, which others take to be the owner's life; keep its files."""
+    for descriptor in [int(link.name) for link in Path("/proc/self/fd").iterdir()]:
+        with contextlib.suppress(OSError):  # the list's own
+            mode = os.fstat(descriptor).st_mode
+            is_lock = Path(f"/proc/self/fd/{descriptor}").readlink().name == LOCK
+            if descriptor > 2 and descriptor != but and (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode) or is_lock):
+                os.close(descriptor)
+
+
+def _end_with_owner(descriptor: int) -> None:
+    """End as soon as the other side of a connection is closed, in the middle of an epoch too."""
+    hung_up = select.poll()
+    hung_up.register(descriptor, select.POLLRDHUP)
+    hung_up.poll()
+    os._exit(0)
+
+
+def _end(connection: Connection, pid: int, owner: int) -> int | None:
+    """Let go of a worker, and return its exit status as `subprocess` would."""
+    if os.getpid() != owner:  # in a fork of the owner, which has this too
+        return None
+    connection.close()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)  # it holds nothing of its own, and may be stopped
+    with contextlib.suppress(ChildProcessError):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return None

@@ -1,0 +1,1 @@
+"""Train many trials at once, as the rows of one matrix."""

@@ -1,0 +1,248 @@
+"""The optimizers and schedulers of all rows of a matrix: real ones say the rates, rules make the updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.space.config import TrialConfig
+from pipeline.training.optim import Strategy, over_placeholders
+from pipeline.training.rows.update_rules import RULES, Carry, Coefficients, Rule
+
+CLIP_EPS = 1e-6
+"""As in `torch.nn.utils.clip_grad_norm_`."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The coefficients of a block's epoch, on the device; see `Coefficients`."""
+
+    rate: Tensor
+    """(step, group, row, 1)"""
+    direction: Tensor
+    """(step, coefficient, row, 1)"""
+    l2: Tensor | None
+    """(step, group, row, 1), as is `shrink`."""
+    shrink: Tensor | None
+
+
+@dataclass
+class _Block:
+    """Rows that share an optimizer and its boolean options."""
+
+    rule: Rule
+    rows: slice
+    states: list[Tensor]
+    """Each (row, parameter)."""
+    carry: Carry = field(default_factory=dict)
+
+
+class MatrixOptimizer:
+    """Updates a matrix with one trial per row, each by its own optimizer and schedule.
+
+    Rates, and momenta that a schedule moves, are read from a real `Strategy` per trial over placeholder parameters.
+
+    Args:
+        configs: Trial number to config, in the order of the rows, which is `row_order`'s.
+        groups: Name to columns of each group that is trained.
+        matrix: (row, parameter); says shape, dtype and device.
+        steps_per_epoch: Updates in one epoch.
+        directions: Metric name to "minimize" or "maximize".
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[int, TrialConfig],
+        *,
+        groups: Mapping[str, slice],
+        matrix: Tensor,
+        steps_per_epoch: int,
+        directions: Mapping[str, str],
+    ) -> None:
+        self._groups = groups
+        self._steps_per_epoch = steps_per_epoch
+        self._steps = 0
+        self._device, self._dtype = matrix.device, matrix.dtype
+        self._strategies = {
+            number: over_placeholders(config, steps_per_epoch=steps_per_epoch, directions=directions)
+            for number, config in configs.items()
+        }
+        self._blocks = _build_blocks(list(configs.values()), matrix)
+        limits = [math.inf if config.clip_grad_norm is None else config.clip_grad_norm for config in configs.values()]
+        self._clips = any(map(math.isfinite, limits))
+        self._norm_limits = torch.tensor(limits, device=self._device, dtype=self._dtype).unsqueeze(1)
+        self._plans: list[_Plan] = []
+
+    def plan_epoch(self) -> dict[int, dict[str, list[float]]]:
+        """Ask every trial's schedulers for a whole epoch, and turn the answers into coefficients.
+
+        Returns:
+            Trial number to group name to the rate of each step; a frozen group is not among them.
+        """
+        steps = self._steps_per_epoch
+        settings = {number: list(self._settings(strategy)) for number, strategy in self._strategies.items()}
+        numbers = torch.arange(self._steps + 1, self._steps + steps + 1, dtype=torch.float64).view(-1, 1, 1)
+        names, members = list(self._groups), list(settings)
+        self._plans = []
+        for block in self._blocks:
+            rows = [settings[number] for number in members[block.rows]]
+            hyper = {
+                name: torch.stack([_table(row, name, names).expand(steps, -1) for row in rows], dim=1)
+                for name in rows[0][0][names[0]]
+            }
+            self._plans.append(self._to_plan(block.rule.coefficients(hyper, numbers, block.carry)))
+        self._steps += steps
+        return {
+            number: {name: [of[name]["lr"] for of in _each_step(row, steps)] for name in names}
+            for number, row in settings.items()
+        }
+
+    @torch.no_grad()
+    def update(self, matrix: Tensor, gradients: Tensor, *, step: int) -> None:
+        """Update every row in place.
+
+        Args:
+            matrix: (row, parameter)
+            gradients: (row, parameter); overwritten.
+            step: Within the epoch that was planned, counted from 0.
+        """
+        groups = self._groups.values()
+        if self._clips:
+            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+            factors = (self._norm_limits / (norms + CLIP_EPS)).clamp_(max=1.0)
+            # A norm may overflow, and a row without a limit must not notice that its neighbours have one.
+            gradients.mul_(factors.masked_fill_(self._norm_limits.isinf(), 1.0))
+        for block, plan in zip(self._blocks, self._plans, strict=True):
+            p, g = matrix[block.rows], gradients[block.rows]
+            if plan.l2 is not None:
+                for columns, l2 in zip(groups, plan.l2[step], strict=True):
+                    g[:, columns].addcmul_(p[:, columns], l2)
+            direction = block.rule.direction(g, block.states, plan.direction[step].unbind())
+            if plan.shrink is not None:
+                for columns, shrink in zip(groups, plan.shrink[step], strict=True):
+                    p[:, columns].mul_(shrink)
+            for columns, rate in zip(groups, plan.rate[step], strict=True):
+                p[:, columns].addcmul_(direction[:, columns], rate, value=-1)
+
+    def end_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Move a trial's schedule, if it moves every epoch."""
+        self._strategies[number].end_epoch(metrics)
+
+    def moves_every_step(self, number: int) -> bool:
+        """Say whether a trial's schedule moves every step."""
+        return self._strategies[number].per_step
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows; what stays is copied as it is, so no row notices."""
+        members = list(self._strategies)
+        self._strategies = {members[row]: self._strategies[members[row]] for row in rows}
+        self._norm_limits = self._norm_limits[torch.tensor(list(rows), dtype=torch.long, device=self._device)]
+        blocks, start = [], 0
+        for block in self._blocks:
+            local = [row - block.rows.start for row in rows if block.rows.start <= row < block.rows.stop]
+            if not local:
+                continue
+            states = [state[torch.tensor(local, device=self._device)] for state in block.states]
+            carry = {name: values[local] for name, values in block.carry.items()}
+            blocks.append(_Block(block.rule, slice(start, start + len(local)), states, carry))
+            start += len(local)
+        self._blocks = blocks
+
+    def row_states(self) -> dict[int, dict[str, Any]]:
+        """Return the state of each trial's optimizer and scheduler."""
+        members, found = list(self._strategies), {}
+        for block in self._blocks:
+            states = [state.cpu() for state in block.states]
+            for row, number in enumerate(members[block.rows]):
+                found[number] = {
+                    "states": [state[row].clone() for state in states],
+                    "carry": {name: values[row].clone() for name, values in block.carry.items()},
+                    "strategy": self._strategies[number].state_dict(),
+                }
+        return found
+
+    def load_row_state(self, number: int, saved: Mapping[str, Any], *, steps: int) -> None:
+        """Go on from one trial's state, after `steps` updates; every trial of the matrix has made as many."""
+        block, row = self._locate(number)
+        self._steps = steps
+        for state, its in zip(block.states, saved["states"], strict=True):
+            state[row] = its
+        rows = block.rows.stop - block.rows.start
+        for name, its in saved["carry"].items():
+            block.carry.setdefault(name, its.cpu().repeat(rows, 1))[row] = its
+        self._strategies[number].load_state_dict(saved["strategy"])
+
+    def _locate(self, number: int) -> tuple[_Block, int]:
+        """Return a trial's block and its row within it."""
+        row = list(self._strategies).index(number)
+        block = next(block for block in self._blocks if block.rows.start <= row < block.rows.stop)
+        return block, row - block.rows.start
+
+    def _settings(self, strategy: Strategy) -> Iterator[dict[str, dict[str, float]]]:
+        """Yield group name to hyperparameters, for each step if the schedule moves every step, else once."""
+        (optimizer,) = strategy.optimizers
+        for _ in range(self._steps_per_epoch if strategy.per_step else 1):
+            yield {group["group"]: _numbers(group, optimizer.defaults) for group in optimizer.param_groups}
+            if strategy.per_step:
+                for scheduler in strategy.schedulers:
+                    scheduler.step()
+
+    def _to_plan(self, coefficients: Coefficients) -> _Plan:
+        def columns(values: Tensor) -> Tensor:
+            on_host = values.permute(0, 2, 1).unsqueeze(-1).to(self._dtype).contiguous()
+            return on_host.to(self._device, non_blocking=True)
+
+        rate, l2, shrink = coefficients.rate, coefficients.l2, coefficients.shrink
+        alike = [values[:, :, 0].expand(rate.shape[:2]) for values in coefficients.direction]
+        return _Plan(
+            rate=columns(rate),
+            direction=columns(torch.stack(alike, dim=-1) if alike else rate[:, :, :0]),
+            l2=columns(l2) if l2 is not None and bool(l2.any()) else None,
+            shrink=columns(shrink) if shrink is not None and bool((shrink != 1).any()) else None,
+        )
+
+
+def row_order(configs: Mapping[int, TrialConfig]) -> dict[int, TrialConfig]:
+    """Return trials in the order of rows: those of one optimizer beside each other, by number."""
+    return dict(sorted(configs.items(), key=lambda item: (_block_key(item[1]), item[0])))
+
+
+def _block_key(config: TrialConfig) -> tuple[str, tuple[tuple[str, bool], ...]]:
+    """Return what rows of one block have in common: the optimizer and its boolean options."""
+    options = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if isinstance(value, bool)}
+    return type(config.optimizer).__name__, tuple(sorted(options.items()))
+
+
+def _build_blocks(configs: Sequence[TrialConfig], matrix: Tensor) -> list[_Block]:
+    keys = [_block_key(config) for config in configs]
+    blocks = []
+    for key in dict.fromkeys(keys):
+        start, count = keys.index(key), keys.count(key)
+        name, options = key
+        rule = RULES[name](dict(options))
+        states = [torch.zeros_like(matrix[:count]) for _ in rule.states]
+        blocks.append(_Block(rule, slice(start, start + count), states))
+    return blocks
+
+
+def _each_step(settings: list[dict[str, dict[str, float]]], steps: int) -> list[dict[str, dict[str, float]]]:
+    return settings if len(settings) == steps else settings * steps
+
+
+def _table(settings: Sequence[Mapping[str, Mapping[str, float]]], name: str, groups: Sequence[str]) -> Tensor:
+    """Return one hyperparameter of one trial as (step, group), float64."""
+    return torch.tensor([[of_group[group][name] for group in groups] for of_group in settings], dtype=torch.float64)
+
+
+def _numbers(group: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, float]:
+    """Return the optimizer's own hyperparameters, `names`, of one of torch's parameter groups as numbers."""
+    values = {name: group[name] for name in names if isinstance(group[name], int | float)}
+    if "betas" in names:
+        values["beta1"], values["beta2"] = group["betas"]
+    return {name: float(value) for name, value in values.items()}

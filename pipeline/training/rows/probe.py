@@ -1,0 +1,264 @@
+"""Whether a workload's trials can train as rows: tried, on a few samples, against the plain trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.errors import first_line
+from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import SGD
+from pipeline.space.schedules import Constant
+from pipeline.space.trial import EpochMetrics
+from pipeline.training.plain import PlainTrials, fork_rng
+from pipeline.training.rows.company import company_of
+from pipeline.training.rows.model import Company
+from pipeline.training.rows.trainer import FusedTrials
+from pipeline.workloads.data import first_samples, model_inputs, place, samples_of
+from pipeline.workloads.workload import Workload
+
+COPIES = 6
+"""Of the parameters that a trial holds while it trains: values, gradients, two states, and two on the way."""
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """A context that counts the bytes which a forward pass keeps for the backward pass, parameters left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._sizes: dict[int, int] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        """What is kept by now."""
+        return sum(self._sizes.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+SAMPLES, BATCH = 32, 16
+RATES = {0: 0.01, 1: 0.02}
+"""Trial number to base rate: rows that differ."""
+MAX_STEP_FLOPS = 64e6
+"""Of a trial's training step as a row on a CPU. What rows save is Python's work, half a millisecond or so per step;
+larger products are slower side by side than alone (benchmarks/NOTES.md)."""
+TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
+"""By precision: largest difference of a parameter, as a part of the parameters' largest change; likewise of a buffer
+and of a loss. What rounding to float32 leaves of two steps, also behind BatchNorm over few samples, is below a
+thousandth, to bfloat16 below a tenth, and a wrong step is off by all of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What is known of a workload once it was tried."""
+
+    plain_because: str | None = None
+    """Why its trials train plain; None if they are rows."""
+    draws_random_numbers: bool
+    """Whether its model or loss draws random numbers in training, as dropout does."""
+    trial_bytes: int
+    """Memory that a trial takes in a training step, roughly."""
+    company: Company = field(default_factory=Company)
+    """What its rows are computed with."""
+
+
+def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtype: torch.dtype) -> Finding:
+    """Train two trials for two steps as rows and plain, every parameter that is not frozen at the same rate.
+
+    A model that `torch.func.vmap` cannot take is found by its error; one that it would take wrongly, by the result.
+    """
+    tolerance = TOLERANCE[config.precision]
+    workload = place(workload, device=device, dtype=dtype)
+    small = _with_samples(workload, SAMPLES)
+    configs = _configs(dataclasses.replace(config, batch_size=min(config.batch_size, BATCH)))
+    with fork_rng(device):
+        model = workload.build_model().to(device, dtype)
+    finding = _tried_alone(model, small, config, device, dtype)
+    if finding.plain_because:
+        return finding
+    plain = _train(PlainTrials, configs, small, device, dtype)
+    size = sum(value.numel() for value in plain.start.values())
+    for metrics in plain.metrics.values():
+        if not metrics.finished:
+            return _cannot_fuse(finding, f"it could not be tried, {metrics.failed or metrics.diverged}")
+    try:
+        same = _same(_train(FusedTrials, configs, small, device, dtype), plain, model, tolerance)
+        if not same and dtype != torch.float64:
+            # Behind many layers that switch, such as ReLU, rounding alone moves much; in double precision it does not.
+            fused, plain = (_train(cls, configs, small, device, torch.float64) for cls in (FusedTrials, PlainTrials))
+            same = _same(fused, plain, model, tolerance)
+        if not same:
+            return _cannot_fuse(finding, "as rows it trains to other numbers")
+        if keeper := _keeper_of_state(workload, small, config, device, dtype):
+            return _cannot_fuse(finding, f"its {keeper} changes in training and is no buffer")
+        if device.type != "cpu":
+            return finding
+        if config.precision == "bf16":  # whose kernels differ by shape in more ways
+            return _cannot_fuse(finding, "in bfloat16 a CPU's numbers depend on how many trials are rows")
+        company = company_of(workload, _configs(config)[0], size, device=device, dtype=dtype)
+        if company is not None:
+            return dataclasses.replace(finding, company=company)
+        return _cannot_fuse(finding, "its numbers depend on how many trials are rows")
+    except Exception as error:  # whatever a model does that a row cannot
+        return _cannot_fuse(finding, _what_vmap_lacks(error) or f"{type(error).__name__}, {first_line(error)}")
+
+
+def _cannot_fuse(finding: Finding, why: str) -> Finding:
+    return dataclasses.replace(finding, plain_because=f"the model cannot be rows of a matrix: {why}")
+
+
+def _what_vmap_lacks(error: Exception) -> str | None:
+    """Say in fewer words than PyTorch which operation `torch.func.vmap` cannot compute for rows, if that is it."""
+    lacking = re.match(r"Batching rule not implemented for aten::(\w+)", str(error))
+    return f"PyTorch's vmap has no rule for {lacking[1]}" if lacking else None
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What came of an epoch of some trials."""
+
+    start: Mapping[str, Tensor]
+    """The state with which they began."""
+    metrics: Mapping[int, EpochMetrics]
+    states: Mapping[int, Mapping[str, Tensor]]
+    """Of those that finished."""
+
+
+def _train(
+    cls: type[FusedTrials | PlainTrials],
+    configs: Mapping[int, TrialConfig],
+    workload: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Trained:
+    group = cls(configs, workload, device=device, dtype=dtype)
+    start, metrics = group.model_state(0), group.train_epoch()
+    return _Trained(start, metrics, {n: group.model_state(n) for n, its in metrics.items() if its.finished})
+
+
+def _same(fused: _Trained, plain: _Trained, model: nn.Module, tolerance: float) -> bool:
+    """Say whether rows have trained as plain trials have, as far as rounding goes."""
+    return all(
+        _same_losses(fused.metrics[number], plain.metrics[number], tolerance)
+        and _same_states(fused.states[number], plain.states[number], plain.start, dict(tensors), tolerance)
+        for number in RATES
+        for tensors in (model.named_parameters(), model.named_buffers())
+    )
+
+
+def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
+    """Return two trials of a workload that differ, and freeze what a config does; how fast it trains says nothing."""
+    groups = {
+        name: dataclasses.replace(group, lr_ratio=float(group.lr_ratio != 0))
+        for name, group in config.param_groups.items()
+    }
+    optimizers = {number: SGD(base_lr=rate) for number, rate in RATES.items()}
+    return {
+        number: dataclasses.replace(config, optimizer=optimizer, scheduler=Constant(), param_groups=groups)
+        for number, optimizer in optimizers.items()
+    }
+
+
+def _with_samples(workload: Workload, count: int) -> Workload:
+    """Return a workload with the first samples of its splits."""
+    train, val = (first_samples(samples_of(workload, name), count) for name in ("train", "val"))
+    return dataclasses.replace(workload, train=train, val=val, test=None)
+
+
+def _tried_alone(
+    model: nn.Module, workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
+) -> Finding:
+    """Make one training step's forward pass, to see what it draws, keeps and computes."""
+    batch = first_samples(samples_of(workload, "train"), BATCH)
+    inputs = model_inputs(workload, batch.inputs, dtype)
+    saved, counter = SavedTensors(model), FlopCounterMode(display=False)
+    with fork_rng(device):
+        torch.manual_seed(0)
+        before = _random_state(device)
+        try:
+            with saved, counter:
+                workload.loss(model.train()(inputs), batch.targets)
+            with torch.no_grad():
+                model.eval()(inputs)
+            draws = not torch.equal(before, _random_state(device))
+        except Exception:
+            draws = True
+    steps = config.batch_size / len(inputs)
+    flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many
+    why = f"a step of {flops / 1e9:.2g} GFLOP gains nothing as a row on a CPU"
+    return Finding(
+        plain_because=why if device.type == "cpu" and flops > MAX_STEP_FLOPS else None,
+        draws_random_numbers=draws,
+        trial_bytes=int(saved.bytes * steps) + COPIES * sum(p.nbytes for p in model.parameters()),
+    )
+
+
+def _keeper_of_state(
+    workload: Workload, small: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Return what a forward pass in training changes in a module and is no buffer: rows would share it.
+
+    That is an attribute such as a counter, or a parameter, perhaps a frozen one that follows another slowly.
+    """
+    with fork_rng(device), torch.no_grad():
+        model = workload.build_model().to(device, dtype).train()
+        inputs = model_inputs(workload, first_samples(samples_of(small, "train"), BATCH).inputs, dtype)
+        before = _plain_attributes(model)
+        versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts what writes
+        model(inputs)
+    if written := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
+        return f"parameter {written[0]}"
+    after = _plain_attributes(model)
+    return next((name for name in after if before.get(name) != after[name]), None)
+
+
+def _plain_attributes(model: nn.Module) -> dict[str, Any]:
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str) and name != "training"
+    }
+
+
+def _random_state(device: torch.device) -> Tensor:
+    states = [torch.get_rng_state()]
+    states += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    states += [torch.mps.get_rng_state()] if device.type == "mps" else []
+    return torch.cat(states)
+
+
+def _same_losses(fused: EpochMetrics, plain: EpochMetrics, tolerance: float) -> bool:
+    return all(
+        math.isclose(fused.metrics[name], plain.metrics[name], rel_tol=tolerance, abs_tol=tolerance)
+        for name in ("train/loss", "val/loss")
+    )
+
+
+def _same_states(
+    fused: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    names: Container[str],
+    tolerance: float,
+) -> bool:
+    """Say whether parameters, or buffers, are the same as far as rounding goes, measured by how far they have moved."""
+    saved = [name for name in plain if name in names]
+    floats = [name for name in saved if plain[name].is_floating_point()]
+    moved = max((float((plain[name] - start[name]).abs().max()) for name in floats), default=0.0)
+    apart = max((float((plain[name] - fused[name]).abs().max()) for name in floats), default=0.0)
+    counts = all(torch.equal(plain[name], fused[name]) for name in saved if name not in floats)
+    return counts and apart <= tolerance * moved

@@ -1,0 +1,333 @@
+"""The fast trainer: many trials as the rows of one matrix (row, parameter), equal to training each alone.
+
+One `torch.func.vmap` runs the forward pass of all rows, so their gradients come back as a matrix of the same shape; the
+optimizers are the arithmetic of `update_rules` on that matrix. Rates and momenta are read from real torch optimizers
+and schedulers, one `Strategy` per trial over placeholder parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn import functional as F
+
+from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.param_groups import assign_groups
+from pipeline.space.trial import EpochMetrics
+from pipeline.training.plain import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
+from pipeline.training.rows.kernels import cross_entropy_of_rows
+from pipeline.training.rows.model import Company, RowModel
+from pipeline.training.rows.optimizer import MatrixOptimizer, row_order
+from pipeline.training.rows.update_rules import RULES
+from pipeline.training.stepwise import Batches, train_epoch_of
+from pipeline.workloads.data import evaluation_batches, place, training_batches
+from pipeline.workloads.workload import Workload
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where each parameter lies in a row: group after group, in a group as the model has them."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    sizes: tuple[int, ...]
+    groups: Mapping[str, slice]
+    """Columns of each group that is trained."""
+
+    def described(self) -> list[str]:
+        """Return each parameter's name and shape, in order."""
+        return [f"{name} {tuple(shape)}" for name, shape in zip(self.names, self.shapes, strict=True)]
+
+    def views(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Return each parameter of all rows, (row, *shape), as a view of the matrix."""
+        rows, parts = len(matrix), matrix.split(self.sizes, dim=1)
+        return {name: part.view(rows, *shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+
+class FusedTrials:
+    """A group of trials that train as rows of one matrix; see `TrialGroup` for the contract.
+
+    All configs agree in everything but the strategy, and freeze the same groups.
+
+    Args:
+        configs: Trial number to what it trains; every optimizer has a rule, see `has_rule`.
+        workload: Data, model, loss and metrics of all of them.
+        device: Where data and matrix live.
+        dtype: Of parameters and floating-point data.
+        seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
+        company: What rows are computed with, as the probe has found; None: with nothing.
+    """
+
+    fused = True
+    """Whether its trials are rows of a matrix."""
+
+    def __init__(
+        self,
+        configs: Mapping[int, TrialConfig],
+        workload: Workload,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seeded: bool = True,
+        company: Company | None = None,
+    ) -> None:
+        self._seeded = seeded
+        self.configs = row_order(configs)
+        self._workload = place(workload, device=device, dtype=dtype)
+        self._device, self._dtype = device, dtype
+        self._epoch = 0
+        self._step = 0
+        self._config = next(iter(self.configs.values()))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self._config.seed, "weights"))
+            self._model = workload.build_model().to(device, dtype)
+        self._layout = _lay_out(self._model, self._config)
+        trained = {name: p.detach() for name, p in self._model.named_parameters() if name in self._layout.names}
+        row = torch.cat([trained[name].reshape(-1) for name in self._layout.names])
+        rows = len(self.configs)
+        self._matrix = row.repeat(rows, 1)
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self._buffers = {
+            name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
+        }
+        self._each_row = RowModel(self._model, {*trained, *self._buffers}, company or Company())
+        self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
+        self._record = Record()
+        self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
+        self._optimizer = MatrixOptimizer(
+            self.configs,
+            groups=self._layout.groups,
+            matrix=self._matrix,
+            steps_per_epoch=self._steps_per_epoch,
+            directions=workload.directions,
+        )
+
+    def train_epoch(self) -> dict[int, EpochMetrics]:
+        """Train every trial for one epoch and evaluate it; a diverged trial has left the group."""
+        return train_epoch_of(self) if self.configs else {}
+
+    def training_batches(self) -> Batches:
+        """Yield the batches of the epoch that comes next; see `Stepwise` for this and what follows."""
+        return training_batches(self._workload, self._config, epoch=self._epoch, device=self._device, dtype=self._dtype)
+
+    def evaluation_batches(self, name: str) -> Batches:
+        """Yield the batches of a split."""
+        return evaluation_batches(self._workload, name, self._config, dtype=self._dtype)
+
+    def begin_epoch(self) -> None:
+        """Make ready for the batches of an epoch."""
+        self._record = Record()
+        self._rates = self._optimizer.plan_epoch()
+        self._model.train()
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Update every row on one batch."""
+        self.update(*self.gradients(inputs, targets), samples=len(inputs))
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's loss (row,) and gradients (row, parameter) on the next batch of the epoch.
+
+        Raises:
+            RuntimeError: The loss does not depend on a parameter. PyTorch's optimizers leave such a parameter as it
+                is, without weight decay and without counting the step, which a row cannot.
+        """
+        parameters = {name: p.detach().requires_grad_() for name, p in self._layout.views(self._matrix).items()}
+        step = len(self._record.sizes)
+        with seeded_step(self._seeded, self._device, self._config.seed, "step", self._epoch, step):
+            with autocast(self._config, self._device):
+                losses = self._losses(inputs, targets, parameters)
+            gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
+            raise RuntimeError(f"the loss does not depend on {', '.join(unused)}")
+        return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
+
+    def update(self, losses: Tensor, gradients: Tensor, *, samples: int) -> None:
+        """Move every row by its gradients (row, parameter), which are overwritten, on a batch of so many samples."""
+        self._optimizer.update(self._matrix, gradients, step=len(self._record.sizes))
+        self._record.losses.append(losses)
+        self._record.sizes.append(samples)
+
+    @torch.no_grad()
+    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Note every row's outputs for one batch of a split."""
+        record = self._record
+        self._model.eval()
+        parameters = self._layout.views(self._matrix)
+        with (
+            seeded_step(self._seeded, self._device, self._config.seed, "evaluation", self._epoch, len(record.outputs)),
+            autocast(self._config, self._device),
+        ):
+            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers, samples=len(inputs))
+        record.outputs.append(outputs)
+        record.targets.append(targets)
+
+    def end_epoch(self) -> dict[int, EpochMetrics]:
+        """Return what the epoch came to, and move the schedules that move every epoch; diverged rows leave."""
+        record = self._record
+        first = self._step + 1
+        self._epoch += 1
+        self._step += len(record.sizes)
+        evaluated = self._evaluated("val")
+        results = {}
+        for losses, number in zip(torch.stack(record.losses, dim=1).tolist(), self.configs, strict=True):
+            metrics = {"train/loss": mean_loss(losses, record.sizes), **evaluated[number]}
+            diverged = why_diverged(losses, metrics, first_step=first, epoch=self._epoch)
+            if diverged is None:
+                self._optimizer.end_epoch(number, metrics)
+            results[number] = EpochMetrics(
+                epoch=self._epoch, step=self._step, metrics=metrics, lr=self._lr_points(number), diverged=diverged
+            )
+        self._record = Record()
+        self._keep([number for number in self.configs if results[number].diverged is None])
+        return dict(sorted(results.items()))
+
+    def drop(self, number: int) -> None:
+        """Stop training a trial: its row leaves the matrix."""
+        self._keep([other for other in self.configs if other != number])
+
+    def outputs(self, name: str) -> Tensor:
+        """Return what each trial's model puts out for a split, (row, sample, …)."""
+        self._record = Record()
+        for inputs, targets in self.evaluation_batches(name):
+            self.evaluate_step(inputs, targets)
+        return torch.cat(self._record.outputs, dim=1)
+
+    def test(self) -> dict[int, dict[str, float]]:
+        """Return each trial's `test/…` metrics."""
+        if not self.configs:
+            return {}
+        self.outputs("test")
+        return self._evaluated("test")
+
+    def model_state(self, number: int) -> dict[str, Tensor]:
+        """Return a trial's parameters and buffers by name, on the CPU."""
+        row = list(self.configs).index(number)
+        with torch.no_grad():
+            parameters = dict(self._model.named_parameters())
+            for name, value in self._layout.views(self._matrix).items():
+                parameters[name].copy_(value[row])
+            buffers = dict(self._model.named_buffers())
+            for name, value in self._buffers.items():
+                buffers[name].copy_(value[row])
+        state = self._model.state_dict()
+        return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return, by trial, its row and all else that its next epoch depends on."""
+        matrix, optimizers = self._matrix.cpu(), self._optimizer.row_states()
+        buffers = {name: buffer.cpu() for name, buffer in self._buffers.items()}
+        return {
+            str(number): {
+                "epoch": self._epoch,
+                "step": self._step,
+                "row": matrix[row].clone(),
+                "layout": self._layout.described(),
+                "buffers": {name: buffer[row].clone() for name, buffer in buffers.items()},
+                "optimizer": optimizers[number],
+            }
+            for row, number in enumerate(self.configs)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; trials that it does not hold were dropped."""
+        self._keep([number for number in self.configs if str(number) in state])
+        for row, number in enumerate(self.configs):
+            saved = state[str(number)]
+            self._check_layout(saved)
+            self._epoch, self._step = saved["epoch"], saved["step"]
+            self._matrix[row] = saved["row"]
+            for name, buffer in self._buffers.items():
+                buffer[row] = saved["buffers"][name]
+            self._optimizer.load_row_state(number, saved["optimizer"], steps=self._step)
+
+    def _check_layout(self, saved: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless a row's state has the parameters and buffers of this model, in their order."""
+        if self._layout.described() != saved["layout"]:
+            raise ValueError("its parameters have other names, shapes or another order")
+        check_shapes({name: buffer[0] for name, buffer in self._buffers.items()}, saved["buffers"])
+
+    def _losses(self, inputs: Tensor, targets: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return each row's loss (row,) on one batch."""
+        loss, samples = self._workload.loss, len(inputs)
+        if loss is F.cross_entropy and targets.ndim == 1:
+            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers, samples=samples)
+            if outputs.ndim == 3:
+                return cross_entropy_of_rows(outputs, targets)
+            return vmap(loss, in_dims=(0, None))(outputs, targets)
+        return self._each_row(lambda model: loss(model(inputs), targets), parameters, self._buffers, samples=samples)
+
+    def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
+        """Return the rates that a trial used in the epoch, by group; a frozen group's are 0."""
+        sizes, rates = self._record.sizes, self._rates[number]
+        of_groups = {name: rates.get(name, [0.0] * len(sizes)) for name in self._config.param_groups}
+        first = self._step - len(sizes) + 1
+        points = {name: tuple(enumerate(values, start=first)) for name, values in of_groups.items()}
+        if self._optimizer.moves_every_step(number):
+            return points
+        return {name: some[-1:] for name, some in points.items()}
+
+    @torch.no_grad()
+    def _evaluated(self, name: str) -> dict[int, dict[str, float]]:
+        """Return each trial's loss and metrics of what was noted of a split, named after it."""
+        outputs, targets = torch.cat(self._record.outputs, dim=1), torch.cat(self._record.targets)
+        outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+        values = {f"{name}/loss": [self._workload.loss(row, targets) for row in outputs]}
+        # A metric may raise on what a diverged row puts out.
+        finite = torch.isfinite(outputs).flatten(1).all(dim=1).tolist()
+        for metric, measure in self._workload.metrics.items():
+            values[f"{name}/{metric}"] = [
+                measure.function(row, targets) if fine else row.new_tensor(math.nan)
+                for row, fine in zip(outputs, finite, strict=True)
+            ]
+        numbers = {measure: _floats(rows) for measure, rows in values.items()}
+        return {
+            number: {measure: rows[row] for measure, rows in numbers.items()} for row, number in enumerate(self.configs)
+        }
+
+    def _keep(self, numbers: Sequence[int]) -> None:
+        """Keep the rows of these trials; what stays is copied as it is, so no row notices."""
+        if len(numbers) == len(self.configs):
+            return
+        staying = [row for row, number in enumerate(self.configs) if number in numbers]
+        index = torch.tensor(staying, dtype=torch.long, device=self._device)
+        self._matrix = self._matrix[index]
+        self._buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
+        self._optimizer.keep(staying)
+        self.configs = {n: c for n, c in self.configs.items() if n in numbers}
+
+
+def has_rule(optimizer: str) -> bool:
+    """Say whether trials of an optimizer, by its name in a file, can be rows."""
+    return OPTIMIZERS[optimizer].__name__ in RULES
+
+
+def _floats(values: list[Tensor]) -> list[float]:
+    """Return scalars as Python's, fetched from their device all at once if they are on one."""
+    if len({(value.device, value.dtype) for value in values}) == 1:
+        return [float(value) for value in torch.stack(values).tolist()]
+    return [float(value) for value in values]
+
+
+def _lay_out(model: nn.Module, config: TrialConfig) -> _Layout:
+    """Lay out the parameters that train: those of groups that are not frozen."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    patterns = {name: group.pattern for name, group in config.param_groups.items()}
+    assigned, problems = assign_groups(parameters, patterns)
+    assert not problems, problems
+    trained = {name: names for name, names in assigned.items() if config.param_groups[name].lr_ratio != 0}
+    names = [name for group in trained.values() for name in group]
+    groups, start = {}, 0
+    for group, members in trained.items():
+        size = sum(parameters[name].numel() for name in members)
+        groups[group] = slice(start, start + size)
+        start += size
+    shapes = tuple(parameters[name].shape for name in names)
+    return _Layout(tuple(names), shapes, tuple(shape.numel() for shape in shapes), groups)

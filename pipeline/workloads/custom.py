@@ -1,0 +1,167 @@
+"""Workloads of a person's own: a function that they wrote, in a file or a package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.space.config import Own
+from pipeline.workloads.workload import Metric, Split, Workload
+
+PLACE = "workload.function"
+_MEMBERS = {"build_model": "a function", "loss": "a function of (outputs, targets)"}
+
+
+def own_workload(choice: Own) -> Workload:
+    """Load a function, call it, and return the workload that it makes.
+
+    Raises:
+        InvalidInput: It cannot be loaded, raises, or returns something else.
+    """
+    place, colon, name = choice.function.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        _refuse(f"must be path/to/file.py:function or package.module:function, got {choice.function!r}")
+    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    function = getattr(module, name, None)
+    if not inspect.isfunction(function):
+        known = [key for key, value in vars(module).items() if _makes_workload(value)]
+        hint = did_you_mean(name, known) if known else "none of its functions says `-> Workload`"
+        _refuse(f"{place} has no function {name}; {hint}")
+    if not _makes_workload(function):
+        # So that a file from elsewhere cannot have any function called, such as one of the standard library's.
+        _refuse(f"{name} must say that it returns a workload: def {name}(…) -> Workload")
+    return call(function, choice.function, **choice.arguments)
+
+
+def _makes_workload(value: Any) -> bool:
+    """Say whether something is a function that is annotated so, in words or by the class."""
+    said = value.__annotations__.get("return", "") if inspect.isfunction(value) else ""
+    return said is Workload or str(said).strip("'\"").rpartition(".")[2] == "Workload"
+
+
+def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload:
+    """Call a function that makes a workload, and check the form of what it returns.
+
+    Raises:
+        InvalidInput: It raises, or what it returns is no workload.
+    """
+    try:
+        workload = function(**arguments)
+    except InvalidInput:
+        raise
+    except (Exception, SystemExit) as error:
+        _refuse(f"{name} raised {where(error)}")
+    return check_form(workload, name)
+
+
+def check_form(workload: Any, name: str) -> Workload:
+    """Return a workload whose members are of the right kinds.
+
+    Raises:
+        InvalidInput: With everything that is of another kind.
+    """
+    if not isinstance(workload, Workload):
+        _refuse(f"{name} must return a pipeline.workloads.Workload, got {type(workload).__name__}")
+    if problems := [Problem(PLACE, f"{name} returns a Workload whose {problem}") for problem in _misfits(workload)]:
+        raise InvalidInput("workload", problems)
+    return workload
+
+
+def _misfits(workload: Workload) -> Iterator[str]:
+    for member, wanted in _MEMBERS.items():
+        if not callable(getattr(workload, member)):
+            yield f"{member} must be {wanted}, got {_kind(getattr(workload, member))}"
+    for member in ("preprocess", "augment"):
+        if not (getattr(workload, member) is None or callable(getattr(workload, member))):
+            yield f"{member} must be a function or None, got {_kind(getattr(workload, member))}"
+    for member in ("train", "val", "test"):
+        yield from (f"{member} {problem}" for problem in _split_misfits(getattr(workload, member), member))
+    metrics = workload.metrics if isinstance(workload.metrics, Mapping) else {}
+    if metrics is not workload.metrics:
+        yield f"metrics must be a mapping from names to Metrics, got {_kind(workload.metrics)}"
+    for key, metric in metrics.items():
+        if not isinstance(metric, Metric) or metric.direction not in ("minimize", "maximize"):
+            yield f'metrics[{key!r}] must be a Metric with direction "minimize" or "maximize", got {_direction(metric)}'
+        elif not (isinstance(key, str) and key.isidentifier()) or key == "loss":
+            yield f"metrics may not be called {key!r}; take a word of letters, digits and '_' other than loss"
+
+
+def _direction(metric: Any) -> str:
+    return f"direction {metric.direction!r}" if isinstance(metric, Metric) else _kind(metric)
+
+
+def _split_misfits(split: Any, member: str) -> Iterator[str]:
+    if split is None and member == "test":
+        return
+    if isinstance(split, Split):
+        if not isinstance(split.inputs, Tensor) or not isinstance(split.targets, Tensor):
+            yield f"must hold tensors, got {_kind(split.inputs)} and {_kind(split.targets)}"
+        elif not split.inputs.ndim or not split.targets.ndim:
+            yield "must hold tensors (sample, …), got one without samples"
+        elif len(split.inputs) != len(split.targets):
+            yield f"must have a target for each input, got {len(split.inputs)} inputs and {len(split.targets)} targets"
+        elif not len(split):
+            yield "must hold at least one sample, got none"
+    elif not (hasattr(split, "__len__") and hasattr(split, "__getitem__")):
+        yield f"must be a Split or a data set with a length, got {_kind(split)}"
+    elif not len(split):
+        yield "must hold at least one sample, got none"
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        _refuse(f"there is no file {path}; a path is relative to the working folder")
+    name = f"own_workload_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as dataclasses and pickle want
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # the file may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        _refuse(f"{path} raised {where(error)}")
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            _refuse(f"there is no module {name}; install it, or name a file, path/to/file.py:function")
+        _refuse(f"{name} raised {where(error)}")
+    except (Exception, SystemExit) as error:
+        _refuse(f"{name} raised {where(error)}")
+
+
+def where(error: BaseException) -> str:
+    """Return what was raised, and the last line of the person's own code that led to it."""
+    text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    if isinstance(error, SyntaxError):
+        return f"{text}, in {error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    packages = ("site-packages", "importlib", str(Path(__file__).parent.parent))
+    own = [frame for frame in frames if not any(part in frame.filename for part in packages)]
+    return f"{text}, in {own[-1].filename}, line {own[-1].lineno}" if own else text
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _refuse(message: str) -> NoReturn:
+    raise InvalidInput("workload", [Problem(PLACE, message)])

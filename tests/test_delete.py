@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from test_mlflow import connect, ended, runs, study
+from test_store import create, space_with
+
+import pipeline.search
+from pipeline.errors import InvalidInput, StudyBusy
+from pipeline.files.atomic import write_atomic
+from pipeline.study.store import Store
+from pipeline.tracking.mlflow import Tracker
+
+# MLflow's own use of SQLAlchemy 2.1.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with two studies, `mine` and `other`, and MLflow's runs of both."""
+    root = tmp_path_factory.mktemp("made")
+    store = Store(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name in ("mine", "other"):
+            with store.lock(name):
+                create(store, space_with(), name=name, trials=8, ended=1)
+            write_atomic(store.folder(name) / "best.yaml", "found: nothing")
+            tracker = Tracker(root, study(name, identity=store.header(name).identity))
+            tracker.log_trial(ended(0))
+            tracker.finish(None, "done", [])
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return shutil.copytree(made, tmp_path / "root")
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file() and "artifacts" in path.parts)
+
+
+def delete(root: Path, name: str, *options: str) -> int:
+    return pipeline.search.main(["--root", str(root), "--delete", name, *options])
+
+
+def names(root: Path) -> list[str]:
+    return [header.name for header in Store(root).headers()]
+
+
+def test_a_deleted_study_is_gone_with_all_that_belongs_to_it_and_no_other(
+    made: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(made)
+    assert delete(root, "mine", "--yes") == 0
+    folder = root / "mlruns" / "studies"
+    assert capsys.readouterr().out == (
+        f"deleted study mine: 1 trials, {folder / 'mine'}, and its runs in MLflow with their files\n"
+    )
+    assert names(root) == ["other"]
+    assert [path.name for path in folder.iterdir()] == ["other"]
+    assert [run.data.tags["hpo.study"] for kind in ("study", "trial") for run in runs(root, kind)] == ["other"] * 2
+    from mlflow.entities import ViewType
+
+    client = connect(root)
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    assert len(client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)) == 2
+    assert [key for key in experiment.tags if key.startswith("mlflow.sharedView")] == ["mlflow.sharedViewState.other"]
+    assert len(files(root)) == len(before) // 2
+    assert len(list((root / "mlruns" / "artifacts").glob("*/*"))) == 2
+    assert files(made) == before  # of which the root is a copy
+
+
+def test_a_deletion_that_nobody_can_be_asked_about_is_refused(root: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"mine: nobody can be asked, since the input is no terminal; add --yes"):
+        delete(root, "mine")
+    assert names(root) == ["mine", "other"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "left"), [("\n", 1, ["mine", "other"]), ("\x04", 1, ["mine", "other"]), ("y\n", 0, ["other"])]
+)
+def test_at_a_terminal_a_deletion_asks_first(
+    root: Path, monkeypatch: pytest.MonkeyPatch, answer: str, status: int, left: list[str]
+) -> None:
+    person, terminal = os.openpty()
+    os.write(person, answer.encode())
+    with open(terminal) as stdin:  # noqa: PTH123 - a descriptor
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert delete(root, "mine") == status
+    os.close(person)
+    assert names(root) == left
+
+
+def test_a_study_that_is_not_there_cannot_be_deleted(root: Path) -> None:
+    with pytest.raises(
+        InvalidInput, match=r"^--delete: 1 problem\n  mime: there is no such study; did you mean mine\?$"
+    ):
+        delete(root, "mime", "--yes")
+
+
+def test_a_study_that_is_driven_cannot_be_deleted(root: Path) -> None:
+    with Store(root).lock("mine"), pytest.raises(StudyBusy, match=r"study mine is driven by process "):
+        delete(root, "mine", "--yes")
+    assert names(root) == ["mine", "other"]
+
+
+def test_a_deletion_that_mlflow_fails_leaves_the_study(root: Path) -> None:
+    (root / "mlflow.db").write_text("not a database, but long enough to be read as one" * 20)
+    with pytest.raises(Exception, match=r"^MLflow: file is not a database; study mine is still there$"):
+        delete(root, "mine", "--yes")
+    assert names(root) == ["mine", "other"]
