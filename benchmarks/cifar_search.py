@@ -39,9 +39,9 @@ from pipeline.space.param_groups import ParamGroup
 from pipeline.space.pruners import Score, SuccessiveHalving, score
 from pipeline.space.schedules import Step
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.executor import Trainer
+from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import autocast
-from pipeline.training.precision import arithmetic
+from pipeline.training.precision import precision
 from pipeline.workloads.images import Normalization, shift_and_flip
 from pipeline.workloads.models import ResNet9
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
@@ -91,7 +91,7 @@ def main() -> None:
     flops = epoch_flops(workload, configs[0], device)
     start = time.perf_counter()
     processes = torch.get_num_threads()
-    trainer = Trainer(workload, configs[0], device=device, rows=options.rows, processes=processes)
+    trainer = LocalExecutor(workload, configs[0], device=device, rows=options.rows, processes=processes)
     _wait(device)
     ready = time.perf_counter()
     how = f"plain, {trainer.plain_because}" if trainer.plain_because else "rows of matrices"
@@ -112,7 +112,7 @@ def main() -> None:
         print(f"{'memory, GiB':24}{torch.cuda.max_memory_allocated(device) / 2**30:12.1f}")
 
 
-def search(trainer: Trainer, configs: Mapping[int, TrialConfig], options: Options) -> Done:
+def search(trainer: LocalExecutor, configs: Mapping[int, TrialConfig], options: Options) -> Done:
     """Train every trial to its end, group after group."""
     done = Done()
     pruner = SuccessiveHalving(min_resource=options.min_resource)
@@ -120,8 +120,9 @@ def search(trainer: Trainer, configs: Mapping[int, TrialConfig], options: Option
     numbers = list(configs)
     for first in range(0, len(numbers), options.group):
         members = numbers[first : first + options.group]
-        group = trainer.build({number: configs[number] for number in members})
-        print(f"  trials {members[0]} to {members[-1]}: {group.describe()}", flush=True)
+        of_group = {number: configs[number] for number in members}
+        group = trainer.build(of_group)
+        print(f"  trials {members[0]} to {members[-1]}: {trainer.describe(of_group)}", flush=True)
         left = set(members)
         for epoch in range(1, options.epochs + 1):
             results = group.train_epoch()
@@ -203,7 +204,7 @@ def measured_peak(device: torch.device, config: TrialConfig) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     # On a CPU all threads count, which share the matrices of a search; there tf32 is fp32.
-    with arithmetic(config, device) if device.type == "cuda" else contextlib.nullcontext():
+    with precision(config, device) if device.type == "cuda" else contextlib.nullcontext():
         for _ in range(10):
             _wait(device)
             start = time.perf_counter()

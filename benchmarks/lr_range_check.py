@@ -27,7 +27,7 @@ from pipeline.app.prepare import prepare
 from pipeline.app.range_test import range_test
 from pipeline.space.load import load_space, space_from_document
 from pipeline.space.search_space import SearchSpace
-from pipeline.training.executor import Trainer
+from pipeline.training.executor import LocalExecutor
 
 WIDE = {"low": 1e-5, "high": 10.0, "log": True}
 ROWS = 25
@@ -102,7 +102,7 @@ def space_of(model: str, optimizer: str, seed: int) -> SearchSpace:
     return space_from_document({**document, "optimizer": {optimizer: {"base_lr": WIDE, **momentum}}}, name="wide")
 
 
-def best_rates(space: SearchSpace, trainer: Trainer, trials: int) -> list[float]:
+def best_rates(space: SearchSpace, trainer: LocalExecutor, trials: int) -> list[float]:
     """Return the base rates of a random search's trials, the best first; those that diverged are left out."""
     generator = random.Random(space.seed)
     configs = {number: space.sample(RandomDraw(generator)) for number in range(trials)}

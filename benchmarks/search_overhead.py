@@ -2,7 +2,7 @@
 
 The search runs in a process of its own in which functions of the pipeline are wrapped with a stopwatch. Times are of
 the main thread and exclude each other: an import in the middle of a proposal counts as an import. Training is
-`TrialParts.train_epoch`, in all its processes, with whatever runs beside it, so while MLflow's process works too it is
+`ShardedTrials.train_epoch`, in all its processes, with whatever runs beside it, so while MLflow's process works too it is
 training that becomes slower; the CPU seconds below the table tell. Turns with the stopwatch alternate with turns
 without; the table is that of the median turn.
 
@@ -63,10 +63,9 @@ WRAPPED = (
     ("pipeline.app.prepare", "prepare", "reading and checking"),
     ("pipeline.study.store", "Store.choose", "reading and checking"),
     ("pipeline.study.store", "Store.create", DATABASES),
-    ("pipeline.training.executor", "Trainer.__init__", "probing and choosing rows"),
-    ("pipeline.training.executor", "Trainer._start_workers", "probing and choosing rows"),
-    ("pipeline.training.executor", "Trainer.build", "building groups"),
-    ("pipeline.training.executor", "TrialParts.train_epoch", TRAINING),
+    ("pipeline.training.executor", "LocalExecutor.__init__", "probing and choosing rows"),
+    ("pipeline.training.executor", "LocalExecutor.build", "building groups"),
+    ("pipeline.training.shards", "ShardedTrials.train_epoch", TRAINING),
     ("pipeline.study.checkpoint", "Checkpoints.save", CHECKPOINTS),
     ("pipeline.study.checkpoint", "Checkpoints.load", CHECKPOINTS),
     ("pipeline.study.checkpoint", "Checkpoints.clear", CHECKPOINTS),

@@ -49,7 +49,8 @@ from pipeline.space.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.executor import Trainer
+from pipeline.training.contract import GroupLost
+from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
 from pipeline.workloads.data import MAX_EVAL_BATCH, first_samples, place, samples_of
 from pipeline.workloads.digits import digits
@@ -225,7 +226,7 @@ def measure_model(model: str, options: Options) -> dict[str, Any]:
     for count in options.rows:
         try:
             table.append(_measure_rows(workload, configs, count, faster, plain, options))
-        except RuntimeError as error:  # as PyTorch's OutOfMemoryError is
+        except (RuntimeError, GroupLost) as error:  # as PyTorch's OutOfMemoryError is
             print(f"{model}: {count} trials at once end with {type(error).__name__}: {str(error)[:120]}")
             break
         finally:
@@ -253,22 +254,22 @@ def _measure_rows(
     """Measure `count` trials at once in turns with the loop, and one trial with the plain trainer too."""
     trials = range(max(count, len(OPTIMIZERS)))
     trainers = [
-        Trainer(workload, configs[0], device=options.device, processes=options.processes) for _ in trials[::count]
+        LocalExecutor(workload, configs[0], device=options.device, processes=options.processes) for _ in trials[::count]
     ]
     groups = [
         trainer.build({number: configs[number] for number in trials[start : start + count]})
         for start, trainer in zip(trials[::count], trainers, strict=True)
     ]
-    chosen = trainers[0].rows or 1
+    chosen = trainers[0].rules.row_limit or count
     side, loop, plain = (dataclasses.replace(side, best=0.0) for side in (Side(groups, options.device), loop, plain))
     _in_turns([loop, plain, side] if count == 1 else [loop, side], options)
-    rows = trainers[0].rows or 1
+    rows = trainers[0].rules.row_limit or count
     note = f"do not fit into memory, {rows} do" if rows < chosen else None
     if (because := trainers[0].plain_because) is not None:
         note = f"are no rows of a matrix: {because}"
     return {
         "trials": count,
-        "as": groups[0].describe(),
+        "as": trainers[0].describe({number: configs[number] for number in trials[:count]}),
         "rate": side.best,
         "loop": loop.best,
         "plain": plain.best or None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.app.range_test import RateCurve
     from pipeline.space.search_space import SearchSpace
-    from pipeline.training.executor import Trainer
+    from pipeline.training.executor import LocalExecutor
 
 
 TABLE_WIDTH = 100
@@ -52,32 +52,33 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.app.prepare import prepare
 
     cli.say_own_code(space)
-    trainer = prepare(space, source=source_of(file, overrides), device=options.device, searching=False)
+    executor = prepare(space, source=source_of(file, overrides), device=options.device, searching=False)
     console = Console(highlight=False, markup=False)
-    curves = _test(space, trainer, console)
+    curves = _test(space, executor, console)
     if options.write:
         _write(file, curves, console)
-    _save_picture(picture, trainer.workload.name, curves, console)
+    _save_picture(picture, executor.workload.name, curves, console)
     return 0 if any(curve.bounds() for curve in curves.values()) else 1
 
 
-def _test(space: SearchSpace, trainer: Trainer, console: Console) -> Mapping[str, RateCurve]:
+def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapping[str, RateCurve]:
     """Test every optimizer of a space, and show what came out."""
     from pipeline.app.range_picture import range_table
     from pipeline.app.range_test import RATES, STEPS, range_test
-    from pipeline.training.rows.trainer import has_rule
+    from pipeline.space.optimizers import OPTIMIZERS
+    from pipeline.training.rows.update_rules import has_rule
 
-    what = f"{trainer.workload.name} · at least {STEPS} steps at each of {len(RATES)} rates · {trainer.device}"
-    if trainer.plain_because is not None:
-        what += f", one after another, since {trainer.plain_because}"
-    elif alone := [name for name in space.optimizers if not has_rule(name)]:
+    what = f"{executor.workload.name} · at least {STEPS} steps at each of {len(RATES)} rates · {executor.device}"
+    if executor.plain_because is not None:
+        what += f", one after another, since {executor.plain_because}"
+    elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
         what += f", those of {' and '.join(alone)} one after another"
     console.print(f"{what}   seed {space.seed}", soft_wrap=True)
     curves: dict[str, RateCurve] = {}
     with console.status("") as status:
         for name in space.optimizers:
             status.update(f"{name}, {len(curves) + 1} of {len(space.optimizers)}")
-            curves[name] = range_test(space, name, trainer)
+            curves[name] = range_test(space, name, executor)
     console.print()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(range_table(space, curves), crop=False)

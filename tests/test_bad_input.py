@@ -15,6 +15,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from tiny import RULES
 
 from pipeline import export, lr_range, search, train
 from pipeline.app import cli
@@ -327,10 +328,10 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("studies")
     (root / "mine.yaml").write_text(SPACE)
     space = load_space(root / "mine.yaml")
-    study = Store(root).create(space, name="mine-1", trials=2)
+    study = Store(root).create(space, name="mine-1", trials=2, rules=RULES)
     for number in range(2):
         study.add(pruned_trial(number))
-    Store(root).create(space, name="mine-2", trials=2)
+    Store(root).create(space, name="mine-2", trials=2, rules=RULES)
     optuna.create_study(study_name="theirs", storage=f"sqlite:///{root}/mlruns/optuna.db")
     return root
 
@@ -401,7 +402,7 @@ def test_a_folder_may_have_the_signs_of_urls_in_its_name(tmp_path: Path) -> None
     root = tmp_path / "a?b#c%20d é"
     root.mkdir()
     (root / "mine.yaml").write_text(SPACE)
-    Store(root).create(load_space(root / "mine.yaml"), name="mine-1", trials=2)
+    Store(root).create(load_space(root / "mine.yaml"), name="mine-1", trials=2, rules=RULES)
     assert [header.name for header in Store(root).headers()] == ["mine-1"]
     assert [path.name for path in tmp_path.iterdir()] == [root.name]
 

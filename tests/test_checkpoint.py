@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from tiny import TinyModel, tiny_config, tiny_workload
 from torch import Tensor
 
 from pipeline.errors import InvalidInput, StorageError
-from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
 from pipeline.space.optimizers import SGD, Adam
 from pipeline.space.schedules import (
@@ -39,7 +39,7 @@ from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
-from pipeline.training.executor import Trainer
+from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
 
@@ -133,9 +133,9 @@ def test_a_file_that_was_cut_off_is_damaged(folder: Folder, size: int) -> None:
 def test_another_format_is_refused_by_its_number(folder: Folder) -> None:
     saved(folder, 1)
     data = folder.newest().read_bytes()
-    folder.newest().write_bytes(data.replace(b"format 1\n", b"format 7\n", 1))
+    folder.newest().write_bytes(data.replace(b"format 2\n", b"format 7\n", 1))
     assert values(folder) == []
-    assert folder.warnings == [f"{folder.path / '001.pt'}: is of format 7, and this version reads format 1"]
+    assert folder.warnings == [f"{folder.path / '001.pt'}: is of format 7, and this version reads format 2"]
 
 
 class Code:
@@ -236,12 +236,13 @@ def store(tmp_path: Path) -> Store:
 
 
 @functools.cache
-def trainer() -> Trainer:
-    return Trainer(tiny_workload(), space_from_document(DOCUMENT, name="tiny").example(), device=CPU)
+def executor() -> LocalExecutor:
+    return LocalExecutor(tiny_workload(), space_from_document(DOCUMENT, name="tiny").example(), device=CPU)
 
 
 def begin(store: Store, **changes: Any) -> Study:
-    return store.create(space_from_document({**DOCUMENT, **changes}, name="tiny"), name="mine", trials=4 * 4)
+    space = space_from_document({**DOCUMENT, **changes}, name="tiny")
+    return store.create(space, name="mine", trials=4 * 4, rules=executor().rules)
 
 
 def search(
@@ -250,7 +251,7 @@ def search(
     epochs: int | None = None,
     stored: int | None = None,
     trials: int = TRIALS,
-    environment: Callable[[TrialConfig], dict[str, Any]] = lambda _: {"trainer": "fused"},
+    environment: Mapping[str, Any] = MappingProxyType({"torch": "2"}),
 ) -> tuple[int, list[str]]:
     """Search until all has ended, or be interrupted after some epochs, or die with so many trials stored.
 
@@ -262,7 +263,7 @@ def search(
     checkpoints = Checkpoints(store.folder("mine") / "checkpoints", warn=warnings.append, share=1.0)
     while len(trained) != epochs and (proposals := study.next_group(trials)):
         for trial in run_group(
-            trainer().build({number: config for number, (config, _) in proposals.items()}),
+            executor().build({number: config for number, (config, _) in proposals.items()}),
             proposals,
             study,
             checkpoints=checkpoints,
@@ -351,23 +352,22 @@ def test_with_every_checkpoint_damaged_the_group_trains_anew(
     assert outcomes(store) == whole[1]
 
 
-def test_a_trial_that_trained_as_a_row_does_not_go_on_as_plain(
+def test_a_checkpoint_of_another_version_of_torch_is_not_used(
     store: Store, whole: tuple[int, list[tuple[Any, ...]]]
 ) -> None:
     begin(store)
     search(store, epochs=2)
-    epochs, warnings = search(store, environment=lambda _: {"trainer": "plain"})
+    epochs, warnings = search(store, environment={"torch": "3"})
     assert len(warnings) == 2
-    assert "not used, its trials train anew: the trainer of trial 1 was fused and is plain" in warnings[0]
+    assert "not used, its trials train anew: the torch was 2 and is 3" in warnings[0]
     assert epochs == whole[0]
 
 
-def test_a_group_that_has_grown_trains_anew(store: Store) -> None:
+def test_a_group_goes_on_as_it_was_asked_for_when_more_trials_are_wanted(store: Store) -> None:
     begin(store)
     search(store, epochs=2, trials=3)
-    _, (_, warning) = search(store, epochs=1)
-    assert "it is of a group that ends with trial 2, and this one with 3" in warning
-    assert sorted(path.suffix for path in files(store)) == [".pt", ".unused", ".unused"]
+    assert search(store, epochs=1) == (1, [])
+    assert [path.name for path in files(store)][-1] == "trials-to-000002-epoch-000003.pt"
 
 
 def test_fewer_trials_than_there_are_leave_the_checkpoint(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import BODY_AND_HEAD, TinyModel, tiny_config, tiny_workload
+from tiny import BODY_AND_HEAD, RULES, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor
 
 from pipeline.errors import InvalidInput
@@ -38,10 +38,25 @@ def clipped(groups: Mapping[str, ParamGroup] = BODY_AND_HEAD) -> dict[int, Trial
     return {n: tiny_config(o, clip_grad_norm=limit, param_groups=groups) for n, (o, limit) in enumerate(kinds)}
 
 
-def trained(configs: Mapping[int, TrialConfig]) -> dict[int, tuple[list[EpochMetrics], dict[str, Tensor]]]:
-    group = FusedTrials(configs, tiny_workload(), device=CPU)
-    history = [group.train_epoch() for _ in range(3)]
-    return {number: ([epoch[number] for epoch in history], group.model_state(number)) for number in configs}
+def trained(
+    configs: Mapping[int, TrialConfig], *, dropped: Sequence[int] = ()
+) -> dict[int, tuple[list[EpochMetrics], dict[str, Tensor]]]:
+    """Train rows for three epochs, some for one; return the epochs and the state of those that are left."""
+    group = FusedTrials(configs, on_device(tiny_workload(), device=CPU), device=CPU)
+    history = [group.train_epoch()]
+    for number in dropped:
+        group.drop(number)
+    history += [group.train_epoch() for _ in range(2)]
+    return {number: ([epoch[number] for epoch in history], group.model_state(number)) for number in group.configs}
+
+
+def with_other_limits(configs: Mapping[int, TrialConfig], *, but: Sequence[int]) -> dict[int, TrialConfig]:
+    """Return configs of which all but some have another limit, or have one instead of none."""
+    other = dict(zip(LIMITS, (*LIMITS[1:], None), strict=True))
+    return {
+        n: config if n in but else dataclasses.replace(config, clip_grad_norm=other[config.clip_grad_norm])
+        for n, config in configs.items()
+    }
 
 
 def assert_same(
@@ -53,7 +68,7 @@ def assert_same(
 
 @pytest.mark.parametrize("groups", [BODY_AND_HEAD, FROZEN_BODY])
 def test_rows_are_clipped_as_the_plain_trainer_clips(groups: Mapping[str, ParamGroup]) -> None:
-    configs, workload = clipped(groups), tiny_workload()
+    configs, workload = clipped(groups), on_device(tiny_workload(), device=CPU, dtype=torch.float64)
     plain = PlainTrials(configs, workload, device=CPU, dtype=torch.float64)
     fused = FusedTrials(configs, workload, device=CPU, dtype=torch.float64)
     for _ in range(3):
@@ -70,7 +85,8 @@ def test_rows_are_clipped_as_the_plain_trainer_clips(groups: Mapping[str, ParamG
 def test_a_step_is_that_of_a_gradient_clipped_by_torch(
     trainer: Callable[..., PlainTrials | FusedTrials], limit: float
 ) -> None:
-    config, workload = tiny_config(SGD(base_lr=0.5), clip_grad_norm=limit), tiny_workload()
+    config = tiny_config(SGD(base_lr=0.5), clip_grad_norm=limit)
+    workload = on_device(tiny_workload(), device=CPU, dtype=torch.float64)
     group = trainer({0: config, 1: config}, workload, device=CPU, dtype=torch.float64)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = TinyModel().double()
@@ -90,7 +106,8 @@ def test_a_step_is_that_of_a_gradient_clipped_by_torch(
 
 def test_each_row_has_a_limit_of_its_own() -> None:
     configs = {n: tiny_config(SGD(base_lr=1.0), clip_grad_norm=limit) for n, limit in enumerate((0.01, 0.02, None))}
-    group = FusedTrials(configs, tiny_workload(), device=CPU, dtype=torch.float64)
+    workload = on_device(tiny_workload(), device=CPU, dtype=torch.float64)
+    group = FusedTrials(configs, workload, device=CPU, dtype=torch.float64)
     start = {name: value.clone() for name, value in group.model_state(0).items()}
     group.begin_epoch()
     group.train_step(*next(group.training_batches()))
@@ -102,35 +119,58 @@ def test_each_row_has_a_limit_of_its_own() -> None:
     assert moved[2] > 0.1
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_a_clipped_row_is_the_same_to_the_bit_among_any_number_of_rows(rows: int) -> None:
-    configs = clipped()
-    whole = trained(configs)
-    for start in range(0, len(configs), rows):
-        some = {number: configs[number] for number in [*configs][start : start + rows]}
-        for number, found in trained(some).items():
-            assert_same(found, whole[number])
+@pytest.mark.parametrize("rows", [2, 3, 8, 20])
+def test_the_limits_of_other_rows_affect_no_bit(rows: int) -> None:
+    some = dict(list(clipped().items())[-rows:])
+    expected = trained(some)
+    for number in some:
+        assert_same(trained(with_other_limits(some, but=[number]))[number], expected[number])
+
+
+def test_a_row_without_a_limit_is_the_same_to_the_bit_whether_or_not_others_have_one() -> None:
+    with_limits = clipped()
+    without = {n: dataclasses.replace(config, clip_grad_norm=None) for n, config in with_limits.items()}
+    found, expected = trained(with_limits), trained(without)
+    for number, config in with_limits.items():
+        if config.clip_grad_norm is None:
+            assert_same(found[number], expected[number])
 
 
 def test_rows_keep_their_limits_when_others_are_dropped() -> None:
+    configs, workload = clipped(), on_device(tiny_workload(), device=CPU, dtype=torch.float64)
+    plain = PlainTrials(configs, workload, device=CPU, dtype=torch.float64)
+    fused = FusedTrials(configs, workload, device=CPU, dtype=torch.float64)
+    for _ in range(3):
+        expected, found = plain.train_epoch(), fused.train_epoch()
+        assert found.keys() == expected.keys()
+        for number, epoch in expected.items():
+            assert found[number].metrics == pytest.approx(epoch.metrics, rel=1e-9)
+        for number in [*expected][:: len(expected) // 4]:
+            plain.drop(number)
+            fused.drop(number)
+
+
+def test_the_limits_of_rows_that_are_dropped_affect_no_bit() -> None:
     configs = clipped()
-    expected = trained(configs)
-    group = FusedTrials(configs, tiny_workload(), device=CPU)
-    history = [group.train_epoch()]
-    for number in [*configs][::2]:
-        group.drop(number)
-    history += [group.train_epoch() for _ in range(2)]
-    for number in [*configs][1::2]:
-        assert_same(([epoch[number] for epoch in history], group.model_state(number)), expected[number])
+    dropped, left = [*configs][::2], [*configs][1::2]
+    expected = trained(configs, dropped=dropped)
+    found = trained(with_other_limits(configs, but=left), dropped=dropped)
+    assert found.keys() == expected.keys() == set(left)
+    for number in left:
+        assert_same(found[number], expected[number])
 
 
-def test_a_row_without_a_limit_does_not_notice_those_that_have_one_even_when_its_norm_overflows() -> None:
-    workload = tiny_workload()
+def test_the_limit_of_another_row_does_not_affect_a_row_without_one_even_when_its_norm_overflows() -> None:
+    workload = on_device(tiny_workload(), device=CPU)
     steep = dataclasses.replace(workload, loss=lambda outputs, targets: 1e25 * workload.loss(outputs, targets))
-    configs = {n: tiny_config(Adam(base_lr=0.01), clip_grad_norm=limit) for n, limit in enumerate((None, 0.1))}
-    alone, together = (FusedTrials(some, steep, device=CPU).train_epoch()[0] for some in ({0: configs[0]}, configs))
-    assert alone.finished
-    assert together == alone
+
+    def first_row(other_limit: float | None) -> EpochMetrics:
+        limits = (None, other_limit)
+        configs = {n: tiny_config(Adam(base_lr=0.01), clip_grad_norm=limit) for n, limit in enumerate(limits)}
+        return FusedTrials(configs, steep, device=CPU).train_epoch()[0]
+
+    assert first_row(None).finished
+    assert first_row(0.1) == first_row(None)
 
 
 def test_a_limit_is_fixed_or_searched_by_a_file(space_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -140,7 +180,7 @@ def test_a_limit_is_fixed_or_searched_by_a_file(space_file: Callable[..., Path],
     space = load_space(path)
     assert "clip_grad_norm" in space.searched_hyperparameters()
     assert [dict(entry) for entry in space.enqueue] == [{"clip_grad_norm": 0.5}, {"clip_grad_norm": 1}]
-    study = Store(tmp_path).create(space, name="clip-1", trials=6)
+    study = Store(tmp_path).create(space, name="clip-1", trials=6, rules=RULES)
     proposed = [config.clip_grad_norm for config, _ in study.next_group(6).values()]
     assert len(set(proposed)) == len(proposed)
     assert all(limit is not None and 0.1 <= limit <= 10 for limit in proposed)

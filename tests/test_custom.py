@@ -26,11 +26,10 @@ from pipeline.errors import InvalidInput
 from pipeline.space.config import Own, TrialConfig
 from pipeline.space.load import build_space
 from pipeline.space.optimizers import AdamW
-from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import TrialState
 from pipeline.study.store import Store
-from pipeline.training.executor import Trainer
+from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.data import place
@@ -342,7 +341,7 @@ def test_a_search_over_a_file_of_ones_own_and_its_way_on(task: Path) -> None:
     printed_again = io.StringIO()
     with contextlib.redirect_stdout(printed_again):
         assert pipeline.train.main([str(best), "--device", "cpu", "--out", str(task.parent / "model.pt")]) == 0
-    assert "repeated     every metric of the search, to the last bit" in printed_again.getvalue()
+    assert "repeated      every metric of the search, to the last bit" in printed_again.getvalue()
 
 
 def test_the_template_of_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,10 +469,10 @@ def test_batch_norm_dropout_residuals_ties_and_odd_names_train_the_same_as_rows_
         number: tiny_config(AdamW(base_lr=rate), Constant(), param_groups=ONE_GROUP)
         for number, rate in enumerate((0.01, 0.03, 0.1))
     }
-    trainer = Trainer(tiny_workload(Tied), configs[0], device=CPU, dtype=torch.float64)
+    trainer = LocalExecutor(tiny_workload(Tied), configs[0], device=CPU, dtype=torch.float64)
     assert trainer.plain_because is None
     rows = trainer.build(configs)
-    assert rows.describe().startswith("rows")
+    assert trainer.describe(configs) == "rows 3"
     plain = PlainTrials(configs, trainer.workload, device=CPU, dtype=torch.float64)
     for _ in range(4):
         ours, theirs = rows.train_epoch(), plain.train_epoch()
@@ -483,32 +482,12 @@ def test_batch_norm_dropout_residuals_ties_and_odd_names_train_the_same_as_rows_
             torch.testing.assert_close(rows.model_state(number)[name], value, rtol=1e-9, atol=1e-12)
 
 
-def test_a_row_alone_of_a_model_with_one_output_has_the_bits_that_it_has_in_company() -> None:
-    def one_output() -> nn.Module:
-        return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 1))
-
-    split = Split(torch.randn(40, 6), torch.randn(40, 1))
-    workload = dataclasses.replace(
-        tiny_workload(one_output), train=split, val=split, test=None, loss=F.mse_loss, metrics={}
-    )
-    configs = {
-        n: tiny_config(AdamW(base_lr=0.01 * 2**n), param_groups={"all": ParamGroup(pattern=("*",))}) for n in range(5)
-    }
-    trainer = Trainer(workload, configs[0], device=CPU)
-    assert trainer.plain_because is None
-    together = trainer.build(configs)
-    alone = trainer.build({3: configs[3]})
-    for _ in range(3):
-        results, single = together.train_epoch(), alone.train_epoch()
-        assert results[3] == single[3]
-    assert all(torch.equal(value, together.model_state(3)[name]) for name, value in alone.model_state(3).items())
-
-
 def test_rows_are_limited_to_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free: Callable[[torch.device], int] = lambda device: 400_000  # noqa: E731
     monkeypatch.setattr("pipeline.training.executor.free_memory", free)
     configs = dict.fromkeys(range(40), tiny_config())
-    group = Trainer(tiny_workload(), configs[0], device=CPU).build(configs)
-    sizes = [len(part.configs) for part in group.parts]
+    executor = LocalExecutor(tiny_workload(), configs[0], device=CPU)
+    sizes = [len(shard.numbers) for shard in executor.place(configs)]
     assert sum(sizes) == 40
     assert 1 <= max(sizes) < 40
+    assert max(sizes) <= (executor.rules.row_limit or 0) < 40

@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.space.config import ImageFolder, TorchvisionDataset, TrialConfig
 from pipeline.space.optimizers import SGD, AdamW, Optimizer, Rprop
-from pipeline.training.executor import Trainer
+from pipeline.training.executor import LocalExecutor
 from pipeline.workloads import data
 from pipeline.workloads.data import Streamed, evaluation_batches, is_streamed, place, samples_of, training_batches
 from pipeline.workloads.image_folder import image_folder
@@ -276,7 +276,7 @@ except DataError as error:
 def test_a_sample_that_cannot_be_read_ends_no_trial_but_the_run(rows: int, no_workers: int) -> None:
     placed = place(as_samples(tiny_workload(), BrokenLater), device=CPU, dtype=torch.float32, free=0)
     configs = dict.fromkeys(range(2), tiny_config())
-    group = Trainer(placed, configs[0], device=CPU, rows=rows).build(configs)
+    group = LocalExecutor(placed, configs[0], device=CPU, rows=rows).build(configs)
     with pytest.raises(DataError, match="sample 30 raised OSError: sample 30 is broken"):
         [group.train_epoch() for _ in range(10)]
 
@@ -292,7 +292,7 @@ class InPlace(TinyModel):
 def test_a_model_that_changes_a_batch_in_place_changes_it_for_no_other_trial(no_workers: int) -> None:
     placed = place(as_samples(tiny_workload(InPlace)), device=CPU, dtype=torch.float32, free=0)
     configs = {number: tiny_config(Rprop(base_lr=0.01)) for number in range(3)}
-    trainer = Trainer(placed, configs[0], device=CPU)
+    trainer = LocalExecutor(placed, configs[0], device=CPU)
     together, alone = trainer.build(configs), trainer.build({2: configs[2]})
     for _ in range(2):
         assert together.train_epoch()[2] == alone.train_epoch()[2]
@@ -327,7 +327,7 @@ def test_worker_processes_leave_signals_to_their_parent(
 ) -> None:
     use_workers(monkeypatch, 2)
     placed = place(as_samples(tiny_workload()), device=CPU, dtype=torch.float32, free=0)
-    group = Trainer(placed, tiny_config(), device=CPU).build({0: tiny_config()})
+    group = LocalExecutor(placed, tiny_config(), device=CPU).build({0: tiny_config()})
     group.train_epoch()
     children = multiprocessing.active_children()
     assert children
@@ -346,8 +346,9 @@ def test_a_streamed_search_has_the_numbers_of_one_on_the_device(build_model: Any
     for free in (None, 0):
         placed = place(as_samples(workload), device=CPU, dtype=torch.float32, free=free)
         assert is_streamed(placed) == (free == 0)
-        group = Trainer(placed, configs[0], device=CPU).build(configs)
-        assert len(group.parts) == 2  # rows, and Rprop's plain trial
+        executor = LocalExecutor(placed, configs[0], device=CPU)
+        assert executor.describe(configs) == "rows 2, plain 1"
+        group = executor.build(configs)
         epochs = [group.train_epoch() for _ in range(2)]
         found.append((epochs, group.test(), [group.model_state(number) for number in configs]))
     (epochs, tested, states), (other_epochs, other_tested, other_states) = found
@@ -365,9 +366,9 @@ def test_rows_and_plain_trials_of_a_group_share_what_is_read(no_workers: int) ->
         1: tiny_config(Rprop(base_lr=0.01)),
         2: tiny_config(Rprop(base_lr=0.02)),
     }
-    trainer = Trainer(placed, configs[0], device=CPU)
+    trainer = LocalExecutor(placed, configs[0], device=CPU)
     group = trainer.build(configs)
-    assert len(group.parts) == 3
+    assert trainer.describe(configs) == "rows 1, plain 2"
     train, val = workload.train, workload.val
     assert isinstance(train, Samples)
     assert isinstance(val, Samples)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from pretended import DEVICE, pretended_device
-from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
+from tiny import ONE_GROUP, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import OPTIMIZERS, Adafactor
 from pipeline.space.schedules import Cosine, OneCycle, Plateau, Step
 from pipeline.training.contract import TrialGroup
-from pipeline.training.executor import Trainer
-from pipeline.training.plain import PlainTrials
+from pipeline.training.executor import LocalExecutor
+from pipeline.training.plain import PlainTrials, Record
 from pipeline.training.rows.trainer import FusedTrials
-from pipeline.training.rows.update_rules import RULES
+from pipeline.training.rows.update_rules import has_rule
+from pipeline.workloads.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+Trials = PlainTrials | FusedTrials | TrialGroup
 
 CPU = torch.device("cpu")
 SCHEDULES = (Step(step_size=1, gamma=0.5), OneCycle(), Plateau(patience=1), Cosine(warmup=1))
@@ -42,11 +45,24 @@ class Net(nn.Module):
 
 
 def configs_of_every_rule() -> dict[int, TrialConfig]:
-    optimizers = [optimizer for optimizer in OPTIMIZERS.values() if optimizer.__name__ in RULES]
+    optimizers = [optimizer for optimizer in OPTIMIZERS.values() if has_rule(optimizer)]
     return {
         number: tiny_config(optimizer(base_lr=0.01), SCHEDULES[number % 4], clip_grad_norm=0.5 if number == 1 else None)
         for number, optimizer in enumerate(optimizers)
     }
+
+
+def plain(configs: Mapping[int, TrialConfig], workload: Workload, *, device: torch.device) -> PlainTrials:
+    return PlainTrials(configs, on_device(workload, device=device), device=device)
+
+
+def fused(configs: Mapping[int, TrialConfig], workload: Workload, *, device: torch.device) -> FusedTrials:
+    return FusedTrials(configs, on_device(workload, device=device), device=device)
+
+
+def in_shards(configs: Mapping[int, TrialConfig], workload: Workload, *, device: torch.device) -> TrialGroup:
+    """Build a group as a search does, of matrices of at most four rows."""
+    return LocalExecutor(workload, next(iter(configs.values())), device=device, rows=4).build(configs)
 
 
 @pytest.fixture
@@ -56,7 +72,7 @@ def waits() -> Iterator[list[str]]:
 
 
 def test_the_host_does_not_wait_for_rows_within_an_epoch(waits: list[str]) -> None:
-    group = FusedTrials(configs_of_every_rule(), tiny_workload(Net), device=DEVICE)
+    group = fused(configs_of_every_rule(), tiny_workload(Net), device=DEVICE)
     for _ in range(2):
         waits.clear()
         group.begin_epoch()
@@ -70,7 +86,7 @@ def test_the_host_does_not_wait_for_rows_within_an_epoch(waits: list[str]) -> No
         group.drop(min(metrics))
 
 
-def whole_life(group: TrialGroup, again: TrialGroup) -> list[Any]:
+def whole_life(group: Trials, again: Trials) -> list[Any]:
     """Train some epochs, lose a trial, save, go on from there, test; return all that comes of it."""
     history: list[Any] = [group.train_epoch() for _ in range(2)]
     group.drop(1)
@@ -84,19 +100,21 @@ def whole_life(group: TrialGroup, again: TrialGroup) -> list[Any]:
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, Tensor):
         return one.device == other.device == CPU and torch.equal(one, other)
     return bool(one == other)
 
 
-@pytest.mark.parametrize("trainer", [FusedTrials, PlainTrials])
-def test_trials_on_a_device_live_as_on_the_cpu(trainer: type[FusedTrials | PlainTrials]) -> None:
+@pytest.mark.parametrize("trainer", [plain, fused, in_shards])
+def test_trials_on_a_device_live_as_on_the_cpu(trainer: Callable[..., Trials]) -> None:
     configs = configs_of_every_rule()
     workload = tiny_workload(functools.partial(TinyModel, dropout=0.2))  # a convolution is another kernel there
     here = whole_life(*(trainer(configs, workload, device=CPU) for _ in range(2)))
     with pretended_device():
         there = whole_life(*(trainer(configs, workload, device=DEVICE) for _ in range(2)))
-    assert all(map(same, here, there))
+    assert same(here, there)
 
 
 @pytest.mark.usefixtures("waits")
@@ -106,7 +124,55 @@ def test_a_search_on_a_device_trains_rows_and_plain_trials() -> None:
         for number, optimizer in enumerate([*OPTIMIZERS.values(), Adafactor])
         if optimizer.__name__ != "Muon"
     }
-    trainer = Trainer(tiny_workload(Net), configs[0], device=DEVICE, rows=4)
-    assert trainer.plain_because is None
-    history = whole_life(*(trainer.build(configs) for _ in range(2)))
+    executor = LocalExecutor(tiny_workload(Net), configs[0], device=DEVICE, rows=4)
+    assert executor.plain_because is None
+    history = whole_life(*(executor.build(configs) for _ in range(2)))
     assert history[-1].keys() == configs.keys() - {1}
+    for number, epoch in history[0].items():
+        assert epoch.placement is not None
+        rows = (3, 4) if has_rule(type(configs[number].optimizer)) else (None,)
+        assert epoch.placement.rows in rows
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_trial_is_trained_again_on_a_device_in_the_places_that_it_had() -> None:
+    configs = configs_of_every_rule()
+    executor = LocalExecutor(tiny_workload(Net), configs[0], device=DEVICE, rows=4)
+    group = executor.build(configs)
+    history = [group.train_epoch()]
+    group.drop(1)
+    history.append(group.train_epoch())
+    for number in history[1]:
+        epochs = [results[number] for results in history]
+        placement = [epoch.placement for epoch in epochs if epoch.placement is not None]
+        again = executor.build({number: configs[number]}, placement=placement)
+        assert [again.train_epoch()[number] for _ in epochs] == epochs
+        assert same(again.model_state(number), group.model_state(number))
+
+
+@pytest.mark.parametrize("device", [CPU, DEVICE])
+def test_trying_the_memory_changes_nothing(device: torch.device) -> None:
+    with pretended_device():
+        tried, untried = (fused(configs_of_every_rule(), tiny_workload(Net), device=device) for _ in range(2))
+        for epoch in range(2):
+            before, random_state = tried.state_dict(), torch.get_rng_state()
+            tried.try_memory()
+            assert tried._record == Record()
+            assert torch.equal(torch.get_rng_state(), random_state)
+            assert same(tried.state_dict(), before)
+            assert same(before, untried.state_dict()), f"epoch {epoch}"
+            assert tried.train_epoch() == untried.train_epoch()
+
+
+def test_trying_the_memory_computes_a_training_and_an_evaluation_batch() -> None:
+    sizes = []
+
+    class Noting(TinyModel):
+        def forward(self, inputs: Tensor) -> Tensor:
+            sizes.append((len(inputs), self.training))
+            return super().forward(inputs)
+
+    group = fused(dict.fromkeys(range(2), tiny_config()), tiny_workload(Noting), device=CPU)
+    sizes.clear()
+    group.try_memory()
+    assert sizes == [(8, True), (20, False)]

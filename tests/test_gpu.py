@@ -14,9 +14,9 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD, Adam, AdamW, RMSprop
 from pipeline.space.schedules import Cosine, OneCycle, Step
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.executor import Trainer
+from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
-from pipeline.training.precision import arithmetic
+from pipeline.training.precision import precision
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.digits import digits
 from pipeline.workloads.workload import Split, Workload
@@ -67,7 +67,9 @@ def little_memory() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def trained(trainer: Trainer, configs: Mapping[int, TrialConfig]) -> tuple[list[dict[int, EpochMetrics]], list[Tensor]]:
+def trained(
+    trainer: LocalExecutor, configs: Mapping[int, TrialConfig]
+) -> tuple[list[Mapping[int, EpochMetrics]], list[Tensor]]:
     """Train trials for two epochs; return what came of them and all their parameters."""
     group = trainer.build(configs)
     history = [group.train_epoch() for _ in range(2)]
@@ -80,7 +82,7 @@ def test_rows_on_cuda_equal_the_plain_trainer(dtype: torch.dtype, rel: float) ->
     configs = various()
     plain = PlainTrials(configs, tiny_workload(), device=GPU, dtype=dtype)
     fused = FusedTrials(configs, tiny_workload(), device=GPU, dtype=dtype)
-    with arithmetic(configs[0], GPU):
+    with precision(configs[0], GPU):
         for _ in range(2):
             expected, found = plain.train_epoch(), fused.train_epoch()
             for number in configs:
@@ -94,11 +96,11 @@ def test_products_are_rounded_to_tf32_only_where_the_config_says_so(product: str
     a = torch.randn(64, 64, 16, 16, generator=generator).to(GPU)
     b = torch.randn(64, 64, 3, 3, generator=generator).to(GPU)
 
-    def error(precision: str) -> float:
+    def error(name: str) -> float:
         def multiply(a: Tensor, b: Tensor) -> Tensor:
             return F.conv2d(a, b) if product == "convolution" else a.flatten(1) @ a.flatten(1).T
 
-        with arithmetic(tiny_config(precision=precision), GPU):
+        with precision(tiny_config(precision=name), GPU):
             exact = multiply(a.double(), b.double())
             return float((multiply(a, b) - exact).abs().max() / exact.abs().max())
 
@@ -110,7 +112,7 @@ def test_products_are_rounded_to_tf32_only_where_the_config_says_so(product: str
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_trials_of_lower_precision_train_as_rows_and_learn(precision: str) -> None:
     config = tiny_config(Adam(base_lr=0.01), batch_size=64, precision=precision, param_groups=ONE_GROUP)
-    trainer = Trainer(digits("cnn"), config, device=GPU)
+    trainer = LocalExecutor(digits("cnn"), config, device=GPU)
     assert trainer.plain_because is None
     group = trainer.build({0: config, 1: config})
     first, second = (group.train_epoch()[1].metrics["val/loss"] for _ in range(2))
@@ -123,7 +125,7 @@ def test_deterministic_trials_repeat_to_the_bit() -> None:
         number: tiny_config(Adam(base_lr=rate), batch_size=64, deterministic=True, param_groups=ONE_GROUP)
         for number, rate in enumerate((0.003, 0.01))
     }
-    first, second = (trained(Trainer(digits("cnn"), configs[0], device=GPU, rows=2), configs) for _ in range(2))
+    first, second = (trained(LocalExecutor(digits("cnn"), configs[0], device=GPU, rows=2), configs) for _ in range(2))
     assert first[0] == second[0]
     assert all(torch.equal(one, other) for one, other in zip(first[1], second[1], strict=True))
 
@@ -133,11 +135,10 @@ def test_a_matrix_that_does_not_fit_into_the_memory_is_halved_until_it_does() ->
     configs = {
         n: tiny_config(SGD(base_lr=0.001 * (1 + n)), batch_size=BATCH, param_groups=ONE_GROUP) for n in range(32)
     }
-    trainer = Trainer(wide_workload(), configs[0], device=GPU, rows=32)
+    trainer = LocalExecutor(wide_workload(), configs[0], device=GPU, rows=32)
     group = trainer.build(configs)
-    assert len(group.parts) == 1
     history = [group.train_epoch() for _ in range(2)]
-    assert len(group.parts) > 1
+    assert len(trainer.place(configs)) > 1
     assert [sorted(results) for results in history] == [list(configs)] * 2
     alone = trainer.build({31: configs[31]})
     for results in history:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pipeline.app.prepare import choose_device, environment, prepare
 from pipeline.errors import InvalidInput
 from pipeline.space.load import load_space
-from pipeline.training.executor import Trainer
-from pipeline.training.precision import PRODUCTS, arithmetic, in_force
+from pipeline.training.executor import LocalExecutor
+from pipeline.training.precision import PRODUCTS, in_force, precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -51,23 +51,31 @@ class Witness(TinyModel):
 SEEN: list[tuple[Any, ...]] = []
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")])
-def test_products_on_cuda_are_rounded_only_where_the_config_says_so(precision: str, expected: str) -> None:
-    with arithmetic(tiny_config(precision=precision), CUDA):
+@pytest.mark.parametrize(("value", "expected"), [("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")])
+def test_products_on_cuda_are_rounded_only_where_the_config_says_so(value: str, expected: str) -> None:
+    with precision(tiny_config(precision=value), CUDA):
         assert [product.fp32_precision for product in PRODUCTS] == [expected] * 3
         assert in_force(CUDA)["fp32_precision"] == expected
 
 
 def test_a_cpu_computes_with_one_thread_and_its_products_stay_as_they_are() -> None:
     before = settings()
-    with arithmetic(tiny_config(), CPU):
+    with precision(tiny_config(), CPU):
         assert settings() == (1, *before[1:])
         assert in_force(CPU) == {"threads": 1, "deterministic": False}
 
 
+def test_a_cpu_computes_with_as_many_threads_as_a_placement_says() -> None:
+    before = settings()
+    with precision(tiny_config(), CPU, threads=before[0] + 1):
+        assert settings() == (before[0] + 1, *before[1:])
+        assert in_force(CPU) == {"threads": before[0] + 1, "deterministic": False}
+    assert settings() == before
+
+
 def test_deterministic_algorithms_are_asked_for_with_what_cublas_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    with arithmetic(tiny_config(deterministic=True), CUDA):
+    with precision(tiny_config(deterministic=True), CUDA):
         assert torch.are_deterministic_algorithms_enabled()
         assert in_force(CUDA)["deterministic"]
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -75,7 +83,7 @@ def test_deterministic_algorithms_are_asked_for_with_what_cublas_needs(monkeypat
 
 def test_what_a_person_set_for_cublas_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    with arithmetic(tiny_config(deterministic=True), CUDA):
+    with precision(tiny_config(deterministic=True), CUDA):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
@@ -85,7 +93,7 @@ def test_settings_are_put_back_even_after_an_error(device: torch.device) -> None
     torch.backends.cudnn.benchmark = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     changed = settings()
-    with contextlib.suppress(ValueError), arithmetic(tiny_config(deterministic=True), device):
+    with contextlib.suppress(ValueError), precision(tiny_config(deterministic=True), device):
         assert settings() != changed
         raise ValueError("in training")
     assert settings() == changed
@@ -99,8 +107,7 @@ def test_all_of_training_and_testing_happens_under_the_settings(build_model: Cal
     before = settings()
     SEEN.clear()
     config = tiny_config(deterministic=True)
-    trainer = Trainer(tiny_workload(build_model), config, device=CPU)
-    group = trainer.build({0: config, 1: config})
+    group = LocalExecutor(tiny_workload(build_model), config, device=CPU).build({0: config, 1: config})
     group.train_epoch()
     group.test()
     assert len(SEEN) > 10
@@ -111,8 +118,7 @@ def test_all_of_training_and_testing_happens_under_the_settings(build_model: Cal
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_environment_of_a_trial_says_what_was_set(deterministic: bool, space_file: Callable[..., Path]) -> None:
     space = load_space(space_file(deterministic=deterministic))
-    trainer = prepare(space, source="test", device="cpu", searching=True)
-    noted = environment(trainer, space.example())
+    noted = environment(prepare(space, source="test", device="cpu", searching=True))
     assert (noted["device"], noted["threads"], noted["deterministic"]) == ("cpu", 1, deterministic)
 
 
@@ -139,7 +145,7 @@ def test_bf16_computes_products_in_bfloat16_and_keeps_parameters_in_float32() ->
             return outputs
 
     config = tiny_config(precision="bf16")
-    group = Trainer(tiny_workload(Noting), config, device=CPU).build({0: config})
+    group = LocalExecutor(tiny_workload(Noting), config, device=CPU).build({0: config})
     assert group.train_epoch()[0].finished
     assert set(dtypes[-5:]) == {torch.bfloat16}
     assert {value.dtype for value in group.model_state(0).values()} == {torch.float32}

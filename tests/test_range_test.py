@@ -14,7 +14,7 @@ from pipeline.app.range_picture import as_written, range_png, range_table
 from pipeline.app.range_test import PER_DECADE, RATES, Bounds, EvenDraw, RateCurve, range_test
 from pipeline.space.load import space_from_document
 from pipeline.space.search_space import SearchSpace
-from pipeline.training.executor import Trainer
+from pipeline.training.executor import LocalExecutor
 from pipeline.workloads.data import Streamed, some_samples
 from pipeline.workloads.workload import Split
 
@@ -105,14 +105,14 @@ def test_bounds_hold_the_best_rates_of_200_random_trials(
 
 def test_an_optimizer_that_cannot_be_a_row_is_tried_plain_once_per_rate() -> None:
     space = tiny_space(muon={"base_lr": 0.1}, sgd={"base_lr": 0.1})
-    trainer = Trainer(tiny_workload(), space.example(), device=CPU)
+    trainer = LocalExecutor(tiny_workload(), space.example(), device=CPU)
     assert len(range_test(space, "muon", trainer, steps=5).runs) == 1
     assert len(range_test(space, "sgd", trainer, steps=5).runs) == 2
 
 
 def test_more_steps_train_further_and_the_trainer_stays_as_it_was() -> None:
     space = tiny_space(sgd={"base_lr": 0.1})
-    trainer = Trainer(tiny_workload(), space.example(), device=CPU)
+    trainer = LocalExecutor(tiny_workload(), space.example(), device=CPU)
     before = trainer.workload
     at = RATES.index(0.1)
     losses = [range_test(space, "sgd", trainer, steps=steps).runs[0] for steps in (2, 20)]

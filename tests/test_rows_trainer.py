@@ -1,16 +1,17 @@
-"""The fused trainer against the plain one, and rows against their neighbours."""
+"""The fused trainer against the plain one, and what decides a row's bits."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from tiny import TinyModel, tiny_config, tiny_workload
+from tiny import TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +21,8 @@ from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant, Cosine, Cyclic, OneCycle, Plateau, Scheduler, Step
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.plain import PlainTrials
-from pipeline.training.rows.trainer import FusedTrials, has_rule
+from pipeline.training.rows.trainer import FusedTrials
+from pipeline.training.rows.update_rules import has_rule
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,7 +62,7 @@ class TinyCnn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(4)
         self.head = nn.Linear(4 * 3, 3)
 
@@ -72,12 +74,12 @@ class TinyCnn(nn.Module):
 
 
 class WideBatchNorm(nn.Module):
-    """BatchNorm over vectors, 32 wide: PyTorch sums 32 columns at a time, rows side by side, and the rest otherwise."""
+    """BatchNorm over vectors, 33 wide: PyTorch sums 32 columns at a time, rows side by side, and the rest otherwise."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.ReLU())
-        self.head = nn.Linear(32, 3)
+        self.body = nn.Sequential(nn.Linear(6, 33), nn.BatchNorm1d(33), nn.SiLU())
+        self.head = nn.Linear(33, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map inputs (batch, 6) to logits (batch, class)."""
@@ -129,12 +131,14 @@ def with_dropout() -> nn.Module:
 
 
 def with_dropout_and_batch_norm() -> nn.Module:
-    return TinyModel(dropout=0.3, batch_norm=True)
+    model = TinyModel(dropout=0.3, batch_norm=True)
+    model.hidden.register_parameter("bias", None)  # in front of BatchNorm its gradient is but rounding
+    return model
 
 
 def optimizer_classes(*, with_momentum: bool = False) -> list[tuple[type[Optimizer], str | None]]:
     """Return every optimizer that has a rule, and again with each of its options set."""
-    classes = [cls for name, cls in OPTIMIZERS.items() if has_rule(name)]
+    classes = [cls for cls in OPTIMIZERS.values() if has_rule(cls)]
     if with_momentum:
         classes = [cls for cls in classes if {"momentum", "beta1"} & cls.__dataclass_fields__.keys()]
     return [(cls, flag) for cls in classes for flag in (None, *FLAGS) if flag is None or hasattr(cls, flag)]
@@ -170,10 +174,7 @@ def random_trials(schedule: Scheduler, *, epochs: int, seed: int, of_each: int =
 
 
 def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, rel: float, trial: str) -> None:
-    """Compare each tensor, relative to its largest number.
-
-    A bias in front of BatchNorm begins at 0 and has no gradient, so that it holds nothing but rounding: hence a floor.
-    """
+    """Compare each tensor, relative to its largest number, of which some begin as zeros: hence a floor."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if not value.is_floating_point():
@@ -186,6 +187,7 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *,
 def assert_trains_equally(
     configs: Mapping[int, TrialConfig], workload: Workload, *, epochs: int, dtype: torch.dtype, rel: float
 ) -> None:
+    workload = on_device(workload, device=CPU, dtype=dtype)
     plain = PlainTrials(configs, workload, device=CPU, dtype=dtype)
     fused = FusedTrials(configs, workload, device=CPU, dtype=dtype)
     for _ in range(epochs):
@@ -276,63 +278,130 @@ def test_models_of_torchvision_equal_the_plain_trainer(name: str) -> None:
     assert_trains_equally(configs, workload, epochs=1, dtype=torch.float64, rel=1e-9)
 
 
-def trained(configs: Mapping[int, TrialConfig], workload: Workload) -> dict[int, tuple[list[EpochMetrics], Any]]:
-    """Train trials as the rows of one matrix; return each trial's epochs and its model's state."""
-    group = FusedTrials(configs, workload, device=CPU)
-    history = [group.train_epoch() for _ in range(3)]
-    return {number: ([epoch[number] for epoch in history], group.model_state(number)) for number in configs}
-
-
 BIT_MODELS = [TinyModel, with_dropout, TinyCnn, WideBatchNorm]
 
 
+def trained(
+    configs: Mapping[int, TrialConfig], workload: Workload, *, dropped: Mapping[int, Sequence[int]] | None = None
+) -> dict[int, tuple[list[EpochMetrics], Any]]:
+    """Train trials as the rows of one matrix; return each trial's epochs and its model's state.
+
+    Args:
+        configs: Trial number to config.
+        workload: What they train.
+        dropped: Number of epochs, counted from 1, to the trials that are dropped then.
+    """
+    group = FusedTrials(configs, on_device(workload, device=CPU), device=CPU)
+    history = []
+    states: dict[int, dict[str, Tensor]] = {}
+    for epoch in range(1, 4):
+        history.append(group.train_epoch())
+        states |= {number: group.model_state(number) for number in group.configs}
+        for number in (dropped or {}).get(epoch, ()):
+            group.drop(number)
+    return {number: ([epoch[number] for epoch in history if number in epoch], states[number]) for number in states}
+
+
+def assert_same(found: tuple[list[EpochMetrics], Any], expected: tuple[list[EpochMetrics], Any]) -> None:
+    assert found[0] == expected[0]
+    assert_same_bits(found[1], expected[1])
+
+
+def changed(config: TrialConfig) -> TrialConfig:
+    """Return a config of the same optimizer with its options, and with another rate, schedule, decay and limit."""
+    optimizer = dataclasses.replace(config.optimizer, base_lr=0.3 * config.optimizer.base_lr)
+    groups = {"head": ParamGroup(pattern=("head.*",), lr_ratio=3.0), "body": ParamGroup(pattern=("*",))}
+    return dataclasses.replace(
+        config, optimizer=optimizer, scheduler=Step(step_size=1), param_groups=groups, clip_grad_norm=0.1
+    )
+
+
 @pytest.mark.parametrize("build_model", BIT_MODELS)
-def test_a_row_is_the_same_to_the_bit_among_any_number_of_rows(build_model: Callable[[], nn.Module]) -> None:
+def test_what_the_other_rows_hold_affects_no_bit(build_model: Callable[[], nn.Module]) -> None:
     configs = random_trials(OneCycle(), epochs=3, seed=3, of_each=2)
     workload = tiny_workload(build_model)
-    whole = trained(configs, workload)
-    for rows in (1, 3, 8, 16):
-        for start in range(0, len(configs), rows):
-            some = {number: configs[number] for number in [*configs][start : start + rows]}
-            for number, (epochs, state) in trained(some, workload).items():
-                assert epochs == whole[number][0]
-                assert_same_bits(state, whole[number][1])
+    expected = trained(configs, workload)
+    for kept in (list(configs)[::2], list(configs)[1::2], list(configs)[:1], list(configs)[-1:]):
+        others = {number: config if number in kept else changed(config) for number, config in configs.items()}
+        found = trained(others, workload)
+        for number in kept:
+            assert_same(found[number], expected[number])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("build_model", BIT_MODELS)
+def test_a_row_among_copies_of_itself_in_the_same_place_is_the_same_to_the_bit(
+    build_model: Callable[[], nn.Module], rows: int
+) -> None:
+    # The other rows have other optimizers here and the row's own there: the blocks of an optimizer differ in size.
+    all_configs = random_trials(OneCycle(), epochs=3, seed=3)
+    configs = {number: all_configs[number] for number in list(all_configs)[:rows]}
+    workload = tiny_workload(build_model)
+    for number, found in trained(configs, workload).items():
+        placement = found[0][0].placement
+        assert placement is not None
+        assert placement.place is not None
+        copies = trained(dict.fromkeys(range(len(configs)), configs[number]), workload)
+        assert_same(copies[placement.place], found)
 
 
 @pytest.mark.parametrize("build_model", BIT_MODELS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_dropping_rows_in_any_order_leaves_the_others_the_same_to_the_bit(
+def test_rows_that_are_dropped_affect_others_only_by_how_many_they_are(
     build_model: Callable[[], nn.Module], seed: int
 ) -> None:
     configs = random_trials(Cosine(warmup=1), epochs=8, seed=4, of_each=3)
     workload = tiny_workload(build_model)
-    whole, thinned = (FusedTrials(configs, workload, device=CPU) for _ in range(2))
     order = random.Random(seed).sample([*configs], len(configs))
+    third = len(order) // 3
+    dropped = {1: order[:third], 2: order[third : 2 * third]}
+    expected = trained(configs, workload, dropped=dropped)
+    leaving = {*dropped[1], *dropped[2]}
+    others = {number: changed(config) if number in leaving else config for number, config in configs.items()}
+    found = trained(others, workload, dropped=dropped)
+    for number in order[2 * third :]:
+        assert len(found[number][0]) == 3
+        assert_same(found[number], expected[number])
+
+
+@pytest.mark.parametrize("build_model", [with_dropout_and_batch_norm, TinyCnn, OddModel])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rows_that_are_left_after_drops_in_any_order_equal_the_plain_trainer(
+    build_model: Callable[[], nn.Module], seed: int
+) -> None:
+    configs = random_trials(Cosine(warmup=1), epochs=8, seed=4, of_each=2)
+    workload = on_device(tiny_workload(build_model), device=CPU, dtype=torch.float64)
+    order = random.Random(seed).sample([*configs], len(configs))
+    plain = PlainTrials(configs, workload, device=CPU, dtype=torch.float64)
+    fused = FusedTrials(configs, workload, device=CPU, dtype=torch.float64)
     while len(order) > 1:
         for number in [order.pop() for _ in range(min(8, len(order) - 1))]:
-            thinned.drop(number)
-        expected, found = whole.train_epoch(), thinned.train_epoch()
-        assert found == {number: expected[number] for number in sorted(order)}
+            plain.drop(number)
+            fused.drop(number)
+        expected, found = plain.train_epoch(), fused.train_epoch()
+        assert list(found) == list(expected) == sorted(order)
         for number in order:
-            assert_same_bits(thinned.model_state(number), whole.model_state(number))
+            assert found[number].metrics == pytest.approx(expected[number].metrics, rel=1e-9)
+            assert found[number].lr == expected[number].lr
+            states = fused.model_state(number), plain.model_state(number)
+            assert_close(*states, rel=1e-9, trial=str(configs[number].optimizer))
 
 
 @pytest.mark.parametrize("build_model", BIT_MODELS)
-def test_a_diverging_row_disturbs_no_neighbour(build_model: Callable[[], nn.Module]) -> None:
+def test_a_diverging_row_affects_no_bit_of_the_others(build_model: Callable[[], nn.Module]) -> None:
     configs = random_trials(Step(step_size=1), epochs=3, seed=5, of_each=2)
     workload = tiny_workload(build_model)
-    expected = trained(configs, workload)
-    diverging = {
-        100 + number: tiny_config(optimizer, Step(step_size=1), epochs=3)
-        for number, optimizer in enumerate((SGD(base_lr=1e30), Adam(base_lr=1e30), RMSprop(base_lr=1e30)))
-    }
-    group = FusedTrials(configs | diverging, workload, device=CPU)
-    history = [group.train_epoch() for _ in range(3)]
-    assert all(history[0][number].diverged for number in diverging)
-    assert [sorted(results) for results in history[1:]] == [sorted(configs)] * 2
+
+    def extreme(base_lr: float) -> dict[int, TrialConfig]:
+        optimizers = (SGD(base_lr=base_lr), Adam(base_lr=base_lr), RMSprop(base_lr=base_lr))
+        return {100 + n: tiny_config(one, Step(step_size=1), epochs=3) for n, one in enumerate(optimizers)}
+
+    found = trained(configs | extreme(1e30), workload)
+    expected = trained(configs | extreme(1e-3), workload, dropped={1: list(extreme(1e-3))})
+    assert found.keys() == configs.keys()
     for number in configs:
-        assert [epoch[number] for epoch in history] == expected[number][0]
-        assert_same_bits(group.model_state(number), expected[number][1])
+        assert len(found[number][0]) == 3
+        assert_same(found[number], expected[number])
 
 
 def test_a_group_that_all_trials_have_left_trains_on_without_results() -> None:

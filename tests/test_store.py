@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna_dashboard._app import create_app  # type: ignore[import-untyped]
+from tiny import RULES
 
 from pipeline.errors import InvalidInput, StudyBusy
 from pipeline.files.locks import hold
@@ -64,7 +65,7 @@ def ended_trial(number: int) -> EndedTrial:
 
 
 def create(store: Store, space: SearchSpace, *, name: str, trials: int, ended: int = 0) -> None:
-    study = store.create(space, name=name, trials=trials)
+    study = store.create(space, name=name, trials=trials, rules=RULES)
     for number in range(ended):
         study.add(ended_trial(number))
 
@@ -167,7 +168,7 @@ def test_a_study_of_another_format_is_refused(store: Store) -> None:
     study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
     study.set_user_attr("pipeline", study.user_attrs["pipeline"] | {"format": 99})
     with pytest.raises(
-        InvalidInput, match=r"mine: is of format 99, and this version reads format 2; use another --root"
+        InvalidInput, match=r"mine: is of format 99, and this version reads format 3; use another --root"
     ):
         store.headers()
 

@@ -14,11 +14,12 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState as OptunaState
 from scipy.stats import qmc
+from tiny import RULES
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import EndedTrial, EpochMetrics, Placement, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import run_group
 from pipeline.study.samplers import distributions
@@ -74,7 +75,7 @@ class Curves:
         return results
 
     def drop(self, number: int) -> None:
-        del self._configs[number]
+        self._configs.pop(number, None)
 
     def test(self) -> dict[int, dict[str, float]]:
         return {}
@@ -100,6 +101,7 @@ def epoch_of(config: TrialConfig, epoch: int) -> EpochMetrics:
         step=20 * epoch,
         metrics={"train/loss": loss, "val/loss": loss, "val/accuracy": 1 / (1 + distance + 1 / epoch)},
         lr={"head": ((20 * epoch, 0.1),), "body": ((20 * epoch, 0.1),)},
+        placement=Placement(trainer="plain", threads=1),
         diverged="the loss became inf at step 41, in epoch 3" if diverged else None,
     )
 
@@ -112,7 +114,7 @@ def search(study: Study, trials: int, *, stop_at: int | None = None) -> None:
             proposals,
             study,
             checkpoints=Checkpoints(Path("nowhere"), warn=pytest.fail, share=1e-9),
-            environment=lambda _: {"trainer": "curves"},
+            environment={"device": "curves"},
             on_epoch=lambda _: None,
             interrupted=lambda: False,
         ):
@@ -189,7 +191,7 @@ _names = (f"study-{number}" for number in itertools.count())
 
 
 def new_study(store: Store, space: SearchSpace, *, trials: int) -> Study:
-    return store.create(space, name=next(_names), trials=trials)
+    return store.create(space, name=next(_names), trials=trials, rules=RULES)
 
 
 def stored(store: Store, study: Study) -> optuna.Study:
@@ -254,13 +256,12 @@ def test_raising_the_number_of_trials_goes_on(store: Store, sampler: str) -> Non
     study = new_study(store, space, trials=13)  # groups of 4; the last is cut to one
     search(study, 13)
     assert study.next_group(13) == {}
+    before = outcomes(study)
     raised = store.open(study.name, trials=16)
-    assert list(raised.next_group(16)) == [13, 14, 15]  # the others of its group
+    assert list(raised.next_group(16)) == [13, 14, 15]  # a new group, which knows all thirteen
     search(raised, 16)
-    longer = store.create(space, name=f"{study.name}-longer", trials=16)
-    assert longer.group_size == raised.group_size == 4
-    search(longer, 16)
-    assert outcomes(raised) == outcomes(longer)
+    assert outcomes(raised)[:13] == before
+    assert [trial.number for trial in raised.ended] == list(range(16))
     assert next(header.trials for header in store.headers() if header.name == study.name) == 16
 
 
@@ -394,8 +395,9 @@ def test_a_study_without_a_complete_trial_has_no_best(store: Store) -> None:
 
 
 def test_verdicts_count_trials_of_the_group_that_have_ended_and_of_earlier_groups(store: Store) -> None:
-    study = new_study(store, space_with(), trials=18)
+    study = new_study(store, space_with(), trials=12)  # groups of 3
     for number, accuracy in enumerate([0.9, 0.8, 0.1, 0.2]):
+        study.next_group(12)
         epochs = tuple(epoch_metrics(epoch, accuracy, 0.5) for epoch in (1, 2))
         study.add(ended_trial(number, state=TrialState.PRUNED, value=None, epochs=epochs))
     running = {4: epoch_metrics(2, 0.85, 0.5), 5: epoch_metrics(2, 0.3, 0.5)}

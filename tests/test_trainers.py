@@ -1,9 +1,12 @@
-"""The contract of trainers, held by each of them."""
+"""The contract of trainers, held by each of them.
+
+A trial's placement decides its bits: where it is repeated, so is every bit. Where it differs, as between a trial in a
+group and the trial alone, numbers are equal in float64 to 1e-9.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BATCH, ONE_GROUP, SAMPLES, STEPS_PER_EPOCH, TinyModel, tiny_config, tiny_workload
+from tiny import BATCH, ONE_GROUP, SAMPLES, STEPS_PER_EPOCH, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,11 +32,10 @@ from pipeline.space.schedules import (
     Scheduler,
     Step,
 )
-from pipeline.space.trial import EpochMetrics
-from pipeline.training import executor as trainers
+from pipeline.space.trial import EpochMetrics, Placement
 from pipeline.training.contract import TrialGroup
+from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
-from pipeline.training.rows.model import Company
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.data import epoch_order
 from pipeline.workloads.digits import digits
@@ -41,12 +43,33 @@ from pipeline.workloads.workload import Split, Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Trainer = Callable[..., TrialGroup]
+Trials = PlainTrials | FusedTrials | TrialGroup
+Trainer = Callable[..., Trials]
 
 CPU = torch.device("cpu")
 
 
-def in_parts(
+def plain(
+    configs: Mapping[int, TrialConfig],
+    workload: Workload,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> PlainTrials:
+    return PlainTrials(configs, on_device(workload, device=device, dtype=dtype), device=device, dtype=dtype)
+
+
+def fused(
+    configs: Mapping[int, TrialConfig],
+    workload: Workload,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> FusedTrials:
+    return FusedTrials(configs, on_device(workload, device=device, dtype=dtype), device=device, dtype=dtype)
+
+
+def in_shards(
     configs: Mapping[int, TrialConfig],
     workload: Workload,
     *,
@@ -54,11 +77,20 @@ def in_parts(
     dtype: torch.dtype = torch.float32,
 ) -> TrialGroup:
     """Build a group as a search does: matrices of two rows, and what cannot be a row alone."""
-    builder = trainers.Trainer(workload, next(iter(configs.values())), device=device, dtype=dtype, rows=2)
-    return builder.build(configs)
+    return executor(configs, workload, device=device, dtype=dtype).build(configs)
 
 
-TRAINERS: list[Trainer] = [PlainTrials, FusedTrials, in_parts]
+def executor(
+    configs: Mapping[int, TrialConfig],
+    workload: Workload,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> LocalExecutor:
+    return LocalExecutor(workload, next(iter(configs.values())), device=device, dtype=dtype, rows=2)
+
+
+TRAINERS: list[Trainer] = [plain, fused, in_shards]
 
 STILL = SGD(base_lr=1e-30)
 """Too small a rate to change a parameter."""
@@ -80,7 +112,9 @@ def with_dropout() -> nn.Module:
 
 
 def with_batch_norm() -> nn.Module:
-    return TinyModel(batch_norm=True)
+    model = TinyModel(batch_norm=True)
+    model.hidden.register_parameter("bias", None)  # in front of BatchNorm its gradient is but rounding
+    return model
 
 
 def various() -> dict[int, TrialConfig]:
@@ -103,12 +137,37 @@ def with_all_kinds() -> dict[int, TrialConfig]:
     }
 
 
-def train(group: TrialGroup, epochs: int) -> list[Mapping[int, EpochMetrics]]:
+def train(group: Trials, epochs: int) -> list[Mapping[int, EpochMetrics]]:
     return [group.train_epoch() for _ in range(epochs)]
+
+
+def train_alone(group: Trials, epochs: int) -> list[EpochMetrics]:
+    """Train a group of one trial."""
+    return [epoch for results in train(group, epochs) for epoch in results.values()]
 
 
 def of(number: int, history: Sequence[Mapping[int, EpochMetrics]]) -> list[EpochMetrics]:
     return [results[number] for results in history if number in results]
+
+
+def assert_trained_equally(found: Sequence[EpochMetrics], expected: Sequence[EpochMetrics]) -> None:
+    """Compare a trial's epochs in float64: to the bit for as long as placements are the same, then to 1e-9."""
+    repeated = True
+    for one, other in zip(found, expected, strict=True):
+        repeated = repeated and one.placement == other.placement
+        assert one.metrics == (other.metrics if repeated else pytest.approx(other.metrics, rel=1e-9, abs=1e-12))
+        assert elsewhere(one) == elsewhere(other)
+
+
+def elsewhere(epoch: EpochMetrics) -> EpochMetrics:
+    """Return what does not depend on the placement."""
+    return dataclasses.replace(epoch, metrics={}, placement=None)
+
+
+def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-12), name
 
 
 def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
@@ -125,7 +184,7 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def model_in_eval_mode(group: TrialGroup, number: int, model: nn.Module) -> nn.Module:
+def model_in_eval_mode(group: Trials, number: int, model: nn.Module) -> nn.Module:
     model.load_state_dict(group.model_state(number))
     return model.eval()
 
@@ -146,12 +205,12 @@ def test_another_seed_has_other_weights(trainer: Trainer) -> None:
 def test_equal_configs_train_equally_in_one_group_and_in_two(trainer: Trainer) -> None:
     # One sample per step: another order of the data would show.
     config = tiny_config(SGD(base_lr=0.1, momentum=0.9), batch_size=1)
-    first = trainer({0: config, 1: config}, tiny_workload(), device=CPU)
-    second = trainer({5: config}, tiny_workload(), device=CPU)
+    first = trainer({0: config, 1: config}, tiny_workload(), device=CPU, dtype=torch.float64)
+    second = trainer({5: config}, tiny_workload(), device=CPU, dtype=torch.float64)
     history, again = train(first, 2), train(second, 2)
-    assert of(0, history) == of(1, history) == of(5, again)
-    assert_same_bits(first.model_state(0), first.model_state(1))
-    assert_same_bits(first.model_state(0), second.model_state(5))
+    for number in (0, 1):
+        assert_trained_equally(of(number, history), of(5, again))
+        assert_close(first.model_state(number), second.model_state(5))
 
 
 def test_the_order_of_an_epoch_is_a_permutation_that_seed_and_epoch_decide() -> None:
@@ -162,32 +221,98 @@ def test_the_order_of_an_epoch_is_a_permutation_that_seed_and_epoch_decide() -> 
     assert not torch.equal(order, epoch_order(SAMPLES, seed=1, epoch=0))
 
 
-@pytest.mark.parametrize("build_model", [TinyModel, with_dropout, with_batch_norm])
-def test_a_trial_alone_equals_itself_in_a_group_to_the_bit(
-    trainer: Trainer, build_model: Callable[[], nn.Module]
-) -> None:
-    if trainer is FusedTrials and build_model is with_batch_norm:
-        trainer = functools.partial(FusedTrials, company=Company(multiple=4))  # as the probe finds for its 8 channels
+MODELS = [TinyModel, with_dropout, with_batch_norm]
+
+
+@pytest.mark.parametrize("build_model", MODELS)
+def test_a_trial_alone_equals_itself_in_a_group(trainer: Trainer, build_model: Callable[[], nn.Module]) -> None:
     workload = tiny_workload(build_model)
-    group = trainer(various(), workload, device=CPU)
+    group = trainer(various(), workload, device=CPU, dtype=torch.float64)
     history = train(group, 4)
     for number, config in various().items():
-        alone = trainer({number: config}, workload, device=CPU)
-        assert of(number, train(alone, 4)) == of(number, history)
-        assert_same_bits(alone.model_state(number), group.model_state(number))
+        alone = trainer({number: config}, workload, device=CPU, dtype=torch.float64)
+        assert_trained_equally(train_alone(alone, 4), of(number, history))
+        assert_close(alone.model_state(number), group.model_state(number))
 
 
-def test_a_trial_on_digits_alone_equals_itself_in_a_group_to_the_bit(trainer: Trainer) -> None:
+def test_a_trial_on_digits_alone_equals_itself_in_a_group(trainer: Trainer) -> None:
     groups = {"head": ParamGroup(pattern=("fc.*",), lr_ratio=2.0), "body": ParamGroup(pattern=("*",))}
     adam, sgd = (
         tiny_config(optimizer, param_groups=groups, batch_size=64)
         for optimizer in (Adam(base_lr=1e-3), SGD(base_lr=0.1))
     )
     workload = digits("mlp")
-    group = trainer({0: adam, 1: sgd, 2: adam}, workload, device=CPU)
-    alone = trainer({1: sgd}, workload, device=CPU)
-    assert group.train_epoch()[1] == alone.train_epoch()[1]
-    assert_same_bits(group.model_state(1), alone.model_state(1))
+    group = trainer({0: adam, 1: sgd, 2: adam}, workload, device=CPU, dtype=torch.float64)
+    alone = trainer({1: sgd}, workload, device=CPU, dtype=torch.float64)
+    assert_trained_equally([group.train_epoch()[1]], [alone.train_epoch()[1]])
+    assert_close(group.model_state(1), alone.model_state(1))
+
+
+@pytest.mark.parametrize("build_model", MODELS)
+def test_the_same_group_trained_twice_is_the_same_to_the_bit(
+    trainer: Trainer, build_model: Callable[[], nn.Module]
+) -> None:
+    first, second = (trainer(various(), tiny_workload(build_model), device=CPU) for _ in range(2))
+    history = []
+    for group in (first, second):
+        history.append(train(group, 1))
+        group.drop(8)
+        history[-1] += train(group, 2)
+    assert history[0] == history[1]
+    for number in various().keys() - {8}:
+        assert_same_bits(first.model_state(number), second.model_state(number))
+
+
+@pytest.mark.parametrize("build_model", MODELS)
+def test_the_rates_of_other_trials_affect_no_bit(trainer: Trainer, build_model: Callable[[], nn.Module]) -> None:
+    workload = tiny_workload(build_model)
+    group = trainer(various(), workload, device=CPU)
+    history = train(group, 3)
+    for number, config in various().items():
+        others = {
+            n: dataclasses.replace(
+                other, optimizer=dataclasses.replace(other.optimizer, base_lr=0.02), scheduler=Exponential(gamma=0.7)
+            )
+            for n, other in various().items()
+        }
+        among_others = trainer({**others, number: config}, workload, device=CPU)
+        assert of(number, train(among_others, 3)) == of(number, history)
+        assert_same_bits(among_others.model_state(number), group.model_state(number))
+
+
+@pytest.mark.parametrize("build_model", MODELS)
+def test_a_trial_among_copies_of_itself_in_the_same_place_is_the_same_to_the_bit(
+    trainer: Trainer, build_model: Callable[[], nn.Module]
+) -> None:
+    workload = tiny_workload(build_model)
+    group = trainer(various(), workload, device=CPU)
+    history = train(group, 3)
+    for number, config in various().items():
+        placement = history[0][number].placement
+        assert placement is not None
+        copies = trainer(dict.fromkeys(range(placement.rows or 1), config), workload, device=CPU)
+        copy = placement.place or 0
+        assert of(copy, train(copies, 3)) == of(number, history)
+        assert_same_bits(copies.model_state(copy), group.model_state(number))
+
+
+def test_an_epoch_says_where_the_trial_trained() -> None:
+    def placements(trainer: Trainer) -> dict[int, Placement | None]:
+        return {n: its.placement for n, its in trainer(various(), tiny_workload(), device=CPU).train_epoch().items()}
+
+    def row(place: int, *, of: int) -> Placement:
+        return Placement(trainer="rows", rows=of, place=place, threads=1)
+
+    assert placements(plain) == dict.fromkeys(various(), Placement(trainer="plain", threads=1))
+    # Adam, AdamW, RMSprop, then SGD twice
+    assert placements(fused) == {n: row(place, of=5) for place, n in enumerate((4, 8, 7, 3, 9))}
+    assert placements(in_shards) == {
+        4: row(0, of=1),
+        8: row(0, of=2),
+        7: row(1, of=2),
+        3: row(0, of=2),
+        9: row(1, of=2),
+    }
 
 
 class Images(nn.Module):
@@ -230,8 +355,8 @@ def test_images_with_the_channels_last_train_to_the_same_numbers(trainer: Traine
 
 
 def test_drop_leaves_other_trials_unchanged(trainer: Trainer) -> None:
-    whole = trainer(various(), tiny_workload(with_dropout), device=CPU)
-    thinned = trainer(various(), tiny_workload(with_dropout), device=CPU)
+    whole = trainer(various(), tiny_workload(with_dropout), device=CPU, dtype=torch.float64)
+    thinned = trainer(various(), tiny_workload(with_dropout), device=CPU, dtype=torch.float64)
     expected = train(whole, 4)
     history = train(thinned, 1)
     thinned.drop(3)
@@ -240,8 +365,8 @@ def test_drop_leaves_other_trials_unchanged(trainer: Trainer) -> None:
     history += train(thinned, 2)
     assert [sorted(results) for results in history] == [[3, 4, 7, 8, 9], [4, 7, 8, 9], [4, 7, 9], [4, 7, 9]]
     for number in (4, 7, 9):
-        assert of(number, history) == of(number, expected)
-        assert_same_bits(thinned.model_state(number), whole.model_state(number))
+        assert_trained_equally(of(number, history), of(number, expected))
+        assert_close(thinned.model_state(number), whole.model_state(number))
 
 
 @pytest.mark.parametrize("param_groups", [ONE_GROUP, FROZEN_HEAD])
@@ -254,7 +379,8 @@ def test_a_group_without_trials_has_no_metrics(trainer: Trainer, param_groups: d
 
 
 def test_a_diverged_trial_names_step_and_epoch_and_leaves(trainer: Trainer) -> None:
-    group = trainer({0: tiny_config(), 1: tiny_config(HUGE), 2: tiny_config()}, tiny_workload(), device=CPU)
+    configs = {0: tiny_config(), 1: tiny_config(SGD(base_lr=1e300)), 2: tiny_config()}
+    group = trainer(configs, tiny_workload(), device=CPU, dtype=torch.float64)
     first, second = train(group, 2)
     assert first[1].diverged is not None
     assert first[1].diverged.removeprefix("the loss became ") in (
@@ -264,7 +390,24 @@ def test_a_diverged_trial_names_step_and_epoch_and_leaves(trainer: Trainer) -> N
     assert not first[1].finished
     assert first[0].finished
     assert sorted(second) == [0, 2]
-    assert second[0] == second[2]
+    assert_trained_equally(of(0, [first, second]), of(2, [first, second]))
+
+
+@pytest.mark.parametrize("build_model", MODELS)
+def test_a_trial_that_diverges_affects_no_bit_of_the_others(
+    trainer: Trainer, build_model: Callable[[], nn.Module]
+) -> None:
+    configs = {0: tiny_config(), 1: tiny_config(HUGE), 2: tiny_config(), 3: tiny_config(SGD(base_lr=0.3))}
+    diverging, dropping = (
+        trainer({**configs, 1: config}, tiny_workload(build_model), device=CPU) for config in (configs[1], configs[3])
+    )
+    history, expected = train(diverging, 1), train(dropping, 1)
+    assert history[0][1].diverged
+    dropping.drop(1)
+    history, expected = history + train(diverging, 2), expected + train(dropping, 2)
+    for number in (0, 2, 3):
+        assert of(number, history) == of(number, expected)
+        assert_same_bits(diverging.model_state(number), dropping.model_state(number))
 
 
 def test_a_trial_that_diverges_later_counts_steps_from_its_beginning(trainer: Trainer) -> None:
@@ -292,7 +435,7 @@ class Broken(TinyModel):
 def test_a_model_that_raises_fails_its_trial_alone() -> None:
     # Only a plain trainer has a model per trial.
     models = iter([TinyModel(), Broken(), TinyModel()])
-    group = PlainTrials(dict.fromkeys(range(3), tiny_config()), tiny_workload(lambda: next(models)), device=CPU)
+    group = plain(dict.fromkeys(range(3), tiny_config()), tiny_workload(lambda: next(models)), device=CPU)
     first, second = train(group, 2)
     assert first[1] == EpochMetrics(epoch=0, step=0, metrics={}, lr={}, failed="RuntimeError: no such layer")
     assert not first[1].finished
@@ -355,19 +498,64 @@ def test_a_group_of_various_trials_goes_on_from_a_saved_state(trainer: Trainer) 
         assert_same_bits(resumed.model_state(number), uninterrupted.model_state(number))
 
 
-@pytest.mark.parametrize("mixed", [PlainTrials, in_parts])
+@pytest.mark.parametrize("mixed", [plain, in_shards])
 def test_trials_of_all_kinds_train_in_one_group_as_they_do_alone(mixed: Trainer) -> None:
-    group = mixed(with_all_kinds(), tiny_workload(with_dropout), device=CPU)
+    def build(configs: Mapping[int, TrialConfig]) -> Trials:
+        return mixed(configs, tiny_workload(with_dropout), device=CPU, dtype=torch.float64)
+
+    group = build(with_all_kinds())
     history = train(group, 2)
-    resumed = mixed(with_all_kinds(), tiny_workload(with_dropout), device=CPU)
+    resumed = build(with_all_kinds())
     resumed.load_state_dict(saved_and_loaded(group.state_dict()))
     history += train(group, 2)
     assert train(resumed, 2) == history[2:]
     assert [list(results) for results in history] == [sorted(with_all_kinds())] * 4
     for number, config in with_all_kinds().items():
-        alone = mixed({number: config}, tiny_workload(with_dropout), device=CPU)
-        assert of(number, train(alone, 4)) == of(number, history)
-        assert_same_bits(alone.model_state(number), group.model_state(number))
+        assert_same_bits(resumed.model_state(number), group.model_state(number))
+        alone = build({number: config})
+        assert_trained_equally(train_alone(alone, 4), of(number, history))
+        assert_close(alone.model_state(number), group.model_state(number))
+
+
+@pytest.mark.parametrize("build_model", MODELS)
+def test_a_trial_is_trained_again_to_the_bit_in_the_places_that_it_had(build_model: Callable[[], nn.Module]) -> None:
+    configs = {**with_all_kinds(), 12: tiny_config(HUGE)}
+    local = executor(configs, tiny_workload(build_model), device=CPU)
+    group = local.build(configs)
+    history = train(group, 1)
+    group.drop(3)
+    history += train(group, 1)
+    group.drop(7)
+    history += train(group, 2)
+    left = configs.keys() - {3, 7, 12}
+    assert history[-1].keys() == left
+    tested = group.test()
+    moved = [number for number in left if len({epoch.placement for epoch in of(number, history)}) > 1]
+    assert moved
+    for number, config in configs.items():
+        expected = of(number, history)
+        placement = [epoch.placement for epoch in expected if epoch.placement is not None]
+        again = local.build({number: config}, placement=placement)
+        assert repr(train_alone(again, len(expected))) == repr(expected)  # a NaN does not equal itself
+        if number in left:
+            assert again.test() == {number: tested[number]}
+            assert_same_bits(again.model_state(number), group.model_state(number))
+
+
+@pytest.mark.parametrize("trainer", [fused, in_shards])
+def test_a_trial_that_is_trained_again_goes_on_from_a_saved_state(trainer: Trainer) -> None:
+    group = trainer(various(), tiny_workload(with_dropout), device=CPU)
+    history = train(group, 1)
+    group.drop(3)
+    history += train(group, 3)
+    local = executor(various(), tiny_workload(with_dropout), device=CPU)
+    for number in (4, 7, 8, 9):
+        placement = [epoch.placement for epoch in of(number, history) if epoch.placement is not None]
+        again, resumed = (local.build({number: various()[number]}, placement=placement) for _ in range(2))
+        train(again, 2)
+        resumed.load_state_dict(saved_and_loaded(again.state_dict()))
+        assert train_alone(resumed, 2) == of(number, history)[2:]
+        assert_same_bits(resumed.model_state(number), group.model_state(number))
 
 
 def test_an_epoch_schedule_records_its_rate_once_at_the_epochs_last_step(trainer: Trainer) -> None:
@@ -415,7 +603,7 @@ def test_train_loss_is_the_mean_over_all_samples_those_of_the_last_small_batch_t
     assert epoch.step == STEPS_PER_EPOCH
 
 
-@pytest.mark.parametrize("build_model", [TinyModel, with_dropout, with_batch_norm])
+@pytest.mark.parametrize("build_model", MODELS)
 def test_metrics_of_val_and_test_are_taken_in_eval_mode(trainer: Trainer, build_model: Callable[[], nn.Module]) -> None:
     workload = tiny_workload(build_model)
     group = trainer({0: tiny_config(), 1: tiny_config(Adam(base_lr=0.1))}, workload, device=CPU, dtype=torch.float64)
@@ -448,7 +636,7 @@ def test_batch_norm_keeps_running_statistics_per_trial(trainer: Trainer) -> None
 def dropout_losses(trainer: Trainer, configs: Mapping[int, TrialConfig], *, global_seed: int) -> dict[int, list[float]]:
     torch.manual_seed(global_seed)
     workload: Workload = tiny_workload(with_dropout)
-    history = train(trainer(configs, workload, device=CPU), 2)
+    history = train(trainer(configs, workload, device=CPU, dtype=torch.float64), 2)
     return {number: [epoch.metrics["train/loss"] for epoch in of(number, history)] for number in configs}
 
 
@@ -459,9 +647,10 @@ def test_dropout_masks_are_a_function_of_seed_epoch_and_step_alone(trainer: Trai
         still_adam = tiny_config(Adam(base_lr=1e-30))
         together = dropout_losses(trainer, {0: tiny_config(STILL), 1: still_adam, 2: tiny_config()}, global_seed=2)
         other_seed = dropout_losses(trainer, {0: tiny_config(STILL, seed=1)}, global_seed=1)
-    assert alone[0] == together[0] == together[1]
+    for losses in (together[0], together[1]):
+        assert losses == pytest.approx(alone[0], rel=1e-9)
     assert alone[0][0] != pytest.approx(alone[0][1], rel=1e-3)
-    assert alone[0] != other_seed[0]
+    assert alone[0] != pytest.approx(other_seed[0], rel=1e-3)
 
 
 def test_dropout_masks_differ_from_step_to_step_and_from_epoch_to_epoch(trainer: Trainer) -> None:

@@ -13,6 +13,8 @@ from pipeline.space.config import Own, TrialConfig
 from pipeline.space.optimizers import SGD, Optimizer
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant, Scheduler
+from pipeline.training.placement import PlacementRules
+from pipeline.workloads.data import place
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 SAMPLES = 37
@@ -21,6 +23,8 @@ STEPS_PER_EPOCH = 5
 """Four batches of 8 and one of 5."""
 
 ONE_GROUP = {"all": ParamGroup(pattern=("*",))}
+RULES = PlacementRules(device="cpu", plain_because={"": None, "body": None})
+"""Rules of placement for a study that is not trained."""
 BODY_AND_HEAD = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",))}
 
 
@@ -59,6 +63,11 @@ def tiny_workload(build_model: Callable[[], nn.Module] = TinyModel) -> Workload:
         loss=F.cross_entropy,
         metrics={"accuracy": Metric(accuracy, "maximize")},
     )
+
+
+def on_device(workload: Workload, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Workload:
+    """Return a workload as trainers take it: its data are on the device."""
+    return place(workload, device=device, dtype=dtype)
 
 
 def tiny_config(

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 import platform
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
 from pipeline.errors import DataError, InvalidInput
-from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.space.config import derive_seed
 from pipeline.space.search_space import SearchSpace
-from pipeline.training.executor import Trainer
+from pipeline.training.executor import LocalExecutor
 from pipeline.training.precision import in_force
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
@@ -77,7 +78,7 @@ def prepare(
     searching: bool,
     rows: int | None = None,
     workload: Workload | None = None,
-) -> Trainer:
+) -> LocalExecutor:
     """Load a space's workload, choose the device, and find out how trials train there.
 
     Args:
@@ -103,7 +104,7 @@ def prepare(
     problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
     if problems:
         raise InvalidInput(source, problems)
-    return Trainer(workload, space.example(), device=chosen, rows=rows, processes=torch.get_num_threads())
+    return LocalExecutor(workload, space.example(), device=chosen, rows=rows, processes=torch.get_num_threads())
 
 
 def _placed(workload: Workload, device: torch.device) -> Workload:
@@ -174,17 +175,36 @@ def _precision_problems(space: SearchSpace, device: torch.device) -> list[Proble
     return []
 
 
-def environment(trainer: Trainer, config: TrialConfig) -> dict[str, Any]:
-    """Return what a trial's numbers may depend on besides its config."""
-    device = trainer.device
-    with trainer.arithmetic():
+def environment(executor: LocalExecutor) -> dict[str, Any]:
+    """Return what a trial's numbers may depend on besides its config and placement."""
+    device = executor.device
+    with executor.precision():
         settings = in_force(device)
     return {
-        "trainer": "fused" if trainer.fuses(config) else "plain",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **settings,
-        "machine": platform.machine(),
+        **machine(),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
         "pipeline": metadata.version("lr-strategy-search"),
     }
+
+
+def machine() -> dict[str, Any]:
+    """Return the kind of machine: on the same kind a trial's metrics on the CPU are repeated to the bit."""
+    return {
+        "machine": platform.machine(),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _cpu_model() -> str:
+    """Return the name of the CPU and, where the system tells them, its family, model and stepping."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    parts = [values.get(key) for key in ("model name", "cpu family", "model", "stepping")]
+    return " ".join(part for part in parts if part) or platform.processor()

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.space.schedules import Constant
+from pipeline.training.contract import GroupLost
 from pipeline.workloads.data import samples_of, some_samples
 
 if TYPE_CHECKING:
     from pipeline.space.config import TrialConfig
     from pipeline.space.search_space import SearchSpace
-    from pipeline.training.executor import Trainer
+    from pipeline.training.executor import LocalExecutor
     from pipeline.workloads.workload import Workload
 
 
@@ -76,27 +77,27 @@ class RateCurve:
         return Bounds(RATES[max(0, high - WIDTH * PER_DECADE)], RATES[high])
 
 
-def range_test(space: SearchSpace, optimizer: str, trainer: Trainer, *, steps: int = STEPS) -> RateCurve:
+def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, steps: int = STEPS) -> RateCurve:
     """Train one of a space's optimizers at every rate of `RATES`, constant, on the same batches.
 
     Args:
         space: Says all but the rate: what it searches is drawn from its whole range, evenly.
         optimizer: By its name in the space.
-        trainer: Of the space's workload.
+        executor: Trains trials of the space's workload.
         steps: Optimizer updates of a run, at least: whole passes over a random part of the data, or over all of it.
     """
-    trainer = trainer.on(_shortened(trainer.workload, steps * space.batch_size, seed=space.seed))
-    epochs = math.ceil(steps * space.batch_size / len(trainer.workload.train))
+    executor = executor.on(_shortened(executor.workload, steps * space.batch_size, seed=space.seed))
+    epochs = math.ceil(steps * space.batch_size / len(executor.workload.train))
     space = dataclasses.replace(space, optimizers={optimizer: space.optimizers[optimizer]})
-    draws = DRAWS if trainer.fuses(space.example()) else 1
+    draws = 1 if executor.why_plain(space.example()) else DRAWS
     configs = {
         number: dataclasses.replace(_with_rate(config, rate), scheduler=Constant(), epochs=epochs)
         for number, (config, rate) in enumerate(
             (space.sample(EvenDraw(draw, of=draws, seed=space.seed)), rate) for draw in range(draws) for rate in RATES
         )
     }
-    with contextlib.closing(trainer):
-        losses = _final_losses(trainer, configs, epochs)
+    with contextlib.closing(executor):
+        losses = _final_losses(executor, configs, epochs)
     runs = [losses[first : first + len(RATES)] for first in range(0, len(losses), len(RATES))]
     return RateCurve(tuple(map(tuple, runs)))
 
@@ -113,11 +114,17 @@ def _with_rate(config: TrialConfig, rate: float) -> TrialConfig:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, base_lr=rate))
 
 
-def _final_losses(trainer: Trainer, configs: Mapping[int, TrialConfig], epochs: int) -> list[float | None]:
+def _final_losses(executor: LocalExecutor, configs: Mapping[int, TrialConfig], epochs: int) -> list[float | None]:
     """Train trials to their end and return each one's validation loss, None if it diverged or failed."""
-    group = trainer.build(configs)
-    for _ in range(epochs):
-        results = group.train_epoch()
+    group = executor.build(configs)
+    trained = 0
+    while trained < epochs:
+        try:
+            results = group.train_epoch()
+            trained += 1
+        except GroupLost:  # these runs are short: they begin anew
+            group.load_state_dict({})
+            trained = 0
     finished = {number: epoch.metrics["val/loss"] for number, epoch in results.items() if epoch.finished}
     return [finished.get(number) for number in configs]
 

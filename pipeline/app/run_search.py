@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
     from pipeline.files.signals import Interrupts
     from pipeline.space.search_space import SearchSpace
-    from pipeline.space.trial import EndedTrial
+    from pipeline.space.trial import EndedTrial, EpochMetrics
     from pipeline.study.checkpoint import Checkpoints
     from pipeline.study.store import Store
     from pipeline.study.study import Study
     from pipeline.tracking.process import BackgroundTracker
-    from pipeline.training.executor import Trainer
+    from pipeline.training.executor import LocalExecutor
     from pipeline.workloads.workload import Workload
 
 
@@ -119,7 +119,7 @@ def _search_space(
         from pipeline.study.store import Store
 
     cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
-    trainer = prepare(
+    executor = prepare(
         space,
         source=source(options),
         device=options.device,
@@ -128,17 +128,23 @@ def _search_space(
         workload=options.workload,
     )
     store = Store(options.root)
-    name, _ = store.choose(space, trials=trials, name=options.study)
+    name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows)
     way_on = command(options, space, study=name, trials=trials)
     last_words = f"ended at once; go on with: {way_on}"
     interrupts = Interrupts(options.timeout, last_words=last_words)
-    with contextlib.closing(store), store.lock(name), contextlib.closing(trainer), interrupts:
-        _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
-        study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
-        console.print(_headline(study, trainer, trials), soft_wrap=True)
+    with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
+        _, exists = store.choose(
+            space, trials=trials, name=name, rows=options.rows
+        )  # another search may have begun it meanwhile
+        if exists:
+            study = store.open(name, trials=trials)
+            executor.adopt(study.rules)
+        else:
+            study = store.create(space, name=name, trials=trials, rules=executor.rules)
+        console.print(_headline(study, executor, trials), soft_wrap=True)
         with _tracked(study, tracker), _stopped_by_errors(tracker, way_on):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
-            _run(study, trials, trainer, checkpoints, tracker, interrupts, console)
+            _run(study, trials, executor, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
             if len(study.ended) < trials:
                 console.print(f"{interrupts.reason}; go on with: {way_on}", soft_wrap=True)
@@ -158,7 +164,7 @@ def _search_space(
 def _run(
     study: Study,
     trials: int,
-    trainer: Trainer,
+    executor: LocalExecutor,
     checkpoints: Checkpoints,
     tracker: BackgroundTracker,
     interrupts: Interrupts,
@@ -171,19 +177,25 @@ def _run(
     from pipeline.training.optim import replay_rates
 
     for trial in study.ended:  # MLflow passes over those that it has, which after a crash need not be all
-        epochs = replay_rates(trial.config, trial.epochs, directions=trainer.workload.directions)
+        epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
         tracker.log_trial(dataclasses.replace(trial, epochs=epochs))
+
+    def on_epoch(results: Mapping[int, EpochMetrics]) -> None:
+        progress.epoch(results)
+        study.keep_rules(executor.rules)
+
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
         while not interrupts.reason and (proposals := study.next_group(trials)):
-            group = trainer.build({number: config for number, (config, _) in proposals.items()})
-            progress.group_begins(group.describe())
+            configs = {number: config for number, (config, _) in proposals.items()}
+            group = executor.build(configs)
+            progress.group_begins(executor.describe(configs))
             for trial in run_group(
                 group,
                 proposals,
                 study,
                 checkpoints=checkpoints,
-                environment=functools.partial(environment, trainer),
-                on_epoch=progress.epoch,
+                environment=environment(executor),
+                on_epoch=on_epoch,
                 interrupted=interrupts.asked,
             ):
                 study.add(trial)
@@ -269,16 +281,17 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
         console.print(f"compare       {command}   then open http://127.0.0.1:5000{view}", soft_wrap=True)
 
 
-def _headline(study: Study, trainer: Trainer, trials: int) -> str:
-    from pipeline.training.rows.trainer import has_rule
+def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
+    from pipeline.space.optimizers import OPTIMIZERS
+    from pipeline.training.rows.update_rules import has_rule
 
     space, size = study.space, min(study.group_size, trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
-    if trainer.plain_because is not None:
-        together += f", each alone, since {trainer.plain_because}"
-    elif alone := [name for name in space.optimizers if not has_rule(name)]:
+    if executor.plain_because is not None:
+        together += f", each alone, since {executor.plain_because}"
+    elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
         together += f", those of {' and '.join(alone)} each alone"
-    what = f"{trainer.workload.name} · {space.epochs} epochs · {trainer.device}, {together}"
+    what = f"{executor.workload.name} · {space.epochs} epochs · {executor.device}, {together}"
     went_on = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if len(study.ended) >= trials:
         went_on = f": all of its {len(study.ended)} trials have ended; ask for more with --trials"

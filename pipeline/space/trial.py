@@ -1,13 +1,40 @@
-"""What is known of a trial that has ended: the value that the study stores and MLflow is told."""
+"""A trial as a value: its placement and metrics epoch by epoch, and how it ended."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.space.config import TrialConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a trial trained in an epoch; with the config it decides the metrics, to the bit on one kind of machine."""
+
+    trainer: Literal["rows", "plain"]
+    """As a row of a matrix, or by itself."""
+    rows: int | None = None
+    """Number of rows of the matrix; None for a plain trial."""
+    place: int | None = None
+    """The trial's row, counted from 0; None for a plain trial."""
+    threads: int
+    """Number of threads that PyTorch computed with."""
+    broken: bool | None = None
+    """True if the epochs before were trained twice, the second time in other places, and the first metrics stand: such
+    a trial is repeated to rounding."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: The row is not one of the matrix.
+        """
+        fits = self.place is None if self.rows is None else self.place in range(self.rows)
+        if self.trainer not in ("rows", "plain") or (self.trainer == "rows") == (self.rows is None) or not fits:
+            raise ValueError(f"{self.trainer} at place {self.place} of {self.rows} rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +50,8 @@ class EpochMetrics:
     lr: Mapping[str, tuple[tuple[int, float], ...]]
     """Group name to points (step, learning rate): the rate that update number `step`, counted from 1, used. A schedule
     that moves once per epoch has one point, at the epoch's last step; one that moves every step has them all."""
+    placement: Placement | None = None
+    """Where it trained; None if the epoch could not be finished, or was read from a study, which keeps it elsewhere."""
     diverged: str | None = None
     """Why the trial cannot go on, if its loss or a metric is no longer finite."""
     failed: str | None = None

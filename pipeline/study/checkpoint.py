@@ -21,7 +21,7 @@ import torch
 from pipeline.errors import StorageError
 from pipeline.files.atomic import write_atomic
 
-FORMAT = 1
+FORMAT = 2
 SHARE = 0.02
 """The part of the time that saving may take."""
 FIRST_GUESS_S = 0.02

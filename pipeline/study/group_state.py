@@ -1,62 +1,85 @@
-"""What is known of a group of trials under way; with their trainer's state, it is all that a checkpoint holds."""
+"""What is known of a running group of trials; with the trainers' state, it is all that a checkpoint holds."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import EndedTrial, EpochMetrics, Placement, TrialState
+from pipeline.training.placement import from_run_lengths, run_lengths
 
 Proposals = Mapping[int, tuple[TrialConfig, dict[str, Any]]]
 """Trial number to its config and to the parameters that the sampler chose."""
-DECISIVE = ("trainer", "torch", "pipeline")
-"""What must be the same of an environment for a state to be loaded there: its form depends on them."""
+DECISIVE = ("device", "torch", "pipeline")
+"""Keys of an environment that must be the same for a state to be loaded: its form depends on them."""
 
 
-class UnderWay:
-    """The trials of a group: what they did epoch by epoch, how some have ended, which are next to be stored.
+class GroupState:
+    """The trials of a group: their metrics epoch by epoch, how some have ended, which are next to be stored.
 
     Args:
-        proposals: From `study.next_group`.
+        proposals: All trials of the group, from `study.next_group`.
+        ended: Trials of the group that the study has stored, by number. They train again with the others, up to the
+            epoch in which they ended, since the placement of the others depends on them.
         study: Identity of the study.
-        metric: The objective.
-        environment: Gives what is noted of where a config was trained.
+        metric: Name of the objective.
+        environment: What is recorded of where the trials train.
     """
 
     def __init__(
         self,
         proposals: Proposals,
+        ended: Mapping[int, EndedTrial],
         *,
         study: str,
         metric: str,
-        environment: Callable[[TrialConfig], Mapping[str, Any]],
+        environment: Mapping[str, Any],
     ) -> None:
         self.proposals = proposals
         self.epoch = 0
+        """Epochs whose metrics are known."""
         self._study = study
         self._metric = metric
-        self._environments = {number: environment(config) for number, (config, _) in proposals.items()}
+        self._environment = dict(environment)
         self._started = time.time()
         self._epochs: dict[int, list[EpochMetrics]] = {number: [] for number in proposals}
         self._verdicts: dict[int, tuple[TrialState, str | None, float]] = {}
-        self._waiting = sorted(proposals)
+        self._left_after = {
+            number: len(from_run_lengths(trial.environment["placement"])) for number, trial in ended.items()
+        }
+        """Number of epochs that a trial which has ended took part in."""
+        self._waiting = sorted(number for number in proposals if number not in ended)
+        self._broken = False
 
     @property
-    def running(self) -> bool:
-        """Whether a trial is left to train."""
-        return len(self._verdicts) < len(self.proposals)
+    def running(self) -> set[int]:
+        """Numbers of the trials that have not ended."""
+        return self.proposals.keys() - self._left_after.keys()
+
+    def left_by(self, epoch: int) -> list[int]:
+        """Return the trials that had left the group when an epoch ended."""
+        return [number for number, last in self._left_after.items() if last <= epoch]
 
     def add(self, results: Mapping[int, EpochMetrics]) -> None:
-        """Note an epoch of every running trial."""
+        """Add the metrics of an epoch of every running trial."""
         self.epoch += 1
         for number, metrics in results.items():
-            self._epochs[number].append(metrics)
+            placement = metrics.placement
+            if placement is not None and self._is_broken(number):
+                placement = dataclasses.replace(placement, broken=True)
+            self._epochs[number].append(dataclasses.replace(metrics, placement=placement))
+
+    def break_off(self) -> None:
+        """Note that epochs whose metrics stand were trained again in other places."""
+        self._broken = True
 
     def end(self, number: int, state: TrialState, reason: str | None) -> None:
         """Note how a trial has ended."""
         self._verdicts[number] = state, reason, time.time()
+        self._left_after[number] = len(self._placements(number))
 
     def pop_ended(self) -> Iterator[EndedTrial]:
         """Yield, once, each trial that has ended as have all lower numbers."""
@@ -64,18 +87,18 @@ class UnderWay:
             yield self._ended(self._waiting.pop(0))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return the state of the group as plain values."""
         return {
             "study": self._study,
             "last": max(self.proposals),
             "epoch": self.epoch,
             "started": self._started,
+            "environment": self._environment,
             "trials": {
                 number: {
                     "config": config.to_dict(),
                     "params": params,
-                    "environment": dict(self._environments[number]),
-                    "epochs": [dict(vars(epoch)) for epoch in self._epochs[number]],
+                    "epochs": [_plain(epoch) for epoch in self._epochs[number]],
                     "verdict": self._plain_verdict(number),
                 }
                 for number, (config, params) in self.proposals.items()
@@ -83,30 +106,36 @@ class UnderWay:
         }
 
     def why_not(self, saved: Mapping[str, Any]) -> str | None:
-        """Say why what was saved does not belong to these trials, or None if it does."""
+        """Say why a saved state does not belong to these trials, or return None if it does."""
         if saved["study"] != self._study:
             return "it is of another study that had this name"
-        if saved["last"] != max(self.proposals):
+        if saved["last"] < max(self.proposals):
             return f"it is of a group that ends with trial {saved['last']}, and this one with {max(self.proposals)}"
         for number, (config, params) in self.proposals.items():
             its = saved["trials"].get(number)
             if its is None or (its["config"], its["params"]) != (config.to_dict(), params):
                 return f"trial {number} is proposed otherwise now; perhaps Optuna is of another version"
-            here = self._environments[number]
-            for key in DECISIVE:
-                if its["environment"].get(key) != here.get(key):
-                    return f"the {key} of trial {number} was {its['environment'].get(key)} and is {here.get(key)}"
-        return None
+        there, here = saved["environment"], self._environment
+        changed = [key for key in DECISIVE if there.get(key) != here.get(key)]
+        return f"the {changed[0]} was {there.get(changed[0])} and is {here.get(changed[0])}" if changed else None
 
     def load_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what was saved; it belongs to these trials, of which there may have been more."""
+        """Go on from a saved state of these trials; it may hold more trials."""
         self.epoch, self._started = saved["epoch"], saved["started"]
-        for number in self.proposals:
+        for number in self.running:
             its = saved["trials"][number]
-            self._epochs[number] = [EpochMetrics(**epoch) for epoch in its["epochs"]]
+            self._epochs[number] = [_from_plain(epoch) for epoch in its["epochs"]]
             if its["verdict"]:
                 state, reason, ended = its["verdict"]
                 self._verdicts[number] = TrialState(state), reason, ended
+                self._left_after[number] = len(self._placements(number))
+
+    def _placements(self, number: int) -> list[Placement]:
+        return [epoch.placement for epoch in self._epochs[number] if epoch.placement is not None]
+
+    def _is_broken(self, number: int) -> bool:
+        placements = self._placements(number)
+        return self._broken or bool(placements and placements[-1].broken)
 
     def _plain_verdict(self, number: int) -> tuple[str, str | None, float] | None:
         if number not in self._verdicts:
@@ -128,5 +157,14 @@ class UnderWay:
             epochs=epochs,
             started=self._started,
             ended=ended,
-            environment=self._environments[number],
+            environment={**self._environment, "placement": run_lengths(self._placements(number))},
         )
+
+
+def _plain(epoch: EpochMetrics) -> dict[str, Any]:
+    return {**vars(epoch), "placement": None if epoch.placement is None else dict(vars(epoch.placement))}
+
+
+def _from_plain(epoch: Mapping[str, Any]) -> EpochMetrics:
+    placement = epoch["placement"]
+    return EpochMetrics(**{**epoch, "placement": None if placement is None else Placement(**placement)})

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InvalidInput, Problem
-from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
-from pipeline.study.group_state import Proposals, UnderWay
+from pipeline.study.group_state import GroupState, Proposals
 from pipeline.study.study import Study
-from pipeline.training.contract import TrialGroup
+from pipeline.training.contract import GroupLost, TrialGroup
 
 
 def run_group(
@@ -22,48 +21,47 @@ def run_group(
     study: Study,
     *,
     checkpoints: Checkpoints,
-    environment: Callable[[TrialConfig], Mapping[str, Any]],
+    environment: Mapping[str, Any],
     on_epoch: Callable[[Mapping[int, EpochMetrics]], None],
     interrupted: Callable[[], bool],
 ) -> Iterator[EndedTrial]:
-    """Train a group's trials to their ends, each of which comes as soon as all lower numbers have ended.
+    """Train a group; yield finished trials in number order. The group goes on from its last checkpoint, if it has one.
 
-    What asks for them stores each before it asks for the next, so that a checkpoint and what is stored are together
-    all that was done. The group goes on from its last checkpoint, if there is one.
+    The caller must store each trial before advancing the iterator; database plus checkpoint are then the complete
+    record.
 
     Args:
-        group: Trains them; new.
+        group: Trains all trials of the group; new.
         proposals: From `study.next_group`.
         study: Gives the verdicts.
         checkpoints: Where a checkpoint is saved when one is due, and on an interruption.
-        environment: Gives what is noted of where a config was trained.
-        on_epoch: Told each epoch's metrics.
-        interrupted: Asked after each epoch; if it says so, what is still running is left, in a checkpoint.
+        environment: What is recorded of where the trials train.
+        on_epoch: Called with the metrics of each epoch.
+        interrupted: Called after each epoch; if it returns True, what is still running is left in a checkpoint.
 
     Raises:
         InvalidInput: The checkpoint is of these trials, but does not fit their model.
         StorageError: A checkpoint cannot be written.
     """
     metric = study.space.objective.metric
-    under_way = UnderWay(proposals, study=study.identity, metric=metric, environment=environment)
-    _resume(group, under_way, checkpoints)
-    yield from under_way.pop_ended()
-    while under_way.running:
-        results = group.train_epoch()
+    ended = {number: study.ended[number] for number in proposals if number < len(study.ended)}
+    state = GroupState(proposals, ended, study=study.identity, metric=metric, environment=environment)
+    _resume(group, state, checkpoints)
+    yield from state.pop_ended()
+    while state.running:
+        results = _train_epoch(group, state, checkpoints)
         on_epoch(results)
-        under_way.add(results)
-        for number, (state, reason) in _outcomes(results, proposals, study).items():
-            if results[number].finished:
-                group.drop(number)
-            under_way.end(number, state, reason)
-        yield from under_way.pop_ended()
+        state.add(results)
+        for number, (how, reason) in _outcomes(results, proposals, study).items():
+            state.end(number, how, reason)
+            group.drop(number)
+        yield from state.pop_ended()
         stop = interrupted()
-        if under_way.running and (stop or checkpoints.due()):
-            name = f"trials-to-{max(proposals):06}-epoch-{under_way.epoch:06}.pt"
-            checkpoints.save(name, lambda: {**under_way.to_dict(), "state": group.state_dict()})
+        if state.running and (stop or checkpoints.due()):
+            _save(group, state, checkpoints)
         if stop:
             break
-    if not under_way.running:
+    if not state.running:
         checkpoints.clear()
 
 
@@ -75,16 +73,62 @@ def forget_ended(checkpoints: Checkpoints, study: Study) -> None:
             return
 
 
-def _resume(group: TrialGroup, under_way: UnderWay, checkpoints: Checkpoints) -> None:
+def _train_epoch(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> dict[int, EpochMetrics]:
+    """Train every running trial for an epoch.
+
+    A group that is lost goes back to its last checkpoint and trains again up to this epoch. The metrics and verdicts of
+    the epochs in between stand: a trial that had ended leaves after the same epoch.
+    """
+    epoch: int | None = state.epoch
+    while True:
+        try:
+            if epoch is None:
+                epoch = _load_newest(group, checkpoints)
+            for number in state.left_by(epoch):
+                group.drop(number)
+            results = group.train_epoch()
+        except GroupLost as lost:
+            checkpoints.warn(str(lost))
+            if not lost.repeats and epoch is not None:
+                state.break_off()
+            epoch = None
+            continue
+        epoch += 1
+        if epoch > state.epoch:
+            gone = state.running - results.keys()
+            why = "its numbers were no longer finite when epochs were trained again"
+            lost_metrics = EpochMetrics(epoch=epoch, step=0, metrics={}, lr={}, diverged=why)
+            return {**{n: results[n] for n in state.running & results.keys()}, **dict.fromkeys(gone, lost_metrics)}
+
+
+def _load_newest(group: TrialGroup, checkpoints: Checkpoints) -> int:
+    """Load the newest checkpoint of a running group, or let the group begin anew; return its number of epochs."""
+    for _, content in checkpoints.load():
+        group.load_state_dict(content["state"])
+        epoch: int = content["epoch"]
+        return epoch
+    group.load_state_dict({})
+    return 0
+
+
+def _save(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> None:
+    name = f"trials-to-{max(state.proposals):06}-epoch-{state.epoch:06}.pt"
+    try:
+        checkpoints.save(name, lambda: {**state.to_dict(), "state": group.state_dict()})
+    except GroupLost as lost:  # the next epoch meets the loss again
+        checkpoints.warn(f"no checkpoint was saved: {lost}")
+
+
+def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> None:
     """Go on from the newest checkpoint of these trials, and remove all others."""
     for path, content in checkpoints.load():
-        if content["last"] < min(under_way.proposals):
+        if content["last"] < min(state.proposals):
             break  # of trials that have ended since
-        if why := under_way.why_not(content):
+        if why := state.why_not(content):
             kept = checkpoints.put_aside(path)
             checkpoints.warn(f"{path}: not used, its trials train anew: {why}; it is kept as {kept.name}")
             continue
-        under_way.load_dict(content)
+        state.load_dict(content)
         try:
             group.load_state_dict(content["state"])
         except (RuntimeError, KeyError, ValueError) as error:

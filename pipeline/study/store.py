@@ -27,13 +27,11 @@ from pipeline.files.locks import LOCK, study_folder
 from pipeline.files.sqlite import create_whole, sqlite_uri
 from pipeline.space.load import space_from_document
 from pipeline.space.search_space import SearchSpace
-from pipeline.study.study import Study, group_size, storage_errors
+from pipeline.study.study import HEADER, Study, group_size, storage_errors
+from pipeline.training.placement import PlacementRules
 
-FORMAT = 2
+FORMAT = 3
 """Of what a study stores about itself and its trials."""
-
-_HEADER = "pipeline"
-"""The user attribute of an Optuna study that holds what we store about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,8 @@ class StudyHeader:
     trials: int
     """How many it was last asked for, in total."""
     group_size: int
+    placement: Mapping[str, Any]
+    """Its `PlacementRules` as plain values."""
     ended: int
     """How many trials it holds."""
     created: float
@@ -86,32 +86,38 @@ class Store:
         """
         headers = []
         for summary in self._summaries():
-            header = summary.user_attrs.get(_HEADER)
+            header = summary.user_attrs.get(HEADER)
             if header is None:
                 continue  # made by another program, or abandoned
             if header["format"] != FORMAT:
                 message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
                 raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
-            values = {key: header[key] for key in ("space", "document", "trials", "group_size", "created")}
+            values = {key: header[key] for key in ("space", "document", "trials", "group_size", "placement", "created")}
             headers.append(StudyHeader(name=summary.study_name, ended=summary.n_trials, **values))
         return sorted(headers, key=lambda header: header.created)
 
-    def choose(self, space: SearchSpace, *, trials: int, name: str | None) -> tuple[str, bool]:
+    def choose(self, space: SearchSpace, *, trials: int, name: str | None, rows: int | None = None) -> tuple[str, bool]:
         """Choose the study that a search goes on with or begins; writes nothing.
 
-        Without a name that is the newest unfinished study of the same space, seed and number of trials, else a new
-        `<space>-N`.
+        Without a name that is the newest unfinished study of the same space, seed, number of trials and, where rows are
+        given, rows; else a new `<space>-N`.
 
         Returns:
             The study's name, and whether it exists.
 
         Raises:
-            InvalidInput: The named study was made with another space; the message shows each difference.
+            InvalidInput: The named study was made with another space, or other rows; the message shows each difference.
         """
         known = {header.name: header for header in self.headers()}
         if name is None:
             for header in reversed(known.values()):
-                if header.trials == trials and header.ended < trials and header.document == space.document:
+                same_rows = rows in (None, header.placement["rows"])
+                if (
+                    header.trials == trials
+                    and header.ended < trials
+                    and header.document == space.document
+                    and same_rows
+                ):
                     return header.name, True
             taken = self._names()
             return next(n for i in itertools.count(1) if (n := f"{space.name}-{i}") not in taken), False
@@ -123,9 +129,12 @@ class Store:
         if differences := list(_differences(known[name].document, space.document)):
             remedy = Problem("", "a study keeps its space; choose another --study, or the space that it was made with")
             raise InvalidInput(f"--study {name}", [*differences, remedy])
+        if rows not in (None, stored := known[name].placement["rows"]):
+            kept = f"the study trains with {'auto' if stored is None else stored}, on which its numbers depend"
+            raise InvalidInput("--rows", [Problem(str(rows), f"{kept}; leave --rows away, or choose another --study")])
         return name, True
 
-    def create(self, space: SearchSpace, *, name: str, trials: int) -> Study:
+    def create(self, space: SearchSpace, *, name: str, trials: int, rules: PlacementRules) -> Study:
         """Begin a study.
 
         Raises:
@@ -137,6 +146,7 @@ class Store:
             "document": space.document,
             "trials": trials,
             "group_size": group_size(trials),
+            "placement": rules.to_dict(),
             "created": time.time(),
         }
         storage = self._storage(create=True)
@@ -148,7 +158,7 @@ class Store:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([space.objective.metric])  # for Optuna's own tables and plots
-            study.set_user_attr(_HEADER, header)
+            study.set_user_attr(HEADER, header)
         return self.open(name)
 
     def open(self, name: str | None, *, trials: int | None = None) -> Study:
@@ -162,7 +172,7 @@ class Store:
         with storage_errors(f"opening study {header.name}"):
             if trials is not None and trials != header.trials:
                 study = optuna.load_study(study_name=header.name, storage=storage)
-                study.set_user_attr(_HEADER, study.user_attrs[_HEADER] | {"trials": trials})
+                study.set_user_attr(HEADER, study.user_attrs[HEADER] | {"trials": trials})
             space = space_from_document(header.document, name=header.space)
             identity, size = header.identity, header.group_size
             return Study(space, name=header.name, identity=identity, group_size=size, storage=storage)
@@ -232,7 +242,7 @@ class Store:
 
         A search holds its study's lock before it creates it, so then the study's folder is there.
         """
-        bare = _HEADER not in study.user_attrs and study.n_trials == 0
+        bare = HEADER not in study.user_attrs and study.n_trials == 0
         return bare and self.folder(study.study_name).exists()
 
     def _summaries(self) -> list[StudySummary]:

@@ -8,9 +8,11 @@ the trials before the group, and a resumed search is the search that it would ha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -25,6 +27,7 @@ from pipeline.space.pruners import Score, score
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.samplers import build_sampler, distributions
+from pipeline.training.placement import PlacementRules
 
 _OPTUNA_STATES = {
     TrialState.COMPLETE: OptunaState.COMPLETE,
@@ -36,6 +39,23 @@ _OPTUNA_STATES = {
 
 # Its warnings are about parameters that only some trials have, which is what one optimizer per trial means.
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+HEADER = "pipeline"
+"""User attribute of an Optuna study that holds what we store about the study."""
+_GROUP = "pipeline.group."
+"""Beginning of the user attributes that hold the groups, followed by the first trial's number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedGroup:
+    """Trials that were proposed together."""
+
+    first: int
+    """Number of the first trial."""
+    size: int
+    """Number of trials."""
+    known: int
+    """Number of trials, from 0 on, whose results were known then."""
 
 
 class Study:
@@ -57,39 +77,58 @@ class Study:
         self._stored = optuna.load_study(study_name=name, storage=storage)
         self._frozen = self._stored.get_trials(deepcopy=False)
         self.ended = [_thaw(trial) for trial in self._frozen]
+        attrs = self._stored.user_attrs
+        self.rules = PlacementRules(**attrs[HEADER]["placement"])
+        """What the placement of its trials depends on."""
+        self._groups = [AskedGroup(**attrs[key]) for key in sorted(attrs) if key.startswith(_GROUP)]
 
     def next_group(self, trials: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose the next group of a search of `trials` trials in total.
 
-        A group is always proposed whole, from the trials before it, and what has ended of it is left out: a group
-        that was cut short goes on as it began.
+        A group that was cut short is proposed again, from what was known when it was asked for, with its trials that
+        have ended.
 
         Returns:
             Trial number to its config and to the parameters that the sampler chose; empty when all have ended.
+
+        Raises:
+            StorageError: A new group cannot be stored.
         """
         if len(self.ended) >= trials:
             return {}
-        start = self._group_start(len(self.ended))
+        group = self._group_of(len(self.ended)) or self._ask_for_group(trials)
         memory = optuna.create_study(direction=self.space.objective.direction)
-        memory.add_trials(self._frozen[:start])
+        memory.add_trials(self._frozen[: group.known])
         proposals = {}
-        for number in range(start, min(start + self.group_size, trials)):
+        for number in range(group.first, min(group.first + group.size, trials)):
             memory.sampler = build_sampler(self.space, number)
             if number < len(self.space.enqueue):
                 memory.enqueue_trial(dict(self.space.enqueue[number]))
             trial = memory.ask()
             assert trial.number == number
-            config = self.space.sample(trial)
-            if number >= len(self.ended):
-                proposals[number] = (config, trial.params)
+            proposals[number] = (self.space.sample(trial), trial.params)
         return proposals
+
+    def keep_rules(self, rules: PlacementRules) -> None:
+        """Store what placement depends on, if it has changed.
+
+        Raises:
+            StorageError: The storage cannot take it.
+        """
+        if rules == self.rules:
+            return
+        with storage_errors("storing the row limit"):
+            header = {**self._stored.user_attrs[HEADER], "placement": rules.to_dict()}
+            self._stored.set_user_attr(HEADER, header)
+        self.rules = rules
 
     def stops(self, epoch: int, running: Mapping[int, EpochMetrics]) -> set[int]:
         """Return which of a group's running trials stop after an epoch: the pruner's verdict on all at once."""
-        start = self._group_start(min(running))
+        asked = self._group_of(min(running))
+        assert asked is not None
         group = {number: self._score(metrics) for number, metrics in running.items()}
-        group |= {n: s for n, s in self._scores_at(epoch, range(start, len(self.ended)))}
-        earlier = [s for _, s in self._scores_at(epoch, range(start))]
+        group |= {n: s for n, s in self._scores_at(epoch, range(asked.first, len(self.ended))) if n not in running}
+        earlier = [s for _, s in self._scores_at(epoch, range(asked.known))]
         return self.space.pruner.stops(epoch, group, earlier) & running.keys()
 
     def add(self, trial: EndedTrial) -> None:
@@ -110,8 +149,18 @@ class Study:
         complete = [trial for trial in self.ended if trial.state is TrialState.COMPLETE]
         return sorted(complete, key=lambda trial: (self._score(trial.epochs[-1]), trial.number))[:count]
 
-    def _group_start(self, number: int) -> int:
-        return number - number % self.group_size
+    def _group_of(self, number: int) -> AskedGroup | None:
+        """Return the group that a trial was asked for in."""
+        return next((g for g in self._groups if g.first <= number < g.first + g.size), None)
+
+    def _ask_for_group(self, trials: int) -> AskedGroup:
+        """Store a new group, which begins with the next trial."""
+        first = len(self.ended)
+        group = AskedGroup(first=first, size=min(self.group_size, trials - first), known=first)
+        with storage_errors(f"storing the group of trial {first}"):
+            self._stored.set_user_attr(f"{_GROUP}{first:06}", dataclasses.asdict(group))
+        self._groups.append(group)
+        return group
 
     def _score(self, metrics: EpochMetrics) -> Score:
         objective = self.space.objective

@@ -1,17 +1,15 @@
-"""Which trainer trains which trial: rows of a matrix where that is possible, plain where it is not.
+"""The executor of this machine: builds trainers where they train, and trains them at the same time.
 
-How many rows share a matrix, and how many matrices train at once, changes no result. On a CPU each matrix, or plain
-trial, trains with one thread, since a sum whose parts are split between threads depends on how it is split. Several of
-them train in as many processes, each with as many rows as the others: see `pipeline.training.process`.
+On a CPU each matrix, or plain trial, trains with one thread, in as many processes as the placement rules say: a sum
+whose parts are split between threads depends on how it is split. Which process trains a shard changes no number.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
-import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -20,31 +18,34 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.space.config import TrialConfig
-from pipeline.space.trial import EpochMetrics
+from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.training.contract import Map, Stepwise, TrialGroup, train_epoch_together, trial_error
+from pipeline.training.placement import PlacementRules, Shard, describe, frozen_groups, place
 from pipeline.training.plain import PlainTrials
-from pipeline.training.precision import arithmetic
-from pipeline.training.process import RemoteTrials, Worker, WorkerEnded, can_fork
+from pipeline.training.precision import precision
+from pipeline.training.process import ProcessDied, RemoteTrials, TrainingProcess, can_fork
+from pipeline.training.replay import ReplayedTrial
 from pipeline.training.rows.probe import Finding, probe
-from pipeline.training.rows.trainer import FusedTrials, has_rule
-from pipeline.training.shards import Part, TrialParts
-from pipeline.training.stepwise import AtOnce, train_epoch_together, trouble_of_its_own
-from pipeline.workloads.data import free_memory, is_streamed, place
+from pipeline.training.rows.trainer import FusedTrials
+from pipeline.training.shards import ShardedTrials, ShardTrainer
+from pipeline.workloads.data import free_memory, is_streamed
+from pipeline.workloads.data import place as to_device
 from pipeline.workloads.workload import Workload
 
 MEMORY_SHARE = 0.5
-"""Of a CPU's free memory, what the rows of all matrices may take."""
+"""Share of a CPU's free memory that the rows of all matrices may take."""
 
 
-class Trainer:
-    """Decides once how a workload's trials train, and builds groups of them.
+class LocalExecutor:
+    """Trains groups of trials on one device of this machine; see `Executor` for the contract.
 
     Args:
         workload: Data, model, loss and metrics.
-        config: Any trial's, to try the workload with.
+        config: Config of any trial, to try the workload with.
         device: Where to train.
-        dtype: Of parameters and floating-point data.
-        rows: At most this many trials in a matrix; None: as many as there are for each process, and fit into memory.
-        processes: On a CPU, in how many processes to train, this one included.
+        dtype: Type of parameters and floating-point data.
+        rows: Most trials in a matrix; None: as many as there are for each process, and fit into memory.
+        processes: On a CPU, number of processes that train at once, this one included.
     """
 
     def __init__(
@@ -57,210 +58,174 @@ class Trainer:
         rows: int | None = None,
         processes: int = 1,
     ) -> None:
-        self.rows = rows
-        self.workload = place(workload, device=device, dtype=dtype)
+        self.workload = to_device(workload, device=device, dtype=dtype)
         self.device = device
         self._dtype = dtype
         self._config = config
-        self._findings: dict[tuple[str, ...], Finding] = {}
-        finding = self._finding(config)
-        self.plain_because = finding.plain_because
-        """Why trials that freeze what `config` does cannot be rows; None if they can."""
+        self._findings: dict[str, Finding] = {}
+        self._processes: list[TrainingProcess] = []
+        self._tried_rows = 0
+        """Rows of the largest matrix whose memory was tried."""
+        on_cpu = device.type == "cpu"
+        forks = on_cpu and can_fork() and not is_streamed(self.workload)
+        self.rules = PlacementRules(device=device.type, processes=processes if forks else 1, rows=rows, row_limit=rows)
+        finding = self._probed(config)
         self._seeded = finding.draws_random_numbers
-        self._processes = processes if device.type == "cpu" and can_fork() else 1
-        self._workers: list[Worker] = []
-        # Random numbers come from a state that all threads of the process share.
-        alone = device.type != "cpu" or self._seeded
-        self._threads = 1 if alone else torch.get_num_threads()
-        self._room: int | None = None
-        """Rows that fit beside those that train at the same time; None: until memory runs out."""
-        if device.type == "cpu":  # which has no error for it: the process would be killed
-            at_once = max(self._threads, self._processes)
-            self._room = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / at_once))
+        # Threads share PyTorch's random numbers.
+        self._threads = 1 if not on_cpu or self._seeded else torch.get_num_threads()
+        if on_cpu:  # which has no error for too little memory: the process would be killed
+            at_once = max(self._threads, self.rules.processes)
+            fitting = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / at_once))
+            self.rules = dataclasses.replace(self.rules, row_limit=min(fitting, rows or fitting))
 
-    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which all trials train: a search has one precision."""
-        return arithmetic(self._config, self.device)
+    def adopt(self, rules: PlacementRules) -> None:
+        """Place trials by the rules of a study that goes on, if the study was begun on such a device."""
+        if rules.device == self.device.type:
+            self.rules = rules
+        self._probed(self._config)
 
-    def fuses(self, config: TrialConfig) -> bool:
-        """Say whether a trial trains as a row."""
-        return has_rule(config.optimizer.name) and self._finding(config).plain_because is None
+    @property
+    def plain_because(self) -> str | None:
+        """Why trials like the first config train plain, whatever their optimizer; None if they can be rows."""
+        return self.rules.plain_because[frozen_groups(self._config)]
 
-    def on(self, workload: Workload) -> Trainer:
-        """Return a trainer like this one for other samples of the same data."""
+    def why_plain(self, config: TrialConfig) -> str | None:
+        """Return why a trial trains plain; None if it is a row."""
+        self._probed(config)
+        return self.rules.why_plain(config)
+
+    def build(self, configs: Mapping[int, TrialConfig], *, placement: Sequence[Placement] | None = None) -> TrialGroup:
+        """Build a group of trials; see `Executor`."""
+        for config in configs.values():
+            self._probed(config)
+        if placement is None:
+            return ShardedTrials(self, configs)
+        ((number, config),) = configs.items()
+        return ReplayedTrial(number, config, placement, device=self.device, build=self.build_here)
+
+    def on(self, workload: Workload) -> LocalExecutor:
+        """Return an executor like this one for other samples of the same data."""
         other = copy.copy(self)
-        other.workload, other._workers = workload, []
+        other.workload, other._processes = workload, []
         return other
 
     def close(self) -> None:
-        """End the workers, and with them what they train."""
-        for worker in self._workers:
-            worker.end()
+        """End the processes, and with them what they train."""
+        for process in self._processes:
+            process.end()
 
-    def build(self, configs: Mapping[int, TrialConfig]) -> TrialParts:
-        """Build the trainers of a group of trials; `close` when they are done with."""
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which all trials of a search train."""
+        return precision(self._config, self.device)
+
+    def place(self, configs: Mapping[int, TrialConfig]) -> list[Shard]:
+        """Divide running trials into shards."""
+        return place(configs, self.rules)
+
+    def describe(self, configs: Mapping[int, TrialConfig]) -> str:
+        """Return how trials are placed, for people: `rows 4 + 4, plain 1`."""
         for config in configs.values():
-            self._finding(config)  # which workers that are new then have too
-        self._start_workers(len(configs))
-        return TrialParts(self, [part for lane, some in self.plan(configs) for part in self._build(some, lane)])
+            self._probed(config)
+        return describe(self.place(configs))
 
-    def plan(self, configs: Mapping[int, TrialConfig]) -> list[tuple[int, dict[int, TrialConfig]]]:
-        """Divide trials into parts, and these equally among lanes: 0 is this process, the others are workers."""
-        fused = {number: config for number, config in configs.items() if self.fuses(config)}
-        single = [{number: config} for number, config in configs.items() if number not in fused]
-        loads = [0] * (1 + len(self._living()))
-        planned = []
-        for part in (*self._spread(fused, len(loads)), *single):
-            lane = loads.index(min(loads))
-            loads[lane] += len(part)
-            planned.append((lane, part))
-        return planned
+    def lower_row_limit(self, rows: int) -> None:
+        """Halve the most rows of a matrix, after so many were too many.
 
-    def lane(self, part: Part) -> int:
-        """Return where a part trains."""
-        living = self._living()
-        return 1 + living.index(part.worker) if isinstance(part, RemoteTrials) and part.worker in living else 0
-
-    def build_part(self, configs: Mapping[int, TrialConfig], lane: int = 0) -> Part:
-        """Build the trainer of rows of one matrix, or of one plain trial, in a lane."""
-        living = self._living()
-        if 0 < lane <= len(living):
-            with contextlib.suppress(WorkerEnded):
-                return living[lane - 1].build(configs, fused=all(map(self.fuses, configs.values())))
-        return self._build_here(configs)
-
-    def train(self, parts: Sequence[Part], *, epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
-        """Train each part, at once where that is possible; return each trial's last metrics, or what was raised."""
-        if is_streamed(self.workload) and len(parts) > 1:
-            return self._train_streamed(parts, epochs)
-        lanes: dict[int, list[Part]] = {}
-        for own, part in enumerate(parts):
-            lanes.setdefault(self.lane(part) if self._living() else own, []).append(part)
-        queues = [lanes[lane] for lane in sorted(lanes)]
-        with self._threads_for(len(queues)) as at_once:
-            found = at_once(lambda queue: [(id(part), _attempt(part, epochs)) for part in queue], queues)
-        outcomes = {part: outcome for queue in found for part, outcome in queue}
-        return [outcomes[id(part)] for part in parts]
-
-    def again(self, configs: Mapping[int, TrialConfig], error: Exception) -> list[Part]:
-        """Build the trials of a part that failed anew: as two, unless its worker ended.
-
-        If it was too large, none is larger from now on.
+        Raises:
+            PipelineError: One row was too many.
         """
-        if isinstance(error, WorkerEnded):
-            warnings.warn(f"{error}; its trials train anew", RuntimeWarning, stacklevel=2)
-            return self._build(configs, 0)
-        size = -(-len(configs) // 2)
-        if isinstance(error, torch.OutOfMemoryError):
-            self.rows = min(self.rows or size, size)
-        return [part for half in _split(configs, size) for part in self._build(half, 0)]
-
-    def _finding(self, config: TrialConfig) -> Finding:
-        """Return what is known of trials that freeze what this one does, tried once."""
-        key = _frozen(config)
-        if key not in self._findings:
-            with self.arithmetic():
-                self._findings[key] = probe(self.workload, config, device=self.device, dtype=self._dtype)
-        return self._findings[key]
-
-    def _start_workers(self, trials: int) -> None:
-        """Start as many workers as so many trials need."""
-        self._workers = self._living()
-        while len(self._workers) < min(self._processes, trials) - 1 and not is_streamed(self.workload):
-            with self.arithmetic():  # in which a worker stays
-                try:
-                    self._workers.append(Worker(self._build_here))
-                except OSError:  # no more processes are to be had; fewer find the same
-                    break
-
-    def _living(self) -> list[Worker]:
-        return [worker for worker in self._workers if not worker.ended]
-
-    def _spread(self, configs: Mapping[int, TrialConfig], lanes: int) -> Iterator[dict[int, TrialConfig]]:
-        """Spread trials that train as rows over matrices, as equally as can be."""
-        for alike in _alike(configs):
-            size = -(-len(alike) // lanes)
-            yield from _split(alike, min(size, self.rows or size, self._room or size))
-
-    def _build(self, configs: Mapping[int, TrialConfig], lane: int) -> list[Part]:
-        """Build the trainers of trials in as few parts as fit into memory."""
-        try:
-            return [self.build_part(configs, lane)]
-        except torch.OutOfMemoryError:
-            if len(configs) == 1:
-                raise PipelineError(f"{self.device}: no memory is left for even one trial") from None
+        if rows == 1:
+            raise PipelineError(f"{self.device}: no memory is left for even one trial")
+        self.rules = dataclasses.replace(self.rules, row_limit=-(-rows // 2))
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            return [part for half in _split(configs, -(-len(configs) // 2)) for part in self._build(half, lane)]
 
-    def _build_here(self, configs: Mapping[int, TrialConfig]) -> FusedTrials | PlainTrials:
-        place: dict[str, Any] = {"device": self.device, "dtype": self._dtype, "seeded": self._seeded}
-        if all(self.fuses(config) for config in configs.values()):
-            company = self._finding(next(iter(configs.values()))).company
-            return FusedTrials(configs, self.workload, **place, company=company)
-        return PlainTrials(configs, self.workload, **place)
-
-    def _train_streamed(self, parts: Sequence[Part], epochs: int) -> list[dict[int, EpochMetrics] | Exception]:
-        """Train parts on batches that are read once."""
-        assert not self._workers
-        here = cast(Sequence[FusedTrials | PlainTrials], parts)
-        outcomes: list[Any] = [{} for _ in here]
-        with self._threads_for(len(here)) as at_once:
-            for _ in range(epochs):
-                going = [n for n, part in enumerate(here) if part.configs and isinstance(outcomes[n], dict)]
-                if not going:
+    def start_processes(self, shards: int) -> int:
+        """Start as many processes as so many shards need, and return how many train then, this one included."""
+        self._processes = [process for process in self._processes if not process.ended]
+        while len(self._processes) < min(self.rules.processes, shards) - 1:
+            with self.precision():  # in which a fork stays
+                try:
+                    self._processes.append(TrainingProcess(self.build_here))
+                except OSError:  # no more processes are to be had; fewer train the same
                     break
-                for n, now in zip(going, train_epoch_together([here[n] for n in going], at_once), strict=True):
-                    outcomes[n] = {**outcomes[n], **now} if isinstance(now, dict) else now
-        return outcomes
+        return 1 + len(self._processes)
+
+    def process_of(self, trainer: ShardTrainer) -> int:
+        """Return which process holds a trainer: 0 for this one."""
+        remote = isinstance(trainer, RemoteTrials) and trainer.process in self._processes
+        return 1 + self._processes.index(cast(RemoteTrials, trainer).process) if remote else 0
+
+    def build_shard(self, configs: Mapping[int, TrialConfig], *, plain: bool, process: int = 0) -> ShardTrainer:
+        """Build the trainer of a shard in a process.
+
+        Raises:
+            torch.OutOfMemoryError: A training or evaluation batch does not fit into the device's memory.
+        """
+        if 0 < process <= len(self._processes):
+            with contextlib.suppress(ProcessDied):
+                return self._processes[process - 1].build(configs, plain=plain)
+        trainer = self.build_here(configs, plain)
+        if self.device.type != "cpu" and isinstance(trainer, FusedTrials) and len(configs) > self._tried_rows:
+            with self.precision():
+                trainer.try_memory()
+            self._tried_rows = len(configs)
+        return trainer
+
+    def build_here(self, configs: Mapping[int, TrialConfig], plain: bool) -> FusedTrials | PlainTrials:
+        """Build a trainer in this process."""
+        trainer = PlainTrials if plain else FusedTrials
+        return trainer(configs, self.workload, device=self.device, dtype=self._dtype, seeded=self._seeded)
+
+    def train(self, trainers: Sequence[ShardTrainer]) -> list[dict[int, EpochMetrics] | Exception]:
+        """Train each shard for an epoch, at the same time where possible; return its metrics, or what was raised."""
+        if is_streamed(self.workload) and len(trainers) > 1:
+            assert not self._processes
+            with self._map(len(trainers)) as each:
+                return train_epoch_together(cast(Sequence[Stepwise], trainers), each)
+        queues: dict[int, list[ShardTrainer]] = {}
+        for index, trainer in enumerate(trainers):
+            queues.setdefault(self.process_of(trainer) if self._processes else index, []).append(trainer)
+        ordered = [queues[process] for process in sorted(queues)]
+        with self._map(len(ordered)) as each:
+            found = each(lambda queue: [(id(trainer), _attempt(trainer)) for trainer in queue], ordered)
+        outcomes = {trainer: outcome for queue in found for trainer, outcome in queue}
+        return [outcomes[id(trainer)] for trainer in trainers]
+
+    def _probed(self, config: TrialConfig) -> Finding:
+        """Try trials that freeze what this one does, once, and note the verdict in the rules."""
+        groups = frozen_groups(config)
+        if groups not in self._findings:
+            with self.precision():
+                self._findings[groups] = probe(self.workload, config, device=self.device, dtype=self._dtype)
+        finding = self._findings[groups]
+        if groups not in self.rules.plain_because:
+            verdicts = {**self.rules.plain_because, groups: finding.plain_because}
+            self.rules = dataclasses.replace(self.rules, plain_because=verdicts)
+        return finding
 
     @contextlib.contextmanager
-    def _threads_for(self, count: int) -> Iterator[AtOnce]:
-        """Give a `map` that makes so many calls at once: to workers, or in as many threads as train here."""
-        threads = count if self._living() else min(count, self._threads)
-        with self.arithmetic():
+    def _map(self, calls: int) -> Iterator[Map]:
+        """Yield a `map` that makes so many calls at once: to processes, or in as many threads as train here."""
+        threads = calls if self._processes else min(calls, self._threads)
+        with self.precision():
             if threads <= 1:
-                yield lambda function, queues: [function(queue) for queue in queues]
+                yield lambda function, items: [function(item) for item in items]
                 return
             with ThreadPoolExecutor(threads) as pool:
-                yield functools.partial(_map, pool)
+                yield functools.partial(_at_once, pool)
 
 
-def _frozen(config: TrialConfig) -> tuple[str, ...]:
-    """Return the groups that a trial freezes."""
-    return tuple(name for name, group in config.param_groups.items() if group.lr_ratio == 0)
-
-
-def _alike(configs: Mapping[int, TrialConfig]) -> Iterator[dict[int, TrialConfig]]:
-    """Yield trials that freeze the same groups: a frozen group is no part of a row."""
-
-    def frozen(number: int) -> tuple[str, ...]:
-        return _frozen(configs[number])
-
-    for _, numbers in itertools.groupby(sorted(configs, key=lambda number: (frozen(number), number)), key=frozen):
-        yield {number: configs[number] for number in numbers}
-
-
-def _split(configs: Mapping[int, TrialConfig], size: int) -> Iterator[dict[int, TrialConfig]]:
-    """Yield parts of at most `size` trials, as equal as can be."""
-    items = list(configs.items())
-    count = -(-len(items) // size)
-    for index in range(count):
-        yield dict(items[index * len(items) // count : (index + 1) * len(items) // count])
-
-
-def _map(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Call a function on all items at once, on the first in this thread: a new one has none of oneDNN's kernels yet."""
+def _at_once(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Call a function on all items at once, on the first in this thread: a new thread has none of oneDNN's kernels."""
     others = [pool.submit(function, item) for item in items[1:]]
     return [function(items[0]), *(other.result() for other in others)]
 
 
-def _attempt(part: Part, epochs: int) -> dict[int, EpochMetrics] | Exception:
-    results: dict[int, EpochMetrics] = {}
+def _attempt(trainer: ShardTrainer) -> dict[int, EpochMetrics] | Exception:
     try:
-        for _ in range(epochs):
-            results |= part.train_epoch()
-        return results
-    except WorkerEnded as error:
+        return trainer.train_epoch()
+    except ProcessDied as error:
         return error
     except Exception as error:
-        return trouble_of_its_own(error)
+        return trial_error(error)

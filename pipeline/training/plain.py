@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.param_groups import assign_groups
-from pipeline.space.trial import EpochMetrics
+from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.training.contract import Batches, train_epoch_of, trial_error
 from pipeline.training.optim import Strategy, hidden_matrices
-from pipeline.training.stepwise import Batches, train_epoch_of, trouble_of_its_own
-from pipeline.workloads.data import evaluation_batches, place, seed_global, training_batches
+from pipeline.training.pooling import Pooling
+from pipeline.workloads.data import evaluation_batches, seed_global, training_batches
 from pipeline.workloads.workload import Workload
 
 
@@ -25,14 +26,14 @@ class PlainTrials:
 
     Args:
         configs: Trial number to what it trains.
-        workload: Data, model, loss and metrics of all of them.
+        workload: Data, model, loss and metrics of all of them; its data are on the device.
         device: Where data and models live.
         dtype: Of parameters and floating-point data.
         seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
     """
 
-    fused = False
-    """Whether its trials are rows of a matrix."""
+    plain = True
+    """Whether its trials train by themselves."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class PlainTrials:
         self._config = next(iter(configs.values()))
         self._epoch = 0
         self._device, self._dtype = device, dtype
-        self._workload = workload = place(workload, device=device, dtype=dtype)
+        self._workload = workload
         self._trials = {
             number: PlainTrial(config, workload, device=device, dtype=dtype, seeded=seeded)
             for number, config in configs.items()
@@ -94,7 +95,7 @@ class PlainTrials:
             try:
                 value = function(trial)
             except Exception as error:
-                trouble_of_its_own(error)
+                trial_error(error)
                 failed = f"{type(error).__name__}: {error}"
                 self._failed[number] = EpochMetrics(
                     epoch=trial.epoch, step=trial.step, metrics={}, lr={}, failed=failed
@@ -166,6 +167,7 @@ class PlainTrial:
             hidden_matrices=hidden_matrices(self.model),
         )
         self.record = Record()
+        self.pooling = Pooling(device)
 
     def begin_epoch(self) -> None:
         """Make ready for the batches of an epoch."""
@@ -178,7 +180,7 @@ class PlainTrial:
         record.rates.append(self.strategy.learning_rates())
         self.strategy.zero_grad()
         with seeded_step(self.seeded, self.device, self.config.seed, "step", self.epoch, len(record.sizes)):
-            with autocast(self.config, self.device):
+            with autocast(self.config, self.device), self.pooling():
                 loss = self.workload.loss(self.model(inputs), targets)
             loss.backward()
         if self.config.clip_grad_norm is not None:
@@ -195,6 +197,7 @@ class PlainTrial:
         with (
             seeded_step(self.seeded, self.device, self.config.seed, "evaluation", self.epoch, len(record.outputs)),
             autocast(self.config, self.device),
+            self.pooling(),
         ):
             record.outputs.append(self.model(inputs))
         record.targets.append(targets)
@@ -213,7 +216,10 @@ class PlainTrial:
         points = {name: [(first + n, r[name]) for n, r in enumerate(record.rates)] for name in record.rates[0]}
         lr = {name: tuple(some if self.strategy.per_step else some[-1:]) for name, some in points.items()}
         self.record = Record()
-        return EpochMetrics(epoch=self.epoch, step=self.step, metrics=metrics, lr=lr, diverged=diverged)
+        placement = Placement(trainer="plain", threads=torch.get_num_threads())
+        return EpochMetrics(
+            epoch=self.epoch, step=self.step, metrics=metrics, lr=lr, placement=placement, diverged=diverged
+        )
 
     @torch.no_grad()
     def evaluated(self, name: str) -> dict[str, float]:

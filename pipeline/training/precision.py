@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from pipeline.space.config import TrialConfig
-from pipeline.training.rows.kernels import channels_last_pooling
 
 _CUDNN: Any = torch.backends.cudnn
 PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn)
@@ -19,28 +18,32 @@ PyTorch's own default rounds those of convolutions."""
 
 
 @contextlib.contextmanager
-def arithmetic(config: TrialConfig, device: torch.device) -> Iterator[None]:
-    """Compute as a config asks on a device, and, on the CPU, with one thread and the channels last in pooling.
+def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) -> Iterator[None]:
+    """Set PyTorch's global settings as a config asks, and put them back.
 
     bfloat16 is no global setting; see `pipeline.training.plain.autocast`.
+
+    Args:
+        config: Says precision and whether only deterministic algorithms are used.
+        device: Where trials train.
+        threads: On a CPU, number of threads. A sum that several threads share is rounded by their number.
     """
-    threads = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     products = [product.fp32_precision for product in PRODUCTS]
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     try:
         if device.type == "cpu":
-            torch.set_num_threads(1)
+            torch.set_num_threads(threads)
         if device.type == "cuda":
             _set_products(["tf32" if config.precision == "tf32" else "ieee"] * len(PRODUCTS))
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, which reads it once
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-        with channels_last_pooling() if device.type == "cpu" else contextlib.nullcontext():
-            yield
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
         _set_products(products)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.cudnn.benchmark = benchmark

@@ -1,9 +1,9 @@
-"""A process that trains trials on a core of its own, for a CPU.
+"""A process that trains trials on a core of its own, for a CPU: a fork on this machine.
 
 Threads would wait for each other: PyTorch needs the interpreter's lock between any two operations, and two threads with
-half of the rows each took as long as one with all of them. A worker is forked, so it has the workload, the model's code
-and all settings as its owner has them, and takes hundredths of a second to start. It ends with its owner, however that
-ends; if it is stopped then, as soon as it goes on.
+half of the rows each took as long as one with all of them. A fork has the workload, the model's code and all settings
+of its parent, and takes hundredths of a second to start. The process ends with its parent, however the parent ends; if
+the process is stopped at that moment, it ends as soon as it continues.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pipeline.files.signals import STOPS, signals_put_off
 from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
 
-Build = Callable[[Mapping[int, TrialConfig]], Any]
-"""Builds a trainer of trials."""
+Build = Callable[[Mapping[int, TrialConfig], bool], Any]
+"""Builds a trainer of trials: from their configs, and whether they train plain."""
 
 
-class WorkerEnded(Exception):
-    """A worker was ended by something else; what it had is lost."""
+class ProcessDied(Exception):
+    """A training process was ended by something else; its trainers are lost."""
 
 
 def can_fork() -> bool:
@@ -48,11 +48,11 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not torch.accelerator.is_available()
 
 
-class Worker:
-    """A process that holds trainers, and does with them what it is asked to, one thing at a time.
+class TrainingProcess:
+    """A process that holds trainers and calls their methods, one call at a time.
 
     Args:
-        build: Builds a trainer there.
+        build: Builds a trainer; called in the process.
     """
 
     def __init__(self, build: Build) -> None:
@@ -62,9 +62,9 @@ class Worker:
         self._forgotten: collections.deque[int] = collections.deque()
         self._why = "a process that trained trials has ended"
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # else the worker writes it once more
+            stream.flush()  # else the child writes it once more
         with warnings.catch_warnings(), signals_put_off():
-            # Of other threads: a lock that one holds now stays held in the worker, as in those of a DataLoader.
+            # It warns of threads: a lock that one holds now stays held in the child, as in a DataLoader's children.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
             if pid == 0:
@@ -82,11 +82,11 @@ class Worker:
         """Whether the process was found to have ended."""
         return not self._end.alive
 
-    def build(self, configs: Mapping[int, TrialConfig], *, fused: bool) -> RemoteTrials:
-        """Build the trainer of some trials."""
+    def build(self, configs: Mapping[int, TrialConfig], *, plain: bool) -> RemoteTrials:
+        """Build a trainer of trials in the process."""
         self._keys += 1
-        trials = RemoteTrials(self, self._keys, fused=fused)
-        trials.call("build", dict(configs))
+        trials = RemoteTrials(self, self._keys, plain=plain)
+        trials.call("build", dict(configs), plain)
         weakref.finalize(trials, self._forgotten.append, self._keys).atexit = False
         return trials
 
@@ -94,7 +94,7 @@ class Worker:
         """Call a trainer's method; return its value and the configs of the trials that are left.
 
         Raises:
-            WorkerEnded: The process has ended.
+            ProcessDied: The process has ended.
         """
         with self._lock:
             forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
@@ -104,7 +104,7 @@ class Worker:
             except (EOFError, OSError):
                 if status := self._end():
                     self._why += f", killed by signal {-status}" if status < 0 else f", with status {status}"
-                raise WorkerEnded(self._why) from None
+                raise ProcessDied(self._why) from None
             except BaseException:  # the answer may come yet, and must not be the next question's
                 self._end()
                 raise
@@ -114,17 +114,17 @@ class Worker:
 
 
 class RemoteTrials:
-    """A group of trials that a worker trains; see `TrialGroup` for the contract."""
+    """Trials that another process trains; see `TrialGroup` for the contract."""
 
-    def __init__(self, worker: Worker, key: int, *, fused: bool) -> None:
-        self.worker = worker
-        self.fused = fused
+    def __init__(self, process: TrainingProcess, key: int, *, plain: bool) -> None:
+        self.process = process
+        self.plain = plain
         self.configs: dict[int, TrialConfig] = {}
         self._key = key
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the trainer there."""
-        value, self.configs = self.worker.call(self._key, method, *arguments)
+        value, self.configs = self.process.call(self._key, method, *arguments)
         return value
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
@@ -159,15 +159,15 @@ class RemoteTrials:
 
 
 def _serve(connection: Connection, build: Build) -> NoReturn:
-    """Be the worker: do what is asked until nobody is left to ask."""
+    """Answer the parent's calls until its end of the connection is closed."""
     status = 1
     try:
-        for number in STOPS:  # which say to the owner that it shall stop
+        for number in STOPS:  # the parent decides when to stop
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        gc.freeze()  # nothing that the owner has may be closed from here
-        _let_go(but=connection.fileno())
-        threading.Thread(target=_end_with_owner, args=(connection.fileno(),), daemon=True).start()
+        gc.freeze()  # no object of the parent may be finalized here
+        _close_inherited(but=connection.fileno())
+        threading.Thread(target=_end_with_parent, args=(connection.fileno(),), daemon=True).start()
         trainers: dict[int, Any] = {}
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
@@ -210,8 +210,8 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError(text)
 
 
-def _let_go(*, but: int) -> None:
-    """Close the owner's connections and its study's lock, which others take to be the owner's life; keep its files."""
+def _close_inherited(*, but: int) -> None:
+    """Close inherited sockets, pipes and the study lock: while a child holds them, the parent seems alive."""
     for descriptor in [int(link.name) for link in Path("/proc/self/fd").iterdir()]:
         with contextlib.suppress(OSError):  # the list's own
             mode = os.fstat(descriptor).st_mode
@@ -220,7 +220,7 @@ def _let_go(*, but: int) -> None:
                 os.close(descriptor)
 
 
-def _end_with_owner(descriptor: int) -> None:
+def _end_with_parent(descriptor: int) -> None:
     """End as soon as the other side of a connection is closed, in the middle of an epoch too."""
     hung_up = select.poll()
     hung_up.register(descriptor, select.POLLRDHUP)
@@ -228,13 +228,13 @@ def _end_with_owner(descriptor: int) -> None:
     os._exit(0)
 
 
-def _end(connection: Connection, pid: int, owner: int) -> int | None:
-    """Let go of a worker, and return its exit status as `subprocess` would."""
-    if os.getpid() != owner:  # in a fork of the owner, which has this too
+def _end(connection: Connection, pid: int, parent: int) -> int | None:
+    """Close the connection, kill the process, and return its exit status as `subprocess` would."""
+    if os.getpid() != parent:  # in another child, which inherits this finalizer
         return None
     connection.close()
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)  # it holds nothing of its own, and may be stopped
+        os.kill(pid, signal.SIGKILL)  # it has nothing to save, and may be stopped
     with contextlib.suppress(ChildProcessError):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return None

@@ -1,147 +1,229 @@
-"""A group of trials in several trainers, of which one may run out of memory, or end as the process that it is in."""
+"""A trial group split over several trainers; survives running out of memory and a killed process."""
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
+from pipeline.training.contract import GroupLost
+from pipeline.training.placement import Shard, split
 from pipeline.training.plain import PlainTrials
-from pipeline.training.process import RemoteTrials, WorkerEnded
+from pipeline.training.process import ProcessDied, RemoteTrials
 from pipeline.training.rows.trainer import FusedTrials
 
 if TYPE_CHECKING:
-    from pipeline.training.executor import Trainer
+    from pipeline.training.executor import LocalExecutor
 
-
-Part = FusedTrials | PlainTrials | RemoteTrials
-"""Rows of one matrix, or one plain trial, here or in a worker."""
+ShardTrainer = FusedTrials | PlainTrials | RemoteTrials
+"""Trains the rows of one matrix, or one plain trial, in this process or another."""
+States = Mapping[str, Any]
+"""Trial number, as text, to the state of its parameters, optimizer and schedule."""
 Answer = TypeVar("Answer")
 
 
-class TrialParts:
-    """A group of trials in several trainers; see `TrialGroup` for the contract."""
+class ShardedTrials:
+    """A group of trials, placed anew before each epoch; see `TrialGroup` for the contract.
 
-    def __init__(self, trainer: Trainer, parts: Sequence[Part]) -> None:
-        self._trainer = trainer
-        self.parts = list(parts)
-        self._epochs = 0
-        self._failed: dict[int, EpochMetrics] = {}
-        """Trials that failed between two epochs, as they trained anew what a worker had lost; told with the next."""
+    Args:
+        executor: Places shards, builds and trains them.
+        configs: Trial number to config.
+    """
+
+    def __init__(self, executor: LocalExecutor, configs: Mapping[int, TrialConfig]) -> None:
+        self._executor = executor
+        self._all = dict(configs)
+        self._died_at: set[int] = set()
+        """Epochs in which a process has died."""
+        self._suspects: list[tuple[int, ...]] = []
+        """Rows of matrices that raised; to be found before the next epoch is which of them raise alone."""
+        self.configs = dict(configs)
+        """Configs of the running trials."""
+        self._epoch = 0
+        self._trainers: list[ShardTrainer] = []
+        self._states: States = {}
+        """States of trials that no trainer holds."""
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
-        """Train every trial for one epoch.
+        """Train every trial for one epoch; a trial that raises, alone or in a matrix, has failed.
 
-        A matrix that runs out of memory or raises is halved, again and again, so that one trial's trouble is its own.
-        Its halves begin anew and train as far as it had come: then they are what it was. So does what a worker had
-        that was killed.
+        Raises:
+            GroupLost: Memory ran out, a process died, or a matrix raised. After `load_state_dict` the group goes on:
+                with fewer rows in a matrix, in a new process, or without the trials that raise.
         """
-        self._ask(self._rebalance)
-        waiting, self.parts = self.parts, []
-        results = self._train(waiting, epochs=1, again=self._epochs + 1)
-        results, self._failed = {**self._failed, **results}, {}
-        self._epochs += 1
+        failed = self._call(self._find_raising) if self._suspects else {}
+        self._call(self._arrange)
+        results: dict[int, EpochMetrics] = {}
+        lost: list[tuple[ShardTrainer, Exception]] = []
+        for trainer, outcome in zip(self._trainers, self._executor.train(self._trainers), strict=True):
+            if isinstance(outcome, dict):
+                results |= outcome
+            elif isinstance(outcome, ProcessDied) or len(trainer.configs) > 1:
+                lost.append((trainer, outcome))
+            else:
+                failed |= {number: self._failed(outcome) for number in trainer.configs}
+        if lost:
+            raise self._lose(lost)
+        self._trainers = [trainer for trainer in self._trainers if trainer.configs.keys() - failed.keys()]
+        self._epoch += 1
+        results |= failed
+        self.configs = {n: config for n, config in self.configs.items() if n in results and results[n].finished}
         return dict(sorted(results.items()))
 
     def drop(self, number: int) -> None:
-        """Stop training a trial."""
-        self._ask(lambda: self._part(number).drop(number) if number not in self._failed else self._failed.pop(number))
-        self.parts = [part for part in self.parts if part.configs]
-
-    def describe(self) -> str:
-        """Return how trials are spread: `rows 4 + 4, plain 1`."""
-        rows = [str(len(part.configs)) for part in self.parts if part.fused]
-        plain = len(self.parts) - len(rows)
-        words = [f"rows {' + '.join(rows)}" if rows else "", f"plain {plain}" if plain else ""]
-        return ", ".join(word for word in words if word)
+        """Stop training a trial, if it still trains: it leaves its matrix before the next epoch."""
+        self.configs.pop(number, None)
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        with self._trainer.arithmetic():
-            return self._ask(lambda: {number: of for part in self.parts for number, of in part.test().items()})
+        self._call(self._arrange)
+        with self._executor.precision():
+            return self._call(lambda: {n: of for trainer in self._trainers for n, of in trainer.test().items()})
 
     def model_state(self, number: int) -> dict[str, Any]:
         """Return a trial's parameters and buffers by name, on the CPU."""
-        return self._ask(lambda: self._part(number).model_state(number))
+        if not self._trainers:  # before the first epoch
+            self._call(self._arrange)
+        trainer = next(trainer for trainer in self._trainers if number in trainer.configs)
+        return self._call(lambda: trainer.model_state(number))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every trial; how trials were spread over matrices is no part of it."""
-        trials = self._ask(lambda: {number: of for part in self.parts for number, of in part.state_dict().items()})
-        return {"epochs": self._epochs, "trials": trials}
+        """Return the state of every trial; their placement is no part of it."""
+        self._call(self._arrange)
+        trials = self._call(lambda: {n: of for trainer in self._trainers for n, of in trainer.state_dict().items()})
+        return {"epochs": self._epoch, "trials": trials}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; trials that it does not hold were dropped."""
-        self._ask(lambda: [part.load_state_dict(state["trials"]) for part in self.parts])
-        self._epochs = state["epochs"]
-        self.parts = [part for part in self.parts if part.configs]
+        """Go on from a state; without one, from the beginning. Trials that the state does not hold are dropped."""
+        states = state.get("trials")
+        configs = self._all if states is None else {n: c for n, c in self._all.items() if str(n) in states}
+        self._begin(configs, epoch=state.get("epochs", 0), states=states or {})
+        self._call(self._arrange)
 
-    def _ask(self, question: Callable[[], Answer]) -> Answer:
-        """Return an answer; where a worker has ended, what it had is trained anew, and the question asked again."""
+    def _begin(self, configs: Mapping[int, TrialConfig], *, epoch: int, states: States) -> None:
+        self.configs, self._epoch, self._trainers, self._states = dict(configs), epoch, [], states
+
+    def _arrange(self) -> None:
+        """Place the running trials, and rebuild from their states those whose shard has changed."""
+        for trainer in self._trainers:
+            for number in [number for number in trainer.configs if number not in self.configs]:
+                trainer.drop(number)
+        self._trainers = [trainer for trainer in self._trainers if trainer.configs]
         while True:
+            wanted = self._executor.place(self.configs)
+            processes = self._executor.start_processes(len(wanted))
+            present = {_shard(trainer): self._executor.process_of(trainer) for trainer in self._trainers}
+            planned = _assign(wanted, present, processes)
+            staying = {shard for shard, process in planned.items() if present.get(shard) == process}
+            self._take_states(but=staying)
             try:
-                return question()
-            except WorkerEnded as error:
-                lost = [part for part in self.parts if isinstance(part, RemoteTrials) and part.worker.ended]
-                self.parts = [part for part in self.parts if part not in lost]
-                anew = [new for part in lost for new in self._trainer.again(part.configs, error)]
-                results = self._train(anew, epochs=self._epochs, again=self._epochs)
-                self._failed |= {number: metrics for number, metrics in results.items() if metrics.failed}
+                for shard, process in planned.items():
+                    if shard not in staying:
+                        self._trainers.append(self._build(shard, process))
+            except torch.OutOfMemoryError:
+                self._take_states(but=())
+                self._executor.lower_row_limit(len(shard.numbers))
+            else:
+                self._states = {}
+                return
 
-    def _rebalance(self) -> None:
-        """Spread what is left equally over matrices and lanes again; trials do not notice."""
-        wanted = self._trainer.plan({n: config for part in self.parts for n, config in part.configs.items()})
-        placed = [(self._trainer.lane(part), dict(part.configs)) for part in self.parts]
-        if self._shape(placed) == self._shape(wanted):
-            return
-        moving = [part for part, its in zip(self.parts, placed, strict=True) if its not in wanted]
-        try:
-            states = {number: state for part in moving for number, state in part.state_dict().items()}
-            built = [
-                self._trainer.build_part(configs, lane) for lane, configs in wanted if (lane, configs) not in placed
-            ]
-        except torch.OutOfMemoryError:  # while both are in memory; as they are, the matrices fit
-            return
-        for part in built:
-            part.load_state_dict({str(number): states[str(number)] for number in part.configs})
-        self.parts = [*built, *(part for part in self.parts if part not in moving)]
+    def _build(self, shard: Shard, process: int) -> ShardTrainer:
+        """Build the trainer of a shard, and load its trials' states."""
+        configs = {number: self.configs[number] for number in shard.numbers}
+        trainer = self._executor.build_shard(configs, plain=shard.plain, process=process)
+        if self._states:
+            trainer.load_state_dict({str(number): self._states[str(number)] for number in configs})
+        return trainer
 
-    def _shape(self, placed: Sequence[tuple[int, Mapping[int, TrialConfig]]]) -> tuple[list[int], int]:
-        """Return what makes one placing as good as another: the sizes of matrices, and trials in the fullest lane."""
-        loads = collections.Counter[int]()
-        for lane, configs in placed:
-            loads[lane] += len(configs)
-        sizes = sorted(len(its) for _, its in placed if all(map(self._trainer.fuses, its.values())))
-        return sizes, max(loads.values(), default=0)
+    def _take_states(self, *, but: Collection[Shard]) -> None:
+        """Take the states of trials out of their trainers, and let go of the trainers, except of some shards."""
+        leaving = [trainer for trainer in self._trainers if _shard(trainer) not in but]
+        if self._epoch > 0:
+            self._states = {**self._states, **{n: of for trainer in leaving for n, of in trainer.state_dict().items()}}
+        self._trainers = [trainer for trainer in self._trainers if _shard(trainer) in but]
 
-    def _train(self, parts: list[Part], *, epochs: int, again: int) -> dict[int, EpochMetrics]:
-        """Train parts, and keep those that have trials left; what has to be built anew trains for `again` epochs.
+    def _lose(self, lost: Sequence[tuple[ShardTrainer, Exception]]) -> GroupLost:
+        """Note why trainers were lost, and what to do about it before the epoch is trained again."""
+        rows = max(len(trainer.configs) for trainer, _ in lost)
+        error = next((e for _, e in lost if isinstance(e, torch.OutOfMemoryError)), lost[0][1])
+        if isinstance(error, torch.OutOfMemoryError):
+            self._executor.lower_row_limit(rows)
+            limit = self._executor.rules.row_limit
+            return GroupLost(
+                f"memory ran out with {rows} trials in a matrix; from now on there are at most {limit}", repeats=False
+            )
+        if isinstance(error, ProcessDied) and self._epoch not in self._died_at:
+            self._died_at.add(self._epoch)
+            return GroupLost(f"{error}; its trials go on from their last checkpoint", repeats=True)
+        self._suspects = [tuple(trainer.configs) for trainer, _ in lost]
+        return GroupLost(f"{type(error).__name__}: {error}; finding which trial raises it", repeats=True)
 
-        The list is emptied, since the memory of what failed is needed.
+    def _find_raising(self) -> dict[int, EpochMetrics]:
+        """Train halves of what raised, and halves of these, until each trial that raises is alone; these have failed.
+
+        If no trial raises alone, fewer are the rows of a matrix from now on.
         """
-        results: dict[int, EpochMetrics] = {}
-        while parts:
-            broken: list[tuple[Mapping[int, TrialConfig], Exception]] = []
-            for part, outcome in zip(parts, self._trainer.train(parts, epochs=epochs), strict=True):
-                if isinstance(outcome, dict):
-                    results |= outcome
-                    self.parts += [part] if part.configs else []
-                elif isinstance(outcome, WorkerEnded) or (part.fused and len(part.configs) > 1):
-                    broken.append((part.configs, outcome))
-                else:
-                    failed = f"{type(outcome).__name__}: {outcome}"
-                    lost = EpochMetrics(epoch=self._epochs, step=0, metrics={}, lr={}, failed=failed)
-                    results |= dict.fromkeys(part.configs, lost)
-            parts.clear()
-            if broken:
-                del part
-                torch.cuda.empty_cache()
-                epochs = again
-                parts = [new for configs, error in broken for new in self._trainer.again(configs, error)]
-        return results
+        self._arrange()
+        self._take_states(but=())
+        waiting = [half for numbers in self._suspects for half in split(numbers, -(-len(numbers) // 2))]
+        failed: dict[int, EpochMetrics] = {}
+        while waiting:
+            numbers = waiting.pop()
+            plain = self._executor.why_plain(self.configs[numbers[0]]) is not None
+            last = self._executor.start_processes(len(self._all)) - 1  # this process would die of what kills a process
+            trainer = self._build(Shard(tuple(numbers), plain=plain), last)
+            (outcome,) = self._executor.train([trainer])
+            if isinstance(outcome, dict):
+                continue
+            if len(numbers) == 1:
+                failed[numbers[0]] = self._failed(outcome)
+            else:
+                waiting += split(numbers, -(-len(numbers) // 2))
+        if not failed:
+            self._executor.lower_row_limit(max(map(len, self._suspects)))
+        self._suspects = []
+        self.configs = {number: config for number, config in self.configs.items() if number not in failed}
+        return failed
 
-    def _part(self, number: int) -> Part:
-        return next(part for part in self.parts if number in part.configs)
+    def _failed(self, error: Exception) -> EpochMetrics:
+        text = str(error) if isinstance(error, ProcessDied) else f"{type(error).__name__}: {error}"
+        return EpochMetrics(epoch=self._epoch, step=0, metrics={}, lr={}, failed=text)
+
+    def _call(self, function: Callable[[], Answer]) -> Answer:
+        """Call a function that asks trainers.
+
+        Raises:
+            GroupLost: The process of one has died.
+        """
+        try:
+            return function()
+        except ProcessDied as error:
+            self._begin({}, epoch=self._epoch, states={})
+            raise GroupLost(f"{error}; its trials go on from their last checkpoint", repeats=True) from None
+
+
+def _shard(trainer: ShardTrainer) -> Shard:
+    return Shard(tuple(trainer.configs), plain=trainer.plain)
+
+
+def _assign(shards: Sequence[Shard], present: Mapping[Shard, int], processes: int) -> dict[Shard, int]:
+    """Assign each shard to a process: where it is, unless another assignment takes work from the fullest process."""
+    stay, fullest = _greedy(shards, {shard: present[shard] for shard in shards if shard in present}, processes)
+    anew, least = _greedy(shards, {}, processes)
+    return stay if fullest <= least else anew
+
+
+def _greedy(shards: Sequence[Shard], fixed: Mapping[Shard, int], processes: int) -> tuple[dict[Shard, int], int]:
+    """Assign the largest shard first, each to the emptiest process; return also the trials of the fullest process."""
+    loads = [0] * processes
+    for shard, process in fixed.items():
+        loads[process] += len(shard.numbers)
+    assigned = dict(fixed)
+    for shard in sorted(shards, key=lambda shard: -len(shard.numbers)):
+        if shard not in assigned:
+            assigned[shard] = loads.index(min(loads))
+            loads[assigned[shard]] += len(shard.numbers)
+    return {shard: assigned[shard] for shard in shards}, max(loads)

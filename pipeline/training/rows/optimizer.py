@@ -116,7 +116,7 @@ class MatrixOptimizer:
         if self._clips:
             norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
             factors = (self._norm_limits / (norms + CLIP_EPS)).clamp_(max=1.0)
-            # A norm may overflow, and a row without a limit must not notice that its neighbours have one.
+            # A norm may overflow, which must not make a NaN of a row that has no limit.
             gradients.mul_(factors.masked_fill_(self._norm_limits.isinf(), 1.0))
         for block, plan in zip(self._blocks, self._plans, strict=True):
             p, g = matrix[block.rows], gradients[block.rows]
@@ -139,7 +139,7 @@ class MatrixOptimizer:
         return self._strategies[number].per_step
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows; what stays is copied as it is, so no row notices."""
+        """Keep these rows, in their order."""
         members = list(self._strategies)
         self._strategies = {members[row]: self._strategies[members[row]] for row in rows}
         self._norm_limits = self._norm_limits[torch.tensor(list(rows), dtype=torch.long, device=self._device)]

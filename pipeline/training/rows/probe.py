@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +19,12 @@ from pipeline.space.optimizers import SGD
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.plain import PlainTrials, fork_rng
-from pipeline.training.rows.company import company_of
-from pipeline.training.rows.model import Company
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.data import first_samples, model_inputs, place, samples_of
 from pipeline.workloads.workload import Workload
 
 COPIES = 6
 """Of the parameters that a trial holds while it trains: values, gradients, two states, and two on the way."""
-
-
-class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """A context that counts the bytes which a forward pass keeps for the backward pass, parameters left out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._sizes: dict[int, int] = {}
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        """What is kept by now."""
-        return sum(self._sizes.values())
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._parameters:
-            self._sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-
 SAMPLES, BATCH = 32, 16
 RATES = {0: 0.01, 1: 0.02}
 """Trial number to base rate: rows that differ."""
@@ -71,8 +47,6 @@ class Finding:
     """Whether its model or loss draws random numbers in training, as dropout does."""
     trial_bytes: int
     """Memory that a trial takes in a training step, roughly."""
-    company: Company = field(default_factory=Company)
-    """What its rows are computed with."""
 
 
 def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtype: torch.dtype) -> Finding:
@@ -90,7 +64,6 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
     if finding.plain_because:
         return finding
     plain = _train(PlainTrials, configs, small, device, dtype)
-    size = sum(value.numel() for value in plain.start.values())
     for metrics in plain.metrics.values():
         if not metrics.finished:
             return _cannot_fuse(finding, f"it could not be tried, {metrics.failed or metrics.diverged}")
@@ -104,14 +77,7 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
             return _cannot_fuse(finding, "as rows it trains to other numbers")
         if keeper := _keeper_of_state(workload, small, config, device, dtype):
             return _cannot_fuse(finding, f"its {keeper} changes in training and is no buffer")
-        if device.type != "cpu":
-            return finding
-        if config.precision == "bf16":  # whose kernels differ by shape in more ways
-            return _cannot_fuse(finding, "in bfloat16 a CPU's numbers depend on how many trials are rows")
-        company = company_of(workload, _configs(config)[0], size, device=device, dtype=dtype)
-        if company is not None:
-            return dataclasses.replace(finding, company=company)
-        return _cannot_fuse(finding, "its numbers depend on how many trials are rows")
+        return finding
     except Exception as error:  # whatever a model does that a row cannot
         return _cannot_fuse(finding, _what_vmap_lacks(error) or f"{type(error).__name__}, {first_line(error)}")
 
@@ -184,7 +150,7 @@ def _tried_alone(
     """Make one training step's forward pass, to see what it draws, keeps and computes."""
     batch = first_samples(samples_of(workload, "train"), BATCH)
     inputs = model_inputs(workload, batch.inputs, dtype)
-    saved, counter = SavedTensors(model), FlopCounterMode(display=False)
+    saved, counter = _SavedTensors(model), FlopCounterMode(display=False)
     with fork_rng(device):
         torch.manual_seed(0)
         before = _random_state(device)
@@ -262,3 +228,23 @@ def _same_states(
     apart = max((float((plain[name] - fused[name]).abs().max()) for name in floats), default=0.0)
     counts = all(torch.equal(plain[name], fused[name]) for name in saved if name not in floats)
     return counts and apart <= tolerance * moved
+
+
+class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """A context that counts the bytes which a forward pass keeps for the backward pass, parameters left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._sizes: dict[int, int] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        """What is kept by now."""
+        return sum(self._sizes.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor

@@ -18,17 +18,25 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from pipeline.space.config import TrialConfig, derive_seed
-from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.param_groups import assign_groups
-from pipeline.space.trial import EpochMetrics
+from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.training.contract import Batches, train_epoch_of
 from pipeline.training.plain import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
-from pipeline.training.rows.kernels import cross_entropy_of_rows
-from pipeline.training.rows.model import Company, RowModel
+from pipeline.training.pooling import Pooling
+from pipeline.training.rows.model import RowModel
 from pipeline.training.rows.optimizer import MatrixOptimizer, row_order
-from pipeline.training.rows.update_rules import RULES
-from pipeline.training.stepwise import Batches, train_epoch_of
-from pipeline.workloads.data import evaluation_batches, place, training_batches
+from pipeline.workloads.data import (
+    evaluation_batch_size,
+    evaluation_batches,
+    first_samples,
+    model_inputs,
+    samples_of,
+    training_batches,
+)
 from pipeline.workloads.workload import Workload
+
+IGNORED = -100
+"""The class that `F.cross_entropy` leaves out by default."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +65,15 @@ class FusedTrials:
     All configs agree in everything but the strategy, and freeze the same groups.
 
     Args:
-        configs: Trial number to what it trains; every optimizer has a rule, see `has_rule`.
-        workload: Data, model, loss and metrics of all of them.
+        configs: Trial number to what it trains; every optimizer has an update rule.
+        workload: Data, model, loss and metrics of all of them; its data are on the device.
         device: Where data and matrix live.
         dtype: Of parameters and floating-point data.
         seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
-        company: What rows are computed with, as the probe has found; None: with nothing.
     """
 
-    fused = True
-    """Whether its trials are rows of a matrix."""
+    plain = False
+    """Whether its trials train by themselves."""
 
     def __init__(
         self,
@@ -76,11 +83,10 @@ class FusedTrials:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         seeded: bool = True,
-        company: Company | None = None,
     ) -> None:
         self._seeded = seeded
         self.configs = row_order(configs)
-        self._workload = place(workload, device=device, dtype=dtype)
+        self._workload = workload
         self._device, self._dtype = device, dtype
         self._epoch = 0
         self._step = 0
@@ -98,7 +104,7 @@ class FusedTrials:
         self._buffers = {
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
-        self._each_row = RowModel(self._model, {*trained, *self._buffers}, company or Company())
+        self._each_row = RowModel(self._model, {*trained, *self._buffers}, Pooling(device))
         self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
         self._record = Record()
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
@@ -109,6 +115,25 @@ class FusedTrials:
             steps_per_epoch=self._steps_per_epoch,
             directions=workload.directions,
         )
+
+    def try_memory(self) -> None:
+        """Compute a training and an evaluation batch, and change nothing.
+
+        Raises:
+            torch.OutOfMemoryError: They do not fit into the device's memory.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        for name in ("train", "val"):
+            split = samples_of(self._workload, name)
+            size = self._config.batch_size if name == "train" else evaluation_batch_size(split, self._config)
+            batch = first_samples(split, size)
+            inputs = model_inputs(self._workload, batch.inputs, self._dtype)
+            if name == "train":
+                _, gradients = self.gradients(inputs, batch.targets)
+                _on_the_way = [torch.empty_like(gradients) for _ in range(2)]  # as many as an update holds
+            else:
+                self.evaluate_step(inputs, batch.targets)
+        self._record, self._buffers = Record(), buffers
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it; a diverged trial has left the group."""
@@ -165,7 +190,7 @@ class FusedTrials:
             seeded_step(self._seeded, self._device, self._config.seed, "evaluation", self._epoch, len(record.outputs)),
             autocast(self._config, self._device),
         ):
-            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers, samples=len(inputs))
+            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers)
         record.outputs.append(outputs)
         record.targets.append(targets)
 
@@ -177,13 +202,20 @@ class FusedTrials:
         self._step += len(record.sizes)
         evaluated = self._evaluated("val")
         results = {}
-        for losses, number in zip(torch.stack(record.losses, dim=1).tolist(), self.configs, strict=True):
+        threads, rows = torch.get_num_threads(), len(self.configs)
+        epochs = zip(self.configs, torch.stack(record.losses, dim=1).tolist(), strict=True)
+        for row, (number, losses) in enumerate(epochs):
             metrics = {"train/loss": mean_loss(losses, record.sizes), **evaluated[number]}
             diverged = why_diverged(losses, metrics, first_step=first, epoch=self._epoch)
             if diverged is None:
                 self._optimizer.end_epoch(number, metrics)
             results[number] = EpochMetrics(
-                epoch=self._epoch, step=self._step, metrics=metrics, lr=self._lr_points(number), diverged=diverged
+                epoch=self._epoch,
+                step=self._step,
+                metrics=metrics,
+                lr=self._lr_points(number),
+                placement=Placement(trainer="rows", rows=rows, place=row, threads=threads),
+                diverged=diverged,
             )
         self._record = Record()
         self._keep([number for number in self.configs if results[number].diverged is None])
@@ -256,13 +288,13 @@ class FusedTrials:
 
     def _losses(self, inputs: Tensor, targets: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return each row's loss (row,) on one batch."""
-        loss, samples = self._workload.loss, len(inputs)
+        loss = self._workload.loss
         if loss is F.cross_entropy and targets.ndim == 1:
-            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers, samples=samples)
+            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers)
             if outputs.ndim == 3:
                 return cross_entropy_of_rows(outputs, targets)
             return vmap(loss, in_dims=(0, None))(outputs, targets)
-        return self._each_row(lambda model: loss(model(inputs), targets), parameters, self._buffers, samples=samples)
+        return self._each_row(lambda model: loss(model(inputs), targets), parameters, self._buffers)
 
     def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """Return the rates that a trial used in the epoch, by group; a frozen group's are 0."""
@@ -293,7 +325,7 @@ class FusedTrials:
         }
 
     def _keep(self, numbers: Sequence[int]) -> None:
-        """Keep the rows of these trials; what stays is copied as it is, so no row notices."""
+        """Keep the rows of these trials, in their order."""
         if len(numbers) == len(self.configs):
             return
         staying = [row for row, number in enumerate(self.configs) if number in numbers]
@@ -304,9 +336,14 @@ class FusedTrials:
         self.configs = {n: c for n, c in self.configs.items() if n in numbers}
 
 
-def has_rule(optimizer: str) -> bool:
-    """Say whether trials of an optimizer, by its name in a file, can be rows."""
-    return OPTIMIZERS[optimizer].__name__ in RULES
+def cross_entropy_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return `F.cross_entropy` of each row (row,), from logits (row, sample, class) and classes (sample,).
+
+    `torch.func.vmap` would compute the loss in many small operations, a fifth of a small network's step.
+    """
+    rows, samples, _ = logits.shape
+    each = F.cross_entropy(logits.flatten(0, 1), targets.repeat(rows), reduction="none", ignore_index=IGNORED)
+    return each.view(rows, samples).sum(dim=1) / (targets != IGNORED).sum()
 
 
 def _floats(values: list[Tensor]) -> list[float]:

@@ -6,8 +6,8 @@ shrink the parameters, and move them along the direction:
     g = g + l2 * p        d = direction(g)        p = shrink * p - rate * d
 
 Rules differ in the direction and in what these numbers are. `coefficients` computes the numbers for a whole epoch, on
-the CPU, in float64, as PyTorch does with Python floats; `direction` is elementwise arithmetic once per step. So no row
-can notice another, and on a GPU nothing waits for the host.
+the CPU, in float64, as PyTorch does with Python floats; `direction` is elementwise arithmetic once per step. So rows
+do not affect each other, and on a GPU nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from pipeline.space.optimizers import Optimizer
 
 Hyper = Mapping[str, Tensor]
 """Hyperparameter name to (step, row, group), float64; named and valued as in PyTorch's `param_groups`."""
@@ -288,11 +290,16 @@ RULES: Mapping[str, Callable[[Mapping[str, bool]], Rule]] = {
     "Adadelta": lambda options: Adadelta(),
     "ASGD": lambda options: ASGD(),
 }
-"""Class of `torch.optim` to what makes its rule from its boolean options."""
+"""Class of `pipeline.space.optimizers` to what makes its rule from its boolean options."""
+
+
+def has_rule(optimizer: type[Optimizer]) -> bool:
+    """Say whether trials of an optimizer can be rows."""
+    return optimizer.__name__ in RULES
 
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:
-    """Return base ** exponent, each number by itself: PyTorch rounds the last of a tensor, by its size, otherwise."""
+    """Return base ** exponent as Python computes it, and so `torch.optim`; a tensor's power rounds by its size."""
 
     def power(base: float, exponent: float) -> float:
         try:

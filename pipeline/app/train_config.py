@@ -1,0 +1,134 @@
+"""Train a config: again as a search trained it, or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.app.prepare import machine, prepare
+from pipeline.errors import InvalidInput, Problem
+from pipeline.space.config import TrialConfig
+from pipeline.space.search_space import SearchSpace
+from pipeline.space.trial import EpochMetrics, Placement, number
+from pipeline.training.contract import TrialGroup
+from pipeline.training.placement import from_run_lengths
+
+ENVIRONMENT = ("cpu", "cpu_capability", "torch")
+"""What makes machines of one kind, on which a CPU repeats to the bit; for a CUDA device also its name."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search recorded with a config."""
+
+    epochs: int
+    """Epochs that the search trained."""
+    metrics: Mapping[str, float]
+    """Metrics of the last of them."""
+    environment: Mapping[str, Any]
+    placements: Sequence[Placement]
+    """Placement in each epoch."""
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any], *, source: str) -> Found | None:
+        """Read the section `found` of a config file; None if a search recorded nothing there.
+
+        Raises:
+            InvalidInput: The section is not as a search writes it.
+        """
+        if not found:
+            return None
+        try:
+            placements = from_run_lengths(found["environment"]["placement"])
+            return cls(found["epochs"], {**found["metrics"]}, found["environment"], placements)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            remedy = "restore it, or remove `found` to train the config without comparing"
+            message = f"must be as a search wrote it, got {type(error).__name__}: {error}; {remedy}"
+            raise InvalidInput(source, [Problem("found", message)]) from None
+
+
+def train_config(
+    space: SearchSpace,
+    config: TrialConfig,
+    found: Found | None,
+    *,
+    source: str,
+    device: str,
+    fast: bool,
+    test: bool,
+    say: Callable[[str], None] = print,
+) -> tuple[TrialGroup, bool]:
+    """Train a config to its end and say how it went, epoch by epoch.
+
+    Args:
+        space: The space of one point that the config is.
+        config: What to train.
+        found: What a search recorded; the trial is then trained in the same places, and compared.
+        source: Name of the config's file, for messages.
+        device: Name of the device, as `--device` takes it.
+        fast: Train alone, with every core, even if a search recorded its placement.
+        test: Report the test split too.
+        say: Takes each line.
+
+    Returns:
+        The group of the one trial, number 0, and whether it was trained to the end.
+    """
+    executor = prepare(space, source=source, device=device, searching=False)
+    if test and executor.workload.test is None:
+        raise InvalidInput("--test", [Problem("", f"{executor.workload.name} has no test split; leave --test away")])
+    repeats = executor.device.type == "cpu" or config.deterministic
+    again = found is not None and repeats and not fast
+    for line in _differences(found, executor.device) if found and again else []:
+        say(line)
+    alone = Placement(trainer="plain", threads=torch.get_num_threads())
+    group = executor.build({0: config}, placement=found.placements if found and again else [alone])
+    for _ in range(config.epochs):
+        epoch = group.train_epoch()[0]
+        say(_epoch_line(epoch, config.epochs))
+        if not epoch.finished:
+            say(f"ended: {epoch.diverged or epoch.failed}")
+            return group, False
+        if found and epoch.epoch == found.epochs:
+            compared = _comparison(epoch, found, "in the places that it had" if again else "alone")
+    for line in compared if found and config.epochs >= found.epochs else []:
+        say(line)
+    if test:
+        say("test          " + "  ".join(f"{name} {number(value)}" for name, value in group.test()[0].items()))
+    return group, True
+
+
+def _epoch_line(epoch: EpochMetrics, epochs: int) -> str:
+    metrics = "  ".join(f"{name} {number(value)}" for name, value in epoch.metrics.items())
+    rates = "  ".join(f"lr/{name} {points[-1][1]:.2e}" for name, points in epoch.lr.items())
+    return f"epoch {epoch.epoch:>3}/{epochs}  {metrics}  {rates}"
+
+
+def _differences(found: Found, device: torch.device) -> list[str]:
+    """Say why metrics will be repeated to rounding, not to the bit."""
+    here = machine()
+    names = list(ENVIRONMENT)
+    if device.type == "cuda":
+        here["device"] = torch.cuda.get_device_name(device)
+        names = ["device", "torch"]
+    changed = [name for name in names if found.environment.get(name) != here[name]]
+    lines = [f"note          {name} was {found.environment.get(name)} and is {here[name]}" for name in changed]
+    if any(placement.broken for placement in found.placements):
+        lines.append("note          memory ran out in the search, which went on with fewer rows in a matrix")
+    return [*lines, "note          so metrics are repeated to rounding"] if lines else []
+
+
+def _comparison(epoch: EpochMetrics, found: Found, how: str) -> list[str]:
+    """Say whether the search's metrics came out again, or how far they are apart."""
+    before = {name: value for name, value in found.metrics.items() if name in epoch.metrics}
+    if not before:
+        return []
+    if before == {name: epoch.metrics[name] for name in before}:
+        return ["repeated      every metric of the search, to the last bit"]
+    return [
+        f"{'compared' if index == 0 else '':<12}  {name} {epoch.metrics[name]!r}, the search had {value!r}: "
+        f"{abs(epoch.metrics[name] - value):.1e} apart{f' ({how})' if index == 0 else ''}"
+        for index, (name, value) in enumerate(before.items())
+    ]

@@ -1,0 +1,117 @@
+"""Where each trial trains in an epoch: a pure function, recomputed before every epoch.
+
+On one kind of machine a trial's metrics are decided, to the bit, by its config and its placement: plain or a row, the
+number of rows of its matrix, its place there, and the number of threads. What the other rows hold does not matter. So
+a search that is resumed, and a trial that is trained again, repeat every metric if they repeat the placement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.space.config import TrialConfig
+from pipeline.space.trial import Placement
+from pipeline.training.rows.optimizer import row_order
+from pipeline.training.rows.update_rules import has_rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementRules:
+    """What placement depends on besides the running trials; a study stores it."""
+
+    device: str
+    """Kind of device, such as "cpu"."""
+    processes: int = 1
+    """Number of processes that train at once; 1 unless on a CPU."""
+    rows: int | None = None
+    """Most rows of a matrix that a person asked for; None: no limit."""
+    row_limit: int | None = None
+    """Most rows of a matrix that fit into memory, and are asked for; None: no limit. Falls when memory runs out."""
+    plain_because: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    """Frozen groups, joined by commas, to the probe's verdict: why trials that freeze these train plain, or None."""
+
+    def why_plain(self, config: TrialConfig) -> str | None:
+        """Return why a trial trains plain; None if it is a row."""
+        if not has_rule(type(config.optimizer)):
+            return f"{config.optimizer.name} has no update rule for rows"
+        return self.plain_because[frozen_groups(config)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; `PlacementRules(**values)` gives back equal rules."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Trials that train together."""
+
+    numbers: tuple[int, ...]
+    """The rows of one matrix, in order; or one plain trial."""
+    plain: bool
+
+
+def place(configs: Mapping[int, TrialConfig], rules: PlacementRules) -> list[Shard]:
+    """Divide the running trials of a group into matrices and plain trials.
+
+    Trials that freeze the same groups share matrices: as many as there are processes, or more where the row limit asks
+    for it, as equal as can be. Within them, rows are in `row_order`.
+    """
+    by_frozen: dict[str, list[int]] = {}
+    plain = []
+    for number, config in row_order(configs).items():
+        if rules.why_plain(config) is None:
+            by_frozen.setdefault(frozen_groups(config), []).append(number)
+        else:
+            plain.append(Shard((number,), plain=True))
+    shards = []
+    for numbers in by_frozen.values():
+        limit = min(-(-len(numbers) // rules.processes), rules.row_limit or len(numbers))
+        shards += [Shard(tuple(part), plain=False) for part in split(numbers, limit)]
+    return shards + plain
+
+
+def describe(shards: Sequence[Shard]) -> str:
+    """Return how trials are placed, for people: `rows 4 + 4, plain 1`."""
+    rows = [str(len(shard.numbers)) for shard in shards if not shard.plain]
+    plain = len(shards) - len(rows)
+    words = [f"rows {' + '.join(rows)}" if rows else "", f"plain {plain}" if plain else ""]
+    return ", ".join(word for word in words if word)
+
+
+def split(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Yield parts of at most `size` numbers, as equal as can be."""
+    count = -(-len(numbers) // size)
+    for index in range(count):
+        yield numbers[index * len(numbers) // count : (index + 1) * len(numbers) // count]
+
+
+def frozen_groups(config: TrialConfig) -> str:
+    """Return the names of the groups that a trial freezes, joined by commas."""
+    return ",".join(name for name, group in config.param_groups.items() if group.lr_ratio == 0)
+
+
+def run_lengths(placements: Sequence[Placement]) -> list[dict[str, Any]]:
+    """Return the placements of a trial's epochs as plain values, one for each run of equal ones."""
+    return [
+        {"epochs": len(list(run)), **{name: value for name, value in vars(placement).items() if value is not None}}
+        for placement, run in itertools.groupby(placements)
+    ]
+
+
+def from_run_lengths(runs: Sequence[Mapping[str, Any]]) -> list[Placement]:
+    """Return the placements of a trial's epochs from what `run_lengths` returned.
+
+    Raises:
+        TypeError: A run has other keys.
+        ValueError: A run has other values.
+    """
+    placements = []
+    for run in runs:
+        values = dict(run)
+        epochs = values.pop("epochs")
+        placements += [Placement(**values)] * epochs
+    return placements
