@@ -22,10 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
-from pipeline.app.cli import DEFAULT_SPACE
 from pipeline.app.prepare import prepare
 from pipeline.app.range_test import range_test
 from pipeline.space.load import load_space, space_from_document
+from pipeline.space.ready_made import find_space
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import Trainer
 
@@ -96,7 +96,7 @@ def check(model: str, optimizer: str, seed: int, trials: int, device: str) -> bo
 
 def space_of(model: str, optimizer: str, seed: int) -> SearchSpace:
     """Return the default space with one optimizer at a wide range of rates."""
-    document = {**load_space(DEFAULT_SPACE).document}
+    document = {**load_space(find_space(None)).document}
     momentum = {"momentum": {"choices": [0.0, 0.9]}} if optimizer == "sgd" else {}
     document |= {"workload": {"name": "digits", "model": model}, "seed": seed}
     return space_from_document({**document, "optimizer": {optimizer: {"base_lr": WIDE, **momentum}}}, name="wide")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.app import cli
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.config import Own
+from pipeline.space.ready_made import find_space
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.space.overrides import source_of
 
     overrides = cli.overrides_of(options)
-    file = cli.space_file(options.space, overrides)
+    file = find_space(options.space, with_workload="workload" in overrides)
     space = load_space(file, overrides, searching=False)
     own = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
     if options.write and file != options.space:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.app import cli
 from pipeline.errors import InvalidInput
 from pipeline.files.strict_yaml import dumps, loads
 from pipeline.space.config import TrialConfig
@@ -287,12 +286,3 @@ print(*{{name.partition(".")[0] for name in sys.modules}} & {{"torch", "optuna",
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
-
-
-def test_a_ready_made_space_goes_by_its_name_unless_a_file_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli.space_file(Path("decay"), {}) == cli.SPACES / "decay.yaml"
-    Path("decay").touch()
-    assert cli.space_file(Path("decay"), {}) == Path("decay")

@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean
 from pipeline.files.signals import CtrlC
 from pipeline.space.config import WORKLOADS, Own
+from pipeline.space.ready_made import DEFAULT, DEFAULT_WITH_WORKLOAD
 
 if TYPE_CHECKING:
-    from pipeline.space.overrides import Overrides
     from pipeline.space.search_space import SearchSpace
 
 
-SPACES = Path(__file__).resolve().parents[2] / "search_spaces"
-DEFAULT_SPACE, OWN_SPACE = SPACES / "default.yaml", SPACES / "own.yaml"
-"""What is searched if no file is named: for the embedded digits, and for a workload of one's own."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -91,10 +88,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_space(parser: argparse.ArgumentParser) -> None:
     """Add `--space`, `--workload` and `--set`."""
-    help = (
-        f"a search-space file, or the name of one in {SPACES.name}/ (default: {DEFAULT_SPACE.stem}; with --workload, "
-    )
-    parser.add_argument("--space", type=file, metavar="FILE", help=f"{help}{OWN_SPACE.stem})")
+    help = f"a search-space file, or the name of a ready-made one, such as decay (default: {DEFAULT}; with --workload, "
+    parser.add_argument("--space", type=file, metavar="FILE", help=f"{help}{DEFAULT_WITH_WORKLOAD})")
     add_overrides(parser)
 
 
@@ -112,23 +107,6 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what `--workload` and `--set` change, by place."""
     chosen = {"workload": arguments.workload, "seed": getattr(arguments, "seed", None)}
     return {**{place: value for place, value in chosen.items() if value is not None}, **dict(arguments.set)}
-
-
-def space_file(given: Path | None, overrides: Overrides) -> Path:
-    """Return the file of a search space: the one given, by its path or as the name of a ready-made one, or the default.
-
-    Raises:
-        InvalidInput: It is a name, and nothing has that name.
-    """
-    if given is None:
-        return OWN_SPACE if "workload" in overrides else DEFAULT_SPACE
-    ready_made = {file.stem: file for file in sorted(SPACES.glob("*.yaml"))}
-    if str(given) in ready_made and not given.is_file():
-        return ready_made[str(given)]
-    if not os.path.lexists(given):
-        message = f"there is no such file, and no search space of that name; {did_you_mean(given.stem, ready_made)}"
-        raise InvalidInput(str(given), [Problem("", message)])
-    return given
 
 
 def say_own_code(space: SearchSpace, say: Callable[[str], None] = print) -> None:

@@ -15,6 +15,7 @@ from pipeline.app import cli
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.config import Own
 from pipeline.space.overrides import Overrides, override, source_of
+from pipeline.space.ready_made import find_space
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
@@ -127,7 +128,11 @@ def read_space(options: Options) -> tuple[SearchSpace, int]:
 
 def source(options: Options) -> str:
     """Return what messages call the search space."""
-    file = "space" if isinstance(options.space, Mapping) else cli.space_file(options.space, options.overrides)
+    file = (
+        "space"
+        if isinstance(options.space, Mapping)
+        else find_space(options.space, with_workload="workload" in options.overrides)
+    )
     return source_of(file, options.overrides)
 
 
@@ -164,7 +169,7 @@ def _given_space(options: Options) -> SearchSpace:
 
     if isinstance(options.space, Mapping):
         return build_space(override(options.space, options.overrides), source=source(options), name="search")
-    space = load_space(cli.space_file(options.space, options.overrides), options.overrides)
+    space = load_space(find_space(options.space, with_workload="workload" in options.overrides), options.overrides)
     if options.space is None and "workload" in options.overrides:
         space = dataclasses.replace(space, name=study_name(space.workload.title))
     return space

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 import platform
 from collections.abc import Iterable
-from importlib import metadata
 
 import torch
 
+from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput
 from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.search_space import SearchSpace
@@ -186,5 +186,5 @@ def environment(trainer: Trainer, config: TrialConfig) -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "pipeline": metadata.version("lr-strategy-search"),
+        "pipeline": __version__,
     }
