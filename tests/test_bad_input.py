@@ -96,9 +96,15 @@ REFUSED = [
     option("search --study ../x", NAME_RULE, "got '../x'"),
     option("search --study=", NAME_RULE, "got ''"),
     option(f"search --study {'a' * 600}", NAME_RULE, "got 'aaa"),
-    option("search --root nowhere", "--root: must be a folder that exists, got 'nowhere'; make it first"),
-    option("search --root mine.yaml", "--root: must be a folder that exists, got 'mine.yaml'"),
-    option(f"search --root {'x' * 5000}", "--root: must be a folder that exists, got 'xxx"),
+    option("search --root mine.yaml", "--root: must be a folder, got the file 'mine.yaml'; name another"),
+    option("search --root mine.yaml/x", "--root: 1 problem", "mine.yaml/x/mlruns/optuna.db: cannot be written: Not a "),
+    option(f"search --root {'x' * 5000}", "--root: must be a folder, got 'xxx", "': File name too long"),
+    option(
+        "search --root ~nobody-of-that-name/x", "--root: there is no such home folder, got '~nobody-of-that-name/x'"
+    ),
+    option("search --root new --space mine.yaml --set batch_size=1258", "must be at most the 1257 training samples"),
+    option("lr_range --root new --space mine.yaml --set batch_size=1258", "must be at most the 1257 training samples"),
+    option("export --root new", "--root: 1 problem", f"new: {NO_STUDY}"),
     option("search --device tpu", "argument --device: must be auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
     option("search --device cuda:99", "--device: 1 problem", "cuda:99: there", "use --device cpu, or auto"),
     option("search --trails 5", "unrecognized arguments: --trails 5"),
@@ -193,13 +199,16 @@ REFUSED = [
         "mine.yaml with --set epochs --set seed: 1 problem",
         "epochs: must be",
     ),
-    option("search --workload own", "'own': unknown workload; known: digits, "),
+    option("search --workload task.py", "--workload: must name a function, task.py:function, got 'task.py'"),
+    option("search --workload own", "argument --workload: unknown workload 'own'; known: digits, "),
     option("search --set workload=mnist", "own.yaml with --set workload: 1 problem", "workload: must be a mapping"),
     option("search --set seed=x", "default.yaml with --set seed: 1 problem", "seed: must be a whole number"),
     option("train mine.yaml --out=", "argument --out: must be the path of a file, got ''"),
-    option("search --workload mnst", "--workload: 1 problem", "'mnst': unknown workload; did you mean mnist?"),
+    option("search --workload mnst", "argument --workload: unknown workload 'mnst'; did you mean mnist?"),
     option(
-        "search --workload line", "unknown workload; known: digits, ", "one of your own is path/to/file.py:function"
+        "search --workload line",
+        "unknown workload 'line'; known: digits, ",
+        "one of your own is path/to/file.py:function",
     ),
     option("train mine.yaml", "optimizer.sgd.base_lr: must be one value in a config, got a choice"),
     config(
@@ -412,6 +421,12 @@ def test_a_terminal_that_lacks_a_character_shows_its_code() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "8\\xd78\n"
+
+
+def test_a_root_may_be_given_from_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.folder("~/runs") == tmp_path / "runs"
+    assert cli.folder("runs/~") == Path("runs/~")
 
 
 @pytest.mark.parametrize(

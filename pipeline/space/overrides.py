@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InvalidInput, Problem
+from pipeline.files.strict_yaml import loads
 
 Overrides = Mapping[str, Any]
 """Dotted place in a file to the value that it shall have; None removes what is there."""
@@ -15,8 +16,6 @@ Overrides = Mapping[str, Any]
 
 def parse_override(text: str) -> tuple[str, Any]:
     """Read `place=value`, the value in YAML, for a command line."""
-    from pipeline.files.strict_yaml import loads
-
     place, equals, value = text.partition("=")
     if not equals or not all(place.split(".")):
         raise argparse.ArgumentTypeError(f"must be PLACE=VALUE, such as batch_size=32, got {text[:120]!r}")
