@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from pipeline.space.config import WORKLOAD_CHOICES, WorkloadChoice
 
 ROOT = Path(__file__).parent.parent
 TREES = {
@@ -87,12 +90,14 @@ def is_one_of(module: str, patterns: tuple[str, ...]) -> bool:
 def test_the_whole_program_is_reached_from_the_search() -> None:
     names = reached("pipeline.search")
     assert {"mlflow", "optuna", "torch", "yaml", "pydantic"} <= names
-    assert {
-        "pipeline.study.study",
-        "pipeline.training.plain",
-        "pipeline.tracking.mlflow",
-        "pipeline.workloads.digits",
-    } <= names
+    assert {"pipeline.study.study", "pipeline.training.plain", "pipeline.tracking.mlflow"} <= names
+
+
+@pytest.mark.parametrize("choice", WORKLOAD_CHOICES)
+def test_a_workload_names_a_function_of_its_room_that_loads_it(choice: type[WorkloadChoice]) -> None:
+    module, _, function = choice.loader.partition(":")
+    assert room_of(module) == "workloads"
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_no_import_runs_in_a_circle() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InvalidInput
 from pipeline.files.strict_yaml import dumps, loads
-from pipeline.space.config import TrialConfig
+from pipeline.space.config import SETTINGS, TrialConfig
 from pipeline.space.load import load_config, load_space, schema_text, space_from_document
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.schedules import SCHEDULERS
@@ -233,6 +233,12 @@ def test_a_config_that_leaves_something_to_choose_is_refused_by_its_place(space_
 def test_what_a_search_noted_in_a_config_must_be_a_mapping(space_file: SpaceFile) -> None:
     with pytest.raises(InvalidInput, match="found: must be a mapping, got 3"):
         load_config(space_file(optimizer={"sgd": {"base_lr": 0.1}}, found=3))
+
+
+def test_the_schema_describes_every_setting() -> None:
+    fields = json.loads(schema_text())["properties"]
+    assert [name for name in SETTINGS if not fields[name].get("description")] == []
+    assert fields["epochs"]["description"] == "Passes over the training data per trial."
 
 
 def test_the_schema_file_is_the_one_that_the_code_makes() -> None:

@@ -1,13 +1,18 @@
-"""What a search-space file may say: pydantic models, derived from the dataclasses of `pipeline.space.optimizers`.
+"""The format of a search-space file: pydantic models, derived from the dataclasses of `pipeline.space`.
 
-Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns what
-pydantic finds into one line per problem, and `model_json_schema` tells an editor the same rules.
+Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns the
+errors of pydantic into one line per problem, and `model_json_schema` gives an editor the same rules.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
 import re
+import sys
 import types
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,36 +35,46 @@ from pipeline.space.limits import Interval
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
-"""Fields that say what a strategy is rather than how large something is."""
+"""Fields that define a strategy rather than size it: they take one value in a whole search."""
 
 MAX_COUNT = 10**9
-"""Of whatever is counted: beyond it lies a slip of the finger, and beyond floats no sampler works."""
+"""Largest count in a file: a larger one is a typing error, and beyond exact floats no sampler works."""
 
 _KINDS = (_VALUE, _CHOICES, _RANGE) = ("<value>", "<choices>", "<range>")
-"""Pydantic's names of what a searchable field accepts, spelt unlike any key of a file."""
+"""Tags of the kinds of value that a searchable field accepts, spelt unlike any key of a file."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def form_of(cls: type[Any], *, searchable: bool) -> type[BaseModel]:
-    """Derive the form of a dataclass: its fields, legal intervals and defaults; with domains if `searchable`."""
+    """Derive the form of a dataclass; its fields accept distributions if `searchable`."""
+    return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields_of(cls, searchable=searchable))
+
+
+def fields_of(cls: type[Any], *, searchable: bool) -> dict[str, Any]:
+    """Derive pydantic's fields from those of a dataclass: types, legal intervals, defaults and descriptions.
+
+    Args:
+        cls: The dataclass.
+        searchable: Whether fields accept distributions, unless `NOT_SEARCHED` has them or their metadata says so.
+    """
     fields: dict[str, Any] = {}
-    hints = get_type_hints(cls, include_extras=True)
+    hints, texts = get_type_hints(cls, include_extras=True), _descriptions(cls)
     for field in dataclasses.fields(cls):
-        open_to_search = searchable and field.name not in NOT_SEARCHED
+        open_to_search = field.metadata.get("searchable", searchable and field.name not in NOT_SEARCHED)
         annotation = domain_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
-        fields[field.name] = (annotation, _default(field))
-    return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields)
+        fields[field.name] = (annotation, Field(**_default(field), description=texts.get(field.name)))
+    return fields
 
 
 def one_or_more(name: str, classes: Mapping[str, type[Any]]) -> type[BaseModel]:
-    """Derive the form of a mapping from names, such as optimizers', to the searchable form of each."""
+    """Derive the form of a mapping from names, such as those of optimizers, to the searchable form of each."""
     fields: dict[str, Any] = {key: (form_of(cls, searchable=True), None) for key, cls in classes.items()}
     return create_model(name, __config__=FORM, **fields)
 
 
 def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
-    """Read data as a form: either the form's value, or all that is wrong with the data."""
+    """Validate data against a form; return the value, or None and every problem."""
     try:
         return form.model_validate(data), []
     except ValidationError as error:
@@ -69,7 +84,7 @@ def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
 
 
 def domain_of(annotation: Any) -> Any:
-    """Return what a searchable field of a type accepts: a value, choices, or a range."""
+    """Return the type of a searchable field: a value, choices, or a range."""
     value = _strict(annotation)
     element = _strict(_without_none(annotation))
     kinds: list[Any] = [Annotated[value, Tag(_VALUE)], Annotated[Choices[element], Tag(_CHOICES)]]  # type: ignore[valid-type]
@@ -79,10 +94,38 @@ def domain_of(annotation: Any) -> Any:
     return Annotated[Union[tuple(kinds)], Discriminator(_word_kind)]  # noqa: UP007
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def named_union(*classes: type[Any]) -> Any:
+    """Return the type of a mapping that is of the form of one of the classes, told apart by their fields `name`."""
+    union: Any = Union[tuple(form_of(cls, searchable=False) for cls in classes)]  # noqa: UP007 - built at run time
+    return Annotated[union, Field(discriminator="name")]
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if field.default_factory is not dataclasses.MISSING:
-        return Field(default_factory=field.default_factory)
-    return ... if field.default is dataclasses.MISSING else field.default
+        return {"default_factory": field.default_factory}
+    return {} if field.default is dataclasses.MISSING else {"default": field.default}
+
+
+def _descriptions(cls: type[Any]) -> dict[str, str]:
+    """Return the text that stands under each field of a dataclass and of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        found |= _texts_under_fields(base.__module__).get(base.__name__, {})
+    return found
+
+
+@functools.cache
+def _texts_under_fields(module: str) -> dict[str, dict[str, str]]:
+    """Return class name to field name to text, read from the module's source, since Python does not keep the texts."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(node, ast.ClassDef):
+            texts = found.setdefault(node.name, {})
+            for field, text in itertools.pairwise(node.body):
+                match field, text:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                        texts[name] = " ".join(words.split())
+    return found
 
 
 def _number_kind(data: Any) -> str:
@@ -99,8 +142,10 @@ def _strict(annotation: Any) -> Any:
     """Return an annotation for pydantic: intervals as constraints, no text for numbers, no booleans for counts."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        intervals = [Field(**_bounds(item)) if isinstance(item, Interval) else item for item in arguments[1:]]
-        return Annotated[(_strict(arguments[0]), *intervals)]
+        bounds = {name: bound for item in arguments[1:] for name, bound in _bounds(item).items()}
+        if arguments[0] is int and "le" in bounds:  # in place of MAX_COUNT
+            return Annotated[int, Field(strict=True, **bounds)]
+        return Annotated[_strict(arguments[0]), Field(**bounds)]
     if origin in (types.UnionType, Union):
         return Union[tuple(_strict(argument) for argument in arguments)]  # noqa: UP007
     if origin is tuple:
@@ -136,7 +181,7 @@ def _without_annotations(annotation: Any) -> Any:
 
 
 def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
-    """Put one of pydantic's errors into a line: the place, the rule, the value, the remedy."""
+    """Turn an error of pydantic into a problem: the place, the rule, the value, the remedy."""
     place = _place(details["loc"])
     got, context = details["input"], details.get("ctx", {})
     kind = details["type"]
@@ -180,7 +225,7 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
 
 
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:
-    """Return where in the file a problem is: pydantic names the chosen form of a union as if it were a key."""
+    """Return the place of a problem in the file, without the tags of unions that pydantic inserts into it."""
     tagged = loc[:1] in (("pruner",), ("workload",))
     return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (tagged and index == 1)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -21,6 +22,10 @@ NonNegative = Annotated[float, Interval(ge=0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 Gamma = Annotated[float, Interval(gt=0, le=1)]
 Count = Annotated[int, Interval(ge=1)]
+
+
+SEARCHABLE: Mapping[str, bool] = {"searchable": True}
+"""Metadata of a dataclass field: a search may choose its value."""
 
 
 def by_name(*classes: type[Any]) -> dict[str, type[Any]]:

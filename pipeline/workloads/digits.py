@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.space.config import Digits
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 SPLIT_SEED = 1797
@@ -52,6 +53,11 @@ class DigitsMLP(nn.Module):
 
 
 MODELS: dict[str, type[nn.Module]] = {"cnn": DigitsCNN, "mlp": DigitsMLP}
+
+
+def load_digits(choice: Digits) -> Workload:
+    """Return the digits workload with the chosen model."""
+    return digits(choice.model)
 
 
 def digits(model: str = "cnn") -> Workload:
