@@ -94,7 +94,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_study(parser, help="continue this study, or begin it (default: the newest unfinished one that fits)")
     cli.add_root(parser, help="folder that holds mlflow.db and mlruns/, made if need be")
     cli.add_device(parser)
-    rows_help = "train at most N trials as rows of one matrix, which changes no result (default: auto)"
+    rows_help = "train at most N trials as rows of one matrix (default: auto)"
     parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)
     cli.add_delete(parser)
     return parser.parse_args(argv)

@@ -449,16 +449,28 @@ def test_a_real_process_refuses_alike(module: str, arguments: list[str], words: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [(["--help"], 0), (["--trials", "0"], 2), (["--space", "mine.yaml"], 2)]
+    ("module", "arguments", "status"),
+    [
+        ("search", ["--help"], 0),
+        ("search", ["--trials", "0"], 2),
+        ("search", ["--space", "mine.yaml"], 2),
+        ("search", ["--root", "mine.yaml/x"], 2),
+        ("lr_range", ["--space", "mine.yaml"], 2),
+        ("lr_range", ["--space", "decay", "--write"], 2),
+        ("train", ["mine.yaml"], 2),
+        ("export", ["--help"], 0),
+    ],
 )
-def test_help_and_form_errors_do_not_wait_for_torch(arguments: list[str], status: int, tmp_path: Path) -> None:
+def test_help_and_form_errors_do_not_wait_for_torch(
+    module: str, arguments: list[str], status: int, tmp_path: Path
+) -> None:
     (tmp_path / "mine.yaml").write_text(SPACE.replace("sgd:", "sdg:"))
     code = f"""
 import sys
-from pipeline import search
+from pipeline import {module}
 from pipeline.app import cli
 try:
-    cli.run(lambda: search.main({arguments!r}))
+    cli.run(lambda: {module}.main({arguments!r}))
 except SystemExit as ended:
     print(ended.code, *{{"torch", "optuna", "mlflow", "sklearn"}} & sys.modules.keys(), file=sys.stderr)
 """

@@ -174,6 +174,7 @@ def test_a_module_uses_no_private_name_of_another(module: str) -> None:
             "import pipeline.search, pipeline.train, pipeline.export, pipeline.lr_range",
             {"torch", "optuna", "mlflow", "pydantic", "rich", "matplotlib"},
         ),
+        ("import pipeline.app.start_search, pipeline.ui", {"torch", "optuna", "mlflow", "matplotlib"}),
         ("import pipeline.training.plain", {"optuna", "mlflow", "yaml", "pydantic", "rich"}),
         ("import pipeline.study.study, pipeline.study.store", {"torch", "mlflow", "sklearn"}),
     ],
