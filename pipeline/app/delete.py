@@ -1,4 +1,4 @@
-"""Delete a study with its trials, files and MLflow runs: `python -m pipeline.search --delete NAME`."""
+"""`python -m pipeline.search --delete NAME`: a study goes, with all that belongs to it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pipeline.tracking.mlflow import cause_of, delete_study
 
 
 def delete(root: Path, name: str, *, sure: bool) -> int:
-    """Delete the trials, the folder and the MLflow runs of a study; ask first, unless `sure`.
+    """Delete a study's trials, folder and MLflow runs with their files; ask first, unless told to be sure.
 
-    The MLflow runs are deleted first and the trials last, so that the same command finishes an interrupted deletion.
+    MLflow's part goes first and the trials last, so that the same command goes on with a deletion that was cut short.
 
     Returns:
         The exit status: 1 if the answer was no.
 
     Raises:
-        InvalidInput: There is no such study, or no terminal to ask at.
-        StudyBusy: A search is running on the study.
+        InvalidInput: There is no such study, or nobody to ask.
+        StudyBusy: A search drives it.
         StorageError: Something could not be removed.
     """
     store = Store(root)
@@ -30,7 +30,7 @@ def delete(root: Path, name: str, *, sure: bool) -> int:
     if not sure and not _agreed(name, what):
         print("nothing was deleted")
         return 1
-    with store.lock(name), hold(store.folder(name)):  # the tracker's process may outlive a killed search
+    with store.lock(name), hold(store.folder(name)):  # MLflow's process may outlive a search that was killed
         try:
             delete_study(root, name=name, identity=header.identity)
         except Exception as error:

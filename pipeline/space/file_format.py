@@ -1,7 +1,7 @@
-"""The format of a search-space file: pydantic models, derived from the dataclasses of `pipeline.space`.
+"""The format of a search-space file: pydantic models, derived from the dataclasses of optimizers and schedules.
 
-Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns the
-errors of pydantic into one line per problem, and `model_json_schema` gives an editor the same rules.
+Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns each
+error of pydantic's into one line. `model_json_schema` tells an editor the same rules.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from pipeline.space.limits import Interval
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
-"""Fields that define a strategy rather than size it: they take one value in a whole search."""
+"""Fields that no search varies: they say what a strategy is, not how large a number is."""
 
 MAX_COUNT = 10**9
-"""Largest count in a file: a larger one is a typing error, and beyond exact floats no sampler works."""
+"""Largest count. A larger one is a typing error, and samplers fail beyond the integers that floats hold."""
 
 _KINDS = (_VALUE, _CHOICES, _RANGE) = ("<value>", "<choices>", "<range>")
 """Tags of the kinds of value that a searchable field accepts, spelt unlike any key of a file."""
@@ -47,7 +47,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def form_of(cls: type[Any], *, searchable: bool) -> type[BaseModel]:
-    """Derive the form of a dataclass; its fields accept distributions if `searchable`."""
+    """Derive the pydantic model of a dataclass; its fields accept distributions if `searchable`."""
     return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields_of(cls, searchable=searchable))
 
 
@@ -62,28 +62,28 @@ def fields_of(cls: type[Any], *, searchable: bool) -> dict[str, Any]:
     hints, texts = get_type_hints(cls, include_extras=True), _descriptions(cls)
     for field in dataclasses.fields(cls):
         open_to_search = field.metadata.get("searchable", searchable and field.name not in NOT_SEARCHED)
-        annotation = domain_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
+        annotation = distribution_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
         fields[field.name] = (annotation, Field(**_default(field), description=texts.get(field.name)))
     return fields
 
 
 def one_or_more(name: str, classes: Mapping[str, type[Any]]) -> type[BaseModel]:
-    """Derive the form of a mapping from names, such as those of optimizers, to the searchable form of each."""
+    """Derive the pydantic model of a mapping from a class's name to its fields, for classes such as optimizers."""
     fields: dict[str, Any] = {key: (form_of(cls, searchable=True), None) for key, cls in classes.items()}
     return create_model(name, __config__=FORM, **fields)
 
 
 def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
-    """Validate data against a form; return the value, or None and every problem."""
+    """Validate data; return the model's value, or every problem of the data."""
     try:
         return form.model_validate(data), []
     except ValidationError as error:
-        # A list with a wrong item is said to be too short besides.
+        # Pydantic calls a list with a wrong item too short besides.
         found = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
         return None, [_problem(form, details) for details in found]
 
 
-def domain_of(annotation: Any) -> Any:
+def distribution_of(annotation: Any) -> Any:
     """Return the type of a searchable field: a value, choices, or a range."""
     value = _strict(annotation)
     element = _strict(_without_none(annotation))
@@ -95,7 +95,7 @@ def domain_of(annotation: Any) -> Any:
 
 
 def named_union(*classes: type[Any]) -> Any:
-    """Return the type of a mapping that is of the form of one of the classes, told apart by their fields `name`."""
+    """Return the type of a mapping with the fields of one of the classes, which their `name` tells apart."""
     union: Any = Union[tuple(form_of(cls, searchable=False) for cls in classes)]  # noqa: UP007 - built at run time
     return Annotated[union, Field(discriminator="name")]
 
@@ -142,10 +142,8 @@ def _strict(annotation: Any) -> Any:
     """Return an annotation for pydantic: intervals as constraints, no text for numbers, no booleans for counts."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        bounds = {name: bound for item in arguments[1:] for name, bound in _bounds(item).items()}
-        if arguments[0] is int and "le" in bounds:  # in place of MAX_COUNT
-            return Annotated[int, Field(strict=True, **bounds)]
-        return Annotated[_strict(arguments[0]), Field(**bounds)]
+        intervals = [Field(**_bounds(item)) if isinstance(item, Interval) else item for item in arguments[1:]]
+        return Annotated[(_strict(arguments[0]), *intervals)]
     if origin in (types.UnionType, Union):
         return Union[tuple(_strict(argument) for argument in arguments)]  # noqa: UP007
     if origin is tuple:
@@ -181,7 +179,7 @@ def _without_annotations(annotation: Any) -> Any:
 
 
 def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
-    """Turn an error of pydantic into a problem: the place, the rule, the value, the remedy."""
+    """Turn an error of pydantic's into a problem: place, rule, value, remedy."""
     place = _place(details["loc"])
     got, context = details["input"], details.get("ctx", {})
     kind = details["type"]
@@ -225,7 +223,7 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
 
 
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:
-    """Return the place of a problem in the file, without the tags of unions that pydantic inserts into it."""
+    """Return the keys that lead to a problem; pydantic's location also holds the tags of unions, which are no keys."""
     tagged = loc[:1] in (("pruner",), ("workload",))
     return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (tagged and index == 1)]
 
@@ -246,7 +244,7 @@ def _shown(value: Any) -> str:
 
 
 def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Return the keys that are legal at a place within a form."""
+    """Return the legal keys at a place within a model."""
     candidates: list[Any] = [form]
     for part in loc:
         following: list[Any] = []

@@ -11,7 +11,7 @@ from pipeline.errors import InvalidInput, Problem
 from pipeline.files.strict_yaml import loads
 
 Overrides = Mapping[str, Any]
-"""Dotted place in a file to its new value; None removes the place."""
+"""Dotted place in a file to its new value; None removes the key."""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -29,10 +29,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
-    """Return the content of a file with values replaced or added, in the order of `overrides`.
+    """Return a file's data with values replaced, in the order given; a new key is added.
 
     Raises:
-        InvalidInput: A place lies within a value that is no mapping.
+        InvalidInput: A place lies below a value that is not a mapping.
     """
     changed = dict(data)
     for place, value in overrides.items():
@@ -52,7 +52,7 @@ def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
 
 
 def source_of(file: Path | str, overrides: Overrides) -> str:
-    """Return the name of a changed file in messages, such as `own.yaml with --workload mnist --set epochs`."""
+    """Return the name of a file with its changes for messages: `own.yaml with --workload mnist --set epochs`."""
     workload = overrides.get("workload")
     chosen = [f"--workload {workload.get('function', workload.get('name'))}"] if isinstance(workload, Mapping) else []
     said = [*chosen, *(f"--set {place}" for place in overrides if not (chosen and place == "workload"))]
