@@ -133,20 +133,9 @@ def strategy_line(config: TrialConfig) -> str:
 
 
 def schedule_line(config: TrialConfig) -> str:
-    """Return a schedule in a few words: `step 6 × 0.21`."""
-    schedule = config.to_dict()["scheduler"][config.scheduler.name]
-    match config.scheduler.name:
-        case "step":
-            words = f"step {schedule['step_size']} × {schedule['gamma']:.2g}"
-        case "multistep":
-            words = f"multistep {schedule['milestones']} × {schedule['gamma']:.2g}"
-        case "exponential":
-            words = f"exponential × {schedule['gamma']:.3g}"
-        case "plateau":
-            words = f"plateau {schedule['patience']} × {schedule['factor']:.2g}"
-        case name:
-            words = name
-    return f"{words}, warm-up {schedule['warmup']}" if schedule.get("warmup") else words
+    """Return a schedule in a few words: `step 6 × 0.21, warm-up 2`."""
+    warmup = getattr(config.scheduler, "warmup", 0)
+    return f"{config.scheduler}, warm-up {warmup}" if warmup else str(config.scheduler)
 
 
 def _searched_groups(space: SearchSpace) -> list[str]:

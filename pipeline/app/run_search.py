@@ -113,7 +113,7 @@ def _search_space(
     """Run or go on with the search of a space."""
     loading = console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext()
     with loading:
-        from pipeline.app.prepare import prepare
+        from pipeline.app.prepare import fitted, prepare
         from pipeline.files.signals import Interrupts
         from pipeline.study.checkpoint import Checkpoints
         from pipeline.study.store import Store
@@ -127,6 +127,7 @@ def _search_space(
         rows=options.rows,
         workload=options.workload,
     )
+    space = fitted(space, trainer.workload)
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study)
     way_on = command(options, space, study=name, trials=trials)

@@ -9,6 +9,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.space.limits import Share
+
 T = TypeVar("T")
 Step = TypeVar("Step")
 
@@ -109,12 +111,13 @@ def suggest(trial: Suggests, name: str, domain: Any) -> Any:
             return choices[labels.index(trial.suggest_categorical(name, labels))]
         case Range(low=int(), high=int()):
             return trial.suggest_int(name, domain.low, domain.high, step=domain.step or 1, log=domain.log)
-    return trial.suggest_float(name, domain.low, domain.high, step=domain.step, log=domain.log)
+    value = trial.suggest_float(name, domain.low, domain.high, step=domain.step, log=domain.log)
+    return Share(value) if isinstance(domain.low, Share) else value
 
 
 def label(choice: Any) -> Any:
-    """Return a choice as Optuna stores it: itself, or its text if it is a list."""
-    return json.dumps(choice) if isinstance(choice, tuple | list) else choice
+    """Return a choice as Optuna stores it: itself, or its text if it is a list or a share."""
+    return _text(choice) if isinstance(choice, tuple | list | Share) else choice
 
 
 def contains(domain: Any, value: Any) -> bool:
@@ -127,7 +130,7 @@ def contains(domain: Any, value: Any) -> bool:
         case Range():
             if isinstance(value, bool) or not isinstance(value, int if isinstance(domain.low, int) else int | float):
                 return False
-            if not domain.low <= value <= domain.high:
+            if isinstance(value, Share) != isinstance(domain.low, Share) or not domain.low <= value <= domain.high:
                 return False
             steps = (value - domain.low) / (domain.step or 1)
             return domain.step is None or math.isclose(steps, round(steps), abs_tol=1e-9)
@@ -149,4 +152,6 @@ def describe(domain: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value) if isinstance(value, Share) else json.dumps(value)

@@ -6,12 +6,14 @@ breaks one is refused: nothing is adjusted, so what is recorded is what was trai
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
 from pipeline.space.distributions import Range, extremes, is_searched
+from pipeline.space.limits import Share
+from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.schedules import SCHEDULERS
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
@@ -26,9 +28,10 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
         if not options:
             yield Problem(kind, f"must name at least one {kind}")
     for name, optimizer in space.optimizers.items():
-        yield from _optimizer_problems(space, f"optimizer.{name}", optimizer)
+        for problem in OPTIMIZERS[name].problems(optimizer):
+            yield Problem(f"optimizer.{name}.{problem.place}", problem.message)
     for name, scheduler in space.schedulers.items():
-        yield from count_problems(space, name, scheduler, steps_per_epoch=None)
+        yield from length_problems(space, name, steps_per_epoch=None)
         yield from _rate_floor_problems(space, f"scheduler.{name}", scheduler)
         yield from _momentum_problems(space, f"scheduler.{name}", scheduler)
     if "rprop" in space.optimizers:
@@ -43,62 +46,33 @@ def warnings(space: SearchSpace) -> Iterator[str]:
         if isinstance(domain, Range) and domain.low == domain.high:
             yield f"{name}: low equals high, so this is the constant {domain.low}"
     for name, scheduler in space.schedulers.items():
-        if name != "cyclic" and extremes(scheduler.get("gamma")) == (1.0,):
+        default = getattr(SCHEDULERS[name], "gamma", None)
+        if default != 1.0 and extremes(scheduler.get("gamma")) == (1.0,):
             yield f"scheduler.{name}.gamma: a gamma of 1 leaves the rate as it is"
 
 
-def _optimizer_problems(space: SearchSpace, place: str, optimizer: Mapping[str, Any]) -> Iterator[Problem]:
-    momentum, dampening = optimizer.get("momentum"), optimizer.get("dampening", 0.0)
-    if "dampening" in optimizer and True in extremes(optimizer["nesterov"]):
-        if 0 in extremes(momentum):
-            yield Problem(
-                f"{place}.nesterov", "needs a momentum above 0 in every trial; raise momentum or remove nesterov"
-            )
-        if any(extremes(dampening)):
-            yield Problem(f"{place}.nesterov", "needs a dampening of 0 in every trial; remove dampening or nesterov")
-    if "step_size_max" in optimizer and max(extremes(optimizer["step_size_min"])) > min(
-        extremes(optimizer["step_size_max"])
-    ):
-        yield Problem(f"{place}.step_size_min", "must be at most step_size_max in every trial")
-
-
-def count_problems(
-    space: SearchSpace, name: str, scheduler: Mapping[str, Any], *, steps_per_epoch: int | None
-) -> Iterator[Problem]:
-    """Check a schedule's counts against the length of the run, once it is known in the schedule's interval."""
-    place, unit = f"scheduler.{name}", scheduler["interval"]
-    for milestones in extremes(scheduler.get("milestones", ())):
-        if any(a >= b for a, b in itertools.pairwise(milestones)):
-            yield Problem(f"{place}.milestones", f"must increase, got {list(milestones)}")
+def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | None) -> Iterator[Problem]:
+    """Check a schedule against the length of the run, once that is known in the schedule's interval."""
+    schedule = space.schedulers[name]
+    place, unit = f"scheduler.{name}", schedule["interval"]
     if unit == "step" and steps_per_epoch is None:
         return
     total = space.epochs * (steps_per_epoch or 1)
-    warmup = max(extremes(scheduler.get("warmup", 0)))
+    warmup = max(extremes(schedule.get("warmup", 0)))
     if warmup >= total:
         yield Problem(f"{place}.warmup", f"must be shorter than the run of {total} {unit}s, got {warmup}")
         return
     left = f"the {total - warmup} {unit}s of the run" + (" after the warm-up" if warmup else "")
-    longest = max(extremes(scheduler["step_size"])) if name == "step" else 0
-    if longest > total - warmup:
-        where = f"{place}.step_size" + (".high" if isinstance(scheduler["step_size"], Range) else "")
-        yield Problem(where, f"must be at most {left}, got {longest}; lower it to that, or give more epochs")
-    last = max((max(milestones) for milestones in extremes(scheduler.get("milestones", ())) if milestones), default=0)
-    if last >= total - warmup:
-        yield Problem(f"{place}.milestones", f"must lie within {left}, got {last}")
-    if name == "onecycle":
-        shares = extremes(scheduler["pct_start"])
-        if min(shares) * total <= 1:
-            message = f"must be above {1 / total:g}, so that the rise takes over one of {left}, got {min(shares):g}"
-            yield Problem(f"{place}.pct_start", message)
-        if max(shares) > 0.5 and True in extremes(scheduler["three_phase"]):
-            yield Problem(f"{place}.pct_start", f"must be at most 0.5 with three_phase, got {max(shares):g}")
+    for problem in SCHEDULERS[name].problems(schedule, total - warmup, left):
+        yield Problem(f"{place}.{problem.place}", problem.message)
 
 
 def _rate_floor_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:
     """A floor above the rate would raise the rate: refuse it for the smallest rate that the space can draw."""
     ratios = [ratio for group in space.param_groups.values() for ratio in extremes(group["lr_ratio"]) if ratio > 0]
     for field in ("eta_min", "min_lr"):
-        floor = max(extremes(scheduler.get(field, 0.0)))
+        floors = [floor for floor in extremes(scheduler.get(field, 0.0)) if not isinstance(floor, Share)]
+        floor = max(floors, default=0.0)
         for name, optimizer in space.optimizers.items():
             lowest = min(extremes(optimizer["base_lr"])) * min(ratios, default=1.0)
             if floor > lowest:

@@ -20,6 +20,7 @@ from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.pruners import Pruner
 from pipeline.space.schedules import SCHEDULERS
+from pipeline.space.shares import resolve_floors
 
 Domains = Mapping[str, Any]
 """Hyperparameter name to what a search may choose it from: a value, `Choices` or a `Range`."""
@@ -51,6 +52,8 @@ class SearchSpace:
     workload: WorkloadChoice
     epochs: int
     batch_size: int
+    steps_per_epoch: int | None
+    """Optimizer steps in an epoch; known if a share of a schedule that moves every step needed it."""
     seed: int
     precision: Precision
     deterministic: bool
@@ -77,6 +80,9 @@ class SearchSpace:
         scheduler = suggest(trial, "scheduler", _one_of(self.schedulers))
         scheduler_values = _suggest_all(trial, self.schedulers[scheduler], prefix=f"{scheduler}.")
         groups = {name: _suggest_all(trial, group, suffix=f".{name}") for name, group in self.param_groups.items()}
+        ratios = [group["lr_ratio"] for group in groups.values() if group["lr_ratio"] > 0]
+        lowest = optimizer_values["base_lr"] * min(ratios, default=1.0)
+        scheduler_values = resolve_floors(SCHEDULERS[scheduler], scheduler_values, rate=lowest)
         return TrialConfig(
             workload=self.workload,
             epochs=self.epochs,

@@ -7,7 +7,9 @@ own in both trainers.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,28 +17,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.optimizers import OPTIMIZERS, Muon, Optimizer
-from pipeline.space.schedules import (
-    Constant,
-    Cosine,
-    CosineWarmRestarts,
-    Cyclic,
-    Exponential,
-    Linear,
-    MultiStep,
-    OneCycle,
-    Plateau,
-    Polynomial,
-    Scheduler,
-    Step,
-    WarmedScheduler,
-)
+from pipeline.space.optimizers import Muon, Optimizer
+from pipeline.space.schedules import Plateau, Training, WarmedScheduler
 from pipeline.space.trial import EpochMetrics
-
-_TORCH_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    cls.name: getattr(torch.optim, cls.__name__) for cls in OPTIMIZERS.values()
-}
-_MUON_ARGUMENTS = ("weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
 
 
 class Strategy:
@@ -152,22 +135,15 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Build the config's optimizer, one torch parameter group per group that is not frozen.
 
-    Each torch group carries its name under the key `group`. Muon is two optimizers: itself for `hidden_matrices`, and
+    Each torch group carries its name under the key `group`. Muon is two optimizers: Muon for `hidden_matrices`, and
     AdamW for the rest.
     """
-    arguments = _optimizer_arguments(config.optimizer)
     if not isinstance(config.optimizer, Muon):
-        groups = _torch_groups(config, parameters)
-        return [_TORCH_OPTIMIZERS[config.optimizer.name](groups, **arguments)]
+        return [_build_optimizer(config.optimizer, _torch_groups(config, parameters))]
     hidden = {group: [p for p in some if p[0] in hidden_matrices] for group, some in parameters.items()}
     rest = {group: [p for p in some if p[0] not in hidden_matrices] for group, some in parameters.items()}
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups := _torch_groups(config, hidden):
-        optimizers.append(torch.optim.Muon(groups, **{name: arguments[name] for name in ("lr", *_MUON_ARGUMENTS)}))
-    if groups := _torch_groups(config, rest):
-        betas, decay = arguments["betas"], config.optimizer.weight_decay
-        optimizers.append(torch.optim.AdamW(groups, lr=arguments["lr"], betas=betas, weight_decay=decay))
-    return optimizers
+    parts = ((config.optimizer, _torch_groups(config, hidden)), (config.optimizer.adamw(), _torch_groups(config, rest)))
+    return [_build_optimizer(optimizer, groups) for optimizer, groups in parts if groups]
 
 
 def build_scheduler(
@@ -175,19 +151,18 @@ def build_scheduler(
 ) -> lr_scheduler.LRScheduler:
     """Build the config's scheduler over an optimizer, behind its warm-up if it has one.
 
-    Counts are in the schedule's `interval`. `T_max` and `total_iters` of None run to the end of the run, and
-    OneCycleLR always does.
+    Counts are in the schedule's `interval`.
     """
     schedule = config.scheduler
     total = config.epochs * (steps_per_epoch if schedule.interval == "step" else 1)
     warmup = schedule.warmup if isinstance(schedule, WarmedScheduler) else 0
-    if not warmup:
-        return _build_schedule(schedule, optimizer, total, directions)
-    assert isinstance(schedule, WarmedScheduler)
-    factor = schedule.warmup_start_factor
-    ramp = lr_scheduler.LinearLR(optimizer, start_factor=factor, end_factor=1.0, total_iters=warmup)
-    main = _build_schedule(schedule, optimizer, total - warmup, directions)
-    return lr_scheduler.SequentialLR(optimizer, [ramp, main], milestones=[warmup])
+    rates = [group["lr"] for group in optimizer.param_groups]  # before the warm-up lowers them
+    arguments = schedule.arguments(Training(total=total - warmup, base_lrs=rates, directions=directions))
+    build = _find(schedule.torch_class, lr_scheduler)
+    if not isinstance(schedule, WarmedScheduler) or not warmup:
+        return build(optimizer, **arguments)  # type: ignore[no-any-return]
+    ramp = lr_scheduler.LinearLR(optimizer, schedule.warmup_start_factor, end_factor=1.0, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [ramp, build(optimizer, **arguments)], milestones=[warmup])
 
 
 def hidden_matrices(model: nn.Module) -> frozenset[str]:
@@ -213,57 +188,11 @@ def _torch_groups(config: TrialConfig, parameters: Mapping[str, Sequence[tuple[s
     return groups
 
 
-def _optimizer_arguments(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's hyperparameters as the arguments of its torch class."""
-    arguments = dataclasses.asdict(optimizer)
-    arguments["lr"] = arguments.pop("base_lr")
-    for argument, fields in (
-        ("betas", ("beta1", "beta2")),
-        ("etas", ("eta_minus", "eta_plus")),
-        ("step_sizes", ("step_size_min", "step_size_max")),
-    ):
-        if fields[0] in arguments:
-            arguments[argument] = tuple(arguments.pop(field) for field in fields)
-    return arguments
+def _build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return _find(optimizer.torch_class, torch.optim)(groups, **optimizer.arguments())  # type: ignore[no-any-return]
 
 
-def _build_schedule(
-    schedule: Scheduler, optimizer: torch.optim.Optimizer, total: int, directions: Mapping[str, str]
-) -> lr_scheduler.LRScheduler:
-    """Build one scheduler; `total` is what is left of the run in its interval."""
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    match schedule:
-        case Constant():
-            return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-        case Step(step_size=step_size, gamma=gamma):
-            return lr_scheduler.StepLR(optimizer, step_size=step_size, gamma=gamma)
-        case MultiStep(milestones=milestones, gamma=gamma):
-            return lr_scheduler.MultiStepLR(optimizer, milestones=list(milestones), gamma=gamma)
-        case Exponential(gamma=gamma):
-            return lr_scheduler.ExponentialLR(optimizer, gamma=gamma)
-        case Polynomial(total_iters=total_iters, power=power):
-            return lr_scheduler.PolynomialLR(optimizer, total_iters=total_iters or total, power=power)
-        case Cosine(T_max=T_max, eta_min=eta_min):
-            return lr_scheduler.CosineAnnealingLR(optimizer, T_max=T_max or total, eta_min=eta_min)
-        case CosineWarmRestarts(T_0=T_0, T_mult=T_mult, eta_min=eta_min):
-            return lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=T_0, T_mult=T_mult, eta_min=eta_min)
-        case Linear(start_factor=start_factor, end_factor=end_factor, total_iters=total_iters):
-            return lr_scheduler.LinearLR(
-                optimizer, start_factor=start_factor, end_factor=end_factor, total_iters=total_iters or total
-            )
-        case OneCycle():
-            arguments = _without(schedule, "interval")
-            return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total, **arguments)
-        case Cyclic():
-            arguments = _without(schedule, "interval", "max_lr_ratio")
-            upper = [rate * schedule.max_lr_ratio for rate in peaks]
-            return lr_scheduler.CyclicLR(optimizer, base_lr=peaks, max_lr=upper, **arguments)
-        case Plateau():
-            arguments = _without(schedule, "interval", "metric")
-            mode = "min" if directions[schedule.metric] == "minimize" else "max"
-            return lr_scheduler.ReduceLROnPlateau(optimizer, mode=mode, **arguments)  # type: ignore[arg-type]
-    raise AssertionError(f"no torch scheduler for {schedule}")
-
-
-def _without(schedule: Scheduler, *names: str) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(schedule).items() if name not in names}
+def _find(name: str, module: ModuleType) -> Any:
+    """Return a class of a module by name, or a class or function from elsewhere by its dotted path."""
+    path, _, name = name.rpartition(".")
+    return getattr(importlib.import_module(path) if path else module, name)
