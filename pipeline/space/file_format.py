@@ -7,6 +7,7 @@ pydantic finds into one line per problem, and `model_json_schema` tells an edito
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 from collections.abc import Mapping
@@ -140,26 +141,26 @@ def _strict(annotation: Any) -> Any:
 
 
 def _share_of(annotation: Any) -> Any:
-    """Return what reads a number in percent, if a field may be written so; else None."""
+    """Return the type of a number in percent, if a field may be written so; else None."""
     whole = next((item.whole for item in get_args(annotation)[1:] if isinstance(item, ShareOf)), None)
-    if whole is None:
-        return None
     may_be_zero = any(isinstance(item, Interval) and item.ge == 0 for item in get_args(annotation))
+    return _share_type(whole, may_be_zero=may_be_zero) if whole else None
+
+
+@functools.cache
+def _share_type(whole: str, *, may_be_zero: bool) -> Any:
+    """Return the pydantic type of a share; made once, so that the schema says it once."""
     pattern = ("" if may_be_zero else r"(?!0+(\.0+)?%)") + r"(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)%"
-    least = "from 0%" if may_be_zero else "above 0%"
-    rule = f"must be a share of the {_WHOLES[whole]} such as 10%, {least} to 100%"
+    of, limits = {"run": "run", "rate": "smallest rate"}[whole], "from 0%" if may_be_zero else "above 0%"
 
     def read(value: Any) -> Share:
         if isinstance(value, str) and re.fullmatch(pattern, value):
             return Share(value.removesuffix("%"))
         both = "" if isinstance(value, str) else "; write both ends of a range in percent, or neither"
-        raise ValueError(f"{rule}, got {_shown(value)}{both}")
+        raise ValueError(f"must be a share of the {of} such as 10%, {limits} to 100%, got {_shown(value)}{both}")
 
     schema_type = Annotated[str, Field(pattern=f"^{pattern}$")]
     return Annotated[Share, PlainValidator(read, json_schema_input_type=schema_type), PlainSerializer(str)]
-
-
-_WHOLES = {"run": "run", "rate": "smallest rate"}
 
 
 def _without_share(annotation: Any) -> Any:
