@@ -145,7 +145,7 @@ REFUSED = [
     space("constant: {}", "exponential: {gamma: 1.1}", "scheduler.exponential.gamma: must be <= 1, got 1.1"),
     space("constant: {}", "step: {step_size: 0}", "scheduler.step.step_size: must be >= 1, got 0"),
     space("constant: {}", "step: {step_size: 9}", "scheduler.step.step_size: must be at most the 4 epochs", "got 9"),
-    space("constant: {}", "multistep: {milestones: [2, 1]}", "milestones: must increase, got [2, 1]"),
+    space("constant: {}", "multistep: {milestones: [2, 1]}", "milestones: must not decrease, got [2, 1]"),
     space("constant: {}", "constant: {warmup: 4}", "warmup: must be shorter than the run of 4 epochs, got 4"),
     space("constant: {}", "cosine_warm_restarts: {T_0: 0}", "T_0: must be >= 1, got 0"),
     space("constant: {}", "cosine: {eta_min: 0.1}", "eta_min: must be at most the smallest rate, 0.001 of sgd"),

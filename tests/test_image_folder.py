@@ -269,7 +269,7 @@ def test_fine_tuning_is_searched_on_a_folder_of_photos(tmp_path: Path, monkeypat
     space = loads(SPACE.read_text(), source=SPACE.name)
     weights = resnet18_weights(tmp_path)
     space["workload"] |= {"folder": str(tmp_path / "photos"), "weights": str(weights), "image_size": 32}
-    space |= {"epochs": 1, "batch_size": 4, "scheduler": {"cosine": {}}}
+    space |= {"epochs": 1, "batch_size": 4}
     file = tmp_path / "finetune.yaml"
     file.write_text(dumps(space))
     printed = io.StringIO()

@@ -69,7 +69,7 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         schedule("step", step_size={"low": 1, "high": 5}),
-        "scheduler.step.step_size.high: must be at most the 4 epochs of the run, got 5",
+        "scheduler.step.step_size: must be at most the 4 epochs of the run, got 5",
         schedule("step", step_size={"low": 1, "high": 4}),
     ),
     (

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.errors import Problem
-from pipeline.space.distributions import extremes
 from pipeline.space.limits import Fraction, Interval, NonNegative, Positive, by_name
 
 
@@ -39,11 +38,11 @@ class Optimizer:
         return arguments
 
     @classmethod
-    def problems(cls, distributions: Mapping[str, Any]) -> Iterator[Problem]:
+    def problems(cls, extremes: Mapping[str, tuple[Any, ...]]) -> Iterator[Problem]:
         """Yield what PyTorch would refuse in some trial; `place` is the field.
 
         Args:
-            distributions: Field to what a trial's value is chosen from.
+            extremes: Field to the ends of its range, to its choices, or to its one value.
         """
         yield from ()
 
@@ -68,13 +67,13 @@ class SGD(DecayingOptimizer):
     """Needs a momentum above 0 and a dampening of 0."""
 
     @classmethod
-    def problems(cls, distributions: Mapping[str, Any]) -> Iterator[Problem]:
+    def problems(cls, extremes: Mapping[str, tuple[Any, ...]]) -> Iterator[Problem]:
         """Check the conditions of Nesterov momentum."""
-        if True not in extremes(distributions["nesterov"]):
+        if True not in extremes["nesterov"]:
             return
-        if 0 in extremes(distributions["momentum"]):
+        if 0 in extremes["momentum"]:
             yield Problem("nesterov", "needs a momentum above 0 in every trial; raise momentum or remove nesterov")
-        if any(extremes(distributions["dampening"])):
+        if any(extremes["dampening"]):
             yield Problem("nesterov", "needs a dampening of 0 in every trial; remove dampening or nesterov")
 
 
@@ -211,9 +210,9 @@ class Rprop(Optimizer):
         return {"lr": self.base_lr, "etas": (self.eta_minus, self.eta_plus), "step_sizes": step_sizes}
 
     @classmethod
-    def problems(cls, distributions: Mapping[str, Any]) -> Iterator[Problem]:
+    def problems(cls, extremes: Mapping[str, tuple[Any, ...]]) -> Iterator[Problem]:
         """Check that the step sizes are an interval."""
-        if max(extremes(distributions["step_size_min"])) > min(extremes(distributions["step_size_max"])):
+        if max(extremes["step_size_min"]) > min(extremes["step_size_max"]):
             yield Problem("step_size_min", "must be at most step_size_max in every trial")
 
 

@@ -28,7 +28,7 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
         if not options:
             yield Problem(kind, f"must name at least one {kind}")
     for name, optimizer in space.optimizers.items():
-        for problem in OPTIMIZERS[name].problems(optimizer):
+        for problem in OPTIMIZERS[name].problems(_extremes(optimizer)):
             yield Problem(f"optimizer.{name}.{problem.place}", problem.message)
     for name, scheduler in space.schedulers.items():
         yield from length_problems(space, name, steps_per_epoch=None)
@@ -51,6 +51,10 @@ def warnings(space: SearchSpace) -> Iterator[str]:
             yield f"scheduler.{name}.gamma: a gamma of 1 leaves the rate as it is"
 
 
+def _extremes(distributions: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    return {name: extremes(distribution) for name, distribution in distributions.items()}
+
+
 def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | None) -> Iterator[Problem]:
     """Check a schedule against the length of the run, once that is known in the schedule's interval."""
     schedule = space.schedulers[name]
@@ -63,7 +67,7 @@ def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | Non
         yield Problem(f"{place}.warmup", f"must be shorter than the run of {total} {unit}s, got {warmup}")
         return
     left = f"the {total - warmup} {unit}s of the run" + (" after the warm-up" if warmup else "")
-    for problem in SCHEDULERS[name].problems(schedule, total - warmup, left):
+    for problem in SCHEDULERS[name].problems(_extremes(schedule), total - warmup, left):
         yield Problem(f"{place}.{problem.place}", problem.message)
 
 

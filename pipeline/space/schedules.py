@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.errors import Problem
-from pipeline.space.distributions import Range, extremes
 from pipeline.space.limits import Count, Floor, Fraction, Gamma, Interval, Length, NonNegative, Pause, Positive, by_name
 
 
@@ -52,11 +51,11 @@ class Scheduler:
         return self.name
 
     @classmethod
-    def problems(cls, distributions: Mapping[str, Any], total: int, words: str) -> Iterator[Problem]:
+    def problems(cls, extremes: Mapping[str, tuple[Any, ...]], total: int, words: str) -> Iterator[Problem]:
         """Yield what does not fit the length of the run; `place` is the field.
 
         Args:
-            distributions: Field to what a trial's value is chosen from.
+            extremes: Field to the ends of its range, to its choices, or to its one value.
             total: Length of the run in the schedule's `interval`, less the longest warm-up.
             words: The same for a message: `the 4 epochs of the run`.
         """
@@ -101,13 +100,12 @@ class Step(WarmedScheduler):
         return f"step {self.step_size} × {self.gamma:.2g}"
 
     @classmethod
-    def problems(cls, distributions: Mapping[str, Any], total: int, words: str) -> Iterator[Problem]:
+    def problems(cls, extremes: Mapping[str, tuple[Any, ...]], total: int, words: str) -> Iterator[Problem]:
         """Check that the first step lies within the run."""
-        step_size = distributions["step_size"]
-        longest = max(extremes(step_size))
+        longest = max(extremes["step_size"])
         if longest > total:
-            place = "step_size.high" if isinstance(step_size, Range) else "step_size"
-            yield Problem(place, f"must be at most {words}, got {longest}; lower it to that, or give more epochs")
+            message = f"must be at most {words}, got {longest}; lower it to that, or give more epochs"
+            yield Problem("step_size", message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +122,9 @@ class MultiStep(WarmedScheduler):
         return f"multistep {list(self.milestones)} × {self.gamma:.2g}"
 
     @classmethod
-    def problems(cls, distributions: Mapping[str, Any], total: int, words: str) -> Iterator[Problem]:
+    def problems(cls, extremes: Mapping[str, tuple[Any, ...]], total: int, words: str) -> Iterator[Problem]:
         """Check that milestones are in order and lie within the run."""
-        for milestones in extremes(distributions["milestones"]):
+        for milestones in extremes["milestones"]:
             if any(a > b for a, b in itertools.pairwise(milestones)):
                 yield Problem("milestones", f"must not decrease, got {list(milestones)}; put them in order")
             if max(milestones) > total:
@@ -226,13 +224,13 @@ class OneCycle(Scheduler):
         return {**super().arguments(training), "max_lr": list(training.base_lrs), "total_steps": training.total}
 
     @classmethod
-    def problems(cls, distributions: Mapping[str, Any], total: int, words: str) -> Iterator[Problem]:
+    def problems(cls, extremes: Mapping[str, tuple[Any, ...]], total: int, words: str) -> Iterator[Problem]:
         """Check that each phase of the cycle has a length."""
-        shares = extremes(distributions["pct_start"])
+        shares = extremes["pct_start"]
         if min(shares) * total <= 1:
             message = f"must be above {1 / total:g}, so that the rise takes over one of {words}, got {min(shares):g}"
             yield Problem("pct_start", message)
-        if max(shares) > 0.5 and True in extremes(distributions["three_phase"]):
+        if max(shares) > 0.5 and True in extremes["three_phase"]:
             yield Problem("pct_start", f"must be at most 0.5 with three_phase, got {max(shares):g}")
 
 
