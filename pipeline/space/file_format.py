@@ -1,7 +1,7 @@
-"""What a search-space file may say: pydantic models, derived from the dataclasses of `pipeline.space.optimizers`.
+"""The format of a search-space file: pydantic models, derived from the dataclasses of optimizers and schedules.
 
-Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns what
-pydantic finds into one line per problem, and `model_json_schema` tells an editor the same rules.
+Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns each
+error of pydantic's into one line. `model_json_schema` tells an editor the same rules.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ from pipeline.space.limits import Interval, Share, ShareOf
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
-"""Fields that say what a strategy is rather than how large something is."""
+"""Fields that no search varies: they say what a strategy is, not how large a number is."""
 
 MAX_COUNT = 10**9
-"""Of whatever is counted: beyond it lies a slip of the finger, and beyond floats no sampler works."""
+"""Largest count. A larger one is a typing error, and samplers fail beyond the integers that floats hold."""
 
 _KINDS = (_VALUE, _SHARE, _CHOICES, _RANGE, _SHARES) = ("<value>", "<share>", "<choices>", "<range>", "<shares>")
-"""Pydantic's names of what a searchable field accepts, spelt unlike any key of a file."""
+"""Tags of the forms that a searchable field accepts; spelt unlike any key of a file."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def form_of(cls: type[Any], *, searchable: bool) -> type[BaseModel]:
-    """Derive the form of a dataclass: its fields, legal intervals and defaults; with domains if `searchable`."""
+    """Derive the pydantic model of a dataclass: fields, legal intervals, defaults; distributions if `searchable`."""
     fields: dict[str, Any] = {}
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         open_to_search = searchable and field.name not in NOT_SEARCHED
-        annotation = domain_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
+        annotation = distribution_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
         fields[field.name] = (annotation, _default(field))
     return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields)
 
 
 def one_or_more(name: str, classes: Mapping[str, type[Any]]) -> type[BaseModel]:
-    """Derive the form of a mapping from names, such as optimizers', to the searchable form of each."""
+    """Derive the pydantic model of a mapping from a class's name to its fields, for classes such as optimizers."""
     fields: dict[str, Any] = {key: (form_of(cls, searchable=True), None) for key, cls in classes.items()}
     return create_model(name, __config__=FORM, **fields)
 
 
 def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
-    """Read data as a form: either the form's value, or all that is wrong with the data."""
+    """Validate data; return the model's value, or every problem of the data."""
     try:
         return form.model_validate(data), []
     except ValidationError as error:
-        # A list with a wrong item is said to be too short besides.
+        # Pydantic calls a list with a wrong item too short besides.
         found = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
         return None, [_problem(form, details) for details in found]
 
 
-def domain_of(annotation: Any) -> Any:
-    """Return what a searchable field of a type accepts: a value, choices, or a range."""
+def distribution_of(annotation: Any) -> Any:
+    """Return the type of a searchable field: a value, choices, or a range."""
     value = _strict(annotation)
     element = _strict(_without_none(annotation))
     kinds: list[Any] = [Annotated[value, Tag(_VALUE)], Annotated[Choices[element], Tag(_CHOICES)]]  # type: ignore[valid-type]
@@ -115,7 +115,7 @@ def _word_kind(data: Any) -> str:
 
 
 def _strict(annotation: Any) -> Any:
-    """Return an annotation for pydantic: intervals as constraints, no text for numbers, no booleans for counts."""
+    """Return an annotation for pydantic: intervals as constraints, text is no number, a boolean is no count."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated and (share := _share_of(annotation)):
         number = _strict(_without_share(annotation))
@@ -187,7 +187,7 @@ def _without_annotations(annotation: Any) -> Any:
 
 
 def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
-    """Put one of pydantic's errors into a line: the place, the rule, the value, the remedy."""
+    """Turn an error of pydantic's into a problem: place, rule, value, remedy."""
     place = _place(details["loc"])
     got, context = details["input"], details.get("ctx", {})
     kind = details["type"]
@@ -233,7 +233,7 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
 
 
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:
-    """Return where in the file a problem is: pydantic names the chosen form of a union as if it were a key."""
+    """Return the keys that lead to a problem; pydantic's location also holds the tags of unions, which are no keys."""
     tagged = loc[:1] in (("pruner",), ("workload",))
     return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (tagged and index == 1)]
 
@@ -254,7 +254,7 @@ def _shown(value: Any) -> str:
 
 
 def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Return the keys that are legal at a place within a form."""
+    """Return the legal keys at a place within a model."""
     candidates: list[Any] = [form]
     for part in loc:
         following: list[Any] = []

@@ -26,7 +26,7 @@ from pipeline.space.config import (
     TrialConfig,
 )
 from pipeline.space.distributions import contains, describe, extremes, is_searched, label
-from pipeline.space.file_format import FORM, MAX_COUNT, check, domain_of, form_of, one_or_more
+from pipeline.space.file_format import FORM, MAX_COUNT, check, distribution_of, form_of, one_or_more
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.param_groups import ParamGroup
@@ -141,12 +141,15 @@ def file_form() -> type[BaseModel]:
         "workload": (_named_union(workloads), ...),
         "epochs": (count, Field(description="Passes over the training data per trial.")),
         "batch_size": (count, Field(description="Samples per optimizer step.")),
-        "steps_per_epoch": (count | None, Field(None, description="Noted by a search that needs it for shares.")),
+        "steps_per_epoch": (
+            count | None,
+            Field(None, description="A search notes it in its study if a share needs it."),
+        ),
         "seed": (seed, Field(0, description="Decides proposals, initial weights, data order and dropout.")),
         "precision": (Precision, Field("fp32", description="bf16: forward and backward passes by torch.autocast.")),
         "deterministic": (bool, Field(False, strict=True, description="Repeatable algorithms only, on a GPU too.")),
         "channels_last": (bool, Field(False, strict=True, description="Images lie in memory with the channels last.")),
-        "clip_grad_norm": (domain_of(get_type_hints(TrialConfig, include_extras=True)["clip_grad_norm"]), None),
+        "clip_grad_norm": (distribution_of(get_type_hints(TrialConfig, include_extras=True)["clip_grad_norm"]), None),
         "objective": (form_of(Objective, searchable=False), Field(default_factory=dict, validate_default=True)),
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
         "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),

@@ -1,7 +1,8 @@
-"""Rules of a search space that connect several fields, or that need the model and the data.
+"""Rules of a search space that connect several of its parts.
 
-A rule must hold for every config that the space can draw, so it is tried on the extremes of each domain. A file that
-breaks one is refused: nothing is adjusted, so what is recorded is what was trained.
+A rule must hold for every config that the space can draw, so a rule is checked at the endpoints of each distribution.
+A space that breaks a rule is refused. Nothing is adjusted, so what is recorded is what was trained. Rules of a single
+optimizer or schedule are methods of its class.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def problems(space: SearchSpace) -> Iterator[Problem]:
-    """Yield what is wrong with a space as far as its file alone shows it."""
+    """Yield the problems of a space that its file alone shows."""
     if not space.objective.metric.startswith("val/"):
         message = f"must be a validation metric, such as val/accuracy, got {space.objective.metric!r}"
         yield Problem("objective.metric", message)
@@ -41,10 +42,10 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
 
 
 def warnings(space: SearchSpace) -> Iterator[str]:
-    """Yield what a space may say but hardly means."""
-    for name, domain in space.parameters().items():
-        if isinstance(domain, Range) and domain.low == domain.high:
-            yield f"{name}: low equals high, so this is the constant {domain.low}"
+    """Yield what is legal in a space but probably not meant."""
+    for name, distribution in space.parameters().items():
+        if isinstance(distribution, Range) and distribution.low == distribution.high:
+            yield f"{name}: low equals high, so this is the constant {distribution.low}"
     for name, scheduler in space.schedulers.items():
         default = getattr(SCHEDULERS[name], "gamma", None)
         if default != 1.0 and extremes(scheduler.get("gamma")) == (1.0,):
@@ -56,7 +57,13 @@ def _extremes(distributions: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | None) -> Iterator[Problem]:
-    """Check a schedule against the length of the run, once that is known in the schedule's interval."""
+    """Yield what does not fit the length of the run.
+
+    Args:
+        space: The search space.
+        name: The schedule's.
+        steps_per_epoch: None while unknown; a schedule that moves every step is not checked then.
+    """
     schedule = space.schedulers[name]
     place, unit = f"scheduler.{name}", schedule["interval"]
     if unit == "step" and steps_per_epoch is None:
@@ -72,7 +79,7 @@ def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | Non
 
 
 def _rate_floor_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:
-    """A floor above the rate would raise the rate: refuse it for the smallest rate that the space can draw."""
+    """Refuse a floor above the smallest rate that the space can draw: PyTorch would raise the rate to the floor."""
     ratios = [ratio for group in space.param_groups.values() for ratio in extremes(group["lr_ratio"]) if ratio > 0]
     for field in ("eta_min", "min_lr"):
         floors = [floor for floor in extremes(scheduler.get(field, 0.0)) if not isinstance(floor, Share)]
@@ -85,7 +92,7 @@ def _rate_floor_problems(space: SearchSpace, place: str, scheduler: Mapping[str,
 
 
 def _momentum_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check `cycle_momentum`, which overwrites the optimizer's momentum or beta1."""
+    """Refuse `cycle_momentum` where the optimizer has no momentum or the search chooses it: the cycle overwrites it."""
     if not scheduler.get("cycle_momentum"):
         return
     if max(extremes(scheduler["base_momentum"])) > min(extremes(scheduler["max_momentum"])):
@@ -100,7 +107,7 @@ def _momentum_problems(space: SearchSpace, place: str, scheduler: Mapping[str, A
 
 
 def _rprop_problems(space: SearchSpace) -> Iterator[Problem]:
-    """Rprop reads the rate at its first step alone, as the size of that step."""
+    """Refuse schedules and decays with Rprop, which reads the rate at its first step only."""
     for name, scheduler in space.schedulers.items():
         if name != "constant" or any(extremes(scheduler["warmup"])):
             message = "needs a constant rate, since it reads the rate at its first step only; remove "

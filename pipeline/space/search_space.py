@@ -53,7 +53,7 @@ class SearchSpace:
     epochs: int
     batch_size: int
     steps_per_epoch: int | None
-    """Optimizer steps in an epoch; known if a share of a schedule that moves every step needed it."""
+    """Optimizer steps per epoch; None unless a schedule that moves every step has a share of the run."""
     seed: int
     precision: Precision
     deterministic: bool

@@ -1,7 +1,9 @@
-"""Torch's own optimizers and schedulers for a config, stepped together as one strategy.
+"""Build the torch optimizers and schedulers of a config, and step them together as one strategy.
 
-The fused trainer builds the same over placeholder parameters and reads the rates from it, so schedules are PyTorch's
-own in both trainers.
+The trainer of rows builds the same objects over placeholder parameters and reads the rates from their groups. So both
+trainers use PyTorch's own schedules.
+
+A schedule that PyTorch lacks is a function here, which the schedule's `torch_class` names.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from pipeline.space.trial import EpochMetrics
 
 
 class Strategy:
-    """The optimizers and schedulers of one config; almost always one of each, Muon brings AdamW along.
+    """The optimizers and schedulers of one config: one of each, or two with Muon, which needs AdamW besides.
 
     Args:
-        config: Names them and gives every hyperparameter.
-        parameters: Group name to (name, tensor) pairs, every group of the config; a frozen group's are not touched.
+        config: The trial's config.
+        parameters: Group name to (name, tensor) pairs, for every group of the config; frozen groups are left alone.
         steps_per_epoch: Optimizer updates in one epoch.
-        directions: Metric name to "minimize" or "maximize"; ReduceLROnPlateau looks its own up.
+        directions: Metric name to "minimize" or "maximize", for ReduceLROnPlateau.
         hidden_matrices: Names of the parameters that Muon takes.
     """
 
@@ -51,7 +53,7 @@ class Strategy:
         self.per_step = config.scheduler.interval == "step"
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the rate that each group's next update uses; a frozen group's is 0."""
+        """Return the rate of each group's next update; the rate of a frozen group is 0."""
         rates = dict.fromkeys(self.config.param_groups, 0.0)
         for optimizer in self.optimizers:
             rates.update({group["group"]: float(group["lr"]) for group in optimizer.param_groups})
@@ -63,7 +65,7 @@ class Strategy:
             optimizer.zero_grad()
 
     def step(self) -> None:
-        """Update the parameters once, and move a schedule that moves every step."""
+        """Update the parameters once; move the schedule if it moves every step."""
         for optimizer in self.optimizers:
             optimizer.step()
         if self.per_step:
@@ -71,7 +73,7 @@ class Strategy:
                 scheduler.step()
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Move a schedule that moves every epoch; `metrics` are the epoch's, for ReduceLROnPlateau."""
+        """Move the schedule if it moves every epoch; ReduceLROnPlateau reads the epoch's `metrics`."""
         if self.per_step:
             return
         for scheduler in self.schedulers:
@@ -89,7 +91,7 @@ class Strategy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that a strategy of the same config returned."""
+        """Restore a state that a strategy of the same config returned."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
@@ -97,18 +99,18 @@ class Strategy:
 
 
 def over_placeholders(config: TrialConfig, *, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
-    """Build a config's real optimizer and scheduler over parameters that stand for its groups, to ask for rates."""
+    """Build a config's strategy over one placeholder parameter per group, to read learning rates from."""
     placeholders = {name: [(name, torch.zeros(1))] for name in config.param_groups}
     strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
     for optimizer in strategy.optimizers:
-        optimizer.step()  # without gradients it does nothing, but a scheduler wants to have seen it
+        optimizer.step()  # without gradients nothing moves; a scheduler warns unless its optimizer has stepped
     return strategy
 
 
 def replay_rates(
     config: TrialConfig, epochs: Sequence[EpochMetrics], *, directions: Mapping[str, str]
 ) -> tuple[EpochMetrics, ...]:
-    """Return a trial's epochs with the learning rates that it used: a function of its config and metrics."""
+    """Return a trial's epochs with their learning rates, recomputed from the trial's config and metrics."""
     if not epochs:
         return ()
     steps = epochs[0].step
