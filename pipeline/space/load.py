@@ -99,7 +99,8 @@ def with_steps(space: SearchSpace, steps_per_epoch: int) -> SearchSpace:
         InvalidInput: The space was made for another number of steps.
     """
     if space.steps_per_epoch not in (None, steps_per_epoch):
-        message = f"must be {steps_per_epoch}, as data and batch_size say, got {space.steps_per_epoch}; remove it"
+        message = f"must be {steps_per_epoch}, as data and batch_size say, got {space.steps_per_epoch}; "
+        message += "remove it, or restore the data and batch_size that it was noted for"
         raise InvalidInput(space.name, [Problem("steps_per_epoch", message)])
     resolved = space_from_document({**space.document, "steps_per_epoch": steps_per_epoch}, name=space.name)
     return space if resolved.schedulers == space.schedulers else resolved
