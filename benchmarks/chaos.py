@@ -82,7 +82,7 @@ class Round:
         """Wait until the process ends, and note what it has left."""
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors
-        self.done = process.returncode == 0 and "not in MLflow" not in errors
+        self.done = process.returncode == 0 and "not recorded" not in errors
         self.acknowledge()
 
     def acknowledge(self) -> None:

@@ -26,7 +26,7 @@ import pipeline.search
 import pipeline.train
 from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput, StudyBusy
-from pipeline.files.locks import hold
+from pipeline.files.locks import folder_locked
 from pipeline.space.load import load_config
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
@@ -356,7 +356,7 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     after_the_epoch = f"interrupted; go on with: python -m pipeline.search {go_on}\n"
     at_once = f"ended at once; go on with: python -m pipeline.search {go_on}\n"
     assert (errors == "" and after_the_epoch in printed) or (errors == at_once and len(signals) > 1)
-    with hold(Store(root).folder("small-1")):  # as MLflow's process does, which may still write
+    with folder_locked(Store(root).folder("small-1")):  # as MLflow's process does, which may still write
         root.rename(moved)
     assert pipeline.search.main(shlex.split(go_on.replace(str(root), str(moved)))) == 0
     went_on = capsys.readouterr()

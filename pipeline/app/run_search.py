@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.study.checkpoint import Checkpoints
     from pipeline.study.store import Store
     from pipeline.study.study import Study
-    from pipeline.tracking.process import BackgroundTracker
+    from pipeline.tracking.process import TrackerProcess
     from pipeline.training.executor import Trainer
     from pipeline.workloads.workload import Workload
 
@@ -99,16 +99,14 @@ def run_search(options: Options, console: Console) -> SearchResult:
     space, trials = read_space(options)
     cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
 
-    from pipeline.tracking.mlflow import refuse_broken
-    from pipeline.tracking.process import BackgroundTracker
+    from pipeline.tracking.process import TrackerProcess
 
-    refuse_broken(options.root)
-    with contextlib.closing(BackgroundTracker(options.root)) as tracker:  # imports MLflow as this process does torch
+    with contextlib.closing(TrackerProcess(options.root)) as tracker:  # imports MLflow while this process imports torch
         return _search_space(space, trials, options, tracker, console)
 
 
 def _search_space(
-    space: SearchSpace, trials: int, options: Options, tracker: BackgroundTracker, console: Console
+    space: SearchSpace, trials: int, options: Options, tracker: TrackerProcess, console: Console
 ) -> SearchResult:
     """Run or go on with the search of a space."""
     loading = console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext()
@@ -160,7 +158,7 @@ def _run(
     trials: int,
     trainer: Trainer,
     checkpoints: Checkpoints,
-    tracker: BackgroundTracker,
+    tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
 ) -> None:
@@ -172,7 +170,7 @@ def _run(
 
     for trial in study.ended:  # MLflow passes over those that it has, which after a crash need not be all
         epochs = replay_rates(trial.config, trial.epochs, directions=trainer.workload.directions)
-        tracker.log_trial(dataclasses.replace(trial, epochs=epochs))
+        tracker.end(dataclasses.replace(trial, epochs=epochs))
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
         while not interrupts.reason and (proposals := study.next_group(trials)):
             group = trainer.build({number: config for number, (config, _) in proposals.items()})
@@ -187,27 +185,27 @@ def _run(
                 interrupted=interrupts.asked,
             ):
                 study.add(trial)
-                tracker.log_trial(trial)
+                tracker.end(trial)
             progress.group_ended()
     forget_ended(checkpoints, study)
 
 
 @contextlib.contextmanager
-def _tracked(study: Study, tracker: BackgroundTracker) -> Iterator[None]:
-    """Tell MLflow of a study; whatever fails there is a warning."""
+def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
+    """Tell the trackers of a study; whatever fails there is a warning."""
     from pipeline.files.strict_yaml import dumps
-    from pipeline.tracking.mlflow import StudyInfo
+    from pipeline.tracking.tracker import StudyInfo
 
     space = study.space
     info = StudyInfo(
         name=study.name,
         identity=study.identity,
-        experiment=space.workload.title,
+        workload=space.workload.title,
         metric=space.objective.metric,
         direction=space.objective.direction,
         groups=tuple(space.param_groups),
-        columns=space.searched_hyperparameters(),
-        axes=tuple("log10_base_lr" if name == "base_lr" else name for name in space.shared_hyperparameters()),
+        searched=space.searched_hyperparameters(),
+        shared=space.shared_hyperparameters(),
         space=dumps(space.document),
         seed=space.seed,
     )
@@ -220,22 +218,25 @@ def _tracked(study: Study, tracker: BackgroundTracker) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped_by_errors(tracker: BackgroundTracker, command: str) -> Iterator[None]:
-    """Have MLflow show as stopped what an error stops, and say with it how to go on."""
+def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
+    """Record that an error stopped the search, and say with the error how to go on."""
+    from pipeline.tracking.tracker import StudySummary
+
     try:
         yield
     except Exception as error:
-        tracker.interrupt(f"Stopped: {error}")
+        tracker.finish(StudySummary(finished=False, note=f"Stopped: {error}"))
         if isinstance(error, StorageError | DataError | DeviceError):
             raise type(error)(f"{error}\nonce that is mended, go on with: {command}") from error
         raise
 
 
-def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Console, *, finished: bool) -> None:
-    """Write best.yaml, close MLflow's record, and say what was found and where."""
+def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Console, *, finished: bool) -> None:
+    """Write best.yaml, tell the trackers the summary, and say what was found and where."""
     from pipeline.app.best_yaml import config_file
     from pipeline.app.display import best_table, strategy_line
     from pipeline.files.atomic import write_atomic
+    from pipeline.tracking.tracker import StudySummary
 
     best = study.best()
     path = _best_file(study, store)
@@ -259,14 +260,11 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
         train = f"train it again: python -m pipeline.train {cli.quoted(path)}"
         console.print(f"best config   {path}   {train}", soft_wrap=True)
-    if finished:
-        tracker.finish(best[0] if best else None, note, [path] if best else [])
-    else:
-        tracker.interrupt(note)
-    if best and (view := tracker.view_path()) is not None:
-        here = store.root.resolve() == Path.cwd()
-        command = "mlflow ui" if here else f"python -m pipeline.ui --root {cli.quoted(store.root)}"
-        console.print(f"compare       {command}   then open http://127.0.0.1:5000{view}", soft_wrap=True)
+    winner, files = (best[0], (path.absolute(),)) if best else (None, ())
+    tracker.finish(StudySummary(finished=finished, note=note, best=winner, files=files))
+    if best:
+        for link in tracker.links():
+            console.print(f"compare       {link}", soft_wrap=True)
 
 
 def _headline(study: Study, trainer: Trainer, trials: int) -> str:

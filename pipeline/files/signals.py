@@ -14,7 +14,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def signals_put_off() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Block the signals that ask a search to stop, in this thread and in processes that begin meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.files.locks import hold
+from pipeline.files.locks import folder_locked
 
 
 def sqlite_uri(path: Path) -> str:
@@ -38,7 +38,7 @@ def create_whole(database: Path, build: Callable[[Path], object]) -> None:
         database: Where it will be.
         build: Makes it at another place, and closes it.
     """
-    with hold(database.parent):
+    with folder_locked(database.parent):
         if database.exists():
             return
         new = database.with_name(f".{database.name}.new")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from pipeline.errors import DataError
-from pipeline.files.signals import signals_put_off
+from pipeline.files.signals import signals_blocked
 from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.workloads.workload import Dataset, Samples, Split, Workload
 
@@ -63,7 +63,7 @@ class Streamed:
 
     def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs and targets of batches; see `Samples`."""
-        with signals_put_off():  # with which processes begin that read
+        with signals_blocked():  # with which processes begin that read
             reader = iter(self._read(indices, seed))
         try:
             while (batch := _next(reader)) is not None:
