@@ -33,7 +33,7 @@ from pipeline.study.store import Store
 from pipeline.training.executor import Trainer
 from pipeline.training.plain import PlainTrials
 from pipeline.workloads.check import workload_problems
-from pipeline.workloads.data import place
+from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Metric, Split
 
@@ -259,7 +259,7 @@ NAN_INPUTS[4, 2] = torch.nan
     ],
 )
 def test_data_model_loss_and_metrics_are_tried_before_the_search(changes: dict[str, Any], expected: list[str]) -> None:
-    workload = place(dataclasses.replace(tiny_workload(), **changes), device=CPU, dtype=torch.float32)
+    workload = to_device(dataclasses.replace(tiny_workload(), **changes), device=CPU, dtype=torch.float32)
     found = [str(problem) for problem in workload_problems(workload, workload.build_model(), batch_size=8)]
     assert len(found) == len(expected)
     for problem, beginning in zip(found, expected, strict=True):

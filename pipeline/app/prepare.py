@@ -29,7 +29,7 @@ from pipeline.training.executor import Trainer
 from pipeline.training.precision import in_force
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
-from pipeline.workloads.data import place
+from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Workload
 
@@ -108,7 +108,7 @@ def prepare(
 
 def _placed(workload: Workload, device: torch.device) -> Workload:
     try:
-        return place(workload, device=device, dtype=torch.float32)
+        return to_device(workload, device=device, dtype=torch.float32)
     except DataError as error:
         split, _, why = str(error).partition(": ")
         raise InvalidInput("workload", [Problem(f"workload.{split}", why)]) from None

@@ -19,7 +19,7 @@ SHOWN = 5
 
 
 def workload_problems(workload: Workload, model: nn.Module, *, batch_size: int) -> Iterator[Problem]:
-    """Yield what is wrong with a workload that `pipeline.workloads.data.place` returned.
+    """Yield what is wrong with a workload that `pipeline.workloads.data.to_device` returned.
 
     Args:
         workload: Of a person's own, or a built-in one with data from elsewhere.

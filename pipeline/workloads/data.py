@@ -28,11 +28,12 @@ from pipeline.files.signals import signals_blocked
 from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.workloads.workload import Dataset, Samples, Split, Workload
 
-SHARE = 0.25
-"""Of the memory that is free, what data may take to be kept on the device."""
-MAX_WORKERS = 8
-TRIED = 16
-"""Samples that are read twice, to see whether a data set draws at random."""
+MEMORY_SHARE = 0.25
+"""The part of the free memory that data may take to be kept on the device."""
+MAX_READERS = 8
+"""Processes that read one data set."""
+SAMPLES_READ_TWICE = 16
+"""Samples that show whether a data set draws at random."""
 MAX_EVAL_BATCH, MAX_EVAL_NUMBERS = 1024, 1 << 20
 """Samples per forward pass of an evaluation, and numbers in their inputs: one, then the other sets the limit."""
 
@@ -82,6 +83,11 @@ class Streamed:
         some = torch.utils.data.Subset(cast(Any, self._dataset), chosen.tolist())
         return Streamed(some, device=self._device, dtype=self._dtype)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Streamed:
+        """Return the samples on a device; itself if they are there."""
+        there = (self._device, self._dtype) == (device, dtype)
+        return self if there else Streamed(self._dataset, device=device, dtype=dtype)
+
     def _read(self, indices: Sequence[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
         if isinstance(self._dataset, Split):
             return self._dataset.batches(indices)
@@ -94,7 +100,7 @@ class Streamed:
         return values.to(self._device, self._dtype if values.is_floating_point() else None, non_blocking=True)
 
     def _build_loader(self, dataset: Dataset) -> DataLoader[Any]:
-        workers = _workers()
+        workers = _reader_count()
         return DataLoader(
             _Seeded(dataset),
             batch_sampler=cast(Any, self._plan),  # read anew at the beginning of each pass
@@ -118,30 +124,33 @@ class _Seeded(torch.utils.data.Dataset[Any]):
         return _read(self._dataset, index, seed=derive_seed(seed, "sample", index))[0]
 
 
-def place(workload: Workload, *, device: torch.device, dtype: torch.dtype, free: int | None = None) -> Workload:
+def to_device(workload: Workload, *, device: torch.device, dtype: torch.dtype, free: int | None = None) -> Workload:
     """Return a workload whose splits are `Samples` on a device: moved there if they fit, else read batch by batch.
 
+    A workload that is on the device already, in `dtype`, is returned as it is. A split that is read batch by batch
+    stays so, whatever is free.
+
     Args:
-        workload: Its splits are in memory or data sets.
+        workload: Splits are in memory, data sets, or `Streamed`.
         device: Where trials train.
-        dtype: Of floating-point data.
-        free: Bytes that the data may take there; None: a quarter of the memory that is free.
+        dtype: Type of floating-point data on the device.
+        free: Bytes that the data may take on the device; None: a quarter of the free memory.
 
     Raises:
         DataError: A data set raised.
     """
-    free = int(SHARE * free_memory(device)) if free is None else free
-    splits: dict[str, Any] = {}
-    for name in ("train", "val", "test"):
-        split = getattr(workload, name)
-        if split is None or isinstance(split, Streamed):
-            continue
+    moving = {name: split for name, split in _splits(workload).items() if not _is_on(split, device, dtype)}
+    if not moving:
+        return workload
+    free = int(MEMORY_SHARE * free_memory(device)) if free is None else free
+    moved: dict[str, Any] = {}
+    for name, split in moving.items():
         try:
-            splits[name], taken = _placed(split, device=device, dtype=dtype, free=free)
+            moved[name], taken = _moved(split, device=device, dtype=dtype, free=free)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         free -= taken
-    return dataclasses.replace(workload, **splits)
+    return dataclasses.replace(workload, **moved)
 
 
 def is_streamed(workload: Workload) -> bool:
@@ -207,7 +216,7 @@ def model_inputs(workload: Workload, inputs: Tensor, dtype: torch.dtype) -> Tens
 
 
 def samples_of(workload: Workload, name: str) -> Samples:
-    """Return a split of a workload that `place` returned."""
+    """Return a split of a workload that `to_device` returned."""
     return cast(Samples, getattr(workload, name))
 
 
@@ -227,8 +236,27 @@ def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
 
 
-def _placed(split: Split | Dataset, *, device: torch.device, dtype: torch.dtype, free: int) -> tuple[Samples, int]:
-    """Return a split's samples, and the bytes that they newly take on the device."""
+def _splits(workload: Workload) -> dict[str, Split | Streamed | Dataset]:
+    splits = {"train": workload.train, "val": workload.val, "test": workload.test}
+    return {name: split for name, split in splits.items() if split is not None}
+
+
+def _is_on(split: Split | Streamed | Dataset, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a split's batches are on a device already, floating-point values in `dtype`."""
+    if isinstance(split, Streamed):
+        return split.to(device, dtype) is split
+    return isinstance(split, Split) and all(
+        tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
+        for tensor in (split.inputs, split.targets)
+    )
+
+
+def _moved(
+    split: Split | Streamed | Dataset, *, device: torch.device, dtype: torch.dtype, free: int
+) -> tuple[Samples, int]:
+    """Return a split's samples on a device, and the bytes that they newly take there."""
+    if isinstance(split, Streamed):
+        return split.to(device, dtype), 0
     streamed = Streamed(split, device=device, dtype=dtype)
     if isinstance(split, Split):
         size = 0 if split.inputs.device == device else split.inputs.nbytes + split.targets.nbytes
@@ -237,7 +265,7 @@ def _placed(split: Split | Dataset, *, device: torch.device, dtype: torch.dtype,
     size = len(split) * (inputs.nbytes + targets.nbytes)
     if size > free or _draws_at_random(split):
         return streamed, 0
-    batches = list(streamed.batches(torch.arange(len(split)).split(MAX_WORKERS), seed=0))
+    batches = list(streamed.batches(torch.arange(len(split)).split(MAX_READERS), seed=0))
     return Split(torch.cat([inputs for inputs, _ in batches]), torch.cat([targets for _, targets in batches])), size
 
 
@@ -266,7 +294,7 @@ def _random_states() -> tuple[bytes, Any, str]:
 
 def _draws_at_random(dataset: Dataset) -> bool:
     """Say whether a data set draws random numbers: by torch's, Python's and NumPy's states, or by what it returns."""
-    for index in range(min(TRIED, len(dataset))):
+    for index in range(min(SAMPLES_READ_TWICE, len(dataset))):
         (one, drew), (other, _) = (_read(dataset, index, seed=seed) for seed in (0, 1))
         if drew or any(not torch.equal(*default_collate([a, b])) for a, b in zip(one, other, strict=True)):
             return True
@@ -346,11 +374,11 @@ def _end_when_the_parent_says_so() -> None:
     os._exit(0)
 
 
-def _workers() -> int:
+def _reader_count() -> int:
     """Return how many processes read samples; forked ones see a data set of any kind, and not every system can."""
     if "fork" not in multiprocessing.get_all_start_methods() or os.uname().sysname != "Linux":
         return 0
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    return min(MAX_READERS, len(os.sched_getaffinity(0)))
 
 
 def free_memory(device: torch.device) -> int:

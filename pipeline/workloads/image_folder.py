@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from pipeline.errors import InvalidInput, Problem, collect, first_line, listed
 from pipeline.space.config import ImageFolder
-from pipeline.workloads.data import SHARE, free_memory
+from pipeline.workloads.data import MEMORY_SHARE, free_memory
 from pipeline.workloads.images import Normalization, part_sizes, shift_and_flip, split_by_class
 from pipeline.workloads.models import input_channels, model_builder
 from pipeline.workloads.workload import Dataset, Metric, Split, Workload, accuracy
@@ -83,7 +83,7 @@ def image_folder(choice: ImageFolder, *, memory: int | None = None) -> Workload:
         classes, parts = _find(choice)
     except OSError as error:
         raise _refusal([f"'{choice.folder}' cannot be read: {error.strerror}"]) from None
-    memory = int(SHARE * free_memory(torch.device("cpu"))) if memory is None else memory
+    memory = int(MEMORY_SHARE * free_memory(torch.device("cpu"))) if memory is None else memory
     keep = 3 * choice.image_size**2 * sum(len(part) for part in parts.values()) <= memory
     problems: list[Problem] = []
     with collect(problems):
