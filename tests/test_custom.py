@@ -26,7 +26,6 @@ from pipeline.errors import InvalidInput
 from pipeline.space.config import Own, TrialConfig
 from pipeline.space.load import build_space
 from pipeline.space.optimizers import AdamW
-from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import TrialState
 from pipeline.study.store import Store
@@ -481,27 +480,6 @@ def test_batch_norm_dropout_residuals_ties_and_odd_names_train_the_same_as_rows_
         assert ours[number].metrics["val/loss"] == pytest.approx(theirs[number].metrics["val/loss"], rel=1e-9)
         for name, value in plain.model_state(number).items():
             torch.testing.assert_close(rows.model_state(number)[name], value, rtol=1e-9, atol=1e-12)
-
-
-def test_a_row_alone_of_a_model_with_one_output_has_the_bits_that_it_has_in_company() -> None:
-    def one_output() -> nn.Module:
-        return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 1))
-
-    split = Split(torch.randn(40, 6), torch.randn(40, 1))
-    workload = dataclasses.replace(
-        tiny_workload(one_output), train=split, val=split, test=None, loss=F.mse_loss, metrics={}
-    )
-    configs = {
-        n: tiny_config(AdamW(base_lr=0.01 * 2**n), param_groups={"all": ParamGroup(pattern=("*",))}) for n in range(5)
-    }
-    trainer = Trainer(workload, configs[0], device=CPU)
-    assert trainer.plain_because is None
-    together = trainer.build(configs)
-    alone = trainer.build({3: configs[3]})
-    for _ in range(3):
-        results, single = together.train_epoch(), alone.train_epoch()
-        assert results[3] == single[3]
-    assert all(torch.equal(value, together.model_state(3)[name]) for name, value in alone.model_state(3).items())
 
 
 def test_rows_are_limited_to_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
