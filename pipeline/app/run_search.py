@@ -128,8 +128,7 @@ def _search_space(
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study)
     way_on = command(options, space, study=name, trials=trials)
-    last_words = f"ended at once; go on with: {way_on}"
-    interrupts = Interrupts(options.timeout, last_words=last_words)
+    interrupts = Interrupts(options.timeout, exit_message=f"ended at once; go on with: {way_on}")
     with contextlib.closing(store), store.lock(name), contextlib.closing(trainer), interrupts:
         _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)

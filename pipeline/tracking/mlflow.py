@@ -47,7 +47,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Defaults; what the user set stays."""
+"""Defaults; variables that the user set are kept."""
 MAX_RUNS = 500
 """Runs that one call of `mlflow gc` deletes; a command line has room for the ids of so many."""
 
@@ -223,7 +223,7 @@ class MLflowTracker:
             lr_metrics=[lr_metric(group) for group in study.groups],
             created_ms=_milliseconds(time.time()),
         )
-        if key in self._experiment.tags and not self._is_new:  # perhaps changed by a person since
+        if key in self._experiment.tags and not self._is_new:  # a person may have changed the view
             return
         try:
             self._client.set_experiment_tag(self._experiment.experiment_id, key, value)
@@ -259,7 +259,7 @@ class MLflowTracker:
         duration = trial.ended - trial.started
         self._client.log_batch(  # splits what exceeds MLflow's limits for one call
             run_id,
-            # A trial has no clock of its own among those that train with it: its steps share its time evenly.
+            # Trials that train together share one clock, so a trial's steps are spread evenly over the trial's time.
             [
                 Metric(name, value, _milliseconds(trial.started + duration * step / last_step), step)
                 for name, step, value in points
@@ -271,7 +271,7 @@ class MLflowTracker:
 
 
 def remote_uri() -> str | None:
-    """Return the store that the user chose in place of the root's, if any."""
+    """Return MLFLOW_TRACKING_URI, the store that the user chose in place of the root folder, if it is set."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
@@ -300,7 +300,7 @@ def _collect_garbage(root: Path, deleted: Sequence[Run]) -> None:
 
 
 def _runs(client: MlflowClient, experiment: Experiment, condition: str, *, view: int) -> Iterator[Run]:
-    """Yield the runs of an experiment that fulfil a condition and belong to a view: active ones, or all."""
+    """Yield the runs of an experiment that fulfil a condition; `view` says whether deleted runs are included."""
     token = None
     while True:
         page = client.search_runs([experiment.experiment_id], condition, view, page_token=token)
@@ -311,7 +311,7 @@ def _runs(client: MlflowClient, experiment: Experiment, condition: str, *, view:
 
 
 def load_mlflow() -> None:
-    """Import what writing a study needs, which takes seconds."""
+    """Import the parts of MLflow that write a study, which takes seconds."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # noqa: F401
@@ -334,17 +334,17 @@ def _open_store(root: Path) -> MlflowClient:
 
 
 def _try(database: Path) -> None:
-    """Raise what SQLite raises for a file that is no database; MLflow would try for minutes to open it."""
+    """Raise SQLite's error for a file that is no database; MLflow would try for minutes to open the file."""
     try:
         with contextlib.closing(open_existing(database, patience=0)) as connection:
             connection.execute("PRAGMA schema_version")
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:  # one that another process holds is a database
+        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:  # a database that another process has locked
             raise
 
 
 def _build_database(database: Path) -> None:
-    """Make MLflow's tables."""
+    """Create MLflow's tables."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     # The experiment "Default", which MLflow makes here, would otherwise point below the working folder.
