@@ -88,7 +88,7 @@ def _own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield
     for name in set(sys.modules) - modules:
-        if name.startswith("own_workload_") or name in ("neighbour", "broken"):
+        if name.startswith("custom_workload_") or name in ("neighbour", "broken"):
             del sys.modules[name]
 
 
@@ -344,11 +344,21 @@ def test_a_search_over_a_file_of_ones_own_and_its_way_on(task: Path) -> None:
     assert "repeated     every metric of the search, to the last bit" in printed_again.getvalue()
 
 
-def test_the_template_of_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "-> Workload" in text]
+def templates(page: str) -> list[str]:
+    """Return the Python blocks of a page that hold a workload."""
+    text = (ROOT / page).read_text()
+    return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "-> Workload" in block]
+
+
+def test_the_template_of_the_readme_is_that_of_the_page_on_own_workloads() -> None:
+    assert templates("README.md") in ([], templates("docs/own-workloads.md"))
+
+
+def test_the_template_of_a_workload_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = templates("docs/own-workloads.md")
     name = code.splitlines()[0].removeprefix("# ")
-    commands = re.findall(rf"^python -m pipeline\.search (--workload {name}:.*)$", readme, re.MULTILINE)
+    page = (ROOT / "docs" / "own-workloads.md").read_text()
+    commands = re.findall(rf"^python -m pipeline\.search (--workload {name}:.*)$", page, re.MULTILINE)
     assert [shlex.split(command)[1:4] for command in commands] == [[f"{name}:sine", "--trials", "20"]] * 2
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text(code)

@@ -1,7 +1,7 @@
-"""Where samples come from while trials train: moved to the device once, or read batch by batch.
+"""Supply batches while trials train, from data that were moved to the device once or are read batch by batch.
 
-Both ways give the same batches. What a sample or an augmentation draws at random is a function of the seed, the epoch
-and the sample or step, so it is the same for every trial, in any order, with any number of worker processes.
+Both ways give the same batches. The random numbers of a sample or an augmentation are a function of the seed, the epoch
+and the sample or step. They are therefore equal for every trial, in any order, with any number of reader processes.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ MAX_READERS = 8
 SAMPLES_READ_TWICE = 16
 """Samples that show whether a data set draws at random."""
 MAX_EVAL_BATCH, MAX_EVAL_NUMBERS = 1024, 1 << 20
-"""Samples per forward pass of an evaluation, and numbers in their inputs: one, then the other sets the limit."""
+"""Most samples per forward pass of an evaluation, and most numbers in their inputs; the smaller limit holds."""
 
 
 class Streamed:
-    """Samples that are read from a data set batch by batch, by worker processes where that pays.
+    """Samples that are read from a data set batch by batch, by reader processes on Linux.
 
     Args:
-        dataset: What is read.
+        dataset: Supplies the samples.
         device: Where batches go.
-        dtype: Of floating-point batches.
+        dtype: Type of floating-point batches on the device.
     """
 
     def __init__(self, dataset: Dataset | Split, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -64,16 +64,16 @@ class Streamed:
 
     def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs and targets of batches; see `Samples`."""
-        with signals_blocked():  # with which processes begin that read
+        with signals_blocked():  # reader processes start here
             reader = iter(self._read(indices, seed))
         try:
             while (batch := _next(reader)) is not None:
                 inputs, targets = batch
-                yield self._place(inputs), self._place(targets)
+                yield self._to_device(inputs), self._to_device(targets)
         except DataError:
             if self._loader is not None and self._loader.num_workers:
                 self._loader = None
-                cast(Any, reader)._shutdown_workers()  # which, once it is garbage, takes seconds for each
+                cast(Any, reader)._shutdown_workers()  # garbage collection would take seconds for each process
             raise
 
     def take(self, chosen: Tensor) -> Streamed:
@@ -84,7 +84,7 @@ class Streamed:
         return Streamed(some, device=self._device, dtype=self._dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Streamed:
-        """Return the samples on a device; itself if they are there."""
+        """Return the same samples for a device and a type; `self` if both are as wanted."""
         there = (self._device, self._dtype) == (device, dtype)
         return self if there else Streamed(self._dataset, device=device, dtype=dtype)
 
@@ -96,25 +96,25 @@ class Streamed:
             self._loader = self._build_loader(self._dataset)
         return self._loader
 
-    def _place(self, values: Tensor) -> Tensor:
+    def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self._device, self._dtype if values.is_floating_point() else None, non_blocking=True)
 
     def _build_loader(self, dataset: Dataset) -> DataLoader[Any]:
-        workers = _reader_count()
+        readers = _reader_count()
         return DataLoader(
             _Seeded(dataset),
-            batch_sampler=cast(Any, self._plan),  # read anew at the beginning of each pass
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            batch_sampler=cast(Any, self._plan),  # the loader reads the plan at the beginning of each pass
+            num_workers=readers,
+            persistent_workers=readers > 0,
             pin_memory=self._device.type == "cuda",
-            generator=torch.Generator(),  # else each pass draws from torch's global random state
+            generator=torch.Generator(),  # without one each pass draws from torch's global random state
             worker_init_fn=_leave_signals_to_the_parent,
-            multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
+            multiprocessing_context=multiprocessing.get_context("fork") if readers else None,
         )
 
 
 class _Seeded(torch.utils.data.Dataset[Any]):
-    """A data set whose samples draw random numbers from a state of their own."""
+    """A data set in which each sample draws its random numbers from a seed of its own."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
@@ -161,7 +161,7 @@ def is_streamed(workload: Workload) -> bool:
 def training_batches(
     workload: Workload, config: TrialConfig, *, epoch: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of an epoch, counted from 0, as the model sees them: a function of seed and epoch alone."""
+    """Yield the batches of an epoch, counted from 0, as the model sees them; they depend on seed and epoch alone."""
     order = epoch_order(len(workload.train), seed=config.seed, epoch=epoch)
     seed = derive_seed(config.seed, "samples", epoch)
     batches = samples_of(workload, "train").batches(order.split(config.batch_size), seed=seed)
@@ -182,7 +182,7 @@ def evaluation_batches(
 
 
 def _laid_out(inputs: Tensor, config: TrialConfig) -> Tensor:
-    """Return a batch as a config has it lie in memory."""
+    """Return a batch in the memory layout of a config."""
     images = config.channels_last and inputs.ndim == 4
     return inputs.contiguous(memory_format=torch.channels_last) if images else inputs
 
@@ -193,10 +193,10 @@ def evaluation_batch_size(split: Samples, config: TrialConfig) -> int:
 
 
 def augmented(workload: Workload, inputs: Tensor, *, seed: int) -> Tensor:
-    """Return a batch as `augment` changes it, wherever that draws its random numbers from.
+    """Return a batch as `augment` changes it, with every random state seeded that `augment` may draw from.
 
     Raises:
-        DataError: It raised.
+        DataError: `augment` raised.
     """
     assert workload.augment is not None
     generator = torch.Generator(inputs.device).manual_seed(seed)
@@ -206,7 +206,7 @@ def augmented(workload: Workload, inputs: Tensor, *, seed: int) -> Tensor:
 
 
 def model_inputs(workload: Workload, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what the model sees of a batch.
+    """Return the model's input for a batch.
 
     Raises:
         DataError: `preprocess` raised.
@@ -227,12 +227,12 @@ def first_samples(samples: Samples, count: int) -> Split:
 
 
 def some_samples(samples: Samples, count: int, *, seed: int) -> Any:
-    """Return so many samples of a split, chosen at random, or all of them if there are no more."""
+    """Return `count` samples of a split, chosen at random, or all samples if there are fewer."""
     return samples if count >= len(samples) else samples.take(epoch_order(len(samples), seed=seed, epoch=0)[:count])
 
 
 def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:
-    """Return the order (sample,) in which an epoch visits the training data: a function of seed and epoch alone."""
+    """Return the order (sample,) in which an epoch visits the training data; it depends on seed and epoch alone."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
 
 
@@ -273,7 +273,7 @@ def _read(dataset: Dataset, index: int, *, seed: int) -> tuple[tuple[Any, Any], 
     """Return a sample, and whether reading it drew from a global random state.
 
     Raises:
-        DataError: The data set raised, or returned something else.
+        DataError: The data set raised, or returned something other than (input, target).
     """
     with _seeded(seed):
         before = _random_states()
@@ -293,7 +293,7 @@ def _random_states() -> tuple[bytes, Any, str]:
 
 
 def _draws_at_random(dataset: Dataset) -> bool:
-    """Say whether a data set draws random numbers: by torch's, Python's and NumPy's states, or by what it returns."""
+    """Say whether a data set draws random numbers: a global random state moved, or a sample differs between seeds."""
     for index in range(min(SAMPLES_READ_TWICE, len(dataset))):
         (one, drew), (other, _) = (_read(dataset, index, seed=seed) for seed in (0, 1))
         if drew or any(not torch.equal(*default_collate([a, b])) for a, b in zip(one, other, strict=True)):
@@ -304,8 +304,8 @@ def _draws_at_random(dataset: Dataset) -> bool:
 def seed_global(seed: int, device: torch.device) -> None:
     """Seed torch's global random states of the CPU and a device.
 
-    `torch.manual_seed` seeds all kinds of devices and, of those that are not there, notes where it was called, which
-    takes 0.3 ms.
+    `torch.manual_seed` also seeds kinds of devices that are absent, and records a traceback for each, which takes
+    0.3 ms.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -316,7 +316,7 @@ def seed_global(seed: int, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed every global random state that data may be drawn from, and leave them as they were."""
+    """Seed the random states of torch, Python and NumPy inside the block, and restore them after it."""
     device = device or torch.device("cpu")
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -334,13 +334,13 @@ def _next(reader: Iterator[Any]) -> Any:
     """Return the next batch, or None at the end.
 
     Raises:
-        DataError: Reading it raised, in a worker process perhaps.
+        DataError: Reading the batch raised, here or in a reader process.
     """
     try:
         return next(reader, None)
     except torch.OutOfMemoryError:
         raise
-    except DataError as error:  # perhaps of a worker process, whose whole traceback it then says
+    except DataError as error:  # from a reader process the message is a whole traceback
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("pipeline.errors.DataError: ")) from None
     except Exception as error:
         raise DataError(f"reading a batch raised {_what(error)}") from error
@@ -356,37 +356,37 @@ def _call(who: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _what(error: Exception) -> str:
-    """Return what was raised in a line; of a worker process, what was raised there."""
+    """Return an error in one line; for an error of a reader process, that of the process."""
     lines = str(error).strip().splitlines() or [""]
     return lines[-1] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0]}"
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C, and some hosts' SIGTERM, reach every process of a search, which wants to finish its epoch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM is blocked from the beginning
+def _leave_signals_to_the_parent(reader: int) -> None:
+    """Ignore signals in a reader process: some reach every process of a search, and the search ends its epoch first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM is blocked since the process started
     threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
 
 
 def _end_when_the_parent_says_so() -> None:
-    """End with a SIGTERM from the parent, which waits for it as it ends itself; from others, ignore it."""
+    """End this process at a SIGTERM from the parent, which waits for the process; ignore SIGTERM from others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def _reader_count() -> int:
-    """Return how many processes read samples; forked ones see a data set of any kind, and not every system can."""
+    """Return how many processes read samples; 0 if the system cannot fork, as only a fork can have any data set."""
     if "fork" not in multiprocessing.get_all_start_methods() or os.uname().sysname != "Linux":
         return 0
     return min(MAX_READERS, len(os.sched_getaffinity(0)))
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of memory that are free on a device."""
+    """Return the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not every system has the file
+    except (OSError, StopIteration):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

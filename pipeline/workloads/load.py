@@ -10,7 +10,7 @@ def load_workload(choice: WorkloadChoice) -> Workload:
     """Load a workload's data and choose its model.
 
     Raises:
-        InvalidInput: The data or the model cannot be had; places are those of a file, such as `workload.model`.
+        InvalidInput: The data or the model is not available; places are keys of a file, such as `workload.model`.
     """
     match choice:
         case Digits(model=model):
@@ -26,6 +26,6 @@ def load_workload(choice: WorkloadChoice) -> Workload:
 
             return image_folder(choice)
         case Own():
-            from pipeline.workloads.custom import own_workload
+            from pipeline.workloads.custom import custom_workload
 
-            return own_workload(choice)
+            return custom_workload(choice)
