@@ -73,11 +73,11 @@ WRAPPED = (
     ("pipeline.study.study", "Study.next_group", "Optuna: propose"),
     ("pipeline.study.study", "Study.stops", "Optuna: prune"),
     ("pipeline.study.study", "Study.add", "Optuna: store"),
-    ("pipeline.tracking.process", "BackgroundTracker.__init__", "MLflow in the search's process"),
-    ("pipeline.tracking.process", "BackgroundTracker.log_trial", "MLflow in the search's process"),
-    ("pipeline.tracking.process", "BackgroundTracker.finish", "MLflow in the search's process"),
-    ("pipeline.tracking.process", "BackgroundTracker.view_path", "waiting for MLflow"),
-    ("pipeline.tracking.process", "BackgroundTracker.close", "waiting for MLflow"),
+    ("pipeline.tracking.process", "TrackerProcess.__init__", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "TrackerProcess.end", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "TrackerProcess.finish", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "TrackerProcess.links", "waiting for MLflow"),
+    ("pipeline.tracking.process", "TrackerProcess.close", "waiting for MLflow"),
 )
 """Module, function, and what its time counts as."""
 

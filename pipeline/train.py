@@ -37,11 +37,12 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from pipeline.app.prepare import prepare
+    from pipeline.app.prepare import fitted, prepare
     from pipeline.files.atomic import write_atomic
 
     cli.say_own_code(space)
     trainer = prepare(space, source=source_of(arguments.config, overrides), device=arguments.device, searching=False)
+    config = fitted(space, trainer.workload).example()
     if arguments.test and trainer.workload.test is None:
         raise InvalidInput("--test", [Problem("", f"{trainer.workload.name} has no test split; leave --test away")])
     group = trainer.build({0: config})

@@ -25,7 +25,7 @@ from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store
-from pipeline.tracking.mlflow import refuse_broken
+from pipeline.tracking.mlflow import MLflowTracker
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "search": search.main,
@@ -151,7 +151,7 @@ REFUSED = [
     space("constant: {}", "exponential: {gamma: 1.1}", "scheduler.exponential.gamma: must be <= 1, got 1.1"),
     space("constant: {}", "step: {step_size: 0}", "scheduler.step.step_size: must be >= 1, got 0"),
     space("constant: {}", "step: {step_size: 9}", "scheduler.step.step_size: must be at most the 4 epochs", "got 9"),
-    space("constant: {}", "multistep: {milestones: [2, 1]}", "milestones: must increase, got [2, 1]"),
+    space("constant: {}", "multistep: {milestones: [2, 1]}", "milestones: must not decrease, got [2, 1]"),
     space("constant: {}", "constant: {warmup: 4}", "warmup: must be shorter than the run of 4 epochs, got 4"),
     space("constant: {}", "cosine_warm_restarts: {T_0: 0}", "T_0: must be >= 1, got 0"),
     space("constant: {}", "cosine: {eta_min: 0.1}", "eta_min: must be at most the smallest rate, 0.001 of sgd"),
@@ -280,7 +280,7 @@ def test_a_database_that_is_none_is_refused(
     said = refuse("search --space mine.yaml", capsys)
     assert "mlflow.db: 1 problem\n  cannot be used as MLflow's database: file is not a database; move it away" in said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
-    refuse_broken(Path())  # which is not used then
+    MLflowTracker(Path())  # which is not used then
 
 
 def test_a_link_to_nothing_is_refused_rather_than_replaced(
@@ -313,7 +313,7 @@ def test_a_database_that_another_process_holds_is_not_taken_for_a_broken_one(tmp
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as database:
         database.execute("CREATE TABLE t (x)")
         database.execute("BEGIN EXCLUSIVE")
-        refuse_broken(tmp_path)
+        MLflowTracker(tmp_path)
 
 
 def test_a_database_in_which_a_kill_cut_a_transaction_short_is_none_that_is_broken(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_database_in_which_a_kill_cut_a_transaction_short_is_none_that_is_brok
         database.executemany("INSERT INTO t VALUES (?)", [("after" * 500,)] * 100)
         for left in ("", "-journal"):
             shutil.copy(tmp_path / f"killed.db{left}", tmp_path / f"mlflow.db{left}")
-    refuse_broken(tmp_path)
+    MLflowTracker(tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         assert database.execute("SELECT x FROM t").fetchall() == [("before",)]
 

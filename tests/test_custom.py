@@ -26,14 +26,13 @@ from pipeline.search import search
 from pipeline.space.config import Own, TrialConfig
 from pipeline.space.load import build_space
 from pipeline.space.optimizers import AdamW
-from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import TrialState
 from pipeline.study.store import Store
 from pipeline.training.executor import Trainer
 from pipeline.training.plain import PlainTrials
 from pipeline.workloads.check import workload_problems
-from pipeline.workloads.data import place
+from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Metric, Split
 
@@ -89,7 +88,7 @@ def _own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield
     for name in set(sys.modules) - modules:
-        if name.startswith("own_workload_") or name in ("neighbour", "broken"):
+        if name.startswith("custom_workload_") or name in ("neighbour", "broken"):
             del sys.modules[name]
 
 
@@ -259,7 +258,7 @@ NAN_INPUTS[4, 2] = torch.nan
     ],
 )
 def test_data_model_loss_and_metrics_are_tried_before_the_search(changes: dict[str, Any], expected: list[str]) -> None:
-    workload = place(dataclasses.replace(tiny_workload(), **changes), device=CPU, dtype=torch.float32)
+    workload = to_device(dataclasses.replace(tiny_workload(), **changes), device=CPU, dtype=torch.float32)
     found = [str(problem) for problem in workload_problems(workload, workload.build_model(), batch_size=8)]
     assert len(found) == len(expected)
     for problem, beginning in zip(found, expected, strict=True):
@@ -345,11 +344,21 @@ def test_a_search_over_a_file_of_ones_own_and_its_way_on(task: Path) -> None:
     assert "repeated     every metric of the search, to the last bit" in printed_again.getvalue()
 
 
-def test_the_template_of_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "-> Workload" in text]
+def templates(page: str) -> list[str]:
+    """Return the Python blocks of a page that hold a workload."""
+    text = (ROOT / page).read_text()
+    return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "-> Workload" in block]
+
+
+def test_the_template_of_the_readme_is_that_of_the_page_on_own_workloads() -> None:
+    assert templates("README.md") in ([], templates("docs/own-workloads.md"))
+
+
+def test_the_template_of_a_workload_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = templates("docs/own-workloads.md")
     name = code.splitlines()[0].removeprefix("# ")
-    commands = re.findall(rf"^python -m pipeline\.search (--workload {name}:.*)$", readme, re.MULTILINE)
+    page = (ROOT / "docs" / "own-workloads.md").read_text()
+    commands = re.findall(rf"^python -m pipeline\.search (--workload {name}:.*)$", page, re.MULTILINE)
     assert [shlex.split(command)[1:4] for command in commands] == [[f"{name}:sine", "--trials", "20"]] * 2
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text(code)
@@ -484,27 +493,6 @@ def test_batch_norm_dropout_residuals_ties_and_odd_names_train_the_same_as_rows_
         assert ours[number].metrics["val/loss"] == pytest.approx(theirs[number].metrics["val/loss"], rel=1e-9)
         for name, value in plain.model_state(number).items():
             torch.testing.assert_close(rows.model_state(number)[name], value, rtol=1e-9, atol=1e-12)
-
-
-def test_a_row_alone_of_a_model_with_one_output_has_the_bits_that_it_has_in_company() -> None:
-    def one_output() -> nn.Module:
-        return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 1))
-
-    split = Split(torch.randn(40, 6), torch.randn(40, 1))
-    workload = dataclasses.replace(
-        tiny_workload(one_output), train=split, val=split, test=None, loss=F.mse_loss, metrics={}
-    )
-    configs = {
-        n: tiny_config(AdamW(base_lr=0.01 * 2**n), param_groups={"all": ParamGroup(pattern=("*",))}) for n in range(5)
-    }
-    trainer = Trainer(workload, configs[0], device=CPU)
-    assert trainer.plain_because is None
-    together = trainer.build(configs)
-    alone = trainer.build({3: configs[3]})
-    for _ in range(3):
-        results, single = together.train_epoch(), alone.train_epoch()
-        assert results[3] == single[3]
-    assert all(torch.equal(value, together.model_state(3)[name]) for name, value in alone.model_state(3).items())
 
 
 def test_rows_are_limited_to_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

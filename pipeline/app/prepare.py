@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, did_you_mean
 from pipeline.space.param_groups import assign_groups
-from pipeline.space.rules import count_problems
+from pipeline.space.rules import length_problems
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,12 +24,13 @@ import torch
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput
 from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.space.load import with_steps
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import Trainer
 from pipeline.training.precision import in_force
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
-from pipeline.workloads.data import place
+from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Workload
 
@@ -51,7 +52,7 @@ def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module
     steps_per_epoch = -(-len(workload.train) // space.batch_size)
     for name, scheduler in space.schedulers.items():
         if scheduler["interval"] == "step":
-            yield from count_problems(space, name, scheduler, steps_per_epoch=steps_per_epoch)
+            yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
 
 
 def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
@@ -95,6 +96,7 @@ def prepare(
     try:
         workload = _placed(workload or load_workload(space.workload), chosen)
         model = _first_model(workload, space.seed)
+        space = fitted(space, workload)
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
     problems: Iterable[Problem] = problems_with_model(space, workload, model)
@@ -106,9 +108,18 @@ def prepare(
     return Trainer(workload, space.example(), device=chosen, rows=rows, processes=torch.get_num_threads())
 
 
+def fitted(space: SearchSpace, workload: Workload) -> SearchSpace:
+    """Return the space with every share of the run as a number of this workload's epochs or steps.
+
+    Raises:
+        InvalidInput: The space was made for another number of steps per epoch.
+    """
+    return with_steps(space, -(-len(workload.train) // space.batch_size))
+
+
 def _placed(workload: Workload, device: torch.device) -> Workload:
     try:
-        return place(workload, device=device, dtype=torch.float32)
+        return to_device(workload, device=device, dtype=torch.float32)
     except DataError as error:
         split, _, why = str(error).partition(": ")
         raise InvalidInput("workload", [Problem(f"workload.{split}", why)]) from None

@@ -15,7 +15,7 @@ from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
 from pipeline.app.display import Progress, best_table, strategy_line
 from pipeline.app.options import SearchOptions
-from pipeline.app.prepare import environment, prepare
+from pipeline.app.prepare import environment, fitted, prepare
 from pipeline.errors import DataError, DeviceError, StorageError
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
@@ -25,8 +25,8 @@ from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
-from pipeline.tracking.mlflow import StudyInfo
-from pipeline.tracking.process import BackgroundTracker
+from pipeline.tracking.process import TrackerProcess
+from pipeline.tracking.tracker import StudyInfo, StudySummary
 from pipeline.training.executor import Trainer
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.trainer import has_rule
@@ -50,7 +50,7 @@ class SearchResult:
     """Exit status of the command line: 0 if every trial has ended and at least one is complete."""
 
 
-def run_search(options: SearchOptions, tracker: BackgroundTracker, console: Console) -> SearchResult:
+def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console) -> SearchResult:
     """Run or continue a search: prepare the workload, train group after group, write best.yaml.
 
     Everything that can be refused is refused before the first file or folder is written.
@@ -65,10 +65,11 @@ def run_search(options: SearchOptions, tracker: BackgroundTracker, console: Cons
         rows=options.rows,
         workload=options.workload,
     )
+    space = fitted(space, trainer.workload)
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study)
     way_on = options.command(name)
-    interrupts = Interrupts(options.timeout, last_words=f"ended at once; go on with: {way_on}")
+    interrupts = Interrupts(options.timeout, exit_message=f"ended at once; go on with: {way_on}")
     with contextlib.closing(store), store.lock(name), contextlib.closing(trainer), interrupts:
         _, exists = store.choose(space, trials=trials, name=name)  # another search may have begun it meanwhile
         study = store.open(name, trials=trials) if exists else store.create(space, name=name, trials=trials)
@@ -97,14 +98,14 @@ def _run(
     trials: int,
     trainer: Trainer,
     checkpoints: Checkpoints,
-    tracker: BackgroundTracker,
+    tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
 ) -> None:
     """Train group after group until `trials` have ended."""
     for trial in study.ended:  # after a crash MLflow may lack some; it skips those that it has
         epochs = replay_rates(trial.config, trial.epochs, directions=trainer.workload.directions)
-        tracker.log_trial(dataclasses.replace(trial, epochs=epochs))
+        tracker.end(dataclasses.replace(trial, epochs=epochs))
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
         while not interrupts.reason and (proposals := study.next_group(trials)):
             group = trainer.build({number: config for number, (config, _) in proposals.items()})
@@ -119,24 +120,24 @@ def _run(
                 interrupted=interrupts.asked,
             ):
                 study.add(trial)
-                tracker.log_trial(trial)
+                tracker.end(trial)
             progress.group_ended()
     forget_ended(checkpoints, study)
 
 
 @contextlib.contextmanager
-def _tracked(study: Study, tracker: BackgroundTracker) -> Iterator[None]:
+def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
     """Have MLflow record a study; a failure there is a warning."""
     space = study.space
     info = StudyInfo(
         name=study.name,
         identity=study.identity,
-        experiment=space.workload.title,
+        workload=space.workload.title,
         metric=space.objective.metric,
         direction=space.objective.direction,
         groups=tuple(space.param_groups),
-        columns=space.searched_hyperparameters(),
-        axes=tuple("log10_base_lr" if name == "base_lr" else name for name in space.shared_hyperparameters()),
+        searched=space.searched_hyperparameters(),
+        shared=space.shared_hyperparameters(),
         space=dumps(space.document),
         seed=space.seed,
     )
@@ -149,18 +150,18 @@ def _tracked(study: Study, tracker: BackgroundTracker) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped_by_errors(tracker: BackgroundTracker, command: str) -> Iterator[None]:
+def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
     """Mark the study in MLflow as stopped by an error, and add to its message the command that continues."""
     try:
         yield
     except Exception as error:
-        tracker.interrupt(f"Stopped: {error}")
+        tracker.finish(StudySummary(finished=False, note=f"Stopped: {error}"))
         if isinstance(error, StorageError | DataError | DeviceError):
             raise type(error)(f"{error}\nonce that is mended, go on with: {command}") from error
         raise
 
 
-def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Console, *, finished: bool) -> None:
+def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Console, *, finished: bool) -> None:
     """Write best.yaml, finish MLflow's record, and print the best trials and where to find them."""
     best = study.best()
     path = _best_file(study, store)
@@ -184,14 +185,11 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
         train = f"train it again: python -m pipeline.train {cli.quoted(path)}"
         console.print(f"best config   {path}   {train}", soft_wrap=True)
-    if finished:
-        tracker.finish(best[0] if best else None, note, [path] if best else [])
-    else:
-        tracker.interrupt(note)
-    if best and (view := tracker.view_path()) is not None:
-        here = store.root.resolve() == Path.cwd()
-        command = "mlflow ui" if here else f"python -m pipeline.ui --root {cli.quoted(store.root)}"
-        console.print(f"compare       {command}   then open http://127.0.0.1:5000{view}", soft_wrap=True)
+    winner, files = (best[0], (path.absolute(),)) if best else (None, ())
+    tracker.finish(StudySummary(finished=finished, note=note, best=winner, files=files))
+    if best:
+        for link in tracker.links():
+            console.print(f"compare       {link}", soft_wrap=True)
 
 
 def _headline(study: Study, trainer: Trainer, trials: int) -> str:

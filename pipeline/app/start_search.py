@@ -9,8 +9,7 @@ from rich.console import Console
 
 from pipeline.app import cli
 from pipeline.app.options import read_search
-from pipeline.tracking.mlflow import refuse_broken
-from pipeline.tracking.process import BackgroundTracker
+from pipeline.tracking.process import TrackerProcess
 
 if TYPE_CHECKING:
     from pipeline.app.run_search import SearchResult
@@ -20,9 +19,8 @@ def start_search(*, quiet: bool, **given: Any) -> SearchResult:
     """Run or continue a search; `pipeline.search.search` describes the arguments."""
     options = read_search(**given)
     cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
-    refuse_broken(options.root)
     console = Console(highlight=False, markup=False, quiet=quiet)
-    with contextlib.closing(BackgroundTracker(options.root)) as tracker:
+    with contextlib.closing(TrackerProcess(options.root)) as tracker:
         with console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext():
             # Here, not above: bad options are refused without the seconds that these imports take, and the tracker's
             # process imports MLflow at the same time.

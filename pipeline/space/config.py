@@ -110,7 +110,7 @@ class ImageFolder(WorkloadChoice):
 class Own(WorkloadChoice):
     """A workload that a function of the user returns; see `pipeline.workloads.workload.Workload`."""
 
-    loader: ClassVar[str] = "pipeline.workloads.custom:own_workload"
+    loader: ClassVar[str] = "pipeline.workloads.custom:custom_workload"
     name: Literal["own"] = "own"
     function: str
     """`path/to/file.py:function` or `package.module:function`."""

@@ -23,6 +23,8 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
+    PlainValidator,
     Tag,
     ValidationError,
     create_model,
@@ -31,7 +33,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import Problem, did_you_mean
 from pipeline.space.distributions import Choices, Range
-from pipeline.space.limits import Interval
+from pipeline.space.limits import Interval, Share, ShareOf
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
@@ -40,8 +42,8 @@ NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
 MAX_COUNT = 10**9
 """Largest count. A larger one is a typing error, and samplers fail beyond the integers that floats hold."""
 
-_KINDS = (_VALUE, _CHOICES, _RANGE) = ("<value>", "<choices>", "<range>")
-"""Tags of the kinds of value that a searchable field accepts, spelt unlike any key of a file."""
+_KINDS = (_VALUE, _SHARE, _CHOICES, _RANGE, _SHARES) = ("<value>", "<share>", "<choices>", "<range>", "<shares>")
+"""Tags of the forms that a searchable field accepts; spelt unlike any key of a file."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -88,10 +90,14 @@ def distribution_of(annotation: Any) -> Any:
     value = _strict(annotation)
     element = _strict(_without_none(annotation))
     kinds: list[Any] = [Annotated[value, Tag(_VALUE)], Annotated[Choices[element], Tag(_CHOICES)]]  # type: ignore[valid-type]
-    if (number := _without_annotations(_without_none(annotation))) in (int, float):
-        kinds.append(Annotated[Range[element, _strict(number)], Tag(_RANGE)])  # type: ignore[misc, valid-type]
-        return Annotated[Union[tuple(kinds)], Discriminator(_number_kind)]  # noqa: UP007 - built at run time
-    return Annotated[Union[tuple(kinds)], Discriminator(_word_kind)]  # noqa: UP007
+    number = _without_annotations(_without_none(annotation))
+    if number not in (int, float):
+        return Annotated[Union[tuple(kinds)], Discriminator(_word_kind)]  # noqa: UP007 - built at run time
+    if share := _share_of(_without_none(annotation)):
+        element = _strict(_without_share(_without_none(annotation)))
+        kinds.append(Annotated[Range[share, None], Tag(_SHARES)])  # type: ignore[valid-type]
+    kinds.append(Annotated[Range[element, _strict(number)], Tag(_RANGE)])  # type: ignore[misc, valid-type]
+    return Annotated[Union[tuple(kinds)], Discriminator(_share_kind if share else _number_kind)]  # noqa: UP007
 
 
 def named_union(*classes: type[Any]) -> Any:
@@ -134,13 +140,29 @@ def _number_kind(data: Any) -> str:
     return _CHOICES if isinstance(data, Choices) else _RANGE if isinstance(data, Range) else _VALUE
 
 
+def _share_kind(data: Any) -> str:
+    """Tell a range in percent by either of its ends."""
+    if isinstance(data, Range):
+        return _SHARES if isinstance(data.low, Share) else _RANGE
+    in_percent = isinstance(data, dict) and _SHARE in (_end_kind(data.get("low")), _end_kind(data.get("high")))
+    return _SHARES if in_percent and "choices" not in data else _number_kind(data)
+
+
+def _end_kind(data: Any) -> str:
+    return _SHARE if isinstance(data, Share) or (isinstance(data, str) and "%" in data) else _VALUE
+
+
 def _word_kind(data: Any) -> str:
     return _CHOICES if isinstance(data, dict | Choices) else _VALUE
 
 
 def _strict(annotation: Any) -> Any:
-    """Return an annotation for pydantic: intervals as constraints, no text for numbers, no booleans for counts."""
+    """Return an annotation for pydantic: intervals as constraints, text is no number, a boolean is no count."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated and (share := _share_of(annotation)):
+        number = _strict(_without_share(annotation))
+        kinds = Annotated[number, Tag(_VALUE)] | Annotated[share, Tag(_SHARE)]  # type: ignore[valid-type]
+        return Annotated[kinds, Discriminator(_end_kind)]
     if origin is Annotated:
         intervals = [Field(**_bounds(item)) if isinstance(item, Interval) else item for item in arguments[1:]]
         return Annotated[(_strict(arguments[0]), *intervals)]
@@ -158,6 +180,34 @@ def _strict(annotation: Any) -> Any:
     if annotation is int:
         return Annotated[int, Field(strict=True, le=MAX_COUNT)]
     return Annotated[annotation, Field(strict=True)] if annotation in (bool, str) else annotation
+
+
+def _share_of(annotation: Any) -> Any:
+    """Return the type of a number in percent, if a field may be written so; else None."""
+    whole = next((item.whole for item in get_args(annotation)[1:] if isinstance(item, ShareOf)), None)
+    may_be_zero = any(isinstance(item, Interval) and item.ge == 0 for item in get_args(annotation))
+    return _share_type(whole, may_be_zero=may_be_zero) if whole else None
+
+
+@functools.cache
+def _share_type(whole: str, *, may_be_zero: bool) -> Any:
+    """Return the pydantic type of a share; made once, so that the schema says it once."""
+    pattern = ("" if may_be_zero else r"(?!0+(\.0+)?%)") + r"(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)%"
+    of, limits = {"run": "run", "rate": "smallest rate"}[whole], "from 0%" if may_be_zero else "above 0%"
+
+    def read(value: Any) -> Share:
+        if isinstance(value, str) and re.fullmatch(pattern, value):
+            return Share(value.removesuffix("%"))
+        both = "" if isinstance(value, str) else "; write both ends of a range in percent, or neither"
+        raise ValueError(f"must be a share of the {of} such as 10%, {limits} to 100%, got {_shown(value)}{both}")
+
+    schema_type = Annotated[str, Field(pattern=f"^{pattern}$")]
+    return Annotated[Share, PlainValidator(read, json_schema_input_type=schema_type), PlainSerializer(str)]
+
+
+def _without_share(annotation: Any) -> Any:
+    number, *rest = get_args(annotation)
+    return Annotated[(number, *(item for item in rest if not isinstance(item, ShareOf)))]
 
 
 def _listed(value: Any) -> Any:
@@ -212,6 +262,8 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
             message = f"must be letters, digits, '_' and '-', got {_shown(got)}"
         case "value_error":
             message = str(context["error"])
+        case "none_required":
+            message = f"must be absent from a range in percent, got {_shown(got)}; remove it"
         case "tuple_type" | "list_type" | "model_type" | "model_attributes_type" | "dict_type":
             wanted = "a list" if kind in ("tuple_type", "list_type") else "a mapping, `key: value`"
             message = f"must be {wanted}, got {_shown(got)}"
@@ -256,7 +308,7 @@ def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
         if following:
             candidates = following
         elif part in _KINDS:
-            wanted = {_CHOICES: "Choices", _RANGE: "Range"}.get(str(part), "")
+            wanted = {_CHOICES: "Choices", _RANGE: "Range", _SHARES: "Range"}.get(str(part), "")
             candidates = [model for model in candidates if model.__name__.startswith(wanted)] or candidates
         else:
             candidates = [model for model in candidates if part in _names_of(model)] or candidates

@@ -24,14 +24,15 @@ from pipeline.space.config import (
     Settings,
     TrialConfig,
 )
-from pipeline.space.distributions import contains, describe, is_searched, label
-from pipeline.space.file_format import FORM, check, fields_of, form_of, named_union, one_or_more
+from pipeline.space.distributions import contains, describe, extremes, is_searched, label
+from pipeline.space.file_format import FORM, MAX_COUNT, check, fields_of, form_of, named_union, one_or_more
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.pruners import PRUNERS
 from pipeline.space.schedules import SCHEDULERS
 from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
+from pipeline.space.shares import read_shares, resolve_lengths
 
 
 def schema_text() -> str:
@@ -96,6 +97,20 @@ def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpac
     return space
 
 
+def with_steps(space: SearchSpace, steps_per_epoch: int) -> SearchSpace:
+    """Resolve the shares of schedules that move every step, once the data says how many steps an epoch has.
+
+    Raises:
+        InvalidInput: The space was made for another number of steps.
+    """
+    if space.steps_per_epoch not in (None, steps_per_epoch):
+        message = f"must be {steps_per_epoch}, as data and batch_size say, got {space.steps_per_epoch}; "
+        message += "remove it, or restore the data and batch_size that it was noted for"
+        raise InvalidInput(space.name, [Problem("steps_per_epoch", message)])
+    resolved = space_from_document({**space.document, "steps_per_epoch": steps_per_epoch}, name=space.name)
+    return space if resolved.schedulers == space.schedulers else resolved
+
+
 def load_config(
     path: Path, overrides: Overrides = MappingProxyType({})
 ) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
@@ -129,6 +144,10 @@ def file_form() -> type[BaseModel]:
     fields: dict[str, Any] = {
         "workload": (named_union(*WORKLOAD_CHOICES), ...),
         **fields_of(Settings, searchable=False),
+        "steps_per_epoch": (
+            Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)] | None,
+            Field(None, description="A search notes it in its study if a share needs it."),
+        ),
         "objective": (form_of(Objective, searchable=False), defaults),
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
         "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
@@ -150,9 +169,13 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
         name=name,
         workload=WORKLOADS[values.workload.name](**dict(values.workload)),
         settings={setting: getattr(values, setting) for setting in SETTINGS},
+        steps_per_epoch=values.steps_per_epoch,
         objective=Objective(**dict(values.objective)),
         optimizers=_present(values.optimizer),
-        schedulers=_present(values.scheduler),
+        schedulers={
+            schedule: resolve_lengths(SCHEDULERS[schedule], distributions, total=_run_length(values, distributions))
+            for schedule, distributions in _present(values.scheduler).items()
+        },
         param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
         sampler=Sampler(**dict(values.sampler)),
         pruner=PRUNERS[values.pruner.name](**dict(values.pruner)),
@@ -164,6 +187,13 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
     for index, entry in enumerate(values.enqueue):
         known.append(dict(_enqueued(space, entry, f"enqueue.{index}", problems)))
     return dataclasses.replace(space, enqueue=tuple(known)), problems
+
+
+def _run_length(space: Any, schedule: Mapping[str, Any]) -> int | None:
+    """Return the length of a run in a schedule's unit; None while the number of steps is not known."""
+    if schedule["interval"] == "epoch":
+        return int(space.epochs)
+    return None if space.steps_per_epoch is None else int(space.epochs * space.steps_per_epoch)
 
 
 def _present(forms: BaseModel) -> dict[str, dict[str, Any]]:
@@ -206,9 +236,20 @@ def _enqueued(
                 continue
             if key != "param_groups" and len(parts[key]) > 1:
                 yield key, owner
+            if key == "scheduler":
+                values = _in_numbers(space, owner, values)
             if isinstance(values.get("pattern"), str):
                 values = values | {"pattern": [values["pattern"]]}  # as a file may say it
             yield from _enqueued_values(parts[key][owner], values, key, owner, place, problems)
+
+
+def _in_numbers(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the shares of an enqueued schedule by what they are in this space."""
+    distributions = space.schedulers[schedule]
+    shares = {name: read_shares(value) for name, value in values.items() if name in distributions}
+    warmup = max(extremes(distributions.get("warmup", 0)))
+    total = _run_length(space, distributions)
+    return {**values, **resolve_lengths(SCHEDULERS[schedule], shares, total=total, warmup=warmup)}
 
 
 def _enqueued_values(

@@ -16,6 +16,7 @@ from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.pruners import Pruner
 from pipeline.space.schedules import SCHEDULERS
+from pipeline.space.shares import resolve_floors
 
 Domains = Mapping[str, Any]
 """Hyperparameter name to a value or to a distribution, `Choices` or `Range`, that a search draws from."""
@@ -47,6 +48,8 @@ class SearchSpace:
     workload: WorkloadChoice
     settings: Domains
     """Each of `SETTINGS` with its value; one of `SEARCHABLE_SETTINGS` may have a distribution instead."""
+    steps_per_epoch: int | None
+    """Optimizer steps per epoch; None unless a schedule that moves every step has a share of the run."""
     objective: Objective
     optimizers: Mapping[str, Domains]
     """Optimizer name to its hyperparameters; a trial has one optimizer."""
@@ -87,6 +90,9 @@ class SearchSpace:
         scheduler = suggest(trial, "scheduler", _one_of(self.schedulers))
         scheduler_values = _suggest_all(trial, self.schedulers[scheduler], prefix=f"{scheduler}.")
         groups = {name: _suggest_all(trial, group, suffix=f".{name}") for name, group in self.param_groups.items()}
+        ratios = [group["lr_ratio"] for group in groups.values() if group["lr_ratio"] > 0]
+        lowest = optimizer_values["base_lr"] * min(ratios, default=1.0)
+        scheduler_values = resolve_floors(SCHEDULERS[scheduler], scheduler_values, rate=lowest)
         return TrialConfig(
             workload=self.workload,
             **_suggest_all(trial, self.settings),

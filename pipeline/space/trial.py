@@ -1,4 +1,4 @@
-"""What is known of a trial that has ended: the value that the study stores and MLflow is told."""
+"""Records of a trial: metrics of an epoch, and an ended trial, as the study stores it and MLflow gets it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.space.config import TrialConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EpochMetrics:
-    """What one trial did in one epoch."""
+    """The metrics and learning rates of one trial in one epoch."""
 
     epoch: int
     """Epochs trained so far, this one included."""
@@ -21,12 +21,12 @@ class EpochMetrics:
     metrics: Mapping[str, float]
     """By name: `train/loss`, `val/loss`, and the workload's own, such as `val/accuracy`."""
     lr: Mapping[str, tuple[tuple[int, float], ...]]
-    """Group name to points (step, learning rate): the rate that update number `step`, counted from 1, used. A schedule
-    that moves once per epoch has one point, at the epoch's last step; one that moves every step has them all."""
+    """Group name to points (step, learning rate): update number `step`, counted from 1, used the rate. A schedule that
+    moves every epoch has one point, at the epoch's last step. A schedule that moves every step has a point per step."""
     diverged: str | None = None
-    """Why the trial cannot go on, if its loss or a metric is no longer finite."""
+    """Which number is no longer finite, if the loss or a metric is not."""
     failed: str | None = None
-    """What was raised, if the epoch could not be finished; then `metrics` are empty."""
+    """The exception, if the epoch raised one; `metrics` are empty then."""
 
     @property
     def finished(self) -> bool:
@@ -48,7 +48,7 @@ class TrialState(StrEnum):
 
 
 def number(value: float) -> str:
-    """Return a metric for people to read: four decimals, or three digits of what is too small or large for them."""
+    """Return a metric for people to read: four decimals, or three digits if the number is very small or large."""
     return f"{value:.4f}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.2e}"
 
 
@@ -57,30 +57,30 @@ class EndedTrial:
     """One trial from its proposal to its end."""
 
     number: int
-    """Counts from 0 in its study."""
+    """Number in the study, counted from 0."""
     config: TrialConfig
     params: Mapping[str, Any]
-    """What the sampler chose, by Optuna's parameter name, such as `adamw.base_lr`."""
+    """Optuna's parameter name, such as `adamw.base_lr`, to the value that the sampler chose."""
     state: TrialState
     reason: str | None
-    """Why it ended before its last epoch, in words; None for a complete trial."""
+    """Why the trial ended before its last epoch; None for a complete trial."""
     value: float | None
     """The objective after the last epoch; None unless complete."""
     epochs: tuple[EpochMetrics, ...]
-    """What happened, epoch by epoch."""
+    """One entry per epoch, in order."""
     started: float
     """Seconds since 1970."""
     ended: float
     """Seconds since 1970."""
     environment: Mapping[str, Any]
-    """What the numbers may depend on besides the config: trainer, device, threads, versions."""
+    """Trainer, device, threads, versions: whatever the numbers may depend on besides the config."""
 
     @property
     def score(self) -> str:
-        """The objective for people to read; empty unless complete."""
+        """The objective for people to read; empty unless the trial is complete."""
         return "" if self.value is None else number(self.value)
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The metrics of its last epoch; empty if it finished none."""
+        """The metrics of the last epoch; empty if no epoch was finished."""
         return self.epochs[-1].metrics if self.epochs else {}

@@ -28,7 +28,7 @@ from pipeline.training.rows.probe import Finding, probe
 from pipeline.training.rows.trainer import FusedTrials, has_rule
 from pipeline.training.shards import Part, TrialParts
 from pipeline.training.stepwise import AtOnce, train_epoch_together, trouble_of_its_own
-from pipeline.workloads.data import free_memory, is_streamed, place
+from pipeline.workloads.data import free_memory, is_streamed, to_device
 from pipeline.workloads.workload import Workload
 
 MEMORY_SHARE = 0.5
@@ -58,7 +58,7 @@ class Trainer:
         processes: int = 1,
     ) -> None:
         self.rows = rows
-        self.workload = place(workload, device=device, dtype=dtype)
+        self.workload = to_device(workload, device=device, dtype=dtype)
         self.device = device
         self._dtype = dtype
         self._config = config

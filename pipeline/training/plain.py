@@ -16,7 +16,7 @@ from pipeline.space.param_groups import assign_groups
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.optim import Strategy, hidden_matrices
 from pipeline.training.stepwise import Batches, train_epoch_of, trouble_of_its_own
-from pipeline.workloads.data import evaluation_batches, place, seed_global, training_batches
+from pipeline.workloads.data import evaluation_batches, seed_global, to_device, training_batches
 from pipeline.workloads.workload import Workload
 
 
@@ -47,7 +47,7 @@ class PlainTrials:
         self._config = next(iter(configs.values()))
         self._epoch = 0
         self._device, self._dtype = device, dtype
-        self._workload = workload = place(workload, device=device, dtype=dtype)
+        self._workload = workload = to_device(workload, device=device, dtype=dtype)
         self._trials = {
             number: PlainTrial(config, workload, device=device, dtype=dtype, seeded=seeded)
             for number, config in configs.items()

@@ -27,7 +27,7 @@ from pipeline.training.rows.model import Company, RowModel
 from pipeline.training.rows.optimizer import MatrixOptimizer, row_order
 from pipeline.training.rows.update_rules import RULES
 from pipeline.training.stepwise import Batches, train_epoch_of
-from pipeline.workloads.data import evaluation_batches, place, training_batches
+from pipeline.workloads.data import evaluation_batches, to_device, training_batches
 from pipeline.workloads.workload import Workload
 
 
@@ -80,7 +80,7 @@ class FusedTrials:
     ) -> None:
         self._seeded = seeded
         self.configs = row_order(configs)
-        self._workload = place(workload, device=device, dtype=dtype)
+        self._workload = to_device(workload, device=device, dtype=dtype)
         self._device, self._dtype = device, dtype
         self._epoch = 0
         self._step = 0
