@@ -162,11 +162,10 @@ class MLflowTracker:
         name = self._study.workload
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            # Absolute, because MLflow resolves a relative one against the working folder of whoever reads it.
-            local = (
-                None if remote_uri() else (self._root.absolute() / "mlruns" / "artifacts" / mlflow_name(name)).as_uri()
-            )
-            return self._client.get_experiment(self._client.create_experiment(name, artifact_location=local))
+            # Absolute, because MLflow resolves a relative path against the working folder of whoever reads it.
+            folder = self._root.absolute() / "mlruns" / "artifacts" / mlflow_name(name)
+            location = None if remote_uri() else folder.as_uri()
+            return self._client.get_experiment(self._client.create_experiment(name, artifact_location=location))
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
         return experiment
