@@ -496,10 +496,8 @@ def test_batch_norm_dropout_residuals_ties_and_odd_names_train_the_same_as_rows_
 
 
 def test_rows_are_limited_to_what_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    free: Callable[[torch.device], int] = lambda device: 400_000  # noqa: E731
-    monkeypatch.setattr("pipeline.training.executor.free_memory", free)
-    configs = dict.fromkeys(range(40), tiny_config())
+    nothing: Callable[[torch.device], int] = lambda device: 0  # noqa: E731
+    monkeypatch.setattr("pipeline.training.executor.free_memory", nothing)
+    configs = dict.fromkeys(range(5), tiny_config())
     group = Trainer(tiny_workload(), configs[0], device=CPU).build(configs)
-    sizes = [len(part.configs) for part in group.parts]
-    assert sum(sizes) == 40
-    assert 1 <= max(sizes) < 40
+    assert [len(part.configs) for part in group.parts] == [1] * 5  # one row always fits

@@ -24,9 +24,10 @@ from pipeline.errors import DataError
 from pipeline.space.config import ImageFolder, TorchvisionDataset, TrialConfig
 from pipeline.space.optimizers import SGD, AdamW, Optimizer, Rprop
 from pipeline.training.executor import Trainer
-from pipeline.workloads import data
-from pipeline.workloads.data import Streamed, evaluation_batches, is_streamed, samples_of, to_device, training_batches
+from pipeline.workloads import streamed
+from pipeline.workloads.data import evaluation_batches, is_streamed, samples_of, to_device, training_batches
 from pipeline.workloads.image_folder import image_folder
+from pipeline.workloads.streamed import Streamed
 from pipeline.workloads.torchvision_dataset import torchvision_dataset
 from pipeline.workloads.workload import Split, Workload
 
@@ -88,7 +89,7 @@ def no_workers(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def use_workers(monkeypatch: pytest.MonkeyPatch, count: int) -> int:
-    monkeypatch.setattr(data, "_reader_count", lambda: count)
+    monkeypatch.setattr(streamed, "_reader_count", lambda: count)
     return count
 
 
@@ -200,8 +201,7 @@ def test_a_split_too_large_for_the_device_is_read_from_memory() -> None:
     assert isinstance(workload.train, Split)
     placed = to_device(workload, device=meta, dtype=torch.float32, free=workload.train.inputs.nbytes)
     assert is_streamed(placed)
-    streamed = samples_of(placed, "train").batches([torch.tensor([3, 1])], seed=0)
-    ((inputs, targets),) = list(streamed)
+    ((inputs, targets),) = samples_of(placed, "train").batches([torch.tensor([3, 1])], seed=0)
     assert (inputs.device, inputs.shape, targets.shape) == (meta, (2, 6), (2,))
 
 
@@ -272,14 +272,15 @@ import torch
 from test_data import Broken, as_samples
 from tiny import tiny_config, tiny_workload
 
-from pipeline.workloads import data
 from pipeline.errors import DataError
+from pipeline.workloads import streamed
+from pipeline.workloads.data import to_device, training_batches
 
 CPU = torch.device("cpu")
-data._reader_count = lambda: 2
-placed = data.to_device(as_samples(tiny_workload(), Broken), device=CPU, dtype=torch.float32, free=0)
+streamed._reader_count = lambda: 2
+placed = to_device(as_samples(tiny_workload(), Broken), device=CPU, dtype=torch.float32, free=0)
 try:
-    list(data.training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
+    list(training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
 except DataError as error:
     print(error)
     kept = error  # and with its traceback the reader

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 }
 """Package, or module, of `pipeline` to those that its modules may import besides its own; commands may import all."""
 OWNERS = {
-    "mlflow": ("tracking.mlflow",),
+    "mlflow": ("tracking.mlflow*",),
     "optuna": ("study.study", "study.store", "study.samplers"),
     "torch": ("training*", "workloads*", "app.prepare", "app.range_test", "train", "study.checkpoint"),
     "sklearn": ("workloads*",),

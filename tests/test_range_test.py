@@ -15,7 +15,8 @@ from pipeline.app.range_test import PER_DECADE, RATES, Bounds, EvenDraw, RateCur
 from pipeline.space.load import space_from_document
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import Trainer
-from pipeline.workloads.data import Streamed, some_samples
+from pipeline.workloads.data import some_samples
+from pipeline.workloads.streamed import Streamed
 from pipeline.workloads.workload import Split
 
 CPU = torch.device("cpu")

@@ -1,36 +1,33 @@
-"""MLflow, and the only file that imports it: a run per study, a child run per trial, and a view to compare them.
+"""Record studies in MLflow: a run per study, a child run per trial, and a view to compare them.
 
 A search stores a trial in `optuna.db` before MLflow is told, so whatever is missing here can be logged again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import os
 import shlex
-import sqlite3
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
 
-from pipeline.errors import InvalidInput, Problem
-from pipeline.files.sqlite import create_whole, open_existing, sqlite_uri
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.trial import EndedTrial, TrialState
-from pipeline.tracking.paths import relocate
+from pipeline.tracking.mlflow_store import (
+    collect_garbage,
+    find_runs,
+    load_mlflow,
+    open_store,
+    refuse_broken,
+    remote_uri,
+)
 from pipeline.tracking.record import lr_csv, lr_metric, metric_points, trial_params, trial_tags
 from pipeline.tracking.tracker import StudyInfo, StudySummary, root_cause
 from pipeline.tracking.view import TAG_PREFIX, mlflow_name, saved_view, view_path
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
 
@@ -40,16 +37,6 @@ STATUS = {
     TrialState.DIVERGED: "KILLED",
     TrialState.FAILED: "FAILED",
 }
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    # MLflow's own 7 retries of 120 s keep a search waiting for minutes at its end when the server is away.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-"""Defaults; variables that the user set are kept."""
-MAX_RUNS = 500
-"""Runs that one call of `mlflow gc` deletes; a command line has room for the ids of so many."""
 
 
 class MLflowTracker:
@@ -72,7 +59,7 @@ class MLflowTracker:
         """
         self._root = root
         self._sample_every_s = sample_every_s
-        _refuse_broken(root)
+        refuse_broken(root)
 
     def __str__(self) -> str:
         return "MLflow at MLFLOW_TRACKING_URI" if remote_uri() else f"MLflow in {self._root.absolute()}"
@@ -85,7 +72,7 @@ class MLflowTracker:
         """Open or create the store, the experiment, the study's run and its view; return how to look at the view."""
         self._study = study
         self._warnings: list[str] = []
-        self._client = _open_store(self._root.absolute())
+        self._client = open_store(self._root.absolute())
         self._experiment = self._find_or_create_experiment()
         self._is_new = False
         self._run_id = self._find_or_create_run()
@@ -153,12 +140,12 @@ class MLflowTracker:
         """Delete a study's runs with their files, and its view; a server of MLFLOW_TRACKING_URI only marks the runs."""
         if not remote_uri() and not (self._root / "mlflow.db").exists():
             return
-        client = _open_store(self._root.absolute())
+        client = open_store(self._root.absolute())
         from mlflow.entities import ViewType
 
         deleted: list[Run] = []
         for experiment in client.search_experiments(ViewType.ALL):
-            runs = list(_runs(client, experiment, f"tags.`hpo.study_id` = '{identity}'", view=ViewType.ALL))
+            runs = list(find_runs(client, experiment, f"tags.`hpo.study_id` = '{identity}'", view=ViewType.ALL))
             deleted += runs
             if runs and TAG_PREFIX + mlflow_name(study) in experiment.tags:
                 client.delete_experiment_tag(experiment.experiment_id, TAG_PREFIX + mlflow_name(study))
@@ -166,7 +153,7 @@ class MLflowTracker:
             if run.info.lifecycle_stage == "active":
                 client.delete_run(run.info.run_id)
         if not remote_uri():
-            _collect_garbage(self._root, deleted)
+            collect_garbage(self._root, deleted)
 
     def _view_path(self) -> str:
         return view_path(self._experiment.experiment_id, self._study.name)
@@ -175,11 +162,10 @@ class MLflowTracker:
         name = self._study.workload
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            # Absolute, because MLflow resolves a relative one against the working folder of whoever reads it.
-            local = (
-                None if remote_uri() else (self._root.absolute() / "mlruns" / "artifacts" / mlflow_name(name)).as_uri()
-            )
-            return self._client.get_experiment(self._client.create_experiment(name, artifact_location=local))
+            # Absolute, because MLflow resolves a relative path against the working folder of whoever reads it.
+            folder = self._root.absolute() / "mlruns" / "artifacts" / mlflow_name(name)
+            location = None if remote_uri() else folder.as_uri()
+            return self._client.get_experiment(self._client.create_experiment(name, artifact_location=location))
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
         return experiment
@@ -209,7 +195,7 @@ class MLflowTracker:
     def _search(self, condition: str) -> Iterator[Run]:
         from mlflow.entities import ViewType
 
-        return _runs(self._client, self._experiment, condition, view=ViewType.ACTIVE_ONLY)
+        return find_runs(self._client, self._experiment, condition, view=ViewType.ACTIVE_ONLY)
 
     def _save_view(self) -> None:
         study = self._study
@@ -268,88 +254,6 @@ class MLflowTracker:
             [Param(key, value) for key, value in trial_params(trial).items()],
             synchronous=True,
         )
-
-
-def remote_uri() -> str | None:
-    """Return MLFLOW_TRACKING_URI, the store that the user chose in place of the root folder, if it is set."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or None
-
-
-def _refuse_broken(root: Path) -> None:
-    """Refuse a `mlflow.db` that SQLite cannot read."""
-    database = root / "mlflow.db"
-    if remote_uri() or not os.path.lexists(database):
-        return
-    try:
-        _try(database)
-    except sqlite3.Error as error:
-        message = f"cannot be used as MLflow's database: {error}; move it away, or name another --root"
-        raise InvalidInput(str(database), [Problem("", message)]) from None
-
-
-def _collect_garbage(root: Path, deleted: Sequence[Run]) -> None:
-    """Remove deleted runs from the database, and their files."""
-    uri = sqlite_uri(root / "mlflow.db")
-    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
-    for start in range(0, len(deleted), MAX_RUNS):
-        runs = ",".join(run.info.run_id for run in deleted[start : start + MAX_RUNS])
-        subprocess.run([*command, "--run-ids", runs], check=True, capture_output=True)
-    for run in deleted:
-        with contextlib.suppress(OSError):  # MLflow leaves the folder, empty
-            Path(unquote(urlparse(run.info.artifact_uri).path)).parent.rmdir()
-
-
-def _runs(client: MlflowClient, experiment: Experiment, condition: str, *, view: int) -> Iterator[Run]:
-    """Yield the runs of an experiment that fulfil a condition; `view` says whether deleted runs are included."""
-    token = None
-    while True:
-        page = client.search_runs([experiment.experiment_id], condition, view, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def load_mlflow() -> None:
-    """Import the parts of MLflow that write a study, which takes seconds."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient  # noqa: F401
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: F401
-
-
-def _open_store(root: Path) -> MlflowClient:
-    load_mlflow()
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    if remote := remote_uri():
-        return MlflowClient(remote)
-    database = root / "mlflow.db"
-    if not database.exists():
-        create_whole(database, _build_database)
-    _try(database)
-    relocate(database)
-    return MlflowClient(sqlite_uri(database))
-
-
-def _try(database: Path) -> None:
-    """Raise SQLite's error for a file that is no database; MLflow would try for minutes to open the file."""
-    try:
-        with contextlib.closing(open_existing(database, patience=0)) as connection:
-            connection.execute("PRAGMA schema_version")
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:  # a database that another process has locked
-            raise
-
-
-def _build_database(database: Path) -> None:
-    """Create MLflow's tables."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    # The experiment "Default", which MLflow makes here, would otherwise point below the working folder.
-    store = SqlAlchemyStore(sqlite_uri(database), str(database.parent / "mlruns"))  # type: ignore[no-untyped-call]
-    store.engine.dispose()
 
 
 def _milliseconds(seconds: float) -> int:

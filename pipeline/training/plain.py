@@ -16,7 +16,8 @@ from pipeline.space.param_groups import assign_groups
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.optim import Strategy, hidden_matrices
 from pipeline.training.stepwise import Batches, train_epoch_of, trouble_of_its_own
-from pipeline.workloads.data import evaluation_batches, seed_global, to_device, training_batches
+from pipeline.workloads.data import evaluation_batches, to_device, training_batches
+from pipeline.workloads.random_state import seed_global
 from pipeline.workloads.workload import Workload
 
 

@@ -6,122 +6,26 @@ and the sample or step. They are therefore equal for every trial, in any order, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import multiprocessing
 import os
-import random
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from pipeline.errors import DataError
-from pipeline.files.signals import signals_blocked
 from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.workloads.random_state import seeded
+from pipeline.workloads.streamed import MAX_READERS, Streamed, checked_call, draws_at_random, read_sample
 from pipeline.workloads.workload import Dataset, Samples, Split, Workload
 
 MEMORY_SHARE = 0.25
 """The part of the free memory that data may take to be kept on the device."""
-MAX_READERS = 8
-"""Processes that read one data set."""
-SAMPLES_READ_TWICE = 16
-"""Samples that show whether a data set draws at random."""
 MAX_EVAL_BATCH, MAX_EVAL_NUMBERS = 1024, 1 << 20
 """Most samples per forward pass of an evaluation, and most numbers in their inputs; the smaller limit holds."""
-
-
-class Streamed:
-    """Samples that are read from a data set batch by batch, by reader processes on Linux.
-
-    Args:
-        dataset: Supplies the samples.
-        device: Where batches go.
-        dtype: Type of floating-point batches on the device.
-    """
-
-    def __init__(self, dataset: Dataset | Split, *, device: torch.device, dtype: torch.dtype) -> None:
-        self._dataset = dataset
-        self._device = device
-        self._dtype = dtype
-        self._loader: DataLoader[Any] | None = None
-        self._plan: list[list[tuple[int, int]]] = []
-
-    @functools.cached_property
-    def sample_size(self) -> int:
-        """The count of numbers in the input of one sample."""
-        return first_samples(self, 1).inputs.numel()
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs and targets of batches; see `Samples`."""
-        with signals_blocked():  # reader processes start here
-            reader = iter(self._read(indices, seed))
-        try:
-            while (batch := _next(reader)) is not None:
-                inputs, targets = batch
-                yield self._to_device(inputs), self._to_device(targets)
-        except DataError:
-            if self._loader is not None and self._loader.num_workers:
-                self._loader = None
-                cast(Any, reader)._shutdown_workers()  # garbage collection would take seconds for each process
-            raise
-
-    def take(self, chosen: Tensor) -> Streamed:
-        """Return some of the samples; see `Samples`."""
-        if isinstance(self._dataset, Split):
-            return Streamed(self._dataset.take(chosen), device=self._device, dtype=self._dtype)
-        some = torch.utils.data.Subset(cast(Any, self._dataset), chosen.tolist())
-        return Streamed(some, device=self._device, dtype=self._dtype)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Streamed:
-        """Return the same samples for a device and a type; `self` if both are as wanted."""
-        there = (self._device, self._dtype) == (device, dtype)
-        return self if there else Streamed(self._dataset, device=device, dtype=dtype)
-
-    def _read(self, indices: Sequence[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-        if isinstance(self._dataset, Split):
-            return self._dataset.batches(indices)
-        self._plan[:] = [[(index, seed) for index in batch.tolist()] for batch in indices]
-        if self._loader is None:
-            self._loader = self._build_loader(self._dataset)
-        return self._loader
-
-    def _to_device(self, values: Tensor) -> Tensor:
-        return values.to(self._device, self._dtype if values.is_floating_point() else None, non_blocking=True)
-
-    def _build_loader(self, dataset: Dataset) -> DataLoader[Any]:
-        readers = _reader_count()
-        return DataLoader(
-            _Seeded(dataset),
-            batch_sampler=cast(Any, self._plan),  # the loader reads the plan at the beginning of each pass
-            num_workers=readers,
-            persistent_workers=readers > 0,
-            pin_memory=self._device.type == "cuda",
-            generator=torch.Generator(),  # without one each pass draws from torch's global random state
-            worker_init_fn=_leave_signals_to_the_parent,
-            multiprocessing_context=multiprocessing.get_context("fork") if readers else None,
-        )
-
-
-class _Seeded(torch.utils.data.Dataset[Any]):
-    """A data set in which each sample draws its random numbers from a seed of its own."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any]:
-        index, seed = key
-        return _read(self._dataset, index, seed=derive_seed(seed, "sample", index))[0]
 
 
 def to_device(workload: Workload, *, device: torch.device, dtype: torch.dtype, free: int | None = None) -> Workload:
@@ -200,8 +104,8 @@ def augmented(workload: Workload, inputs: Tensor, *, seed: int) -> Tensor:
     """
     assert workload.augment is not None
     generator = torch.Generator(inputs.device).manual_seed(seed)
-    with _seeded(seed, inputs.device):
-        changed: Tensor = _call("augment", workload.augment, inputs, generator)
+    with seeded(seed, inputs.device):
+        changed: Tensor = checked_call("augment", workload.augment, inputs, generator)
         return changed
 
 
@@ -211,7 +115,7 @@ def model_inputs(workload: Workload, inputs: Tensor, dtype: torch.dtype) -> Tens
     Raises:
         DataError: `preprocess` raised.
     """
-    inputs = inputs if workload.preprocess is None else _call("preprocess", workload.preprocess, inputs)
+    inputs = inputs if workload.preprocess is None else checked_call("preprocess", workload.preprocess, inputs)
     return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
@@ -261,124 +165,12 @@ def _moved(
     if isinstance(split, Split):
         size = 0 if split.inputs.device == device else split.inputs.nbytes + split.targets.nbytes
         return (split.to(device, dtype), size) if size <= free else (streamed, 0)
-    inputs, targets = default_collate([_read(split, 0, seed=0)[0]])
+    inputs, targets = default_collate([read_sample(split, 0, seed=0)[0]])
     size = len(split) * (inputs.nbytes + targets.nbytes)
-    if size > free or _draws_at_random(split):
+    if size > free or draws_at_random(split):
         return streamed, 0
     batches = list(streamed.batches(torch.arange(len(split)).split(MAX_READERS), seed=0))
     return Split(torch.cat([inputs for inputs, _ in batches]), torch.cat([targets for _, targets in batches])), size
-
-
-def _read(dataset: Dataset, index: int, *, seed: int) -> tuple[tuple[Any, Any], bool]:
-    """Return a sample, and whether reading it drew from a global random state.
-
-    Raises:
-        DataError: The data set raised, or returned something other than (input, target).
-    """
-    with _seeded(seed):
-        before = _random_states()
-        sample = _call(f"sample {index}", dataset.__getitem__, index)
-        drew = _random_states() != before
-    if not (isinstance(sample, tuple | list) and len(sample) == 2):
-        raise DataError(f"sample {index} must be (input, target), got {type(sample).__name__}")
-    if wrong := [
-        type(part).__name__ for part in sample if not isinstance(part, Tensor | np.ndarray | np.generic | int | float)
-    ]:
-        raise DataError(f"sample {index} must hold tensors, arrays or numbers, got {wrong[0]}")
-    return (sample[0], sample[1]), drew
-
-
-def _random_states() -> tuple[bytes, Any, str]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
-
-
-def _draws_at_random(dataset: Dataset) -> bool:
-    """Say whether a data set draws random numbers: a global random state moved, or a sample differs between seeds."""
-    for index in range(min(SAMPLES_READ_TWICE, len(dataset))):
-        (one, drew), (other, _) = (_read(dataset, index, seed=seed) for seed in (0, 1))
-        if drew or any(not torch.equal(*default_collate([a, b])) for a, b in zip(one, other, strict=True)):
-            return True
-    return False
-
-
-def seed_global(seed: int, device: torch.device) -> None:
-    """Seed torch's global random states of the CPU and a device.
-
-    `torch.manual_seed` also seeds kinds of devices that are absent, and records a traceback for each, which takes
-    0.3 ms.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed_all(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the random states of torch, Python and NumPy inside the block, and restore them after it."""
-    device = device or torch.device("cpu")
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seed_global(seed, device)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-
-
-def _next(reader: Iterator[Any]) -> Any:
-    """Return the next batch, or None at the end.
-
-    Raises:
-        DataError: Reading the batch raised, here or in a reader process.
-    """
-    try:
-        return next(reader, None)
-    except torch.OutOfMemoryError:
-        raise
-    except DataError as error:  # from a reader process the message is a whole traceback
-        raise DataError(str(error).strip().splitlines()[-1].removeprefix("pipeline.errors.DataError: ")) from None
-    except Exception as error:
-        raise DataError(f"reading a batch raised {_what(error)}") from error
-
-
-def _call(who: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except (DataError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise DataError(f"{who} raised {_what(error)}") from error
-
-
-def _what(error: Exception) -> str:
-    """Return an error in one line; for an error of a reader process, that of the process."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[-1] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0]}"
-
-
-def _leave_signals_to_the_parent(reader: int) -> None:
-    """Ignore signals in a reader process: some reach every process of a search, and the search ends its epoch first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # SIGTERM is blocked since the process started
-    threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
-
-
-def _end_when_the_parent_says_so() -> None:
-    """End this process at a SIGTERM from the parent, which waits for the process; ignore SIGTERM from others."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _reader_count() -> int:
-    """Return how many processes read samples; 0 if the system cannot fork, as only a fork can have any data set."""
-    if "fork" not in multiprocessing.get_all_start_methods() or os.uname().sysname != "Linux":
-        return 0
-    return min(MAX_READERS, len(os.sched_getaffinity(0)))
 
 
 def free_memory(device: torch.device) -> int:

@@ -25,7 +25,7 @@ class Dataset(Protocol):
 
 
 class Samples(Protocol):
-    """The samples of one split on the device; `Split` keeps them in memory, `data.Streamed` reads them."""
+    """The samples of one split on the device; `Split` keeps them in memory, `streamed.Streamed` reads them."""
 
     @property
     def sample_size(self) -> int:
