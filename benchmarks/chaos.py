@@ -1,10 +1,10 @@
-"""Kills a search again and again at random moments, and checks that nothing was lost.
+"""Kill a search again and again at random moments, and check that nothing is lost.
 
-Each time the same command goes on. A kill is SIGKILL to the search's process, to MLflow's, to one that trains trials
-beside it, or to all of them. What optuna.db
-and the checkpoints hold before a kill and after a death counts as acknowledged, and is noted outside the search's
-folder. When a search is done it must be the one that was never killed: each trial once, with equal values, nothing
-running, and MLflow's histories whole and without a step twice. Then the next one begins, until all kills are spent.
+After each kill the same command goes on. A kill is SIGKILL to the search's process, to the tracker process (MLflow), to
+a process that trains trials, or to all of them. Before each kill and after each end, trials and epochs in optuna.db and
+the checkpoints are acknowledged: noted in a file outside the search's folder. A finished search must equal a search
+that was never killed: each trial once, with equal values, no run in progress, and MLflow's histories complete and
+without a step twice. Then the next search begins, until every kill is spent.
 
     python benchmarks/chaos.py --kills 200 --seed 1
 """
@@ -54,21 +54,21 @@ VICTIMS = ("search", "mlflow", "worker", "all")
 
 @dataclass
 class Round:
-    """One search in a folder of its own, and what it has acknowledged so far."""
+    """One search in a folder of its own, and the trials that are acknowledged so far."""
 
     root: Path
     command: list[str]
     log: IO[str]
     kills: Counter[str] = field(default_factory=Counter)
     epochs: dict[int, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
-    """Trial number to the metrics of its acknowledged epochs."""
+    """Trial number to the metrics of the acknowledged epochs."""
     verdicts: dict[int, str] = field(default_factory=dict)
     done: bool = False
-    """Whether it has come to its end, and MLflow has missed nothing."""
+    """Whether the search has finished and MLflow has every trial."""
 
     def start(self) -> subprocess.Popen[str]:
-        """Start the search, or go on with it."""
-        # Its own folder, since a stray file of a search belongs to no other program.
+        """Start or resume the search."""
+        # In the search's own folder, where every file left over belongs to the search.
         return subprocess.Popen(
             self.command,
             cwd=self.root,
@@ -79,14 +79,14 @@ class Round:
         )
 
     def end(self, process: subprocess.Popen[str]) -> None:
-        """Wait until the process ends, and note what it has left."""
+        """Wait until the process ends, and acknowledge its trials."""
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors
-        self.done = process.returncode == 0 and "not in MLflow" not in errors
+        self.done = process.returncode == 0 and "not recorded" not in errors
         self.acknowledge()
 
     def acknowledge(self) -> None:
-        """Note what is in the database and in the newest checkpoint."""
+        """Note the trials of the database and of the newest checkpoint."""
         for number, epochs, verdict in [*stored(self.root), *checkpointed(self.root)]:
             before = self.epochs[number]
             assert epochs[: len(before)] == before[: len(epochs)], f"trial {number} has changed"
@@ -98,12 +98,12 @@ class Round:
 
 
 def main() -> int:
-    """Spend the kills, round after round, and say how many of which kind there were."""
+    """Spend the kills, round after round, and print how many of each kind there were."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="how many (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments and victims (default: 0)")
-    parser.add_argument("--trials", type=int, default=24, metavar="N", help="of each search (default: 24)")
-    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="of each trial (default: 60)")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="number of kills (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of moments and victims (default: 0)")
+    parser.add_argument("--trials", type=int, default=24, metavar="N", help="trials per search (default: 24)")
+    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="epochs per trial (default: 60)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), options)
@@ -111,12 +111,12 @@ def main() -> int:
 
 
 def run(folder: Path, options: argparse.Namespace) -> None:
-    """Run the whole search, then those that are killed."""
+    """Run one search without kills, then searches that are killed."""
     start = time.perf_counter()
     random_ = random.Random(options.seed)
     began, whole = time.perf_counter(), new_round(folder / "whole", options)
     finish(whole)
-    training = max(1.0, time.perf_counter() - began - 4)  # about what imports take
+    training = max(1.0, time.perf_counter() - began - 4)  # imports take about 4 s
     expected = record(whole.root)
     kills: Counter[str] = Counter()
     rounds = resumed = 0
@@ -135,7 +135,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
 
 
 def new_round(root: Path, options: argparse.Namespace) -> Round:
-    """Return a search that has not begun."""
+    """Return a search that has not started."""
     root.mkdir()
     (root / "space.yaml").write_text(SPACE.format(epochs=options.epochs))
     command = [sys.executable, "-m", "pipeline.search", "--space", "space.yaml", "--study", STUDY, "--device", "cpu"]
@@ -144,11 +144,12 @@ def new_round(root: Path, options: argparse.Namespace) -> Round:
 
 
 def attack(one: Round, random_: random.Random, *, training: float) -> bool:
-    """Run the search until it is killed or done; return whether it has work left."""
+    """Run the search until it is killed or finished; return whether trials are left."""
     process = one.start()
     assert process.stdout is not None
     if random_.random() < 0.8:
-        process.stdout.readline()  # it is about to train; else it may be killed while it imports or creates databases
+        # Training begins after the first line; without waiting, a kill may hit imports or new databases.
+        process.stdout.readline()
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(random_.uniform(0, training / 6))
@@ -164,7 +165,7 @@ def attack(one: Round, random_: random.Random, *, training: float) -> bool:
 
 
 def kill(process: subprocess.Popen[str], victim: str) -> bool:
-    """Kill a search's process, one of its children, or all; return whether there was one to kill."""
+    """Kill the search's process, its children of one kind, or all of them; return whether there was one."""
     victims = [pid for pid, kind in children(process.pid) if victim in (kind, "all")]
     if victim in ("search", "all") and process.poll() is None:
         victims.append(process.pid)
@@ -175,14 +176,14 @@ def kill(process: subprocess.Popen[str], victim: str) -> bool:
 
 
 def children(pid: int) -> list[tuple[int, str]]:
-    """Return the processes that a process has started, and what they are for: a fork has its owner's command line."""
+    """Return a process's children and their kinds: a fork that trains trials has its parent's command line."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     rows = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
     return [(int(pid), "mlflow" if "pipeline.tracking.process" in args else "worker") for pid, args in rows]
 
 
 def finish(one: Round) -> None:
-    """Run the search to its end, and once more if MLflow has missed something."""
+    """Run the search to its end, and again while MLflow misses a trial."""
     for _ in range(3):
         if not one.done:
             one.end(one.start())
@@ -198,7 +199,7 @@ def stored(root: Path) -> Iterator[tuple[int, list[dict[str, float]], str]]:
 
 
 def checkpointed(root: Path) -> Iterator[tuple[int, list[dict[str, float]], str | None]]:
-    """Yield the trials of the newest checkpoint; a file may go while it is read."""
+    """Yield the trials of the newest checkpoint; the search may remove a file while it is read."""
     checkpoints = Checkpoints(Store(root).folder(STUDY) / "checkpoints", warn=lambda _: None)
     for _, content in checkpoints.load():
         for number, trial in content["trials"].items():
@@ -211,7 +212,7 @@ def checkpointed(root: Path) -> Iterator[tuple[int, list[dict[str, float]], str 
 
 
 def record(root: Path) -> dict[str, Any]:
-    """Return all that a finished search has left, without times and names that MLflow draws."""
+    """Return the record of a finished search, without times and MLflow's random names."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
@@ -233,10 +234,10 @@ def record(root: Path) -> dict[str, Any]:
 
 
 def check(one: Round, found: dict[str, Any], expected: dict[str, Any], *, trials: int) -> None:
-    """Hold what a search has left to what it had acknowledged, and to the search that was never killed.
+    """Compare a search's record with the acknowledged trials, and with the search that was never killed.
 
     Raises:
-        AssertionError: Something is missing, is there twice, or differs.
+        AssertionError: A trial or a step is missing, is there twice, or differs.
     """
     assert [number for number, *_ in found["trials"]] == list(range(trials))
     by_number = {number: (epochs, verdict) for number, epochs, verdict in stored(one.root)}

@@ -1,13 +1,13 @@
-"""A whole search on CIFAR-10-shaped data with a ResNet-9: time, images per second, part of the device's arithmetic.
+"""Measure a search on data of CIFAR-10's shape with a ResNet-9: time, images per second, part of the device's limit.
 
 Random strategies (SGD with momentum or AdamW, step decay) train in groups as `pipeline.search` trains them: as rows of
-matrices where the workload allows it, pruned by successive halving after each epoch, on batches that are shifted and
-flipped on the device. Images and labels are random, so nothing is said of what is learned, and pruning ranks noise;
-what is computed is what a search on CIFAR-10 would compute. Optuna and MLflow have no part in it.
+matrices if the workload allows it, pruned by successive halving after each epoch, on batches that are shifted and
+flipped on the device. Images and labels are random, so nothing is learned and pruning ranks noise, but the computation
+is that of a search on CIFAR-10. Optuna and MLflow are not used.
 
-`images/s` counts training images of all trials. The device's limit is what a product of two large matrices reaches in
-the same precision; the part of it counts the floating-point operations of convolutions and products alone, forward and
-backward, evaluation too. Needs only torch:
+`images/s` counts training images of all trials. The device's limit is the rate that a product of two large matrices
+reaches in the same precision. The part of the limit counts only the floating-point operations of convolutions and
+products: forward, backward and evaluation. The benchmark needs only torch:
 
     python benchmarks/cifar_search.py
     python benchmarks/cifar_search.py --precision bf16 --batch-size 512
@@ -47,8 +47,8 @@ from pipeline.workloads.models import ResNet9
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 CUDA_SAMPLES, CPU_SAMPLES = 45_000, 256
-"""Images to train on; CIFAR-10 has 45,000 beside the 5,000 that validate."""
-VAL_PART = 9
+"""Training images; CIFAR-10 has 45,000, and 5,000 that validate."""
+TRAIN_PER_VAL = 9
 """Training images per validation image."""
 
 
@@ -70,7 +70,7 @@ class Options:
 
 @dataclass
 class Done:
-    """What a search came to."""
+    """The counts of a search."""
 
     trial_epochs: int = 0
     diverged: int = 0
@@ -79,7 +79,7 @@ class Done:
 
 
 def main() -> None:
-    """Search, and print what it took."""
+    """Search, and print the measurements."""
     options = _parse()
     device = options.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -155,7 +155,7 @@ def build_workload(options: Options) -> Workload:
         name="cifar10 · resnet9",
         build_model=lambda: ResNet9(3, 10),
         train=split(options.samples),
-        val=split(max(1, options.samples // VAL_PART)),
+        val=split(max(1, options.samples // TRAIN_PER_VAL)),
         loss=F.cross_entropy,
         metrics={"accuracy": Metric(accuracy, "maximize")},
         preprocess=Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
@@ -164,7 +164,7 @@ def build_workload(options: Options) -> Workload:
 
 
 def build_config(number: int, options: Options) -> TrialConfig:
-    """Return a random strategy, a function of its number."""
+    """Return a random strategy that depends on the trial's number alone."""
     draw = random.Random(number)
     optimizer: Optimizer = SGD(base_lr=10 ** draw.uniform(-2.5, -0.5), momentum=0.9, weight_decay=5e-4)
     if number % 2:
@@ -198,12 +198,12 @@ def epoch_flops(workload: Workload, config: TrialConfig, device: torch.device) -
 
 
 def measured_peak(device: torch.device, config: TrialConfig) -> float:
-    """Return the operations per second that a product of two large matrices reaches."""
+    """Return the floating-point operations per second of a product of two large matrices."""
     size = 8_192 if device.type == "cuda" else 1_024
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    # On a CPU all threads count, which share the matrices of a search; there tf32 is fp32.
+    # On a CPU all threads count, because they share the matrices of a search; there is no tf32 on a CPU.
     with precision(config, device) if device.type == "cuda" else contextlib.nullcontext():
         for _ in range(10):
             _wait(device)
@@ -230,7 +230,7 @@ def _parse() -> Options:
     parser.add_argument("--device", type=torch.device, default=torch.device(default), help=f"(default: {default})")
     samples_help = f"images to train on (default: {CUDA_SAMPLES:,}; on a CPU {CPU_SAMPLES})"
     parser.add_argument("--samples", type=int, metavar="N", help=samples_help)
-    parser.add_argument("--epochs", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--epochs", type=int, default=8, metavar="N", help="epochs per trial (default: 8)")
     parser.add_argument("--trials", type=int, default=50, metavar="N", help="(default: 50)")
     parser.add_argument("--group", type=int, default=8, metavar="N", help="trials at once (default: 8)")
     rows_help = "at most this many in a matrix (default: as many as are fastest)"

@@ -1,17 +1,18 @@
-"""A whole search against the same search written by hand: one Optuna objective, a DataLoader loop, MLflow.
+"""Compare a whole search with the same search written by hand: one Optuna objective, a DataLoader loop, MLflow.
 
-Both are whole commands, in fresh processes and fresh folders, in turns; the wall seconds include imports, databases
-and all of MLflow. Both train the digits with the same model, split, number of epochs and batch size, draw from the
-distributions of `search_spaces/default.yaml` with TPE, store trials in SQLite and log parameters, and metrics and
+Both searches are whole commands that run in turns, in fresh processes and fresh folders. Wall time includes imports,
+databases and MLflow. Both train the digits with the same model, split, number of epochs and batch size, draw from the
+distributions of `search_spaces/default.yaml` with TPE, and store trials in SQLite. Both log parameters, and metrics and
 learning rates of every epoch, to MLflow's SQLite store.
 
-By hand means the way Optuna's and MLflow's documentation show it: `study.optimize` with `sqlite:///optuna.db`, a
-nested run per trial, `mlflow.log_metrics` once per epoch, Optuna's `SuccessiveHalvingPruner` with our numbers. It has
-PyTorch's own number of threads unless `--peer-threads` says otherwise.
+The search by hand follows the documentation of Optuna and MLflow: `study.optimize` with `sqlite:///optuna.db`, a nested
+run per trial, `mlflow.log_metrics` once per epoch, Optuna's `SuccessiveHalvingPruner` with our numbers. PyTorch chooses
+the number of threads unless `--peer-threads` says otherwise.
 
-What the two find is printed but not compared: proposals differ (thirteen at a time here, one at a time there), so do
-the trials that are pruned, and a few searches say little of which is better. Trial-epochs per search are printed,
-because pruners that stop more would otherwise look like speed. Not measured: several processes that share one study.
+Results are printed but not compared. Proposals differ (thirteen at a time in `pipeline.search`, one at a time by hand),
+pruned trials differ, and a few searches say little about which is better. Trial-epochs per search are printed, because
+a pruner that stops more trials would otherwise look like speed. Several processes that share one study are not
+measured.
 
     python benchmarks/peer_search.py
     python benchmarks/peer_search.py --model mlp --no-pruning --repeats 1
@@ -46,14 +47,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """One search."""
+    """The result of one search."""
 
     wall_s: float
     best: float
     """Validation accuracy after the last epoch."""
     trial_epochs: int
     ended: dict[str, int]
-    """Optuna's state to how many trials ended in it."""
+    """Optuna's trial state to the number of trials."""
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def search_by_hand(model: str, trials: int, *, pruning: bool, threads: int | None) -> None:
-    """Search in the working folder, as one writes it."""
+    """Search in the working folder with Optuna and MLflow alone."""
     import mlflow
     import optuna
     import torch
@@ -155,7 +156,7 @@ def search_by_hand(model: str, trials: int, *, pruning: bool, threads: int | Non
 
 
 def _suggest_optimizer(trial: optuna.Trial, net: nn.Module) -> torch.optim.Optimizer:
-    """Draw from default.yaml's optimizers and its ratio of the head's rate."""
+    """Draw an optimizer and the head's ratio from the distributions of default.yaml."""
     import torch
 
     head_ratio = trial.suggest_float("head_ratio", 0.1, 10.0, log=True)
@@ -180,7 +181,7 @@ def _suggest_optimizer(trial: optuna.Trial, net: nn.Module) -> torch.optim.Optim
 
 
 def _commands(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Return both command lines; ours reads `space.yaml`, which `_run` puts into its folder."""
+    """Return both command lines; `_run` writes the `space.yaml` that ours reads."""
     ours = [sys.executable, "-m", "pipeline.search", "--space", "space.yaml", "--trials", str(options.trials)]
     peer = [sys.executable, str(Path(__file__).resolve()), "--by-hand"]
     peer += ["--model", options.model, "--trials", str(options.trials), *([] if options.pruning else ["--no-pruning"])]
@@ -189,7 +190,7 @@ def _commands(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def _run(command: Sequence[str], options: argparse.Namespace) -> Found:
-    """Run one search in a fresh folder, and read from its Optuna database what it did."""
+    """Run one search in a fresh folder, and read the result from the Optuna database."""
     import yaml
 
     space = yaml.safe_load(DEFAULT_SPACE.read_text())
@@ -234,7 +235,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=50, metavar="N", help="(default: 50)")
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", help="every trial to its last epoch")
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="turns of both (default: 2)")
-    parser.add_argument("--peer-threads", type=int, metavar="N", help="of the search by hand (default: PyTorch's own)")
+    parser.add_argument(
+        "--peer-threads", type=int, metavar="N", help="threads of the search by hand (default: PyTorch's choice)"
+    )
     parser.add_argument("--by-hand", action="store_true", help="run only the search by hand, in the working folder")
     return parser.parse_args()
 

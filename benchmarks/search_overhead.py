@@ -2,9 +2,9 @@
 
 The search runs in a process of its own in which functions of the pipeline are wrapped with a stopwatch. Times are of
 the main thread and exclude each other: an import in the middle of a proposal counts as an import. Training is
-`ShardedTrials.train_epoch`, in all its processes, with whatever runs beside it, so while MLflow's process works too it is
-training that becomes slower; the CPU seconds below the table tell. Turns with the stopwatch alternate with turns
-without; the table is that of the median turn.
+`ShardedTrials.train_epoch`, in all its processes, with whatever runs beside it, so while MLflow's process works
+too it is training that becomes slower; the CPU seconds below the table tell. Turns with the stopwatch alternate
+with turns without; the table is that of the median turn.
 
 Not measured: what happens inside training (see `throughput.py`), and how any of it compares to a search written by
 hand (see `peer_search.py`).
@@ -72,11 +72,11 @@ WRAPPED = (
     ("pipeline.study.study", "Study.next_group", "Optuna: propose"),
     ("pipeline.study.study", "Study.stops", "Optuna: prune"),
     ("pipeline.study.study", "Study.add", "Optuna: store"),
-    ("pipeline.tracking.process", "BackgroundTracker.__init__", "MLflow in the search's process"),
-    ("pipeline.tracking.process", "BackgroundTracker.log_trial", "MLflow in the search's process"),
-    ("pipeline.tracking.process", "BackgroundTracker.finish", "MLflow in the search's process"),
-    ("pipeline.tracking.process", "BackgroundTracker.view_path", "waiting for MLflow"),
-    ("pipeline.tracking.process", "BackgroundTracker.close", "waiting for MLflow"),
+    ("pipeline.tracking.process", "TrackerProcess.__init__", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "TrackerProcess.end", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "TrackerProcess.finish", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "TrackerProcess.links", "waiting for MLflow"),
+    ("pipeline.tracking.process", "TrackerProcess.close", "waiting for MLflow"),
 )
 """Module, function, and what its time counts as."""
 

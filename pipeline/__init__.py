@@ -2,3 +2,5 @@
 
 Start reading at `pipeline.search`.
 """
+
+__version__ = "0.1.0"

@@ -1,13 +1,13 @@
 """Every deliberate error of the pipeline.
 
-    PipelineError            the command line prints it as one message and exits with its status
-    ├── InvalidInput         something a person wrote cannot be used: all its problems at once, exit status 2
-    ├── StudyBusy            another process drives the study, exit status 1
+    PipelineError            the command line prints one message and exits with `exit_status`
+    ├── InvalidInput         a file, an option or a workload cannot be used: all problems at once, exit status 2
+    ├── StudyBusy            another process runs the study, exit status 1
     ├── StorageError         a store cannot be read or written, exit status 1
-    ├── DataError            a data set raised in mid-run, exit status 1
-    └── DeviceError          the device failed, and with it all that trains there, exit status 1
+    ├── DataError            a data set raised during training, exit status 1
+    └── DeviceError          the device failed, so nothing can train on it, exit status 1
 
-Anything else that is raised is a fault of the program and keeps its traceback.
+Any other exception is a fault of the program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Problem:
     """One thing that is wrong with an input."""
 
     place: str
-    """Where: a dotted path in a file, or an option of the command line; empty for the input as a whole."""
+    """A dotted path in a file, or an option of the command line; empty for the input as a whole."""
     message: str
-    """The rule, the value that was given, and what to do."""
+    """The rule, the value that was given, and the remedy."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.message}" if self.place else self.message
@@ -38,7 +38,7 @@ class PipelineError(Exception):
 
 
 class InvalidInput(PipelineError):
-    """Something a person wrote cannot be used as written."""
+    """A file, an option or a workload cannot be used as written."""
 
     exit_status = 2
 
@@ -51,7 +51,7 @@ class InvalidInput(PipelineError):
 
 
 class StudyBusy(PipelineError):
-    """Another process drives the study."""
+    """Another process runs the study."""
 
 
 class StorageError(PipelineError):
@@ -59,16 +59,16 @@ class StorageError(PipelineError):
 
 
 class DataError(PipelineError):
-    """A data set, or what prepares its batches, raised."""
+    """A data set, `augment` or `preprocess` raised."""
 
 
 class DeviceError(PipelineError):
-    """The device failed, and with it all that trains there."""
+    """The device failed, so nothing can train on it."""
 
 
 @contextlib.contextmanager
 def collect(problems: list[Problem]) -> Iterator[None]:
-    """Take the problems of an `InvalidInput` that is raised inside, and go on behind it."""
+    """Add the problems of an `InvalidInput` raised inside the block to a list, and go on after the block."""
     try:
         yield
     except InvalidInput as error:
@@ -76,19 +76,19 @@ def collect(problems: list[Problem]) -> Iterator[None]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Name the nearest of `known`, or list them all: the last part of a message about an unknown name."""
+    """Return the end of a message about an unknown name: the nearest known name, or all of them."""
     known = list(known)
     nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
     return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
 
 
 def listed(names: Sequence[str], *, show: int = 8) -> str:
-    """Return the first of some names, and how many more there are."""
+    """Return the first names as text, and how many more there are."""
     more = f", … ({len(names) - show} more)" if len(names) > show else ""
     return ", ".join(names[:show]) + more
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what a library says of an error, or the error's name if it says nothing."""
+    """Return the first line of an error's message, or the error's class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -1,19 +1,23 @@
 """Search learning-rate strategies: `python -m pipeline.search --trials 50`, or `search` from Python.
 
-`search` reads a search space, asks the study for trials, turns each into a TrialConfig, splits the model into
-parameter groups, builds optimizers and schedulers, trains epochs, reports metrics to the study and to MLflow, and
-exports best.yaml.
+Read on in `pipeline.app`: `options` turns options into a search space, `run_search` asks the study for trials, has them
+trained, tells MLflow, and writes best.yaml.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from pipeline.app import cli
-from pipeline.app.options import DEFAULT_TRIALS, options_of
-from pipeline.app.run_search import run_search, search
 
-__all__ = ["main", "search"]
+if TYPE_CHECKING:
+    from pipeline.app.run_search import SearchResult
+    from pipeline.space.overrides import Overrides
+    from pipeline.workloads.workload import Workload
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,23 +27,75 @@ def main(argv: list[str] | None = None) -> int:
         from pipeline.app.delete import delete
 
         return delete(arguments.root, arguments.delete, sure=arguments.yes)
-    from rich.console import Console
+    return search(
+        arguments.space,
+        overrides=cli.overrides_of(arguments),
+        trials=arguments.trials,
+        timeout=arguments.timeout,
+        study=arguments.study,
+        root=arguments.root,
+        device=arguments.device,
+        rows=arguments.rows,
+    ).exit_status
 
-    return run_search(options_of(arguments), Console(highlight=False, markup=False)).exit_status
+
+def search(
+    space: Path | str | Mapping[str, Any] | None = None,
+    *,
+    workload: Callable[[], Workload] | Workload | str | None = None,
+    overrides: Overrides = MappingProxyType({}),
+    trials: int | None = None,
+    timeout: float | None = None,
+    study: str | None = None,
+    root: Path | str = ".",
+    device: str = "auto",
+    rows: int | None = None,
+    quiet: bool = False,
+) -> SearchResult:
+    """Run or continue a search, as the command line does.
+
+    Args:
+        space: A search-space file, the name of a ready-made space, or the content of a file; None: a ready-made space.
+        workload: Replaces the space's: a workload, a function that returns one, or a name as `--workload` takes.
+        overrides: Changes to the space, dotted place to value, such as `{"optimizer.sgd.base_lr.high": 0.5}`.
+        trials: In total; None: as many as the study was last asked for, or 50.
+        timeout: In minutes.
+        study: Name of the study to continue or to begin.
+        root: Folder that holds `mlflow.db` and `mlruns/`; made if it does not exist.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        rows: At most this many trials in a matrix; None: as many as train fastest.
+        quiet: Print nothing.
+
+    Raises:
+        PipelineError: As `pipeline.errors` draws them; `InvalidInput` with every problem of the arguments.
+    """
+    from pipeline.app.start_search import start_search
+
+    return start_search(
+        space=space,
+        workload=workload,
+        overrides=overrides,
+        trials=trials,
+        timeout=timeout,
+        study=study,
+        root=root,
+        device=device,
+        rows=rows,
+        quiet=quiet,
+    )
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.search", description="Search learning-rate strategies.")
     cli.add_space(parser)
-    at_least_one = cli.whole_number(1)
-    parser.add_argument("--trials", type=at_least_one, metavar="N", help=f"in total (default: {DEFAULT_TRIALS})")
+    help = "in total (default: what the study was last asked for, or 50)"
+    parser.add_argument("--trials", type=cli.whole_number(1), metavar="N", help=help)
     parser.add_argument("--timeout", type=cli.positive_number, metavar="MINUTES", help="stop after this long")
-    cli.add_study(parser, help="go on with this study, or begin it (default: the newest unfinished one that fits)")
-    cli.add_root(parser)
+    cli.add_study(parser, help="continue this study, or begin it (default: the newest unfinished one that fits)")
+    cli.add_root(parser, help="folder that holds mlflow.db and mlruns/, made if need be")
     cli.add_device(parser)
-    rows_help = "train at most N trials as rows of one matrix, which changes no result (default: auto)"
+    rows_help = "train at most N trials as rows of one matrix (default: auto)"
     parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)
-    parser.add_argument("--seed", type=cli.whole_number(0, 2**32 - 1), metavar="N", help="instead of the file's")
     cli.add_delete(parser)
     return parser.parse_args(argv)
 

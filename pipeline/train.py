@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
     overrides = cli.overrides_of(arguments)
     cli.refuse_out(arguments.out)
-    space, config, found = load_config(arguments.config, overrides)
+    space, _, found = load_config(arguments.config, overrides)
 
     import torch
 
@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     source = source_of(arguments.config, overrides)
     group, finished = train_config(
         space,
-        config,
         None if overrides else Found.read(found, source=source),  # changed, it is another config
         source=source,
         device=arguments.device,

@@ -26,7 +26,7 @@ from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store
-from pipeline.tracking.mlflow import refuse_broken
+from pipeline.tracking.mlflow import MLflowTracker
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "search": search.main,
@@ -97,9 +97,15 @@ REFUSED = [
     option("search --study ../x", NAME_RULE, "got '../x'"),
     option("search --study=", NAME_RULE, "got ''"),
     option(f"search --study {'a' * 600}", NAME_RULE, "got 'aaa"),
-    option("search --root nowhere", "--root: must be a folder that exists, got 'nowhere'; make it first"),
-    option("search --root mine.yaml", "--root: must be a folder that exists, got 'mine.yaml'"),
-    option(f"search --root {'x' * 5000}", "--root: must be a folder that exists, got 'xxx"),
+    option("search --root mine.yaml", "--root: must be a folder, got the file 'mine.yaml'; name another"),
+    option("search --root mine.yaml/x", "--root: 1 problem", "mine.yaml/x/mlruns/optuna.db: cannot be written: Not a "),
+    option(f"search --root {'x' * 5000}", "--root: must be a folder, got 'xxx", "': File name too long"),
+    option(
+        "search --root ~nobody-of-that-name/x", "--root: there is no such home folder, got '~nobody-of-that-name/x'"
+    ),
+    option("search --root new --space mine.yaml --set batch_size=1258", "must be at most the 1257 training samples"),
+    option("lr_range --root new --space mine.yaml --set batch_size=1258", "must be at most the 1257 training samples"),
+    option("export --root new", "--root: 1 problem", f"new: {NO_STUDY}"),
     option("search --device tpu", "argument --device: must be auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
     option("search --device cuda:99", "--device: 1 problem", "cuda:99: there", "use --device cpu, or auto"),
     option("search --trails 5", "unrecognized arguments: --trails 5"),
@@ -146,7 +152,7 @@ REFUSED = [
     space("constant: {}", "exponential: {gamma: 1.1}", "scheduler.exponential.gamma: must be <= 1, got 1.1"),
     space("constant: {}", "step: {step_size: 0}", "scheduler.step.step_size: must be >= 1, got 0"),
     space("constant: {}", "step: {step_size: 9}", "scheduler.step.step_size: must be at most the 4 epochs", "got 9"),
-    space("constant: {}", "multistep: {milestones: [2, 1]}", "milestones: must increase, got [2, 1]"),
+    space("constant: {}", "multistep: {milestones: [2, 1]}", "milestones: must not decrease, got [2, 1]"),
     space("constant: {}", "constant: {warmup: 4}", "warmup: must be shorter than the run of 4 epochs, got 4"),
     space("constant: {}", "cosine_warm_restarts: {T_0: 0}", "T_0: must be >= 1, got 0"),
     space("constant: {}", "cosine: {eta_min: 0.1}", "eta_min: must be at most the smallest rate, 0.001 of sgd"),
@@ -194,13 +200,16 @@ REFUSED = [
         "mine.yaml with --set epochs --set seed: 1 problem",
         "epochs: must be",
     ),
-    option("search --workload own", "'own': unknown workload; known: digits, "),
+    option("search --workload task.py", "--workload: must name a function, task.py:function, got 'task.py'"),
+    option("search --workload own", "argument --workload: unknown workload 'own'; known: digits, "),
     option("search --set workload=mnist", "own.yaml with --set workload: 1 problem", "workload: must be a mapping"),
     option("search --set seed=x", "default.yaml with --set seed: 1 problem", "seed: must be a whole number"),
     option("train mine.yaml --out=", "argument --out: must be the path of a file, got ''"),
-    option("search --workload mnst", "--workload: 1 problem", "'mnst': unknown workload; did you mean mnist?"),
+    option("search --workload mnst", "argument --workload: unknown workload 'mnst'; did you mean mnist?"),
     option(
-        "search --workload line", "unknown workload; known: digits, ", "one of your own is path/to/file.py:function"
+        "search --workload line",
+        "unknown workload 'line'; known: digits, ",
+        "one of your own is path/to/file.py:function",
     ),
     option("train mine.yaml", "optimizer.sgd.base_lr: must be one value in a config, got a choice"),
     config(
@@ -272,7 +281,7 @@ def test_a_database_that_is_none_is_refused(
     said = refuse("search --space mine.yaml", capsys)
     assert "mlflow.db: 1 problem\n  cannot be used as MLflow's database: file is not a database; move it away" in said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
-    refuse_broken(Path())  # which is not used then
+    MLflowTracker(Path())  # which is not used then
 
 
 def test_a_link_to_nothing_is_refused_rather_than_replaced(
@@ -305,7 +314,7 @@ def test_a_database_that_another_process_holds_is_not_taken_for_a_broken_one(tmp
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as database:
         database.execute("CREATE TABLE t (x)")
         database.execute("BEGIN EXCLUSIVE")
-        refuse_broken(tmp_path)
+        MLflowTracker(tmp_path)
 
 
 def test_a_database_in_which_a_kill_cut_a_transaction_short_is_none_that_is_broken(tmp_path: Path) -> None:
@@ -317,7 +326,7 @@ def test_a_database_in_which_a_kill_cut_a_transaction_short_is_none_that_is_brok
         database.executemany("INSERT INTO t VALUES (?)", [("after" * 500,)] * 100)
         for left in ("", "-journal"):
             shutil.copy(tmp_path / f"killed.db{left}", tmp_path / f"mlflow.db{left}")
-    refuse_broken(tmp_path)
+    MLflowTracker(tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         assert database.execute("SELECT x FROM t").fetchall() == [("before",)]
 
@@ -415,6 +424,12 @@ def test_a_terminal_that_lacks_a_character_shows_its_code() -> None:
     assert done.stdout == "8\\xd78\n"
 
 
+def test_a_root_may_be_given_from_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.folder("~/runs") == tmp_path / "runs"
+    assert cli.folder("runs/~") == Path("runs/~")
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "words"),
     [
@@ -435,16 +450,28 @@ def test_a_real_process_refuses_alike(module: str, arguments: list[str], words: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [(["--help"], 0), (["--trials", "0"], 2), (["--space", "mine.yaml"], 2)]
+    ("module", "arguments", "status"),
+    [
+        ("search", ["--help"], 0),
+        ("search", ["--trials", "0"], 2),
+        ("search", ["--space", "mine.yaml"], 2),
+        ("search", ["--root", "mine.yaml/x"], 2),
+        ("lr_range", ["--space", "mine.yaml"], 2),
+        ("lr_range", ["--space", "decay", "--write"], 2),
+        ("train", ["mine.yaml"], 2),
+        ("export", ["--help"], 0),
+    ],
 )
-def test_help_and_form_errors_do_not_wait_for_torch(arguments: list[str], status: int, tmp_path: Path) -> None:
+def test_help_and_form_errors_do_not_wait_for_torch(
+    module: str, arguments: list[str], status: int, tmp_path: Path
+) -> None:
     (tmp_path / "mine.yaml").write_text(SPACE.replace("sgd:", "sdg:"))
     code = f"""
 import sys
-from pipeline import search
+from pipeline import {module}
 from pipeline.app import cli
 try:
-    cli.run(lambda: search.main({arguments!r}))
+    cli.run(lambda: {module}.main({arguments!r}))
 except SystemExit as ended:
     print(ended.code, *{{"torch", "optuna", "mlflow", "sklearn"}} & sys.modules.keys(), file=sys.stderr)
 """

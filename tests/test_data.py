@@ -24,9 +24,10 @@ from pipeline.errors import DataError
 from pipeline.space.config import ImageFolder, TorchvisionDataset, TrialConfig
 from pipeline.space.optimizers import SGD, AdamW, Optimizer, Rprop
 from pipeline.training.executor import LocalExecutor
-from pipeline.workloads import data
-from pipeline.workloads.data import Streamed, evaluation_batches, is_streamed, place, samples_of, training_batches
+from pipeline.workloads import streamed
+from pipeline.workloads.data import evaluation_batches, is_streamed, samples_of, to_device, training_batches
 from pipeline.workloads.image_folder import image_folder
+from pipeline.workloads.streamed import Streamed
 from pipeline.workloads.torchvision_dataset import torchvision_dataset
 from pipeline.workloads.workload import Split, Workload
 
@@ -37,6 +38,8 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 Batch = tuple[Tensor, Tensor]
+ENOUGH = 1 << 30
+"""Bytes that every data set here fits into, whatever memory this machine has."""
 
 
 class Samples:
@@ -86,7 +89,7 @@ def no_workers(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def use_workers(monkeypatch: pytest.MonkeyPatch, count: int) -> int:
-    monkeypatch.setattr(data, "_workers", lambda: count)
+    monkeypatch.setattr(streamed, "_reader_count", lambda: count)
     return count
 
 
@@ -100,9 +103,9 @@ def as_samples(workload: Workload, cls: type[Samples] = Samples, **options: Any)
     return dataclasses.replace(workload, **splits)
 
 
-def batches(workload: Workload, config: TrialConfig, *, free: int | None = None) -> list[Batch]:
+def batches(workload: Workload, config: TrialConfig, *, free: int = ENOUGH) -> list[Batch]:
     """Return what two epochs of training see, and an evaluation of each split."""
-    placed = place(workload, device=CPU, dtype=torch.float32, free=free)
+    placed = to_device(workload, device=CPU, dtype=torch.float32, free=free)
     seen: list[Batch] = []
     for epoch in (0, 1):
         seen += training_batches(placed, config, epoch=epoch, device=CPU, dtype=torch.float32)
@@ -120,7 +123,7 @@ def assert_same(one: list[Batch], other: list[Batch]) -> None:
         assert torch.equal(targets, other_targets)
 
 
-def folder_workload(tmp_path: Path, *, augment: bool, memory: int | None) -> Workload:
+def folder_workload(tmp_path: Path, *, augment: bool, memory: int) -> Workload:
     folder = tmp_path / "photos"
     if not folder.exists():
         write_photos(folder, {"a": 12, "b": 9})
@@ -138,7 +141,7 @@ def cifar_workload(folder: Path, patch: pytest.MonkeyPatch, *, augment: bool) ->
 @pytest.mark.parametrize("augment", [True, False])
 def test_an_image_folder_gives_the_same_batches_kept_and_read(augment: bool, workers: int, tmp_path: Path) -> None:
     config = tiny_config()
-    kept = folder_workload(tmp_path, augment=augment, memory=None)
+    kept = folder_workload(tmp_path, augment=augment, memory=ENOUGH)
     read = folder_workload(tmp_path, augment=augment, memory=0)
     on_device = batches(kept, config)
     assert_same(on_device, batches(kept, config, free=0))
@@ -170,30 +173,40 @@ def test_what_fits_is_moved_and_what_does_not_is_streamed(no_workers: int) -> No
     workload = as_samples(tiny_workload())
     split = workload.train
     size = len(split) * (6 * 4 + 8)
-    enough = place(workload, device=CPU, dtype=torch.float32, free=size)
+    enough = to_device(workload, device=CPU, dtype=torch.float32, free=size)
     assert isinstance(enough.train, Split)
     assert isinstance(enough.val, Streamed)  # the training split has taken the memory
-    assert is_streamed(place(workload, device=CPU, dtype=torch.float32, free=size - 1))
+    assert is_streamed(to_device(workload, device=CPU, dtype=torch.float32, free=size - 1))
 
 
 def test_a_split_that_is_on_the_device_stays_there_whatever_is_free() -> None:
     workload = tiny_workload()
-    placed = place(workload, device=CPU, dtype=torch.float32, free=0)
+    placed = to_device(workload, device=CPU, dtype=torch.float32, free=0)
     assert isinstance(placed.train, Split)
+
+
+@pytest.mark.parametrize("free", [ENOUGH, 0])
+def test_a_workload_that_is_on_the_device_is_returned_as_it_is(free: int, no_workers: int) -> None:
+    workload = as_samples(tiny_workload())
+    placed = to_device(workload, device=CPU, dtype=torch.float32, free=free)
+    assert to_device(placed, device=CPU, dtype=torch.float32, free=ENOUGH) is placed
+    double = to_device(placed, device=CPU, dtype=torch.float64, free=ENOUGH)
+    assert is_streamed(double) == is_streamed(placed) == (free == 0)
+    ((inputs, targets),) = samples_of(double, "train").batches([torch.tensor([3, 1])], seed=0)
+    assert (inputs.dtype, targets.dtype) == (torch.float64, torch.int64)
 
 
 def test_a_split_too_large_for_the_device_is_read_from_memory() -> None:
     workload, meta = tiny_workload(), torch.device("meta")
     assert isinstance(workload.train, Split)
-    placed = place(workload, device=meta, dtype=torch.float32, free=workload.train.inputs.nbytes)
+    placed = to_device(workload, device=meta, dtype=torch.float32, free=workload.train.inputs.nbytes)
     assert is_streamed(placed)
-    streamed = samples_of(placed, "train").batches([torch.tensor([3, 1])], seed=0)
-    ((inputs, targets),) = list(streamed)
+    ((inputs, targets),) = samples_of(placed, "train").batches([torch.tensor([3, 1])], seed=0)
     assert (inputs.device, inputs.shape, targets.shape) == (meta, (2, 6), (2,))
 
 
 def test_a_data_set_that_draws_at_random_is_never_kept(workers: int) -> None:
-    placed = place(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32)
+    placed = to_device(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32, free=ENOUGH)
     assert is_streamed(placed)
 
 
@@ -207,7 +220,7 @@ def test_what_samples_draw_does_not_depend_on_the_number_of_workers(monkeypatch:
 
 
 def test_what_samples_draw_changes_with_epoch_and_seed(no_workers: int) -> None:
-    placed = place(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32)
+    placed = to_device(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32, free=ENOUGH)
     order = [torch.arange(5)]
     one, same, other = (next(iter(samples_of(placed, "train").batches(order, seed=seed)))[0] for seed in (0, 0, 1))
     assert torch.equal(one, same)
@@ -226,7 +239,7 @@ def test_reading_leaves_the_global_random_states_alone(no_workers: int) -> None:
 
 
 def test_a_pass_that_is_broken_off_leaves_the_next_one_as_it_is(workers: int) -> None:
-    placed = place(as_samples(tiny_workload()), device=CPU, dtype=torch.float32, free=0)
+    placed = to_device(as_samples(tiny_workload()), device=CPU, dtype=torch.float32, free=0)
     config = tiny_config()
 
     def epoch() -> Iterator[Batch]:
@@ -239,7 +252,7 @@ def test_a_pass_that_is_broken_off_leaves_the_next_one_as_it_is(workers: int) ->
 
 def test_a_sample_that_cannot_be_read_says_so(workers: int) -> None:
     workload = as_samples(tiny_workload(), Broken)
-    placed = place(workload, device=CPU, dtype=torch.float32, free=0)
+    placed = to_device(workload, device=CPU, dtype=torch.float32, free=0)
     with pytest.raises(DataError, match=r"^sample 30 raised OSError: sample 30 is broken$"):
         list(training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
 
@@ -249,7 +262,8 @@ def test_a_program_ends_although_a_sample_could_not_be_read(tmp_path: Path) -> N
     script.write_text(READ_A_BROKEN_SAMPLE)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, str(script)]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": path}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "sample 30 raised OSError: sample 30 is broken\n"), ended.stderr
 
 
@@ -258,14 +272,15 @@ import torch
 from test_data import Broken, as_samples
 from tiny import tiny_config, tiny_workload
 
-from pipeline.workloads import data
 from pipeline.errors import DataError
+from pipeline.workloads import streamed
+from pipeline.workloads.data import to_device, training_batches
 
 CPU = torch.device("cpu")
-data._workers = lambda: 2
-placed = data.place(as_samples(tiny_workload(), Broken), device=CPU, dtype=torch.float32, free=0)
+streamed._reader_count = lambda: 2
+placed = to_device(as_samples(tiny_workload(), Broken), device=CPU, dtype=torch.float32, free=0)
 try:
-    list(data.training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
+    list(training_batches(placed, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
 except DataError as error:
     print(error)
     kept = error  # and with its traceback the reader
@@ -274,7 +289,7 @@ except DataError as error:
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_a_sample_that_cannot_be_read_ends_no_trial_but_the_run(rows: int, no_workers: int) -> None:
-    placed = place(as_samples(tiny_workload(), BrokenLater), device=CPU, dtype=torch.float32, free=0)
+    placed = to_device(as_samples(tiny_workload(), BrokenLater), device=CPU, dtype=torch.float32, free=0)
     configs = dict.fromkeys(range(2), tiny_config())
     group = LocalExecutor(placed, configs[0], device=CPU, rows=rows).build(configs)
     with pytest.raises(DataError, match="sample 30 raised OSError: sample 30 is broken"):
@@ -290,7 +305,7 @@ class InPlace(TinyModel):
 
 
 def test_a_model_that_changes_a_batch_in_place_changes_it_for_no_other_trial(no_workers: int) -> None:
-    placed = place(as_samples(tiny_workload(InPlace)), device=CPU, dtype=torch.float32, free=0)
+    placed = to_device(as_samples(tiny_workload(InPlace)), device=CPU, dtype=torch.float32, free=0)
     configs = {number: tiny_config(Rprop(base_lr=0.01)) for number in range(3)}
     trainer = LocalExecutor(placed, configs[0], device=CPU)
     together, alone = trainer.build(configs), trainer.build({2: configs[2]})
@@ -304,12 +319,12 @@ def test_a_data_set_that_draws_seldom_is_never_kept(no_workers: int) -> None:
             inputs, target = super().__getitem__(index)
             return (-inputs if random.random() < 1e-9 else inputs), target
 
-    assert is_streamed(place(as_samples(tiny_workload(), Seldom), device=CPU, dtype=torch.float32))
+    assert is_streamed(to_device(as_samples(tiny_workload(), Seldom), device=CPU, dtype=torch.float32, free=ENOUGH))
 
 
 def test_an_augmentation_may_draw_from_torchs_global_state() -> None:
     workload = dataclasses.replace(tiny_workload(), augment=lambda inputs, generator: inputs + torch.rand(1))
-    placed = place(workload, device=CPU, dtype=torch.float32)
+    placed = to_device(workload, device=CPU, dtype=torch.float32, free=ENOUGH)
 
     def epoch(number: int) -> list[Batch]:
         return list(training_batches(placed, tiny_config(), epoch=number, device=CPU, dtype=torch.float32))
@@ -326,7 +341,7 @@ def test_worker_processes_leave_signals_to_their_parent(
     monkeypatch: pytest.MonkeyPatch, signal_number: signal.Signals
 ) -> None:
     use_workers(monkeypatch, 2)
-    placed = place(as_samples(tiny_workload()), device=CPU, dtype=torch.float32, free=0)
+    placed = to_device(as_samples(tiny_workload()), device=CPU, dtype=torch.float32, free=0)
     group = LocalExecutor(placed, tiny_config(), device=CPU).build({0: tiny_config()})
     group.train_epoch()
     children = multiprocessing.active_children()
@@ -343,8 +358,8 @@ def test_a_streamed_search_has_the_numbers_of_one_on_the_device(build_model: Any
     optimizers: list[Optimizer] = [SGD(base_lr=0.1), AdamW(base_lr=0.01), Rprop(base_lr=0.01)]
     configs = {number: tiny_config(optimizer) for number, optimizer in enumerate(optimizers)}
     found = []
-    for free in (None, 0):
-        placed = place(as_samples(workload), device=CPU, dtype=torch.float32, free=free)
+    for free in (ENOUGH, 0):
+        placed = to_device(as_samples(workload), device=CPU, dtype=torch.float32, free=free)
         assert is_streamed(placed) == (free == 0)
         executor = LocalExecutor(placed, configs[0], device=CPU)
         assert executor.describe(configs) == "rows 2, plain 1"
@@ -360,7 +375,7 @@ def test_a_streamed_search_has_the_numbers_of_one_on_the_device(build_model: Any
 
 def test_rows_and_plain_trials_of_a_group_share_what_is_read(no_workers: int) -> None:
     workload = as_samples(tiny_workload())
-    placed = place(workload, device=CPU, dtype=torch.float32, free=0)
+    placed = to_device(workload, device=CPU, dtype=torch.float32, free=0)
     configs = {
         0: tiny_config(SGD(base_lr=0.1)),
         1: tiny_config(Rprop(base_lr=0.01)),

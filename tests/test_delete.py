@@ -1,19 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sqlite3
 import sys
 from pathlib import Path
 
 import pytest
-from test_mlflow import connect, ended, runs, study
+from test_mlflow import DONE, connect, ended, opened, runs, study
 from test_store import create, space_with
 
 import pipeline.search
-from pipeline.errors import InvalidInput, StudyBusy
+from pipeline.errors import InvalidInput, StorageError, StudyBusy
 from pipeline.files.atomic import write_atomic
 from pipeline.study.store import Store
-from pipeline.tracking.mlflow import Tracker
 
 # MLflow's own use of SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -30,9 +31,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with store.lock(name):
                 create(store, space_with(), name=name, trials=8, ended=1)
             write_atomic(store.folder(name) / "best.yaml", "found: nothing")
-            tracker = Tracker(root, study(name, identity=store.header(name).identity))
-            tracker.log_trial(ended(0))
-            tracker.finish(None, "done", [])
+            tracker = opened(root, study(name, identity=store.header(name).identity))
+            tracker.end(ended(0))
+            tracker.finish(DONE)
     return root
 
 
@@ -61,7 +62,7 @@ def test_a_deleted_study_is_gone_with_all_that_belongs_to_it_and_no_other(
     assert delete(root, "mine", "--yes") == 0
     folder = root / "mlruns" / "studies"
     assert capsys.readouterr().out == (
-        f"deleted study mine: 1 trials, {folder / 'mine'}, and its runs in MLflow with their files\n"
+        f"deleted study mine: 1 trials, {folder / 'mine'}, and the study's record, MLflow in {root}\n"
     )
     assert names(root) == ["other"]
     assert [path.name for path in folder.iterdir()] == ["other"]
@@ -112,7 +113,15 @@ def test_a_study_that_is_driven_cannot_be_deleted(root: Path) -> None:
 
 
 def test_a_deletion_that_mlflow_fails_leaves_the_study(root: Path) -> None:
+    (root / "mlflow.db").rename(root / "kept.db")
     (root / "mlflow.db").write_text("not a database, but long enough to be read as one" * 20)
-    with pytest.raises(Exception, match=r"^MLflow: file is not a database; study mine is still there$"):
+    with pytest.raises(
+        InvalidInput, match=r"mlflow.db: 1 problem\n  cannot be used as MLflow's database: file is not a d"
+    ):
+        delete(root, "mine", "--yes")
+    (root / "kept.db").rename(root / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'of a later MLflow'")
+    with pytest.raises(StorageError, match=r"^MLflow in .*: .*; study mine is still there$"):
         delete(root, "mine", "--yes")
     assert names(root) == ["mine", "other"]

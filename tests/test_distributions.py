@@ -60,17 +60,19 @@ def test_a_choice_may_stand_once() -> None:
         Choices[float](choices=(0.5, 0.1, 0.5))
 
 
-@pytest.mark.parametrize("domain", [0.1, True, None, (2, 4), Floats(low=0.3, high=0.3), Choices[str](choices=("a",))])
-def test_a_domain_of_one_value_is_a_constant_that_asks_nothing(domain: Any) -> None:
+@pytest.mark.parametrize(
+    "distribution", [0.1, True, None, (2, 4), Floats(low=0.3, high=0.3), Choices[str](choices=("a",))]
+)
+def test_a_distribution_of_one_value_is_a_constant_that_asks_nothing(distribution: Any) -> None:
     trial = Recorder()
-    (value, *_) = extremes(domain)
-    assert not is_searched(domain)
-    assert suggest(trial, "name", domain) == value
+    (value, *_) = extremes(distribution)
+    assert not is_searched(distribution)
+    assert suggest(trial, "name", distribution) == value
     assert trial.asked == []
 
 
 @pytest.mark.parametrize(
-    ("domain", "asked", "value"),
+    ("distribution", "asked", "value"),
     [
         (Floats(low=0.1, high=1.0, log=True), ("name", 0.1, 1.0, None, True), 0.1),
         (Floats(low=0.0, high=1.0, step=0.5), ("name", 0.0, 1.0, 0.5, False), 0.0),
@@ -80,14 +82,14 @@ def test_a_domain_of_one_value_is_a_constant_that_asks_nothing(domain: Any) -> N
         (Choices[Any](choices=((2,), (2, 4))), ("name", ["[2]", "[2, 4]"]), (2, 4)),
     ],
 )
-def test_a_trial_is_asked_in_optunas_words(domain: Any, asked: tuple[Any, ...], value: Any) -> None:
+def test_a_trial_is_asked_in_optunas_words(distribution: Any, asked: tuple[Any, ...], value: Any) -> None:
     trial = Recorder()
-    assert suggest(trial, "name", domain) == value
+    assert suggest(trial, "name", distribution) == value
     assert trial.asked == [asked]
 
 
 @pytest.mark.parametrize(
-    ("domain", "inside", "outside"),
+    ("distribution", "inside", "outside"),
     [
         (Floats(low=0.1, high=1.0), [0.1, 0.5, 1], [0.09, 1.01, True, "0.5", None, float("nan")]),
         (Floats(low=0.0, high=1.0, step=0.25), [0.0, 0.75, 1], [0.3]),
@@ -100,13 +102,13 @@ def test_a_trial_is_asked_in_optunas_words(domain: Any, asked: tuple[Any, ...], 
         (("*",), [["*"]], ["*", ["fc.*"]]),
     ],
 )
-def test_contains_says_what_could_be_chosen(domain: Any, inside: list[Any], outside: list[Any]) -> None:
-    assert [value for value in inside if not contains(domain, value)] == []
-    assert [value for value in outside if contains(domain, value)] == []
+def test_contains_says_what_could_be_chosen(distribution: Any, inside: list[Any], outside: list[Any]) -> None:
+    assert [value for value in inside if not contains(distribution, value)] == []
+    assert [value for value in outside if contains(distribution, value)] == []
 
 
 @pytest.mark.parametrize(
-    ("domain", "words"),
+    ("distribution", "words"),
     [
         (Floats(low=0.1, high=1.0), "within [0.1, 1.0]"),
         (Ints(low=2, high=10, step=4), "within [2, 10] in steps of 4"),
@@ -114,8 +116,8 @@ def test_contains_says_what_could_be_chosen(domain: Any, inside: list[Any], outs
         (None, "null"),
     ],
 )
-def test_a_domain_describes_itself_in_words(domain: Any, words: str) -> None:
-    assert describe(domain) == words
+def test_a_distribution_describes_itself_in_words(distribution: Any, words: str) -> None:
+    assert describe(distribution) == words
 
 
 def test_a_list_is_stored_as_its_text_and_anything_else_as_it_is() -> None:

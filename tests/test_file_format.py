@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.space.config import Settings
 from pipeline.space.distributions import Choices, Range
 from pipeline.space.file_format import MAX_COUNT, check, form_of, one_or_more
-from pipeline.space.optimizers import OPTIMIZERS, SGD, Rprop
+from pipeline.space.optimizers import OPTIMIZERS, SGD, AdamW, Rprop
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import SCHEDULERS, MultiStep, Step
 
@@ -65,6 +66,21 @@ def test_a_long_value_is_cut_short() -> None:
 def test_an_empty_section_is_refused_not_ignored() -> None:
     _, problems = check(one_or_more("Schedulers", SCHEDULERS), {"constant": {}, "onecycle": None})
     assert [str(problem) for problem in problems] == ["onecycle: must be a mapping, `key: value`, got None"]
+
+
+def test_the_text_under_a_field_describes_it_in_derived_classes_too() -> None:
+    fields = form_of(AdamW, searchable=True).model_fields
+    assert fields["weight_decay"].description == "Per optimizer step; a parameter group may set its own."
+    assert fields["amsgrad"].description is None
+
+
+def test_a_limit_of_its_own_takes_the_place_of_the_largest_count() -> None:
+    form = form_of(Settings, searchable=False)
+    given = {"epochs": 1, "batch_size": 1}
+    assert check(form, {**given, "seed": 2**32 - 1})[1] == []
+    assert [str(problem) for problem in check(form, {**given, "seed": 2**32})[1]] == [
+        "seed: must be <= 4294967295, got 4294967296"
+    ]
 
 
 @pytest.mark.parametrize("cls", [*OPTIMIZERS.values(), *SCHEDULERS.values(), ParamGroup])

@@ -1,5 +1,4 @@
 import base64
-import contextlib
 import csv
 import io
 import json
@@ -23,10 +22,11 @@ from pipeline.space.optimizers import AdamW
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import OneCycle, Scheduler, Step
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
-from pipeline.tracking.mlflow import StudyInfo, Tracker
+from pipeline.tracking.mlflow import MLflowTracker
 from pipeline.tracking.paths import relocate
-from pipeline.tracking.process import BackgroundTracker, Server
+from pipeline.tracking.process import Server, TrackerProcess
 from pipeline.tracking.record import lr_metric, thin
+from pipeline.tracking.tracker import StudyInfo, StudySummary
 from pipeline.tracking.view import TAG_PREFIX, mlflow_name, saved_view
 
 if TYPE_CHECKING:
@@ -36,20 +36,21 @@ if TYPE_CHECKING:
 # MLflow's own use of SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
-CLOSE_S = 120.0
-"""Far beyond what closing takes on a busy machine."""
+CLOSE_S = 600.0
+"""Ends a test that hangs."""
+DONE = StudySummary(finished=True, note="done")
 
 
-def study(name: str = "default-1", *, experiment: str = "digits-cnn", identity: str | None = None) -> StudyInfo:
+def study(name: str = "default-1", *, workload: str = "digits-cnn", identity: str | None = None) -> StudyInfo:
     return StudyInfo(
         identity=identity or f"made {name}",
         name=name,
-        experiment=experiment,
+        workload=workload,
         metric="val/accuracy",
         direction="maximize",
         groups=("head", "body"),
-        columns=("optimizer", "base_lr", "step_size", "lr_ratio.head"),
-        axes=("optimizer", "log10_base_lr", "step_size", "lr_ratio.head"),
+        searched=("optimizer", "base_lr", "momentum", "step_size", "lr_ratio.head"),
+        shared=("optimizer", "base_lr", "step_size", "lr_ratio.head"),
         space="epochs: 2\n",
         seed=0,
     )
@@ -93,8 +94,14 @@ def epoch(
     return EpochMetrics(epoch=number, step=10 * number, metrics=values, lr=lr or {})
 
 
-def background_tracker(root: Path, study: StudyInfo) -> BackgroundTracker:
-    tracker = BackgroundTracker(root)
+def opened(root: Path, study: StudyInfo) -> MLflowTracker:
+    tracker = MLflowTracker(root, sample_every_s=None)
+    tracker.open(study)
+    return tracker
+
+
+def background_tracker(root: Path, study: StudyInfo) -> TrackerProcess:
+    tracker = TrackerProcess(root)
     tracker.open(study)
     return tracker
 
@@ -103,7 +110,7 @@ def background_tracker(root: Path, study: StudyInfo) -> BackgroundTracker:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables, which take seconds to create."""
     root = tmp_path_factory.mktemp("template")
-    background_tracker(root, study(experiment="template")).close(CLOSE_S)
+    background_tracker(root, study(workload="template")).close(CLOSE_S)
     return root / "mlflow.db"
 
 
@@ -146,9 +153,7 @@ def artifact(root: Path, run: "Run", name: str) -> str:
 def test_a_trial_is_a_child_run_with_its_params_tags_and_curves(root: Path) -> None:
     rates = {"head": ((10, 0.003),), "body": ((10, 0.01),)}
     later = {"head": ((20, 0.0003),), "body": ((20, 0.001),)}
-    Tracker(root, study()).log_trial(
-        ended(7, epochs=(epoch(1, accuracy=0.8, lr=rates), epoch(2, accuracy=0.9, lr=later)))
-    )
+    opened(root, study()).end(ended(7, epochs=(epoch(1, accuracy=0.8, lr=rates), epoch(2, accuracy=0.9, lr=later))))
     (parent,) = runs(root, "study")
     (run,) = runs(root, "trial")
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -169,9 +174,9 @@ def test_a_trial_is_a_child_run_with_its_params_tags_and_curves(root: Path) -> N
 
 
 def test_every_way_to_end_has_its_status_state_and_reason(root: Path) -> None:
-    tracker = Tracker(root, study())
+    tracker = opened(root, study())
     for number, state in enumerate(TrialState):
-        tracker.log_trial(ended(number, state=state, reason=None if state is TrialState.COMPLETE else f"why {number}"))
+        tracker.end(ended(number, state=state, reason=None if state is TrialState.COMPLETE else f"why {number}"))
     found = [
         (run.info.status, run.data.tags["hpo.state"], run.data.tags.get("hpo.reason")) for run in runs(root, "trial")
     ]
@@ -191,7 +196,7 @@ def test_a_schedule_of_steps_is_thinned_in_charts_and_whole_in_its_table(root: P
         EpochMetrics(epoch=number, step=600 * number, metrics={}, lr=dict.fromkeys(groups, half))
         for number, half in enumerate(halves, start=1)
     )
-    Tracker(root, study()).log_trial(ended(epochs=epochs, scheduler=OneCycle(), groups=groups))
+    opened(root, study()).end(ended(epochs=epochs, scheduler=OneCycle(), groups=groups))
     (run,) = runs(root, "trial")
     for group in groups:
         shown = history(root, run, f"lr/{group}")
@@ -211,7 +216,7 @@ def test_thinning_spreads_what_it_keeps_evenly() -> None:
 
 def test_a_value_that_is_not_finite_becomes_a_tag_and_no_metric(root: Path) -> None:
     nan, infinity = float("nan"), float("inf")
-    Tracker(root, study()).log_trial(
+    opened(root, study()).end(
         ended(epochs=(epoch(1, loss=1.0), epoch(2, loss=nan), epoch(3, loss=-infinity)), state=TrialState.DIVERGED)
     )
     (run,) = runs(root, "trial")
@@ -221,22 +226,22 @@ def test_a_value_that_is_not_finite_becomes_a_tag_and_no_metric(root: Path) -> N
 
 def test_logging_a_trial_again_changes_nothing_even_after_reopening(root: Path) -> None:
     trial = ended(epochs=(epoch(1, accuracy=0.8),))
-    tracker = Tracker(root, study())
-    tracker.log_trial(trial)
-    tracker.log_trial(trial)
-    Tracker(root, study()).log_trial(trial)
+    tracker = opened(root, study())
+    tracker.end(trial)
+    tracker.end(trial)
+    opened(root, study()).end(trial)
     (run,) = runs(root, "trial")
     assert history(root, run, "val/accuracy") == [(10, 0.8)]
     assert len(runs(root, "study")) == 1
 
 
 def test_what_a_crash_left_of_a_trial_is_replaced(root: Path) -> None:
-    Tracker(root, study())
+    opened(root, study())
     (parent,) = runs(root, "study")
     tags = {"hpo.kind": "trial", "hpo.study": "default-1", "hpo.trial": "0", "mlflow.parentRunId": parent.info.run_id}
     half = connect(root).create_run(parent.info.experiment_id, tags=tags)
     connect(root).log_metric(half.info.run_id, "val/accuracy", 0.8, step=10, timestamp=1)
-    Tracker(root, study()).log_trial(ended(epochs=(epoch(1, accuracy=0.8), epoch(2, accuracy=0.9))))
+    opened(root, study()).end(ended(epochs=(epoch(1, accuracy=0.8), epoch(2, accuracy=0.9))))
     (run,) = runs(root, "trial")
     assert run.info.run_id != half.info.run_id
     assert history(root, run, "val/accuracy") == [(10, 0.8), (20, 0.9)]
@@ -244,7 +249,7 @@ def test_what_a_crash_left_of_a_trial_is_replaced(root: Path) -> None:
 
 def test_two_studies_share_an_experiment_and_nothing_else(root: Path) -> None:
     for name in ("one", 'the "other"'):
-        Tracker(root, study(name)).log_trial(ended())
+        opened(root, study(name)).end(ended())
     assert len(runs(root, "study")) == 2
     assert len({run.data.tags["mlflow.parentRunId"] for run in runs(root, "trial")}) == 2
     made = experiment(root)
@@ -254,7 +259,7 @@ def test_two_studies_share_an_experiment_and_nothing_else(root: Path) -> None:
 def test_a_finished_study_has_its_note_winner_and_files(root: Path) -> None:
     best = root / "best.yaml"
     best.write_text("epochs: 2\n")
-    Tracker(root, study()).finish(ended(3), "It **won**.", [best])
+    opened(root, study()).finish(StudySummary(finished=True, note="It **won**.", best=ended(3), files=(best,)))
     (run,) = runs(root, "study")
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.note.content"] == "It **won**."
@@ -265,24 +270,24 @@ def test_a_finished_study_has_its_note_winner_and_files(root: Path) -> None:
 
 
 def test_an_interrupted_study_is_killed_and_runs_again_when_reopened(root: Path) -> None:
-    Tracker(root, study()).interrupt("stopped after 3 trials")
+    opened(root, study()).finish(StudySummary(finished=False, note="stopped after 3 trials"))
     (run,) = runs(root, "study")
     assert (run.info.status, run.data.tags["mlflow.note.content"]) == ("KILLED", "stopped after 3 trials")
-    Tracker(root, study())
+    opened(root, study())
     (again,) = runs(root, "study")
     assert (again.info.run_id, again.info.status) == (run.info.run_id, "RUNNING")
 
 
 def test_a_deleted_experiment_comes_back(root: Path) -> None:
-    Tracker(root, study())
+    opened(root, study())
     connect(root).delete_experiment(experiment(root).experiment_id)
-    Tracker(root, study()).log_trial(ended())
+    opened(root, study()).end(ended())
     assert len(runs(root, "trial")) == 1
 
 
 def test_a_study_of_the_same_name_in_a_new_database_is_another(root: Path) -> None:
-    Tracker(root, study(identity="old")).log_trial(ended())
-    Tracker(root, study(identity="new")).log_trial(ended())
+    opened(root, study(identity="old")).end(ended())
+    opened(root, study(identity="new")).end(ended())
     assert len(runs(root, "study")) == 2
     assert sorted(run.data.tags["hpo.study_id"] for run in runs(root, "trial")) == ["new", "old"]
 
@@ -313,10 +318,10 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
 
 
 def test_a_view_that_a_person_changed_stays(root: Path) -> None:
-    Tracker(root, study())
+    opened(root, study())
     made = experiment(root)
     connect(root).set_experiment_tag(made.experiment_id, TAG_PREFIX + "default-1", "mine")
-    Tracker(root, study())
+    opened(root, study())
     assert experiment(root).tags[TAG_PREFIX + "default-1"] == "mine"
 
 
@@ -326,7 +331,7 @@ def test_artifacts_of_a_root_that_was_moved_or_copied_are_found_below_it(
 ) -> None:
     def log_a_trial(root: Path) -> None:  # in a process of its own: MLflow remembers where a run's artifacts are
         tracker = background_tracker(root, study())
-        tracker.log_trial(ended())
+        tracker.end(ended())
         assert tracker.close(CLOSE_S) == []
 
     log_a_trial(root)
@@ -363,7 +368,7 @@ def test_odd_group_names_keep_their_own_curves(root: Path) -> None:
     assert len(set(names)) == len(groups)
     assert lr_metric("größe 1") == "lr/größe 1"
     lr = {group: ((10, 0.1 * (index + 1)),) for index, group in enumerate(groups)}
-    Tracker(root, study()).log_trial(ended(epochs=(epoch(1, lr=lr),), groups=groups))
+    opened(root, study()).end(ended(epochs=(epoch(1, lr=lr),), groups=groups))
     (run,) = runs(root, "trial")
     assert [run.data.metrics[name] for name in names] == [points[0][1] for points in lr.values()]
 
@@ -374,7 +379,7 @@ def test_nothing_is_made_outside_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     tracker = background_tracker(tmp_path / "new", study())
-    tracker.log_trial(ended())
+    tracker.end(ended())
     assert tracker.close(CLOSE_S) == []
     assert [path.name for path in tmp_path.iterdir() if path != elsewhere] == ["new"]
     assert list(elsewhere.iterdir()) == []
@@ -384,27 +389,24 @@ def test_nothing_is_made_outside_the_root(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def background(root: Path) -> Iterator[BackgroundTracker]:
+def background(root: Path) -> Iterator[TrackerProcess]:
     tracker = background_tracker(root, study())
     yield tracker
     tracker.close(CLOSE_S)
 
 
-def test_the_background_process_writes_everything_whatever_signals_come(
-    root: Path, background: BackgroundTracker
-) -> None:
+def test_the_background_process_writes_everything_whatever_signals_come(root: Path, background: TrackerProcess) -> None:
     # Ctrl-C reaches the group of the terminal, even before the process can ignore it.
     assert os.getpgid(background.pid) != os.getpgid(0)
-    link = background.view_path()
-    assert link == (
-        f"/#/experiments/{experiment(root).experiment_id}/runs?workflowType=machine_learning"
+    assert background.links() == [
+        f"python -m pipeline.ui --root '{root}'   then open http://127.0.0.1:5000/#/experiments/{experiment(root).experiment_id}/runs?workflowType=machine_learning"
         "&viewStateShareKey=default-1&compareRunsMode=CHART"
-    )
+    ]
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(background.pid, number)
     for trial in (ended(0), ended(1), ended(2)):
-        background.log_trial(trial)
-    background.finish(ended(1), "done", [])
+        background.end(trial)
+    background.finish(StudySummary(finished=True, note="done", best=ended(1)))
     assert background.close(CLOSE_S) == []
     assert [run.info.status for run in runs(root, "trial")] == ["FINISHED"] * 3
     assert runs(root, "study")[0].data.tags["hpo.best_trial"] == "1"
@@ -427,7 +429,7 @@ def test_the_background_process_ends_with_its_parent(root: Path) -> None:
 
 
 def test_a_process_that_was_never_needed_ends_at_once_and_has_touched_nothing(tmp_path: Path) -> None:
-    tracker = BackgroundTracker(tmp_path / "root")
+    tracker = TrackerProcess(tmp_path / "root")
     process = os.pidfd_open(tracker.pid)
     assert tracker.close() == []
     assert select.select([process], [], [], 0)[0] == [process]
@@ -436,14 +438,14 @@ def test_a_process_that_was_never_needed_ends_at_once_and_has_touched_nothing(tm
 
 
 def test_a_process_that_the_caller_forked_keeps_nothing_waiting(root: Path) -> None:
-    tracker = BackgroundTracker(root)
+    tracker = TrackerProcess(root)
     forked = os.fork()
     if forked == 0:
         signal.pause()
         os._exit(0)
     try:
         tracker.open(study())
-        tracker.log_trial(ended())
+        tracker.end(ended())
         assert tracker.close(CLOSE_S) == []
     finally:
         os.kill(forked, signal.SIGKILL)
@@ -453,7 +455,7 @@ def test_a_process_that_the_caller_forked_keeps_nothing_waiting(root: Path) -> N
 def test_a_store_that_the_environment_names_after_the_process_began_is_the_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = BackgroundTracker(root)
+    tracker = TrackerProcess(root)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     tracker.open(study())
     assert tracker.close(CLOSE_S) == []
@@ -461,12 +463,12 @@ def test_a_store_that_the_environment_names_after_the_process_began_is_the_one(
     assert connect(root).get_experiment_by_name("digits-cnn") is None
 
 
-def test_a_killed_process_is_a_warning(root: Path, background: BackgroundTracker) -> None:
+def test_a_killed_process_is_a_warning(root: Path, background: TrackerProcess) -> None:
     os.kill(background.pid, signal.SIGKILL)
-    background.log_trial(ended(0))
-    background.log_trial(ended(1))
+    background.end(ended(0))
+    background.end(ended(1))
     assert background.close(CLOSE_S) == [
-        f"MLflow in {root}: its process ended with signal SIGKILL; 2 trials are not in MLflow"
+        f"MLflow in {root}: its process ended with signal SIGKILL; 2 trials are not recorded"
     ]
 
 
@@ -474,48 +476,47 @@ def test_a_store_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "file").touch()
     tracker = background_tracker(tmp_path / "file", study())
-    tracker.log_trial(ended())
-    tracker.finish(None, "done", [])
-    assert tracker.view_path() is None
+    tracker.end(ended())
+    tracker.finish(DONE)
+    assert tracker.links() == []
     assert tracker.close(CLOSE_S) == [
-        f"MLflow in {tmp_path / 'file'}: Not a directory; 1 trial and the summary are not in MLflow"
+        f"MLflow in {tmp_path / 'file'}: File exists; 1 trial and the summary are not recorded"
     ]
 
 
-def test_trials_that_fail_for_one_reason_are_one_warning(root: Path, background: BackgroundTracker) -> None:
-    assert background.view_path()
+def test_trials_that_fail_for_one_reason_are_one_warning(root: Path, background: TrackerProcess) -> None:
+    assert background.links()
     blocked = root / "mlruns" / "artifacts" / "digits-cnn"
     shutil.rmtree(blocked)  # made for the study's space.yaml
     blocked.touch()
-    background.log_trial(ended(0))
-    background.log_trial(ended(1))
-    assert background.close(CLOSE_S) == [f"MLflow in {root}: Not a directory; 2 trials are not in MLflow"]
+    background.end(ended(0))
+    background.end(ended(1))
+    assert background.close(CLOSE_S) == [f"MLflow in {root}: Not a directory; 2 trials are not recorded"]
 
 
 def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> None:
-    with contextlib.ExitStack() as held:
-        answers = io.BytesIO()
-        server = Server(answers, held)
-        server.do("open", (root, study(), {}))
-        blocked = root / "mlruns" / "artifacts" / "digits-cnn"
-        shutil.rmtree(blocked)
-        blocked.touch()
-        server.do("log_trial", (ended(0),))
-        assert [run.info.status for run in runs(root, "trial")] == ["RUNNING"]
-        blocked.unlink()
-        server.do("log_trial", (ended(1),))
-        server.do("finish", (None, "done", []))
+    answers = io.BytesIO()
+    server = Server(0, MLflowTracker(root, sample_every_s=None), answers)
+    server.do("open", study())
+    blocked = root / "mlruns" / "artifacts" / "digits-cnn"
+    shutil.rmtree(blocked)
+    blocked.touch()
+    server.do("end", ended(0))
+    assert [run.info.status for run in runs(root, "trial")] == ["RUNNING"]
+    blocked.unlink()
+    server.do("end", ended(1))
+    server.do("finish", DONE)
     assert sorted((run.data.tags["hpo.trial"], run.info.status) for run in runs(root, "trial")) == [
         ("0", "FINISHED"),
         ("1", "FINISHED"),
     ]
     answers.seek(0)
     said = [pickle.load(answers) for _ in range(4)]
-    assert [(verb, causes) for verb, _, causes in said] == [
-        ("open", []),
-        ("log_trial", []),
-        ("log_trial", []),
-        ("finish", []),
+    assert [(verb, cause) for _, verb, _, cause in said] == [
+        ("open", None),
+        ("end", None),
+        ("end", None),
+        ("finish", None),
     ]
 
 
@@ -523,8 +524,8 @@ def test_a_server_that_is_away_is_a_warning(root: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker = background_tracker(root, study())
-    tracker.log_trial(ended())
-    assert tracker.close(CLOSE_S) == ["MLflow at MLFLOW_TRACKING_URI: Connection refused; 1 trial is not in MLflow"]
+    tracker.end(ended())
+    assert tracker.close(CLOSE_S) == ["MLflow at MLFLOW_TRACKING_URI: Connection refused; 1 trial is not recorded"]
 
 
 def test_a_store_named_by_the_environment_takes_the_place_of_the_root(
@@ -532,15 +533,15 @@ def test_a_store_named_by_the_environment_takes_the_place_of_the_root(
 ) -> None:
     monkeypatch.chdir(root)  # where this store's own artifacts go
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-    Tracker(tmp_path / "unused", study("elsewhere")).log_trial(ended())
+    opened(tmp_path / "unused", study("elsewhere")).end(ended())
     assert not (tmp_path / "unused").exists()
     assert len(runs(root, "trial")) == 1
 
 
-def test_a_process_that_takes_too_long_is_ended_with_a_warning(root: Path, background: BackgroundTracker) -> None:
+def test_a_process_that_takes_too_long_is_ended_with_a_warning(root: Path, background: TrackerProcess) -> None:
     os.kill(background.pid, signal.SIGSTOP)
-    background.log_trial(ended())
-    assert background.close(0.1) == [f"MLflow in {root}: it was not done after 0.1 s; 1 trial is not in MLflow"]
+    background.end(ended())
+    assert background.close(0.1) == [f"MLflow in {root}: it was not done after 0.1 s; 1 trial is not recorded"]
 
 
 def test_importing_and_starting_cost_the_caller_no_mlflow() -> None:
@@ -555,24 +556,31 @@ def load_records(root: Path) -> dict[str, float]:
     return {name: value for name, value in run.data.metrics.items() if name.startswith("system/")}
 
 
-@pytest.mark.parametrize("end", ["finish", "interrupt"])
+def monitored(root: Path, sample_every_s: float) -> MLflowTracker:
+    tracker = MLflowTracker(root, sample_every_s=sample_every_s)
+    tracker.open(study())
+    return tracker
+
+
+@pytest.mark.parametrize("end", ["finish", "close"])
 def test_a_long_search_records_the_load_of_the_machine_in_its_run_until_it_ends(root: Path, end: str) -> None:
-    tracker = Tracker(root, study(), sample_every=0.01)
-    assert any(load_records(root) for _ in range(10_000))  # asks until there is one
-    tracker.finish(None, "", []) if end == "finish" else tracker.interrupt("")
+    tracker = monitored(root, 0.01)
+    while not load_records(root):
+        pass
+    tracker.finish(DONE) if end == "finish" else tracker.close()
     names = set(load_records(root))
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names
     (run,) = runs(root, "study")
-    (before,) = (history(root, run, name) for name in ("system/cpu_utilization_percentage",))
+    before = history(root, run, "system/cpu_utilization_percentage")
     assert [step for step, _ in before] == list(range(len(before)))
-    resumed = Tracker(root, study(), sample_every=0.01)
-    assert any(len(history(root, run, "system/cpu_utilization_percentage")) > len(before) for _ in range(10_000))
-    resumed.interrupt("")
+    resumed = monitored(root, 0.01)
+    while len(history(root, run, "system/cpu_utilization_percentage")) <= len(before):
+        pass
+    resumed.finish(DONE)
     after = history(root, run, "system/cpu_utilization_percentage")
     assert [step for step, _ in after] == list(range(len(after)))
 
 
 def test_a_search_shorter_than_the_first_interval_records_no_load(root: Path) -> None:
-    tracker = Tracker(root, study(), sample_every=60)
-    tracker.finish(None, "", [])
+    monitored(root, 1e6).finish(DONE)
     assert load_records(root) == {}

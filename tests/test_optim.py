@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -391,6 +391,53 @@ def test_every_hyperparameter_arrives_in_torchs_optimizer(name: str) -> None:
     for group in first.param_groups:
         assert {key: group[key] for key in expected} == expected
     assert {key: first.defaults[key] for key in expected} == expected
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Stands for an optimizer of another package."""
+
+    def __init__(self, params: Any, *, lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= group["lr"] * parameter.grad.sign()
+
+
+def halve(optimizer: torch.optim.Optimizer, *, every: int) -> lr_scheduler.LRScheduler:
+    """Stands for a schedule that PyTorch lacks."""
+    return lr_scheduler.LambdaLR(optimizer, lambda index: 0.5 ** (index // every))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs(Optimizer):
+    name: ClassVar[str] = "signs"
+    torch_class: ClassVar[str] = f"{__name__}.SignSGD"
+    beta1: float = 0.7
+    beta2: float = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halve(Scheduler):
+    name: ClassVar[str] = "halve"
+    torch_class: ClassVar[str] = f"{__name__}.halve"
+    every: int = 2
+
+
+def test_an_optimizer_and_a_schedule_may_come_from_another_module() -> None:
+    config = tiny_config(Signs(base_lr=1.0), Halve(), epochs=4)
+    (optimizer,) = build_strategy(config, TinyModel()).optimizers
+    assert type(optimizer) is SignSGD
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.7, 0.8)] * 2
+    for parameter in (model := TinyModel()).parameters():
+        parameter.grad = torch.ones_like(parameter)
+    strategy, rates = build_strategy(config, model), []
+    for _ in range(config.epochs):
+        rates.append(strategy.learning_rates()["body"])
+        strategy.step()
+        strategy.end_epoch(METRICS)
+    assert rates == [1, 1, 0.5, 0.5]
 
 
 def test_dampening_arrives_in_torchs_sgd() -> None:

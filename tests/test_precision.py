@@ -118,7 +118,7 @@ def test_all_of_training_and_testing_happens_under_the_settings(build_model: Cal
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_environment_of_a_trial_says_what_was_set(deterministic: bool, space_file: Callable[..., Path]) -> None:
     space = load_space(space_file(deterministic=deterministic))
-    noted = environment(prepare(space, source="test", device="cpu", searching=True))
+    noted = environment(prepare(space, source="test", device="cpu", searching=True)[1])
     assert (noted["device"], noted["threads"], noted["deterministic"]) == ("cpu", 1, deterministic)
 
 

@@ -15,7 +15,8 @@ from pipeline.app.range_test import PER_DECADE, RATES, Bounds, EvenDraw, RateCur
 from pipeline.space.load import space_from_document
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
-from pipeline.workloads.data import Streamed, some_samples
+from pipeline.workloads.data import some_samples
+from pipeline.workloads.streamed import Streamed
 from pipeline.workloads.workload import Split
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def test_bounds_hold_the_best_rates_of_200_random_trials(
 ) -> None:
     """Those that `benchmarks/lr_range_check.py` found for seed 0 of the mlp: training runs, hence the seconds."""
     space = digits_space(**{optimizer: {"base_lr": 0.1, **hyperparameters}})
-    trainer = prepare(space, source="test", device="cpu", searching=False)
+    _, trainer = prepare(space, source="test", device="cpu", searching=False)
     bounds = range_test(space, optimizer, trainer).bounds()
     assert bounds is not None
     assert bounds.high / bounds.low == pytest.approx(100)

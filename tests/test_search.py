@@ -27,7 +27,7 @@ import pipeline.search
 import pipeline.train
 from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput, StudyBusy
-from pipeline.files.locks import hold
+from pipeline.files.locks import folder_locked
 from pipeline.space.load import load_config
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
@@ -315,7 +315,7 @@ def search_until(store: Store, study: Study, trainer: LocalExecutor, *, epochs: 
 
 
 def test_a_search_interrupted_within_a_group_goes_on_to_the_same_trials(found: Found, tmp_path: Path) -> None:
-    trainer = prepare(found.study.space, source="small.yaml", device="cpu", searching=True)
+    _, trainer = prepare(found.study.space, source="small.yaml", device="cpu", searching=True)
     store = Store(tmp_path)
     whole, _ = (store.create(found.study.space, name=name, trials=TRIALS, rules=RULES) for name in ("whole", "pieces"))
     epochs = search_until(store, whole, trainer, epochs=None)
@@ -337,10 +337,9 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     root, moved = tmp_path / "root", tmp_path / "moved"
     root.mkdir()
     options = ["--space", str(write_space(tmp_path)), "--trials", str(TRIALS), "--device", "cpu"]
-    command = [sys.executable, "-m", "pipeline.search", "--root", str(root), *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as process:
+    command = [sys.executable, "-c", WAITS_BEFORE_ITS_SECOND_GROUP, "--root", str(root), *options]
+    pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         assert process.stdout is not None
         headline, first_group = process.stdout.readline(), process.stdout.readline()
         for number in signals:
@@ -357,7 +356,7 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     after_the_epoch = f"interrupted; go on with: python -m pipeline.search {go_on}\n"
     at_once = f"ended at once; go on with: python -m pipeline.search {go_on}\n"
     assert (errors == "" and after_the_epoch in printed) or (errors == at_once and len(signals) > 1)
-    with hold(Store(root).folder("small-1")):  # as MLflow's process does, which may still write
+    with folder_locked(Store(root).folder("small-1")):  # as MLflow's process does, which may still write
         root.rename(moved)
     assert pipeline.search.main(shlex.split(go_on.replace(str(root), str(moved)))) == 0
     went_on = capsys.readouterr()
@@ -374,6 +373,22 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     )
     assert again == before
     assert noted["metrics"] == noted_before["metrics"]
+
+
+WAITS_BEFORE_ITS_SECOND_GROUP = """
+import sys
+import pipeline.search
+from pipeline.study.study import Study
+
+def next_group(study, trials, original=Study.next_group):
+    if study.ended:
+        sys.stdin.readline()
+    return original(study, trials)
+
+Study.next_group = next_group
+sys.exit(pipeline.search.main(sys.argv[1:]))
+"""
+"""A search that waits for its standard input to end, so that signals come while it runs, however fast it is."""
 
 
 @pytest.mark.parametrize("then", ["raise AttributeError('partially initialized module') from None", "pass"])

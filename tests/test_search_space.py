@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.app import cli
 from pipeline.errors import InvalidInput
 from pipeline.files.strict_yaml import dumps, loads
-from pipeline.space.config import TrialConfig
+from pipeline.space.config import SETTINGS, TrialConfig
 from pipeline.space.load import load_config, load_space, schema_text, space_from_document
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.schedules import SCHEDULERS
@@ -236,6 +235,12 @@ def test_what_a_search_noted_in_a_config_must_be_a_mapping(space_file: SpaceFile
         load_config(space_file(optimizer={"sgd": {"base_lr": 0.1}}, found=3))
 
 
+def test_the_schema_describes_every_setting() -> None:
+    fields = json.loads(schema_text())["properties"]
+    assert [name for name in SETTINGS if not fields[name].get("description")] == []
+    assert fields["epochs"]["description"] == "Passes over the training data per trial."
+
+
 def test_the_schema_file_is_the_one_that_the_code_makes() -> None:
     assert (SPACES / "schema.json").read_text() == schema_text()
 
@@ -287,12 +292,3 @@ print(*{{name.partition(".")[0] for name in sys.modules}} & {{"torch", "optuna",
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
-
-
-def test_a_ready_made_space_goes_by_its_name_unless_a_file_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli.space_file(Path("decay"), {}) == cli.SPACES / "decay.yaml"
-    Path("decay").touch()
-    assert cli.space_file(Path("decay"), {}) == Path("decay")

@@ -17,7 +17,7 @@ from optuna_dashboard._app import create_app  # type: ignore[import-untyped]
 from tiny import RULES
 
 from pipeline.errors import InvalidInput, StudyBusy
-from pipeline.files.locks import hold
+from pipeline.files.locks import folder_locked
 from pipeline.files.sqlite import create_whole
 from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
@@ -264,14 +264,14 @@ def test_a_folder_is_held_by_one_after_the_other(tmp_path: Path) -> None:
 
     def second() -> None:
         begun.set()
-        with hold(tmp_path / "study"):
+        with folder_locked(tmp_path / "study"):
             order.append("second")
 
-    with hold(tmp_path / "study"):
+    with folder_locked(tmp_path / "study"):
         thread = threading.Thread(target=second)
         thread.start()
         begun.wait()
-        with pytest.raises(RuntimeError), hold(tmp_path / "another"):
+        with pytest.raises(RuntimeError), folder_locked(tmp_path / "another"):
             raise RuntimeError
         order.append("first")
     thread.join()

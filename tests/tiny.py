@@ -14,7 +14,7 @@ from pipeline.space.optimizers import SGD, Optimizer
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant, Scheduler
 from pipeline.training.placement import PlacementRules
-from pipeline.workloads.data import place
+from pipeline.workloads.data import to_device
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 SAMPLES = 37
@@ -67,7 +67,7 @@ def tiny_workload(build_model: Callable[[], nn.Module] = TinyModel) -> Workload:
 
 def on_device(workload: Workload, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Workload:
     """Return a workload as trainers take it: its data are on the device."""
-    return place(workload, device=device, dtype=dtype)
+    return to_device(workload, device=device, dtype=dtype)
 
 
 def tiny_config(

@@ -1,22 +1,51 @@
-"""A trial as a file that trains again: its config, and what the search found with it."""
+"""Write a trial as a file that trains again: its config, and what the search found with it."""
 
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Any
+import sys
+from pathlib import Path
+from typing import Any
 
+from pipeline.app import cli
 from pipeline.errors import InvalidInput, Problem
+from pipeline.files import strict_yaml
+from pipeline.files.atomic import write_atomic
+from pipeline.space.load import FOUND
 from pipeline.space.trial import EndedTrial, number
+from pipeline.study.store import Store
+from pipeline.study.study import Study
 
-if TYPE_CHECKING:
-    from pipeline.study.study import Study
+
+def export(root: Path, *, study: str | None, trial: int | None, out: Path | None) -> int:
+    """Write a trial to a file, or to the terminal; return the exit status.
+
+    Args:
+        root: Folder that holds `mlruns/`.
+        study: None: the newest.
+        trial: Number of the trial; None: the best.
+        out: None: the terminal.
+
+    Raises:
+        InvalidInput: There is no such study or trial, or the file cannot be written.
+    """
+    if out is not None:
+        cli.refuse_out(out)
+    opened = Store(root).open(study)
+    text = config_file(opened, choose_trial(opened, trial))
+    if out is None:
+        sys.stdout.write(text)
+        return 0
+    try:
+        write_atomic(out.resolve(), text)
+    except OSError as error:
+        raise InvalidInput("--out", [Problem(str(out), f"cannot be written: {error.strerror}")]) from None
+    print(f"{out}   train it: python -m pipeline.train {cli.quoted(out)}")
+    return 0
 
 
 def config_file(study: Study, trial: EndedTrial) -> str:
-    """Return a trial as YAML: its config, and under `found` its score and where it comes from."""
-    from pipeline.files import strict_yaml
-    from pipeline.space.load import FOUND
-
+    """Return a trial as YAML: its config, and under `found` its metrics and the study that it comes from."""
     found: dict[str, Any] = {
         "study": study.name,
         "trial": trial.number,
@@ -32,18 +61,16 @@ def config_file(study: Study, trial: EndedTrial) -> str:
 
 
 def choose_trial(study: Study, number: int | None) -> EndedTrial:
-    """Return a trial of a study by number, or its best.
+    """Return a trial of a study by its number; None: the best.
 
     Raises:
-        InvalidInput: There is no such trial.
+        InvalidInput: There is no such trial, or no trial is complete.
     """
     if number is not None:
-        if number >= len(study.ended):
-            last = (
-                f"the last of {study.name} is {len(study.ended) - 1}" if study.ended else f"{study.name} has none yet"
-            )
-            raise InvalidInput("--trial", [Problem(str(number), f"there is no such trial; {last}")])
-        return study.ended[number]
+        if number < len(study.ended):
+            return study.ended[number]
+        last = f"the last of {study.name} is {len(study.ended) - 1}" if study.ended else f"{study.name} has none yet"
+        raise InvalidInput("--trial", [Problem(str(number), f"there is no such trial; {last}")])
     best = study.best()
     if not best:
         message = "no trial is complete: each was pruned, diverged or failed; name one with --trial"

@@ -1,4 +1,4 @@
-"""What the command lines share: options, and how a command ends."""
+"""What the command lines share: options with their types, and how a command ends."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean
+from pipeline.files.atomic import check_writable
 from pipeline.files.signals import CtrlC
 from pipeline.space.config import WORKLOADS, Own
+from pipeline.space.overrides import parse_override
+from pipeline.space.ready_made import DEFAULT, DEFAULT_WITH_WORKLOAD
 
 if TYPE_CHECKING:
-    from pipeline.space.overrides import Overrides
     from pipeline.space.search_space import SearchSpace
 
-
-SPACES = Path(__file__).resolve().parents[2] / "search_spaces"
-DEFAULT_SPACE, OWN_SPACE = SPACES / "default.yaml", SPACES / "own.yaml"
-"""What is searched if no file is named: for the embedded digits, and for a workload of one's own."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
+MAX_SEED = 2**32 - 1
+SHOWN = 120
+"""Characters of a bad value that a message shows."""
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a command to its exit status; a deliberate error is one message on standard error, without a traceback."""
+    """Run a command and exit with its status; print a deliberate error as one message, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without `·` is no reason to stop
+            stream.reconfigure(errors="backslashreplace")  # a terminal without `·` shows its code instead
     ctrl_c = CtrlC()
     try:
         with ctrl_c:
             status = main()
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has gone
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (Exception, KeyboardInterrupt) as error:
@@ -51,19 +52,14 @@ def run(main: Callable[[], int]) -> NoReturn:
             status = error.exit_status
         else:
             raise
-    gc.freeze()  # else Python looks for garbage among all that torch and Optuna made, for over a second
+    gc.freeze()  # at exit Python would search all objects of torch and Optuna for garbage, which takes over a second
     sys.exit(status)
 
 
-def add_root(parser: argparse.ArgumentParser) -> None:
+def add_root(parser: argparse.ArgumentParser, *, help: str = "folder that holds mlflow.db and mlruns/") -> None:
     """Add `--root`."""
-    parser.add_argument(
-        "--root",
-        type=folder,
-        default=Path(),
-        metavar="DIR",
-        help="folder that holds mlflow.db and mlruns/ (default: the working folder)",
-    )
+    help = f"{help} (default: the working folder)"
+    parser.add_argument("--root", type=folder, default=Path(), metavar="DIR", help=help)
 
 
 def add_study(parser: argparse.ArgumentParser, *, help: str) -> None:
@@ -73,35 +69,27 @@ def add_study(parser: argparse.ArgumentParser, *, help: str) -> None:
 
 def add_delete(parser: argparse.ArgumentParser) -> None:
     """Add `--delete` and `--yes`."""
-    help = "delete this study, with its trials, files and MLflow runs, in place of searching; asks first"
+    help = "delete this study, with its trials, files and MLflow runs, instead of searching; asks first"
     parser.add_argument("--delete", type=study_name, metavar="NAME", help=help)
     parser.add_argument("--yes", action="store_true", help="delete without asking")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
-    parser.add_argument(
-        "--device",
-        type=device_name,
-        default="auto",
-        metavar="NAME",
-        help="auto, cpu, cuda, cuda:1 or mps (default: auto)",
-    )
+    help = "auto, cpu, cuda, cuda:1 or mps (default: auto)"
+    parser.add_argument("--device", type=device_name, default="auto", metavar="NAME", help=help)
 
 
 def add_space(parser: argparse.ArgumentParser) -> None:
-    """Add `--space`, `--workload` and `--set`."""
-    help = (
-        f"a search-space file, or the name of one in {SPACES.name}/ (default: {DEFAULT_SPACE.stem}; with --workload, "
-    )
-    parser.add_argument("--space", type=file, metavar="FILE", help=f"{help}{OWN_SPACE.stem})")
+    """Add `--space`, `--seed`, and what `add_overrides` adds."""
+    help = f"a search-space file, or the name of a ready-made one, such as decay (default: {DEFAULT}; with --workload, "
+    parser.add_argument("--space", type=file, metavar="FILE", help=f"{help}{DEFAULT_WITH_WORKLOAD})")
     add_overrides(parser)
+    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), metavar="N", help="replaces the file's seed")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add `--set`, and `--workload`, to change what a file says; `overrides_of` reads both."""
-    from pipeline.space.overrides import parse_override
-
+    """Add `--workload` and `--set`, which change the values of a file; `overrides_of` reads both."""
     help = "path/to/file.py:function or package.module:function that returns a Workload, or a built-in name"
     parser.add_argument("--workload", type=workload_choice, metavar="NAME", help=help)
     help = "change a value of the file, such as batch_size=32 or optimizer.sgd.base_lr.high=0.5; null removes it"
@@ -109,37 +97,25 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what `--workload` and `--set` change, by place."""
+    """Return the changes that `--workload`, `--seed` and `--set` make to a file, by place."""
     chosen = {"workload": arguments.workload, "seed": getattr(arguments, "seed", None)}
     return {**{place: value for place, value in chosen.items() if value is not None}, **dict(arguments.set)}
 
 
-def space_file(given: Path | None, overrides: Overrides) -> Path:
-    """Return the file of a search space: the one given, by its path or as the name of a ready-made one, or the default.
-
-    Raises:
-        InvalidInput: It is a name, and nothing has that name.
-    """
-    if given is None:
-        return OWN_SPACE if "workload" in overrides else DEFAULT_SPACE
-    ready_made = {file.stem: file for file in sorted(SPACES.glob("*.yaml"))}
-    if str(given) in ready_made and not given.is_file():
-        return ready_made[str(given)]
-    if not os.path.lexists(given):
-        message = f"there is no such file, and no search space of that name; {did_you_mean(given.stem, ready_made)}"
-        raise InvalidInput(str(given), [Problem("", message)])
-    return given
-
-
 def say_own_code(space: SearchSpace, say: Callable[[str], None] = print) -> None:
-    """Say which code of a person's own is about to run, if any."""
+    """Name the user's function before it runs, if the workload is one."""
     if isinstance(space.workload, Own):
         say(f"workload from {space.workload.function}")
 
 
 def warn(warning: str) -> None:
-    """Say what a person should know, without ending the command."""
+    """Print a warning."""
     print(f"warning: {warning}", file=sys.stderr)
+
+
+def quoted(path: Path) -> str:
+    """Return a path quoted for a shell."""
+    return shlex.quote(str(path))
 
 
 def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
@@ -148,7 +124,7 @@ def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if re.fullmatch(r"[+-]?[0-9]{1,18}", text) and low <= int(text) <= high:
             return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:120]!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:SHOWN]!r}")
 
     return parse
 
@@ -160,76 +136,50 @@ def positive_number(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text[:SHOWN]!r}")
     return value
 
 
 def file(text: str) -> Path:
-    """Read the path of a file, which need not exist."""
+    """Read the path of a file, which need not exist; `~` is the home folder."""
     if not text:
         raise argparse.ArgumentTypeError("must be the path of a file, got ''")
-    return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no such home folder, got {text[:SHOWN]!r}") from None
 
 
 def folder(text: str) -> Path:
-    """Read the path of a folder that exists."""
-    if not os.path.isdir(text):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        raise argparse.ArgumentTypeError(f"must be a folder that exists, got {text[:120]!r}; make it first")
-    return Path(text)
-
-
-def refuse_unwritable(path: Path, place: str) -> None:
-    """Refuse, before anything is done, what could not be saved in the end.
-
-    Raises:
-        InvalidInput: The file could not be written.
-    """
-    from pipeline.files.atomic import check_writable
-
+    """Read the path of a folder, which need not exist; `~` is the home folder."""
+    path = file(text)
     try:
-        check_writable(path)
+        there = os.path.lexists(path)
+        path.is_dir()  # raises for a name that is too long
     except OSError as error:
-        raise InvalidInput(place, [Problem(str(path), f"cannot be written: {error.strerror}; name another")]) from None
-
-
-def refuse_out(path: Path) -> None:
-    """Refuse, before anything is done, an `--out` that could not be written in the end.
-
-    Raises:
-        InvalidInput: Its folder is not there, or the file could not be written.
-    """
-    if not path.absolute().parent.is_dir():
-        message = f"there is no folder {path.absolute().parent}; make it first"
-        raise InvalidInput("--out", [Problem(str(path), message)])
-    refuse_unwritable(path.resolve(), "--out")
-
-
-def quoted(path: Path) -> str:
-    """Return a path as a shell takes it."""
-    return shlex.quote(str(path))
+        raise argparse.ArgumentTypeError(f"must be a folder, got {text[:SHOWN]!r}: {error.strerror}") from None
+    if there and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text[:SHOWN]!r}; name another")
+    return path
 
 
 def study_name(text: str) -> str:
     """Read the name of a study."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", text):
         rule = "must be 1 to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'"
-        raise argparse.ArgumentTypeError(f"{rule}, got {text[:120]!r}")
+        raise argparse.ArgumentTypeError(f"{rule}, got {text[:SHOWN]!r}")
     return text
 
 
 def workload_choice(text: str) -> dict[str, str]:
-    """Return what a file says of a workload that was named in one word.
-
-    Raises:
-        InvalidInput: It is a file or a module without a function, or nothing has that name.
-    """
+    """Read a workload that is named in one word; return it in the words of a file."""
     file, colon, function = text.rpartition(":")
     if not colon and re.search(r"[./]", text):
-        raise InvalidInput("--workload", [Problem(text, f"has no function; name one, {text}:function")])
+        raise argparse.ArgumentTypeError(f"must name a function, {text[:SHOWN]}:function, got {text[:SHOWN]!r}")
     built_in = [name for name in WORKLOADS if name != "own"]
     if not colon and text not in built_in:
-        message = f"unknown workload; {did_you_mean(text, built_in)}; one of your own is path/to/file.py:function"
-        raise InvalidInput("--workload", [Problem(repr(text), message)])
+        remedy = f"{did_you_mean(text, built_in)}; one of your own is path/to/file.py:function"
+        raise argparse.ArgumentTypeError(f"unknown workload {text[:SHOWN]!r}; {remedy}")
     if not colon:
         return {"name": text}
     return {"name": "own", "function": f"{os.path.normpath(file) if file.endswith('.py') else file}:{function}"}
@@ -238,5 +188,29 @@ def workload_choice(text: str) -> dict[str, str]:
 def device_name(text: str) -> str:
     """Read the name of a device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, got {text[:SHOWN]!r}")
     return text
+
+
+def refuse_unwritable(path: Path, place: str) -> None:
+    """Refuse a file that could not be written, before any work is done for it; write nothing.
+
+    Raises:
+        InvalidInput: A permission is missing, or the path is no regular file.
+    """
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise InvalidInput(place, [Problem(str(path), f"cannot be written: {error.strerror}; name another")]) from None
+
+
+def refuse_out(path: Path) -> None:
+    """Refuse an `--out` that could not be written, before any work is done for it.
+
+    Raises:
+        InvalidInput: The folder does not exist, or the file cannot be written.
+    """
+    if not path.absolute().parent.is_dir():
+        message = f"there is no folder {path.absolute().parent}; make it first"
+        raise InvalidInput("--out", [Problem(str(path), message)])
+    refuse_unwritable(path.resolve(), "--out")

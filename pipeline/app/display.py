@@ -1,4 +1,4 @@
-"""What a search shows: progress while it runs, the best trials when it ends."""
+"""Show a search: progress while it runs, a table of the best trials when it ends."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipeline.study.study import Study
 
 
 class Progress:
-    """Trials done, the best so far and its strategy, time left: a live display, or plain lines in a pipe.
+    """Show trials done, the best strategy so far and the time left: live on a terminal, as lines in a pipe.
 
     Args:
-        study: Whose trials are counted.
-        trials: How many there will be.
-        console: Where to show them.
-        interrupts: What may end the search early, which is shown then.
+        study: The study whose trials are counted.
+        trials: Number of trials of the search.
+        console: Where progress is shown.
+        interrupts: A request to end the search early is shown too.
     """
 
     def __init__(self, study: Study, *, trials: int, console: Console, interrupts: Interrupts) -> None:
@@ -42,28 +42,28 @@ class Progress:
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Progress:
-        """Begin to show."""
+        """Start the live display."""
         if self._console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leave the last state in sight."""
+        """Stop the live display, and print its last state."""
         if self._console.is_terminal:
             self._live.stop()
             self._console.print(self._render())
 
     def group_begins(self, spread: str) -> None:
-        """Note how a group's trials are spread over matrices."""
+        """Set the words that say how a group's trials are spread over matrices."""
         self._spread = spread
 
     def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
-        """Note an epoch of a group."""
+        """Count an epoch of a group."""
         self._epochs += len(metrics)
         self._in_group = sum(m.epoch for m in metrics.values()) / self._study.space.epochs
 
     def group_ended(self) -> None:
-        """Note that a group's trials are stored; in a pipe, write a line."""
+        """Count a group as stored; in a pipe, print a line."""
         self._in_group = 0.0
         if not self._console.is_terminal:
             parts = (self._done(), self._best_strategy(), self._line_of_counts())
@@ -110,7 +110,7 @@ class Progress:
 
 
 def best_table(study: Study, *, count: int = 5) -> Table:
-    """Return a table of the best complete trials, with a column for each group whose rate is searched."""
+    """Return a table of the best complete trials, with a column per group whose `lr_ratio` is searched."""
     metric = study.space.objective.metric
     groups = _searched_groups(study.space)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
@@ -133,20 +133,9 @@ def strategy_line(config: TrialConfig) -> str:
 
 
 def schedule_line(config: TrialConfig) -> str:
-    """Return a schedule in a few words: `step 6 × 0.21`."""
-    schedule = config.to_dict()["scheduler"][config.scheduler.name]
-    match config.scheduler.name:
-        case "step":
-            words = f"step {schedule['step_size']} × {schedule['gamma']:.2g}"
-        case "multistep":
-            words = f"multistep {schedule['milestones']} × {schedule['gamma']:.2g}"
-        case "exponential":
-            words = f"exponential × {schedule['gamma']:.3g}"
-        case "plateau":
-            words = f"plateau {schedule['patience']} × {schedule['factor']:.2g}"
-        case name:
-            words = name
-    return f"{words}, warm-up {schedule['warmup']}" if schedule.get("warmup") else words
+    """Return a schedule in a few words: `step 6 × 0.21, warm-up 2`."""
+    warmup = getattr(config.scheduler, "warmup", 0)
+    return f"{config.scheduler}, warm-up {warmup}" if warmup else str(config.scheduler)
 
 
 def _searched_groups(space: SearchSpace) -> list[str]:

@@ -1,4 +1,8 @@
-"""What a search is asked to do, by a command line or from Python, and the search space that it comes to."""
+"""From options to a checked search space: the part of a command that needs neither torch nor MLflow.
+
+`read_space` is the one way from an option to a SearchSpace; `read_search` reads everything that a search is asked to
+do, the same for the command line and for Python.
+"""
 
 from __future__ import annotations
 
@@ -7,95 +11,195 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.app import cli
 from pipeline.errors import InvalidInput, Problem
+from pipeline.files import strict_yaml
+from pipeline.space import rules
 from pipeline.space.config import Own
+from pipeline.space.load import build_space, study_name
 from pipeline.space.overrides import Overrides, override, source_of
+from pipeline.space.ready_made import find_space
+from pipeline.space.search_space import SearchSpace
 
 if TYPE_CHECKING:
-    from pipeline.space.search_space import SearchSpace
     from pipeline.study.store import StudyHeader
     from pipeline.workloads.workload import Workload
-
 
 DEFAULT_TRIALS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a search is asked to do, read but not yet checked against anything."""
+class FoundSpace:
+    """A search space, and where it was found."""
 
-    space: Path | Mapping[str, Any] | None = None
-    overrides: Overrides = field(default_factory=dict)
-    workload: Workload | None = None
-    """In place of the one that the space names."""
-    trials: int | None = None
-    timeout: float | None = None
+    space: SearchSpace
+    source: str
+    """Names the space in messages: its file, and the changes to it."""
+    file: Path | None
+    """None: a mapping from Python, or the space of a stored study."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What a search is asked to do, checked as far as that needs no data and no model."""
+
+    space: SearchSpace
+    source: str
+    """Names the space in messages."""
+    workload: Workload | None
+    """A workload from Python, in place of the one that the space names."""
+    trials: int
+    timeout: float | None
     """In minutes."""
-    study: str | None = None
-    root: Path = Path()
-    device: str = "auto"
-    rows: int | None = None
+    study: str | None
+    root: Path
+    device: str
+    rows: int | None
+
+    def command(self, study: str) -> str:
+        """Return the command that continues the search after a stop."""
+        choice = self.space.workload
+        if isinstance(choice, Own) and choice.function.startswith("python:"):
+            call = f"pipeline.search.search(study={study!r}, trials={self.trials}, workload=…)"
+            return f"{call}, with the workload that it had"
+        workload = f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
+        root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
+        device = "" if self.device == "auto" else f" --device {self.device}"
+        rows = "" if self.rows is None else f" --rows {self.rows}"
+        return f"python -m pipeline.search --study {study} --trials {self.trials}{workload}{root}{device}{rows}"
 
 
-def options_of(arguments: argparse.Namespace) -> Options:
-    """Return the options of a command line."""
-    names = {field.name for field in dataclasses.fields(Options)} & vars(arguments).keys() - {"workload"}
-    return Options(**{name: getattr(arguments, name) for name in names}, overrides=cli.overrides_of(arguments))
+@dataclass(frozen=True, kw_only=True)
+class RangeTestOptions:
+    """What a range test is asked to do, checked likewise."""
+
+    space: SearchSpace
+    source: str
+    """Names the space in messages."""
+    device: str
+    picture: Path
+    """Where the picture goes."""
+    write: Path | None
+    """The file that gets the proposed bounds, if any."""
 
 
-def checked_options(*, space: Path | str | Mapping[str, Any] | None, root: Path | str, **others: Any) -> Options:
-    """Return the options that were given from Python, if they are such as a command line takes.
+def read_space(given: Path | Mapping[str, Any] | None, overrides: Overrides, *, searching: bool = True) -> FoundSpace:
+    """Find a search space, apply the changes to it, check it and build it.
+
+    Args:
+        given: A file, the name of a ready-made space, the content of a file, or None for the default.
+        overrides: Changes to the content.
+        searching: Whether the space must leave something to choose.
 
     Raises:
-        InvalidInput: With every one that is not.
+        InvalidInput: There is no such space, or with every problem of its content.
     """
+    if isinstance(given, Mapping):
+        file, name, data = None, "search", given
+    else:
+        file = find_space(given, with_workload="workload" in overrides)
+        name, data = file.stem, strict_yaml.load(file)
+    source = source_of(file or "space", overrides)
+    space = build_space(override(data, overrides), source=source, name=name, searching=searching)
+    if given is None and "workload" in overrides:
+        space = dataclasses.replace(space, name=study_name(space.workload.title))
+    return FoundSpace(space=space, source=source, file=file)
+
+
+def read_search(
+    *,
+    space: Path | str | Mapping[str, Any] | None,
+    workload: Callable[[], Workload] | Workload | str | None,
+    overrides: Overrides,
+    **options: Any,
+) -> SearchOptions:
+    """Read what a search is asked to do; `pipeline.search.search` describes each argument.
+
+    Without a space, a study that exists continues with its own space and number of trials.
+
+    Raises:
+        InvalidInput: With every problem of the options, else of the workload or the space.
+    """
+    read = _read_options(space, workload, overrides, options)
+    changes, made = _with_workload(workload, overrides)
+    stored = _stored_study(read["root"], read["study"])
+    if space is None and stored is not None:
+        found = _stored_space(stored, changes)
+    else:
+        found = read_space(Path(space) if isinstance(space, str) else space, changes)
+    for warning in rules.warnings(found.space):
+        cli.warn(warning)
+    read["trials"] = read["trials"] or (stored.trials if stored else DEFAULT_TRIALS)
+    return SearchOptions(space=found.space, source=found.source, workload=made, **read)
+
+
+def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
+    """Read what a range test is asked to do.
+
+    Raises:
+        InvalidInput: With every problem of the space, or a file cannot be written.
+    """
+    found = read_space(arguments.space, cli.overrides_of(arguments), searching=False)
+    space, write = found.space, found.file if arguments.write else None
+    if write is not None and write != arguments.space:
+        message = f"is a ready-made search space, {write}; copy that file, and name the copy"
+        raise InvalidInput("--write", [Problem(str(arguments.space), message)])
+    function = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
+    picture = arguments.root / "mlruns" / f"{'-'.join(['lr_range', space.name, *function])}.png"
+    cli.refuse_unwritable(picture, "--root")
+    if write is not None:
+        cli.refuse_unwritable(write.resolve(), "--write")
+    return RangeTestOptions(space=space, source=found.source, device=arguments.device, picture=picture, write=write)
+
+
+def _read_options(space: Any, workload: Any, overrides: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Read each option by the command line's rule, also a text such as trials="5" from Python."""
     readers: dict[str, Callable[[str], Any]] = {
         "trials": cli.whole_number(1),
         "timeout": cli.positive_number,
         "study": cli.study_name,
+        "root": cli.folder,
         "device": cli.device_name,
         "rows": cli.whole_number(1),
-        "root": cli.folder,
     }
     problems = []
     read: dict[str, Any] = {}
-    for name, value in {**others, "root": root}.items():
+    for name, reader in {**readers, "workload": cli.workload_choice}.items():
+        value = workload if name == "workload" and isinstance(workload, str) else options.get(name)
         try:
-            if value is not None:
-                read[name] = readers[name](str(value))
+            read[name] = None if value is None else reader(str(value))
         except argparse.ArgumentTypeError as error:
             problems.append(Problem(name, str(error)))
     if not (space is None or isinstance(space, str | Path | Mapping)):
         problems.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
+    if not isinstance(overrides, Mapping) or not all(isinstance(place, str) for place in overrides):
+        problems.append(Problem("overrides", "must be a mapping from places, such as epochs, to values"))
     if problems:
         raise InvalidInput("search", problems)
-    return Options(space=Path(space) if isinstance(space, str) else space, **read)
+    return {name: read[name] for name in readers}
 
 
-def with_workload(
-    options: Options, workload: Callable[[], Workload] | Workload | str | None, overrides: Overrides
-) -> Options:
-    """Return options with a workload that was given from Python, and the changes to the space."""
-    if not isinstance(overrides, Mapping) or not all(isinstance(place, str) for place in overrides):
-        raise InvalidInput("overrides", [Problem("", "must be a mapping from places, such as epochs, to values")])
-    if workload is None or isinstance(workload, str):
-        chosen = {"workload": cli.workload_choice(workload)} if workload is not None else {}
-        return dataclasses.replace(options, overrides={**chosen, **overrides})
-    from pipeline.workloads import custom
+def _with_workload(
+    workload: Callable[[], Workload] | Workload | str | None, overrides: Overrides
+) -> tuple[Overrides, Workload | None]:
+    """Return the changes to the space with the workload among them, and the workload if Python gave one."""
+    if workload is None:
+        return overrides, None
+    if isinstance(workload, str):
+        return {"workload": cli.workload_choice(workload), **overrides}, None
+    from pipeline.workloads import custom  # imports torch, as has the caller who made a workload
 
     place = _place_of(workload)
     made = custom.call(workload, place or "workload") if callable(workload) else custom.check_form(workload, "workload")
-    chosen = {"workload": {"name": "own", "function": place or f"python:{made.name}"}}
-    return dataclasses.replace(options, overrides={**chosen, **overrides}, workload=made)
+    return {"workload": {"name": "own", "function": place or f"python:{made.name}"}, **overrides}, made
 
 
 def _place_of(workload: Any) -> str | None:
-    """Return where a function is found again, as `--workload` takes it; None for others, told apart by their names."""
+    """Return the place of a function as `--workload` takes it; None for a workload, which goes by its name."""
     module, name = getattr(workload, "__module__", None), getattr(workload, "__qualname__", "")
     if not module or not name.isidentifier():
         return None
@@ -105,66 +209,32 @@ def _place_of(workload: Any) -> str | None:
     return f"{module}:{name}"
 
 
-def read_space(options: Options) -> tuple[SearchSpace, int]:
-    """Read the space and the number of trials: from the options, else a named study's own, else the defaults."""
-    from pipeline.space import rules
-    from pipeline.space.load import build_space
+def _stored_study(root: Path, name: str | None) -> StudyHeader | None:
+    """Return what is stored of a study that was named."""
+    if name is None or not (root / "mlruns" / "optuna.db").exists():
+        return None
+    from pipeline.study.store import Store  # imports Optuna, which only a study that may exist needs
 
-    header = None
-    if options.study is not None and (options.root / "mlruns" / "optuna.db").exists():
-        from pipeline.study.store import Store
-
-        header = next((h for h in Store(options.root).headers() if h.name == options.study), None)
-    if options.space is None and header is not None:
-        document = override(header.document, _agreed_overrides(header, options))
-        space = build_space(document, source=source_of(f"--study {header.name}", options.overrides), name=header.space)
-    else:
-        space = _given_space(options)
-    for warning in rules.warnings(space):
-        cli.warn(warning)
-    return space, options.trials or (header.trials if header else DEFAULT_TRIALS)
+    return next((header for header in Store(root).headers() if header.name == name), None)
 
 
-def source(options: Options) -> str:
-    """Return what messages call the search space."""
-    file = "space" if isinstance(options.space, Mapping) else cli.space_file(options.space, options.overrides)
-    return source_of(file, options.overrides)
+def _stored_space(stored: StudyHeader, overrides: Overrides) -> FoundSpace:
+    source = source_of(f"--study {stored.name}", overrides)
+    data = override(stored.document, _agreed_overrides(stored, overrides))
+    return FoundSpace(space=build_space(data, source=source, name=stored.space), source=source, file=None)
 
 
-def command(options: Options, space: SearchSpace, *, study: str, trials: int) -> str:
-    """Return the command that goes on with a search that was stopped."""
-    own = space.workload
-    if isinstance(own, Own) and own.function.startswith("python:"):
-        return f"pipeline.search.search(study={study!r}, trials={trials}, workload=…), with the workload that it had"
-    workload = f" --workload {cli.quoted(Path(own.function))}" if isinstance(own, Own) else ""
-    root = "" if options.root == Path() else f" --root {cli.quoted(options.root)}"
-    device = "" if options.device == "auto" else f" --device {options.device}"
-    rows = "" if options.rows is None else f" --rows {options.rows}"
-    return f"python -m pipeline.search --study {study} --trials {trials}{workload}{root}{device}{rows}"
+def _agreed_overrides(stored: StudyHeader, overrides: Overrides) -> Overrides:
+    """Return the changes to a stored space; refuse to run code that only the database names.
 
-
-def _agreed_overrides(header: StudyHeader, options: Options) -> Overrides:
-    """Return the changes to a stored space, whose own code a person must name.
-
-    A database may come from anyone, so it does not say which code is run. A function that is named as it is stored
-    keeps the arguments that are stored.
+    A database may come from anyone, so the user must name a function again before the function runs. A function that
+    is named as it is stored keeps its stored arguments.
     """
-    stored, named = header.document["workload"], options.overrides.get("workload")
-    if stored["name"] != "own":
-        return options.overrides
+    choice, named = stored.document["workload"], overrides.get("workload")
+    if choice["name"] != "own":
+        return overrides
     if named is None:
-        message = f"trains {stored['function']}, code that is run only when you name it: add --workload"
-        raise InvalidInput("--study", [Problem(header.name, f"{message} {stored['function']}")])
-    same = named.get("function") == stored["function"]
-    return {place: value for place, value in options.overrides.items() if not (same and place == "workload")}
-
-
-def _given_space(options: Options) -> SearchSpace:
-    from pipeline.space.load import build_space, load_space, study_name
-
-    if isinstance(options.space, Mapping):
-        return build_space(override(options.space, options.overrides), source=source(options), name="search")
-    space = load_space(cli.space_file(options.space, options.overrides), options.overrides)
-    if options.space is None and "workload" in options.overrides:
-        space = dataclasses.replace(space, name=study_name(space.workload.title))
-    return space
+        message = f"trains {choice['function']}, code that is run only when you name it: add --workload"
+        raise InvalidInput("--study", [Problem(stored.name, f"{message} {choice['function']}")])
+    same = isinstance(named, Mapping) and named.get("function") == choice["function"]
+    return {place: value for place, value in overrides.items() if not (same and place == "workload")}

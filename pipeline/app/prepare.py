@@ -1,38 +1,74 @@
-"""What a run needs besides its file: data, a model that fits, a device. Checked before anything is written."""
+"""Prepare a run: load the data, build a model that fits, choose the device. Checked before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-from pipeline.errors import Problem, did_you_mean
-from pipeline.space.param_groups import assign_groups
-from pipeline.space.rules import count_problems
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from pipeline.space.search_space import SearchSpace
-    from pipeline.workloads.workload import Workload
-
-
 import platform
-from collections.abc import Iterable
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from pipeline.errors import DataError, InvalidInput
+from pipeline import __version__
+from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
 from pipeline.space.config import derive_seed
+from pipeline.space.load import with_steps
+from pipeline.space.param_groups import assign_groups
+from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.precision import in_force
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
-from pipeline.workloads.data import place
+from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Workload
+
+TF32_CAPABILITY = (8, 0)
+"""Compute capability of the first CUDA devices with tf32, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
+
+
+def prepare(
+    space: SearchSpace,
+    *,
+    source: str,
+    device: str,
+    searching: bool,
+    rows: int | None = None,
+    workload: Workload | None = None,
+) -> tuple[SearchSpace, LocalExecutor]:
+    """Load a space's workload, choose the device, and find out how trials train there.
+
+    Args:
+        space: A search's, or the space of one point that a config is.
+        source: Name of its file, for messages.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA where there is one, else the CPU.
+        searching: Whether the objective matters.
+        rows: Most trials in a matrix; None: as many as there are for each process, and fit into memory.
+        workload: In place of the one that the space names.
+
+    Returns:
+        The space with every share of the run as a number of the workload's epochs or steps, and the executor.
+
+    Raises:
+        InvalidInput: With every problem of the file for this workload, or the device is not there.
+    """
+    chosen = choose_device(device)
+    try:
+        workload = _placed(workload or load_workload(space.workload), chosen)
+        model = _first_model(workload, space.seed)
+        space = with_steps(space, -(-len(workload.train) // space.batch_size))
+    except InvalidInput as error:
+        raise InvalidInput(source, error.problems) from None
+    problems = [*problems_with_model(space, workload, model)]
+    problems += objective_problems(space, workload) if searching else ()
+    problems += _precision_problems(space, chosen)
+    problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
+    if problems:
+        raise InvalidInput(source, problems)
+    processes = torch.get_num_threads()
+    return space, LocalExecutor(workload, space.example(), device=chosen, rows=rows, processes=processes)
 
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
@@ -52,7 +88,7 @@ def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module
     steps_per_epoch = -(-len(workload.train) // space.batch_size)
     for name, scheduler in space.schedulers.items():
         if scheduler["interval"] == "step":
-            yield from count_problems(space, name, scheduler, steps_per_epoch=steps_per_epoch)
+            yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
 
 
 def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
@@ -66,50 +102,9 @@ def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Probl
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
 
 
-TF32_CAPABILITY = (8, 0)
-"""Of the first CUDA devices that have it, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
-
-
-def prepare(
-    space: SearchSpace,
-    *,
-    source: str,
-    device: str,
-    searching: bool,
-    rows: int | None = None,
-    workload: Workload | None = None,
-) -> LocalExecutor:
-    """Load a space's workload, choose the device, and find out how trials train there.
-
-    Args:
-        space: Of a search or, with one point, of a config.
-        source: Name of its file, for messages.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA where there is one, else the CPU.
-        searching: Whether the objective matters.
-        rows: At most this many trials in a matrix; None: as many as train fastest.
-        workload: In place of the one that the space names.
-
-    Raises:
-        InvalidInput: With every problem of the file for this workload, or the device is not there.
-    """
-    chosen = choose_device(device)
-    try:
-        workload = _placed(workload or load_workload(space.workload), chosen)
-        model = _first_model(workload, space.seed)
-    except InvalidInput as error:
-        raise InvalidInput(source, error.problems) from None
-    problems: Iterable[Problem] = problems_with_model(space, workload, model)
-    problems = [*problems, *(objective_problems(space, workload) if searching else ())]
-    problems += _precision_problems(space, chosen)
-    problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
-    if problems:
-        raise InvalidInput(source, problems)
-    return LocalExecutor(workload, space.example(), device=chosen, rows=rows, processes=torch.get_num_threads())
-
-
 def _placed(workload: Workload, device: torch.device) -> Workload:
     try:
-        return place(workload, device=device, dtype=torch.float32)
+        return to_device(workload, device=device, dtype=torch.float32)
     except DataError as error:
         split, _, why = str(error).partition(": ")
         raise InvalidInput("workload", [Problem(f"workload.{split}", why)]) from None
@@ -185,7 +180,7 @@ def environment(executor: LocalExecutor) -> dict[str, Any]:
         **settings,
         **machine(),
         "python": platform.python_version(),
-        "pipeline": metadata.version("lr-strategy-search"),
+        "pipeline": __version__,
     }
 
 

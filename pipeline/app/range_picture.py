@@ -1,4 +1,4 @@
-"""What a range test shows: loss against rate, per optimizer, in block characters and as a picture."""
+"""Show a range test: loss against rate per optimizer, as a table with block characters and as a picture."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.space.search_space import SearchSpace
 BLOCKS = "▁▂▃▄▅▆▇█"
 DIVERGED = "×"
 PANEL = (4.2, 3.2)
-"""Width and height for one optimizer, in inches."""
+"""Width and height of the panel of one optimizer, in inches."""
 COLUMNS = 3
 
 
 def range_table(space: SearchSpace, curves: Mapping[str, RateCurve]) -> Table:
-    """Return a table of present and proposed bounds, and of loss against rate: low is good."""
+    """Return a table of present bounds, proposed bounds, and loss against rate."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("optimizer", "present", "proposed", f"val/loss at {RATES[0]:.0e} to {RATES[-1]:g}"):
         table.add_column(column, no_wrap=True)
@@ -34,7 +34,7 @@ def range_table(space: SearchSpace, curves: Mapping[str, RateCurve]) -> Table:
 
 
 def range_png(title: str, curves: Mapping[str, RateCurve]) -> bytes:
-    """Return a picture of loss against rate, with a panel per optimizer, as a PNG file."""
+    """Return a PNG file that shows loss against rate, with a panel per optimizer."""
     columns = min(COLUMNS, len(curves))
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
@@ -60,12 +60,12 @@ def range_png(title: str, curves: Mapping[str, RateCurve]) -> bytes:
 
 
 def in_words(low: float, high: float) -> str:
-    """Return the ends of a range, or the one value that it is."""
+    """Return a range for people to read: its bounds, or its only value."""
     return as_written(low) if low == high else f"{as_written(low)}–{as_written(high)}"
 
 
 def as_written(rate: float) -> str:
-    """Return a rate of two digits as a person writes it in a file: `1.8e-3`, `0.32`, `1.0`."""
+    """Return a rate of two digits as people write it in a file: `1.8e-3`, `0.32`, `1.0`."""
     if rate < 0.1:
         digits, exponent = f"{rate:.1e}".split("e")
         return f"{digits.removesuffix('.0')}e{int(exponent)}"
@@ -74,7 +74,7 @@ def as_written(rate: float) -> str:
 
 
 def _drawing(curve: RateCurve, bounds: Bounds | None) -> Text:
-    """Return a character per rate, the higher the greater the loss, over a line that marks the bounds."""
+    """Return one block per rate, as high as the loss, above a line that marks the bounds."""
     losses = [loss for loss in curve.losses if loss is not None]
     low, before = min(losses, default=0.0), curve.losses[0] or max(losses, default=1.0)
     blocks = "".join(DIVERGED if loss is None else _block(loss - low, before - low) for loss in curve.losses)

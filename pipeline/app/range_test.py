@@ -1,8 +1,8 @@
-"""The learning-rate range test: short runs at every rate of a log grid, as rows at once, and what bounds they suggest.
+"""The learning-rate range test: short runs at every rate of a log grid, as rows at once, and bounds derived from them.
 
-After Smith (2017), https://arxiv.org/abs/1506.01186, with rates side by side instead of one after another. The rate at
-which training breaks depends little on how long it trains, while a longer run makes do with a lower rate: so the
-bounds reach from where training breaks two decades down.
+Smith (2017), https://arxiv.org/abs/1506.01186, with rates side by side instead of one after another. The rate at which
+training breaks depends little on the length of a run, while a longer run succeeds with a lower rate. Therefore the
+bounds reach from the rate that breaks training two decades down.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.space.schedules import Constant
-from pipeline.training.contract import GroupLost
 from pipeline.workloads.data import samples_of, some_samples
 
 if TYPE_CHECKING:
@@ -25,27 +24,28 @@ if TYPE_CHECKING:
     from pipeline.training.executor import LocalExecutor
     from pipeline.workloads.workload import Workload
 
+from pipeline.training.contract import GroupLost
 
 PER_DECADE, DECADES = 5, range(-7, 1)
 RATES = (*(float(f"{10 ** (d + n / PER_DECADE):.1e}") for d in DECADES for n in range(PER_DECADE)), 10.0)
-"""Base rates that are tried, of two digits each."""
+"""The base rates, of two digits each."""
 WIDTH = 2
-"""Of the bounds, in decades."""
+"""Width of the bounds in decades."""
 STEPS = 40
-"""Optimizer updates of a run, at least."""
+"""Least number of optimizer steps of a run."""
 VAL_SAMPLES = 2048
-"""Of the validation split, at most."""
+"""Most samples of the validation split that are used."""
 DRAWS = 2
-"""Runs at each rate, which differ in every other hyperparameter that the space searches; 1 for what trains plain."""
+"""Runs per rate, with different values of the other searched hyperparameters; an optimizer that trains plain has 1."""
 ENOUGH = 0.75
-"""Of the best rate's progress, the part that a rate makes which still trains well."""
+"""Least progress of a rate that trains well, as a fraction of the best rate's progress."""
 LEAST_PROGRESS = 0.01
-"""Of the best rate, as a part of the loss before; below it nothing was learnt."""
+"""Least progress of the best rate, as a fraction of the initial loss; below it no rate learns."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of a base rate."""
+    """Bounds of a base rate."""
 
     low: float
     high: float
@@ -53,20 +53,20 @@ class Bounds:
 
 @dataclass(frozen=True)
 class RateCurve:
-    """What each rate of `RATES` came to."""
+    """Losses after training at each rate of `RATES`."""
 
     runs: tuple[tuple[float | None, ...], ...]
-    """Of each draw of the other hyperparameters, the validation loss after training at each rate; None: it diverged."""
+    """(draw, rate): validation loss after training with a draw of the other hyperparameters; None: diverged."""
 
     @property
     def losses(self) -> tuple[float | None, ...]:
-        """The least loss at each rate, since a search too keeps the best."""
+        """Lowest loss at each rate: a search too keeps the best trial."""
         return tuple(
             min((loss for loss in some if loss is not None), default=None) for some in zip(*self.runs, strict=True)
         )
 
     def bounds(self) -> Bounds | None:
-        """Return bounds that a search is likely to find its best rates in; None if no rate lowers the loss."""
+        """Return bounds that are likely to contain the best rate of a search; None if no rate lowers the loss."""
         before, losses = self.losses[0], [math.inf if loss is None else loss for loss in self.losses]
         best = min(losses)
         if before is None or before - best <= LEAST_PROGRESS * abs(before):
@@ -81,10 +81,10 @@ def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, s
     """Train one of a space's optimizers at every rate of `RATES`, constant, on the same batches.
 
     Args:
-        space: Says all but the rate: what it searches is drawn from its whole range, evenly.
-        optimizer: By its name in the space.
-        executor: Trains trials of the space's workload.
-        steps: Optimizer updates of a run, at least: whole passes over a random part of the data, or over all of it.
+        space: Everything but the rate; each other searched hyperparameter is drawn evenly from its whole range.
+        optimizer: Name of an optimizer of the space.
+        executor: Trains the workload of the space.
+        steps: Least number of optimizer steps of a run: whole passes over a random part of the data, or all of it.
     """
     executor = executor.on(_shortened(executor.workload, steps * space.batch_size, seed=space.seed))
     epochs = math.ceil(steps * space.batch_size / len(executor.workload.train))
@@ -103,7 +103,7 @@ def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, s
 
 
 def _shortened(workload: Workload, count: int, *, seed: int) -> Workload:
-    """Return a workload with so many samples to train on, or all of them."""
+    """Return a workload with at most `count` training samples."""
     train, val = (
         some_samples(samples_of(workload, name), n, seed=seed) for name, n in (("train", count), ("val", VAL_SAMPLES))
     )
@@ -115,7 +115,7 @@ def _with_rate(config: TrialConfig, rate: float) -> TrialConfig:
 
 
 def _final_losses(executor: LocalExecutor, configs: Mapping[int, TrialConfig], epochs: int) -> list[float | None]:
-    """Train trials to their end and return each one's validation loss, None if it diverged or failed."""
+    """Train trials for all epochs and return the validation loss of each; None: diverged or failed."""
     group = executor.build(configs)
     trained = 0
     while trained < epochs:
@@ -130,12 +130,12 @@ def _final_losses(executor: LocalExecutor, configs: Mapping[int, TrialConfig], e
 
 
 class EvenDraw:
-    """One of several draws that together cover the range of each hyperparameter evenly: a Latin hypercube.
+    """One of several draws that cover the range of each hyperparameter evenly: a Latin hypercube.
 
     Args:
-        index: Which of the draws.
-        of: How many there are; a single one takes the middle of everything.
-        seed: Decides what goes with what.
+        index: Number of the draw, from 0.
+        of: Number of draws; a single draw takes the middle of every range.
+        seed: Decides which values are combined.
     """
 
     def __init__(self, index: int, *, of: int, seed: int) -> None:
@@ -160,6 +160,6 @@ class EvenDraw:
         return choices[int(self._share(name) * len(choices))]
 
     def _share(self, name: str) -> float:
-        """Return how far into its range a hyperparameter goes, within (0, 1)."""
+        """Return the position of a hyperparameter within its range, within (0, 1)."""
         order = random.Random(f"{self._seed}/{name}").sample(range(self._of), self._of)
         return (order[self._index] + 0.5) / self._of

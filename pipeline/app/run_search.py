@@ -1,127 +1,66 @@
-"""Run a search from its options to best.yaml."""
+"""Run a search: from checked options to best.yaml."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from pipeline.app import cli
-from pipeline.app.options import (
-    Options,
-    checked_options,
-    command,
-    read_space,
-    source,
-    with_workload,
-)
+from pipeline.app.best_yaml import config_file
+from pipeline.app.display import Progress, best_table, strategy_line
+from pipeline.app.options import SearchOptions
+from pipeline.app.prepare import environment, prepare
 from pipeline.errors import DataError, DeviceError, StorageError
-from pipeline.space.overrides import Overrides
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pipeline.files.signals import Interrupts
-    from pipeline.space.search_space import SearchSpace
-    from pipeline.space.trial import EndedTrial, EpochMetrics
-    from pipeline.study.checkpoint import Checkpoints
-    from pipeline.study.store import Store
-    from pipeline.study.study import Study
-    from pipeline.tracking.process import BackgroundTracker
-    from pipeline.training.executor import LocalExecutor
-    from pipeline.workloads.workload import Workload
-
+from pipeline.files.atomic import write_atomic
+from pipeline.files.signals import Interrupts
+from pipeline.files.strict_yaml import dumps
+from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.trial import EndedTrial, EpochMetrics
+from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.loop import forget_ended, run_group
+from pipeline.study.store import Store
+from pipeline.study.study import Study
+from pipeline.tracking.process import TrackerProcess
+from pipeline.tracking.tracker import StudyInfo, StudySummary
+from pipeline.training.executor import LocalExecutor
+from pipeline.training.optim import replay_rates
+from pipeline.training.rows.update_rules import has_rule
 
 TABLE_WIDTH = 200
-"""Most characters in a line of the table of the best: a narrow terminal breaks its lines rather than lose numbers."""
+"""Characters per line of the table of best trials; a narrow terminal wraps a line instead of cutting off numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """What a search has come to."""
+    """The outcome of a search."""
 
     study: str
     trials: tuple[EndedTrial, ...]
-    """All that have ended, by number."""
+    """Every ended trial, by number."""
     best: EndedTrial | None
-    """The best of those that are complete."""
+    """The best complete trial."""
     config_file: Path | None
-    """The best one's config, `best.yaml`."""
+    """`best.yaml`, the config of the best trial."""
     exit_status: int
-    """As the command line's: 0 if every trial has ended and one is complete."""
+    """Exit status of the command line: 0 if every trial has ended and at least one is complete."""
 
 
-def search(
-    space: Path | str | Mapping[str, Any] | None = None,
-    *,
-    workload: Callable[[], Workload] | Workload | str | None = None,
-    overrides: Overrides = MappingProxyType({}),
-    trials: int | None = None,
-    timeout: float | None = None,
-    study: str | None = None,
-    root: Path | str = ".",
-    device: str = "auto",
-    rows: int | None = None,
-    quiet: bool = False,
-) -> SearchResult:
-    """Run or go on with a search, as the command line does.
+def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console) -> SearchResult:
+    """Run or continue a search: prepare the workload, train group after group, write best.yaml.
 
-    Args:
-        space: A search-space file, the name of a ready-made one, or what one says; None: a ready-made one.
-        workload: In place of the space's: a workload, a function that returns one, or a name as `--workload` takes.
-        overrides: Changes to the space, dotted place to value, such as `{"optimizer.sgd.base_lr.high": 0.5}`.
-        trials: In total; None: what the study was last asked for, or 50.
-        timeout: In minutes.
-        study: Name of the study to go on with or to begin.
-        root: Folder that holds `mlflow.db` and `mlruns/`.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-        rows: At most this many trials in a matrix; None: as many as train fastest.
-        quiet: Print nothing.
-
-    Raises:
-        PipelineError: As `pipeline.errors` draws them; `InvalidInput` with every problem of what was given.
+    Everything that can be refused is refused before the first file or folder is written.
     """
-    from rich.console import Console
-
-    options = checked_options(
-        space=space, trials=trials, timeout=timeout, study=study, root=root, device=device, rows=rows
-    )
-    return run_search(with_workload(options, workload, overrides), Console(highlight=False, markup=False, quiet=quiet))
-
-
-def run_search(options: Options, console: Console) -> SearchResult:
-    """Run or go on with a search, from its file to best.yaml."""
-    space, trials = read_space(options)
-    cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
-
-    from pipeline.tracking.mlflow import refuse_broken
-    from pipeline.tracking.process import BackgroundTracker
-
-    refuse_broken(options.root)
-    with contextlib.closing(BackgroundTracker(options.root)) as tracker:  # imports MLflow as this process does torch
-        return _search_space(space, trials, options, tracker, console)
-
-
-def _search_space(
-    space: SearchSpace, trials: int, options: Options, tracker: BackgroundTracker, console: Console
-) -> SearchResult:
-    """Run or go on with the search of a space."""
-    loading = console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext()
-    with loading:
-        from pipeline.app.prepare import prepare
-        from pipeline.files.signals import Interrupts
-        from pipeline.study.checkpoint import Checkpoints
-        from pipeline.study.store import Store
-
+    space, trials = options.space, options.trials
     cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
-    executor = prepare(
+    space, executor = prepare(
         space,
-        source=source(options),
+        source=options.source,
         device=options.device,
         searching=True,
         rows=options.rows,
@@ -129,13 +68,11 @@ def _search_space(
     )
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows)
-    way_on = command(options, space, study=name, trials=trials)
-    last_words = f"ended at once; go on with: {way_on}"
-    interrupts = Interrupts(options.timeout, last_words=last_words)
+    way_on = options.command(name)
+    interrupts = Interrupts(options.timeout, exit_message=f"ended at once; go on with: {way_on}")
     with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
-        _, exists = store.choose(
-            space, trials=trials, name=name, rows=options.rows
-        )  # another search may have begun it meanwhile
+        # Another search may have begun the study meanwhile.
+        _, exists = store.choose(space, trials=trials, name=name, rows=options.rows)
         if exists:
             study = store.open(name, trials=trials)
             executor.adopt(study.rules)
@@ -166,19 +103,14 @@ def _run(
     trials: int,
     executor: LocalExecutor,
     checkpoints: Checkpoints,
-    tracker: BackgroundTracker,
+    tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
 ) -> None:
     """Train group after group until `trials` have ended."""
-    from pipeline.app.display import Progress
-    from pipeline.app.prepare import environment
-    from pipeline.study.loop import forget_ended, run_group
-    from pipeline.training.optim import replay_rates
-
-    for trial in study.ended:  # MLflow passes over those that it has, which after a crash need not be all
+    for trial in study.ended:  # after a crash MLflow may lack some; it skips those that it has
         epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
-        tracker.log_trial(dataclasses.replace(trial, epochs=epochs))
+        tracker.end(dataclasses.replace(trial, epochs=epochs))
 
     def on_epoch(results: Mapping[int, EpochMetrics]) -> None:
         progress.epoch(results)
@@ -199,27 +131,24 @@ def _run(
                 interrupted=interrupts.asked,
             ):
                 study.add(trial)
-                tracker.log_trial(trial)
+                tracker.end(trial)
             progress.group_ended()
     forget_ended(checkpoints, study)
 
 
 @contextlib.contextmanager
-def _tracked(study: Study, tracker: BackgroundTracker) -> Iterator[None]:
-    """Tell MLflow of a study; whatever fails there is a warning."""
-    from pipeline.files.strict_yaml import dumps
-    from pipeline.tracking.mlflow import StudyInfo
-
+def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
+    """Have MLflow record a study; a failure there is a warning."""
     space = study.space
     info = StudyInfo(
         name=study.name,
         identity=study.identity,
-        experiment=space.workload.title,
+        workload=space.workload.title,
         metric=space.objective.metric,
         direction=space.objective.direction,
         groups=tuple(space.param_groups),
-        columns=space.searched_hyperparameters(),
-        axes=tuple("log10_base_lr" if name == "base_lr" else name for name in space.shared_hyperparameters()),
+        searched=space.searched_hyperparameters(),
+        shared=space.shared_hyperparameters(),
         space=dumps(space.document),
         seed=space.seed,
     )
@@ -232,23 +161,19 @@ def _tracked(study: Study, tracker: BackgroundTracker) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stopped_by_errors(tracker: BackgroundTracker, command: str) -> Iterator[None]:
-    """Have MLflow show as stopped what an error stops, and say with it how to go on."""
+def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
+    """Mark the study in MLflow as stopped by an error, and add to its message the command that continues."""
     try:
         yield
     except Exception as error:
-        tracker.interrupt(f"Stopped: {error}")
+        tracker.finish(StudySummary(finished=False, note=f"Stopped: {error}"))
         if isinstance(error, StorageError | DataError | DeviceError):
             raise type(error)(f"{error}\nonce that is mended, go on with: {command}") from error
         raise
 
 
-def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Console, *, finished: bool) -> None:
-    """Write best.yaml, close MLflow's record, and say what was found and where."""
-    from pipeline.app.best_yaml import config_file
-    from pipeline.app.display import best_table, strategy_line
-    from pipeline.files.atomic import write_atomic
-
+def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Console, *, finished: bool) -> None:
+    """Write best.yaml, finish MLflow's record, and print the best trials and where to find them."""
     best = study.best()
     path = _best_file(study, store)
     if not best:
@@ -271,20 +196,14 @@ def _finish(study: Study, store: Store, tracker: BackgroundTracker, console: Con
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
         train = f"train it again: python -m pipeline.train {cli.quoted(path)}"
         console.print(f"best config   {path}   {train}", soft_wrap=True)
-    if finished:
-        tracker.finish(best[0] if best else None, note, [path] if best else [])
-    else:
-        tracker.interrupt(note)
-    if best and (view := tracker.view_path()) is not None:
-        here = store.root.resolve() == Path.cwd()
-        command = "mlflow ui" if here else f"python -m pipeline.ui --root {cli.quoted(store.root)}"
-        console.print(f"compare       {command}   then open http://127.0.0.1:5000{view}", soft_wrap=True)
+    winner, files = (best[0], (path.absolute(),)) if best else (None, ())
+    tracker.finish(StudySummary(finished=finished, note=note, best=winner, files=files))
+    if best:
+        for link in tracker.links():
+            console.print(f"compare       {link}", soft_wrap=True)
 
 
 def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
-    from pipeline.space.optimizers import OPTIMIZERS
-    from pipeline.training.rows.update_rules import has_rule
-
     space, size = study.space, min(study.group_size, trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
     if executor.plain_because is not None:

@@ -10,7 +10,6 @@ import torch
 
 from pipeline.app.prepare import machine, prepare
 from pipeline.errors import InvalidInput, Problem
-from pipeline.space.config import TrialConfig
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EpochMetrics, Placement, number
 from pipeline.training.contract import TrialGroup
@@ -52,7 +51,6 @@ class Found:
 
 def train_config(
     space: SearchSpace,
-    config: TrialConfig,
     found: Found | None,
     *,
     source: str,
@@ -65,7 +63,6 @@ def train_config(
 
     Args:
         space: The space of one point that the config is.
-        config: What to train.
         found: What a search recorded; the trial is then trained in the same places, and compared.
         source: Name of the config's file, for messages.
         device: Name of the device, as `--device` takes it.
@@ -76,7 +73,8 @@ def train_config(
     Returns:
         The group of the one trial, number 0, and whether it was trained to the end.
     """
-    executor = prepare(space, source=source, device=device, searching=False)
+    space, executor = prepare(space, source=source, device=device, searching=False)
+    config = space.example()
     if test and executor.workload.test is None:
         raise InvalidInput("--test", [Problem("", f"{executor.workload.name} has no test split; leave --test away")])
     repeats = executor.device.type == "cpu" or config.deterministic

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import tempfile
 from pathlib import Path
 
 _TEMPORARY = ".tmp"
-"""How the names of files end that are not yet whole."""
+"""Suffix of files that are not complete yet."""
 
 
 def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
-    """Write a file so that a reader, or a restart after a crash, sees the old content or the new, never a part.
+    """Replace a file so that a reader, or a restart after a crash, sees the old content or the new, never a part.
 
-    A file that is there keeps its permissions, and is not replaced if they forbid to write to it.
+    An existing file keeps its permissions. A file that may not be written is not replaced.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     check_writable(path)
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644
@@ -40,7 +43,7 @@ def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise the OSError that writing a file would, if a permission is missing, or something is in the way."""
+    """Raise the OSError that writing a file would raise: a permission is missing, or something else has the path."""
     folder = next(place for place in path.absolute().parents if place.exists())
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -55,6 +58,6 @@ def check_writable(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder and in those below it."""
+    """Remove the temporary files that killed processes left in a folder and the folders below it."""
     for path in folder.rglob(f".*{_TEMPORARY}"):
         path.unlink()

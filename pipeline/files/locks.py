@@ -1,4 +1,4 @@
-"""Folders below a root: where a study's files are, and the right to write somewhere, one process after the other."""
+"""Folders below a root: where a study's files are, and locks for one process at a time."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK = "lock"
-"""The file in a study's folder that is locked by the process that drives the study."""
+"""Name of the file in a study's folder that the search of the study keeps locked."""
 
 
 def study_folder(root: Path, study: str) -> Path:
-    """Return the folder of what a study writes for people, and of its checkpoints."""
+    """Return the folder of a study's files: `best.yaml`, checkpoints, the lock."""
     return root / "mlruns" / "studies" / study
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Make a folder, wait until no other process holds it, and hold it; the system takes it back when a process ends.
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Make a folder and lock it, after any other process has unlocked it; the lock ends with the process at the latest.
 
     Raises:
         OSError: The folder cannot be made.

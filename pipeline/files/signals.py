@@ -1,4 +1,4 @@
-"""What ends a search early: Ctrl-C, SIGTERM and the time limit."""
+"""End a search early: Ctrl-C, SIGTERM and the time limit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def signals_put_off() -> Iterator[None]:
-    """Block the signals that ask a search to stop, in this thread and in processes that begin meanwhile."""
+def signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread, and in processes that start meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -24,7 +24,7 @@ def signals_put_off() -> Iterator[None]:
 
 
 class CtrlC:
-    """Ctrl-C while a command is starting: an import may turn the interrupt into any error, or lose it."""
+    """Remember Ctrl-C while a command starts: an import may turn KeyboardInterrupt into any error, or lose it."""
 
     def __init__(self) -> None:
         self.pressed = False
@@ -39,29 +39,29 @@ class CtrlC:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self, number: int, frame: object) -> NoReturn:
-        """Take the signal."""
+        """Handle SIGINT."""
         self.pressed = True
         raise KeyboardInterrupt
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and the time limit, asked about between epochs; a second signal ends the process at once.
+    """Note Ctrl-C, SIGTERM and the time limit for the loop to ask about; end the process at the second signal.
 
     Args:
-        minutes: The time limit; None: none.
-        last_words: What a process that ends at once says on standard error.
+        minutes: The time limit; None for no limit.
+        exit_message: Text for standard error if the process ends at once.
     """
 
-    def __init__(self, minutes: float | None, *, last_words: str = "") -> None:
+    def __init__(self, minutes: float | None, *, exit_message: str = "") -> None:
         self.reason: str | None = None
         self.exit_status = 0
         self._deadline = time.monotonic() + minutes * 60 if minutes is not None else None
         self._minutes = minutes
-        self._last_words = last_words
+        self._exit_message = exit_message
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():  # to which Python gives all signals
+        if threading.current_thread() is threading.main_thread():  # Python handles signals in the main thread alone
             before = signal.getsignal(signal.SIGINT)
             if isinstance(before, CtrlC) and before.pressed:
                 raise KeyboardInterrupt
@@ -79,10 +79,10 @@ class Interrupts:
         return self.reason is not None
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.exit_status:  # stored trials are on the disk, and MLflow's process ends with this one
+        if self.exit_status:  # stored trials are on the disk, and the tracker process ends after this one
             with contextlib.suppress(OSError):
-                cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # which the progress display had hidden
-                os.write(2, f"{cursor}{self._last_words}\n".encode())
+                cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # the progress display hides the cursor
+                os.write(2, f"{cursor}{self._exit_message}\n".encode())
             os._exit(self.exit_status)
         self.reason = "interrupted"
         self.exit_status = 128 + number

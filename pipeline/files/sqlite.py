@@ -1,4 +1,4 @@
-"""SQLite databases by their paths."""
+"""Open and create SQLite databases by path."""
 
 from __future__ import annotations
 
@@ -6,43 +6,46 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.files.locks import hold
+from pipeline.files.locks import folder_locked
 
 
 def sqlite_uri(path: Path) -> str:
-    """Return the URI of a database as SQLAlchemy, and so Optuna and MLflow, read it: `?`, `#` and `%` escaped."""
+    """Return the URI of a database for SQLAlchemy, which Optuna and MLflow use: `?`, `#` and `%` are escaped."""
     from sqlalchemy import URL
 
     return URL.create("sqlite", database=str(path.resolve())).render_as_string(hide_password=False)
 
 
 def open_existing(database: Path, *, patience: float = 5.0) -> sqlite3.Connection:
-    """Open a database that is there; not read-only, which could not undo a transaction that a kill cut short.
+    """Open an existing database.
+
+    The connection may write, because SQLite must be able to undo a transaction that a kill cut short.
 
     Args:
-        database: Its file.
-        patience: Seconds to wait for another process that holds it.
+        database: Path of the file.
+        patience: Seconds to wait while another process has locked the database.
 
     Raises:
-        sqlite3.Error: SQLite cannot open it.
+        sqlite3.Error: SQLite cannot open the file.
     """
     return sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", timeout=patience, uri=True)
 
 
 def create_whole(database: Path, build: Callable[[Path], object]) -> None:
-    """Create a database that is not there, whole or not at all: of several processes at once, one does it.
+    """Create a database whole or not at all, unless it exists; if several processes try at once, one creates it.
 
-    Half of MLflow's migrations, or two of them at once, leave a file that nothing mends.
+    A process killed in the middle of MLflow's migrations, or two processes that migrate at once, would leave a file
+    that nothing can repair.
 
     Args:
-        database: Where it will be.
-        build: Makes it at another place, and closes it.
+        database: Path of the database.
+        build: Creates the database at the path that it is given, and closes it.
     """
-    with hold(database.parent):
+    with folder_locked(database.parent):
         if database.exists():
             return
         new = database.with_name(f".{database.name}.new")
-        # What a killed process left, and the log of a database that someone removed, which the new one would replay.
+        # Files of a killed process, and logs of a removed database, which SQLite would replay into the new one.
         for left in (new, *_logs(new), *_logs(database)):
             left.unlink(missing_ok=True)
         build(new)

@@ -1,8 +1,9 @@
-"""YAML in, strictly, and out, atomically.
+"""Read YAML strictly, and write it so that it reads back exactly.
 
 PyYAML reads YAML 1.1, in which `1e-3` is text, `no` is false, `012` is ten and the last of two equal keys wins
 silently. This module reads the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema) and refuses
-what a settings file has no use for: equal keys, aliases, tags, several documents, files beyond 1 MiB or 32 levels.
+features that a settings file does not need: equal keys, aliases, tags, several documents, files beyond 1 MiB or 32
+levels.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SCALARS: list[tuple[str, str, list[str]]] = [
 
 
 class _CoreSchema:
-    """The scalar rules of YAML 1.2 for a loader or a dumper, so that what one writes the other reads back."""
+    """The scalar rules of YAML 1.2, shared by loader and dumper, so that written text reads back exactly."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
 
@@ -51,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)  # and no more: what looks like a file may have no end
+            data = file.read(MAX_BYTES + 1)  # a device that looks like a file may have no end
         if len(data) > MAX_BYTES:
             raise InvalidInput(str(path), [Problem("", f"must be at most {MAX_BYTES} bytes, got more")])
         text = data.decode("utf-8-sig")
@@ -105,11 +106,11 @@ def dumps(data: Mapping[str, Any], *, comment: str | None = None) -> str:
 
 
 def replace(text: str, values: Mapping[tuple[str, ...], str]) -> str:
-    """Replace values in a text that `loads` has read, each by its keys from the root, and leave the rest as it is.
+    """Replace values in a text that `loads` has read, and leave all other characters as they are.
 
     Args:
-        text: A mapping.
-        values: The keys of a value that is there, to YAML on one line.
+        text: YAML whose document is a mapping.
+        values: Keys from the root to an existing value, and the new value as YAML on one line.
     """
     root = _Loader(text, []).get_single_node()
     spans = sorted(((*_span(root, keys), new) for keys, new in values.items()), reverse=True)
@@ -123,16 +124,15 @@ def _span(node: Any, keys: tuple[str, ...]) -> tuple[int, int]:
     for key in keys:
         node = next(value for name, value in node.value if name.value == key)
     start = node.start_mark.index
-    while (
-        isinstance(node, yaml.CollectionNode) and not node.flow_style
-    ):  # such a one is said to end where the next begins
+    # PyYAML lets a block collection end where the next node begins, so the end is that of the last leaf.
+    while isinstance(node, yaml.CollectionNode) and not node.flow_style:
         last = node.value[-1]
         node = last[1] if isinstance(last, tuple) else last
     return start, node.end_mark.index
 
 
 class _Loader(_CoreSchema, yaml.SafeLoader):
-    """A safe loader that refuses what this module refuses; equal keys are collected, so that all show at once."""
+    """A safe loader with the refusals of this module; equal keys are collected and reported together."""
 
     def __init__(self, text: str, problems: list[Problem]) -> None:
         super().__init__(text)
@@ -153,7 +153,7 @@ class _Loader(_CoreSchema, yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Leave `<<` an ordinary key: merging belongs to YAML 1.1."""
+        """Keep `<<` as an ordinary key: merging belongs to YAML 1.1."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -207,7 +207,7 @@ def _represent_float(dumper: _Dumper, value: float) -> yaml.ScalarNode:
 
 
 def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
-    """Quote text with line breaks or control characters: PyYAML would write some of them bare and read blanks."""
+    """Quote text with line breaks or control characters: PyYAML writes some of them bare and reads back blanks."""
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
 
 

@@ -1,4 +1,4 @@
-"""What a search may choose a hyperparameter from: one value, a list of choices, or a range."""
+"""Distributions: what a search chooses a hyperparameter from. One value, a list of choices, or a range."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.space.limits import Share
 
 T = TypeVar("T")
 Step = TypeVar("Step")
@@ -47,7 +49,7 @@ class Choices(BaseModel, Generic[T]):
 
 
 class Range(BaseModel, Generic[T, Step]):
-    """Any value within [low, high]; with `log`, as many tries per decade; with `step`, in steps from `low`."""
+    """Any value within [low, high]. `log` spreads trials evenly over decades; `step` counts from `low`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,9 +81,9 @@ class Range(BaseModel, Generic[T, Step]):
         return self
 
 
-def is_searched(domain: Any) -> bool:
+def is_searched(distribution: Any) -> bool:
     """Say whether a search has more than one value to choose from."""
-    match domain:
+    match distribution:
         case Range(low=low, high=high):
             return bool(low < high)
         case Choices(choices=choices):
@@ -89,64 +91,74 @@ def is_searched(domain: Any) -> bool:
     return False
 
 
-def extremes(domain: Any) -> tuple[Any, ...]:
-    """Return values such that what holds for each of them, and is monotone, holds for the whole domain."""
-    match domain:
+def extremes(distribution: Any) -> tuple[Any, ...]:
+    """Return the endpoints, or all choices: enough to check any monotone rule."""
+    match distribution:
         case Range(low=low, high=high):
             return (low, high)
         case Choices(choices=choices):
             return choices
-    return (domain,)
+    return (distribution,)
 
 
-def suggest(trial: Suggests, name: str, domain: Any) -> Any:
-    """Let a trial choose a value; a domain of one value asks nothing."""
-    if not is_searched(domain):
-        return extremes(domain)[0]
-    match domain:
+def suggest(trial: Suggests, name: str, distribution: Any) -> Any:
+    """Let a trial choose a value; a distribution of one value is not asked for."""
+    if not is_searched(distribution):
+        return extremes(distribution)[0]
+    match distribution:
         case Choices(choices=choices):
             labels = [label(choice) for choice in choices]
             return choices[labels.index(trial.suggest_categorical(name, labels))]
         case Range(low=int(), high=int()):
-            return trial.suggest_int(name, domain.low, domain.high, step=domain.step or 1, log=domain.log)
-    return trial.suggest_float(name, domain.low, domain.high, step=domain.step, log=domain.log)
+            return trial.suggest_int(
+                name, distribution.low, distribution.high, step=distribution.step or 1, log=distribution.log
+            )
+    value = trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    return Share(value) if isinstance(distribution.low, Share) else value
 
 
 def label(choice: Any) -> Any:
-    """Return a choice as Optuna stores it: itself, or its text if it is a list."""
-    return json.dumps(choice) if isinstance(choice, tuple | list) else choice
+    """Return a choice as Optuna stores it: a list or a share as text, any other choice unchanged."""
+    return _text(choice) if isinstance(choice, tuple | list | Share) else choice
 
 
-def contains(domain: Any, value: Any) -> bool:
-    """Say whether a value could be chosen from a domain."""
+def contains(distribution: Any, value: Any) -> bool:
+    """Say whether a value could be chosen from a distribution."""
     if isinstance(value, list):
         value = tuple(value)
-    match domain:
+    match distribution:
         case Choices(choices=choices):
             return any(_same(choice, value) for choice in choices)
         case Range():
-            if isinstance(value, bool) or not isinstance(value, int if isinstance(domain.low, int) else int | float):
+            if isinstance(value, bool) or not isinstance(
+                value, int if isinstance(distribution.low, int) else int | float
+            ):
                 return False
-            if not domain.low <= value <= domain.high:
+            if (
+                isinstance(value, Share) != isinstance(distribution.low, Share)
+                or not distribution.low <= value <= distribution.high
+            ):
                 return False
-            steps = (value - domain.low) / (domain.step or 1)
-            return domain.step is None or math.isclose(steps, round(steps), abs_tol=1e-9)
-    return _same(domain, value)
+            steps = (value - distribution.low) / (distribution.step or 1)
+            return distribution.step is None or math.isclose(steps, round(steps), abs_tol=1e-9)
+    return _same(distribution, value)
 
 
 def _same(one: Any, other: Any) -> bool:
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)  # 1 is no truth value
 
 
-def describe(domain: Any) -> str:
-    """Return a domain in words, for messages."""
-    match domain:
+def describe(distribution: Any) -> str:
+    """Return a distribution in words, for messages."""
+    match distribution:
         case Choices(choices=choices):
             return "one of " + ", ".join(_text(choice) for choice in choices)
         case Range(low=low, high=high, step=step):
             return f"within [{low}, {high}]" + (f" in steps of {step}" if step else "")
-    return _text(domain)
+    return _text(distribution)
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_text, value))}]"
+    return str(value) if isinstance(value, Share) else json.dumps(value)

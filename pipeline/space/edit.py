@@ -1,4 +1,4 @@
-"""Puts bounds of base rates into a search-space file, and leaves everything else in it as it was."""
+"""Write bounds of base rates into a search-space file; the rest of the file stays as it is."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from pipeline.space.load import space_from_document
 
 
 def write_bounds(path: Path, bounds: Mapping[str, tuple[str, str]]) -> bool:
-    """Set `base_lr` of optimizers, by name, to ranges from low to high; return whether that changed the file.
+    """Set the `base_lr` of optimizers to logarithmic ranges.
 
-    Comments and layout stay, but for those within a `base_lr` that is no logarithmic range yet.
+    Comments and layout stay, except within a `base_lr` that is not a logarithmic range yet.
+
+    Args:
+        path: The file.
+        bounds: Optimizer name to (low, high), as they shall be written.
+
+    Returns:
+        Whether the file changed.
 
     Raises:
-        InvalidInput: The file cannot be written, or another part of it does not allow these bounds.
+        InvalidInput: The file cannot be written, or another part of the file does not allow these bounds.
     """
     text = _read(path)
     data = strict_yaml.loads(text, source=str(path))
@@ -39,7 +46,7 @@ def write_bounds(path: Path, bounds: Mapping[str, tuple[str, str]]) -> bool:
 def _replacements(
     data: Mapping[str, Any], bounds: Mapping[str, tuple[str, str]]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield what to replace, as keys from the file's root, by what."""
+    """Yield (keys from the file's root to a value, new text of the value)."""
     for name, (low, high) in bounds.items():
         place = ("optimizer", name, "base_lr")
         present = data["optimizer"][name]["base_lr"]

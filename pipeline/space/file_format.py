@@ -1,13 +1,18 @@
-"""What a search-space file may say: pydantic models, derived from the dataclasses of `pipeline.space.optimizers`.
+"""The format of a search-space file: pydantic models, derived from the dataclasses of optimizers and schedules.
 
-Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns what
-pydantic finds into one line per problem, and `model_json_schema` tells an editor the same rules.
+Each hyperparameter accepts a value, `{choices: […]}` or `{low: …, high: …}` in its legal interval. `check` turns each
+error of pydantic's into one line. `model_json_schema` tells an editor the same rules.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
 import re
+import sys
 import types
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,6 +23,8 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
+    PlainValidator,
     Tag,
     ValidationError,
     create_model,
@@ -26,63 +33,105 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import Problem, did_you_mean
 from pipeline.space.distributions import Choices, Range
-from pipeline.space.limits import Interval
+from pipeline.space.limits import Interval, Share, ShareOf
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
-"""Fields that say what a strategy is rather than how large something is."""
+"""Fields that no search varies: they say what a strategy is, not how large a number is."""
 
 MAX_COUNT = 10**9
-"""Of whatever is counted: beyond it lies a slip of the finger, and beyond floats no sampler works."""
+"""Largest count. A larger one is a typing error, and samplers fail beyond the integers that floats hold."""
 
-_KINDS = (_VALUE, _CHOICES, _RANGE) = ("<value>", "<choices>", "<range>")
-"""Pydantic's names of what a searchable field accepts, spelt unlike any key of a file."""
+_KINDS = (_VALUE, _SHARE, _CHOICES, _RANGE, _SHARES) = ("<value>", "<share>", "<choices>", "<range>", "<shares>")
+"""Tags of the forms that a searchable field accepts; spelt unlike any key of a file."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def form_of(cls: type[Any], *, searchable: bool) -> type[BaseModel]:
-    """Derive the form of a dataclass: its fields, legal intervals and defaults; with domains if `searchable`."""
+    """Derive the pydantic model of a dataclass; its fields accept distributions if `searchable`."""
+    return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields_of(cls, searchable=searchable))
+
+
+def fields_of(cls: type[Any], *, searchable: bool) -> dict[str, Any]:
+    """Derive pydantic's fields from those of a dataclass: types, legal intervals, defaults and descriptions.
+
+    Args:
+        cls: The dataclass.
+        searchable: Whether fields accept distributions, unless `NOT_SEARCHED` has them or their metadata says so.
+    """
     fields: dict[str, Any] = {}
-    hints = get_type_hints(cls, include_extras=True)
+    hints, texts = get_type_hints(cls, include_extras=True), _descriptions(cls)
     for field in dataclasses.fields(cls):
-        open_to_search = searchable and field.name not in NOT_SEARCHED
-        annotation = domain_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
-        fields[field.name] = (annotation, _default(field))
-    return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields)
+        open_to_search = field.metadata.get("searchable", searchable and field.name not in NOT_SEARCHED)
+        annotation = distribution_of(hints[field.name]) if open_to_search else _strict(hints[field.name])
+        fields[field.name] = (annotation, Field(**_default(field), description=texts.get(field.name)))
+    return fields
 
 
 def one_or_more(name: str, classes: Mapping[str, type[Any]]) -> type[BaseModel]:
-    """Derive the form of a mapping from names, such as optimizers', to the searchable form of each."""
+    """Derive the pydantic model of a mapping from a class's name to its fields, for classes such as optimizers."""
     fields: dict[str, Any] = {key: (form_of(cls, searchable=True), None) for key, cls in classes.items()}
     return create_model(name, __config__=FORM, **fields)
 
 
 def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
-    """Read data as a form: either the form's value, or all that is wrong with the data."""
+    """Validate data; return the model's value, or every problem of the data."""
     try:
         return form.model_validate(data), []
     except ValidationError as error:
-        # A list with a wrong item is said to be too short besides.
+        # Pydantic calls a list with a wrong item too short besides.
         found = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
         return None, [_problem(form, details) for details in found]
 
 
-def domain_of(annotation: Any) -> Any:
-    """Return what a searchable field of a type accepts: a value, choices, or a range."""
+def distribution_of(annotation: Any) -> Any:
+    """Return the type of a searchable field: a value, choices, or a range."""
     value = _strict(annotation)
     element = _strict(_without_none(annotation))
     kinds: list[Any] = [Annotated[value, Tag(_VALUE)], Annotated[Choices[element], Tag(_CHOICES)]]  # type: ignore[valid-type]
-    if (number := _without_annotations(_without_none(annotation))) in (int, float):
-        kinds.append(Annotated[Range[element, _strict(number)], Tag(_RANGE)])  # type: ignore[misc, valid-type]
-        return Annotated[Union[tuple(kinds)], Discriminator(_number_kind)]  # noqa: UP007 - built at run time
-    return Annotated[Union[tuple(kinds)], Discriminator(_word_kind)]  # noqa: UP007
+    number = _without_annotations(_without_none(annotation))
+    if number not in (int, float):
+        return Annotated[Union[tuple(kinds)], Discriminator(_word_kind)]  # noqa: UP007 - built at run time
+    if share := _share_of(_without_none(annotation)):
+        element = _strict(_without_share(_without_none(annotation)))
+        kinds.append(Annotated[Range[share, None], Tag(_SHARES)])  # type: ignore[valid-type]
+    kinds.append(Annotated[Range[element, _strict(number)], Tag(_RANGE)])  # type: ignore[misc, valid-type]
+    return Annotated[Union[tuple(kinds)], Discriminator(_share_kind if share else _number_kind)]  # noqa: UP007
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def named_union(*classes: type[Any]) -> Any:
+    """Return the type of a mapping with the fields of one of the classes, which their `name` tells apart."""
+    union: Any = Union[tuple(form_of(cls, searchable=False) for cls in classes)]  # noqa: UP007 - built at run time
+    return Annotated[union, Field(discriminator="name")]
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if field.default_factory is not dataclasses.MISSING:
-        return Field(default_factory=field.default_factory)
-    return ... if field.default is dataclasses.MISSING else field.default
+        return {"default_factory": field.default_factory}
+    return {} if field.default is dataclasses.MISSING else {"default": field.default}
+
+
+def _descriptions(cls: type[Any]) -> dict[str, str]:
+    """Return the text that stands under each field of a dataclass and of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        found |= _texts_under_fields(base.__module__).get(base.__name__, {})
+    return found
+
+
+@functools.cache
+def _texts_under_fields(module: str) -> dict[str, dict[str, str]]:
+    """Return class name to field name to text, read from the module's source, since Python does not keep the texts."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(node, ast.ClassDef):
+            texts = found.setdefault(node.name, {})
+            for field, text in itertools.pairwise(node.body):
+                match field, text:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                        texts[name] = " ".join(words.split())
+    return found
 
 
 def _number_kind(data: Any) -> str:
@@ -91,13 +140,29 @@ def _number_kind(data: Any) -> str:
     return _CHOICES if isinstance(data, Choices) else _RANGE if isinstance(data, Range) else _VALUE
 
 
+def _share_kind(data: Any) -> str:
+    """Tell a range in percent by either of its ends."""
+    if isinstance(data, Range):
+        return _SHARES if isinstance(data.low, Share) else _RANGE
+    in_percent = isinstance(data, dict) and _SHARE in (_end_kind(data.get("low")), _end_kind(data.get("high")))
+    return _SHARES if in_percent and "choices" not in data else _number_kind(data)
+
+
+def _end_kind(data: Any) -> str:
+    return _SHARE if isinstance(data, Share) or (isinstance(data, str) and "%" in data) else _VALUE
+
+
 def _word_kind(data: Any) -> str:
     return _CHOICES if isinstance(data, dict | Choices) else _VALUE
 
 
 def _strict(annotation: Any) -> Any:
-    """Return an annotation for pydantic: intervals as constraints, no text for numbers, no booleans for counts."""
+    """Return an annotation for pydantic: intervals as constraints, text is no number, a boolean is no count."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated and (share := _share_of(annotation)):
+        number = _strict(_without_share(annotation))
+        kinds = Annotated[number, Tag(_VALUE)] | Annotated[share, Tag(_SHARE)]  # type: ignore[valid-type]
+        return Annotated[kinds, Discriminator(_end_kind)]
     if origin is Annotated:
         intervals = [Field(**_bounds(item)) if isinstance(item, Interval) else item for item in arguments[1:]]
         return Annotated[(_strict(arguments[0]), *intervals)]
@@ -115,6 +180,34 @@ def _strict(annotation: Any) -> Any:
     if annotation is int:
         return Annotated[int, Field(strict=True, le=MAX_COUNT)]
     return Annotated[annotation, Field(strict=True)] if annotation in (bool, str) else annotation
+
+
+def _share_of(annotation: Any) -> Any:
+    """Return the type of a number in percent, if a field may be written so; else None."""
+    whole = next((item.whole for item in get_args(annotation)[1:] if isinstance(item, ShareOf)), None)
+    may_be_zero = any(isinstance(item, Interval) and item.ge == 0 for item in get_args(annotation))
+    return _share_type(whole, may_be_zero=may_be_zero) if whole else None
+
+
+@functools.cache
+def _share_type(whole: str, *, may_be_zero: bool) -> Any:
+    """Return the pydantic type of a share; made once, so that the schema says it once."""
+    pattern = ("" if may_be_zero else r"(?!0+(\.0+)?%)") + r"(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)%"
+    of, limits = {"run": "run", "rate": "smallest rate"}[whole], "from 0%" if may_be_zero else "above 0%"
+
+    def read(value: Any) -> Share:
+        if isinstance(value, str) and re.fullmatch(pattern, value):
+            return Share(value.removesuffix("%"))
+        both = "" if isinstance(value, str) else "; write both ends of a range in percent, or neither"
+        raise ValueError(f"must be a share of the {of} such as 10%, {limits} to 100%, got {_shown(value)}{both}")
+
+    schema_type = Annotated[str, Field(pattern=f"^{pattern}$")]
+    return Annotated[Share, PlainValidator(read, json_schema_input_type=schema_type), PlainSerializer(str)]
+
+
+def _without_share(annotation: Any) -> Any:
+    number, *rest = get_args(annotation)
+    return Annotated[(number, *(item for item in rest if not isinstance(item, ShareOf)))]
 
 
 def _listed(value: Any) -> Any:
@@ -136,7 +229,7 @@ def _without_annotations(annotation: Any) -> Any:
 
 
 def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
-    """Put one of pydantic's errors into a line: the place, the rule, the value, the remedy."""
+    """Turn an error of pydantic's into a problem: place, rule, value, remedy."""
     place = _place(details["loc"])
     got, context = details["input"], details.get("ctx", {})
     kind = details["type"]
@@ -169,6 +262,8 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
             message = f"must be letters, digits, '_' and '-', got {_shown(got)}"
         case "value_error":
             message = str(context["error"])
+        case "none_required":
+            message = f"must be absent from a range in percent, got {_shown(got)}; remove it"
         case "tuple_type" | "list_type" | "model_type" | "model_attributes_type" | "dict_type":
             wanted = "a list" if kind in ("tuple_type", "list_type") else "a mapping, `key: value`"
             message = f"must be {wanted}, got {_shown(got)}"
@@ -180,7 +275,7 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
 
 
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:
-    """Return where in the file a problem is: pydantic names the chosen form of a union as if it were a key."""
+    """Return the keys that lead to a problem; pydantic's location also holds the tags of unions, which are no keys."""
     tagged = loc[:1] in (("pruner",), ("workload",))
     return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (tagged and index == 1)]
 
@@ -201,7 +296,7 @@ def _shown(value: Any) -> str:
 
 
 def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Return the keys that are legal at a place within a form."""
+    """Return the legal keys at a place within a model."""
     candidates: list[Any] = [form]
     for part in loc:
         following: list[Any] = []
@@ -213,7 +308,7 @@ def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
         if following:
             candidates = following
         elif part in _KINDS:
-            wanted = {_CHOICES: "Choices", _RANGE: "Range"}.get(str(part), "")
+            wanted = {_CHOICES: "Choices", _RANGE: "Range", _SHARES: "Range"}.get(str(part), "")
             candidates = [model for model in candidates if model.__name__.startswith(wanted)] or candidates
         else:
             candidates = [model for model in candidates if part in _names_of(model)] or candidates

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StringConstraints, create_model
 
@@ -17,41 +17,41 @@ from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.files import strict_yaml
 from pipeline.space import rules
 from pipeline.space.config import (
+    SEARCHABLE_SETTINGS,
+    SETTINGS,
+    WORKLOAD_CHOICES,
     WORKLOADS,
-    Digits,
-    ImageFolder,
-    Own,
-    Precision,
-    TorchvisionDataset,
+    Settings,
     TrialConfig,
 )
-from pipeline.space.distributions import contains, describe, is_searched, label
-from pipeline.space.file_format import FORM, MAX_COUNT, check, domain_of, form_of, one_or_more
+from pipeline.space.distributions import contains, describe, extremes, is_searched, label
+from pipeline.space.file_format import FORM, MAX_COUNT, check, fields_of, form_of, named_union, one_or_more
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.param_groups import ParamGroup
-from pipeline.space.pruners import Median, NoPruner, SuccessiveHalving
+from pipeline.space.pruners import PRUNERS
 from pipeline.space.schedules import SCHEDULERS
 from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
+from pipeline.space.shares import read_shares, resolve_lengths
 
 
 def schema_text() -> str:
-    """Return the schema as JSON text, as it stands in `search_spaces/schema.json`."""
+    """Return the JSON Schema of a search-space file, the text of `search_spaces/schema.json`."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **file_form().model_json_schema()}
     return json.dumps(schema, indent=1) + "\n"
 
 
 FOUND = "found"
-"""Key of a config file under which a search notes what it found; not part of the config."""
+"""Key of a config file under which a search records its results; not part of the config."""
 
 
 def load_space(path: Path, overrides: Overrides = MappingProxyType({}), *, searching: bool = True) -> SearchSpace:
-    """Read a search-space file and check all that needs no model; see `pipeline.space.rules` for the rest.
+    """Read a search-space file, and check everything that needs no model.
 
     Args:
-        path: Of the file.
-        overrides: Changes to what it says.
-        searching: Whether there must be something to choose.
+        path: The file.
+        overrides: Changes to the content.
+        searching: Whether the space must leave something to choose.
 
     Raises:
         InvalidInput: With every problem of the file.
@@ -61,7 +61,13 @@ def load_space(path: Path, overrides: Overrides = MappingProxyType({}), *, searc
 
 
 def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: bool = True) -> SearchSpace:
-    """Make a search space of what a file says; `source` names it in errors, `name` its studies, as far as they can.
+    """Build a search space from the content of a file.
+
+    Args:
+        data: The content.
+        source: Names the space in messages.
+        name: Names the studies, in the letters that `--study` takes.
+        searching: Whether the space must leave something to choose.
 
     Raises:
         InvalidInput: With every problem of the data.
@@ -75,20 +81,34 @@ def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: b
 
 
 def study_name(text: str) -> str:
-    """Return a text in the letters that `--study` takes."""
+    """Return a text with other letters than those that `--study` takes replaced by `-`."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:80] or "space"
 
 
 def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpace:
-    """Rebuild a space from its `document`, as a study stores it.
+    """Rebuild a space from the document that a study stores.
 
     Raises:
-        InvalidInput: The document is not of this version's format.
+        InvalidInput: The document is not in the format of this version.
     """
     space, problems = _read(document, name=name)
     if problems or space is None:
         raise InvalidInput(f"the space of study {name}", problems)
     return space
+
+
+def with_steps(space: SearchSpace, steps_per_epoch: int) -> SearchSpace:
+    """Resolve the shares of schedules that move every step, once the data says how many steps an epoch has.
+
+    Raises:
+        InvalidInput: The space was made for another number of steps.
+    """
+    if space.steps_per_epoch not in (None, steps_per_epoch):
+        message = f"must be {steps_per_epoch}, as data and batch_size say, got {space.steps_per_epoch}; "
+        message += "remove it, or restore the data and batch_size that it was noted for"
+        raise InvalidInput(space.name, [Problem("steps_per_epoch", message)])
+    resolved = space_from_document({**space.document, "steps_per_epoch": steps_per_epoch}, name=space.name)
+    return space if resolved.schedulers == space.schedulers else resolved
 
 
 def load_config(
@@ -97,7 +117,7 @@ def load_config(
     """Read a config file, such as best.yaml.
 
     Returns:
-        The space of one point that it is, the config, and what a search noted about it, if anything.
+        The config as a space of one point, the config, and what a search recorded with it.
 
     Raises:
         InvalidInput: With every problem of the file.
@@ -117,41 +137,30 @@ def load_config(
 
 @functools.cache
 def file_form() -> type[BaseModel]:
-    """Return the form of a search-space file; made once, since pydantic takes half a second for it."""
-    count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
-    seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
+    """Return the form of a search-space file; built once, which takes pydantic half a second."""
     group_name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$", max_length=64)]
-    workloads = [form_of(cls, searchable=False) for cls in (Digits, TorchvisionDataset, ImageFolder, Own)]
-    pruners = [form_of(cls, searchable=False) for cls in (SuccessiveHalving, Median, NoPruner)]
+    no_pruner: Any = Field(default_factory=lambda: {"name": "none"}, validate_default=True)
+    defaults: Any = Field(default_factory=dict, validate_default=True)
     fields: dict[str, Any] = {
-        "workload": (_named_union(workloads), ...),
-        "epochs": (count, Field(description="Passes over the training data per trial.")),
-        "batch_size": (count, Field(description="Samples per optimizer step.")),
-        "seed": (seed, Field(0, description="Decides proposals, initial weights, data order and dropout.")),
-        "precision": (Precision, Field("fp32", description="bf16: forward and backward passes by torch.autocast.")),
-        "deterministic": (bool, Field(False, strict=True, description="Repeatable algorithms only, on a GPU too.")),
-        "channels_last": (bool, Field(False, strict=True, description="Images lie in memory with the channels last.")),
-        "clip_grad_norm": (domain_of(get_type_hints(TrialConfig, include_extras=True)["clip_grad_norm"]), None),
-        "objective": (form_of(Objective, searchable=False), Field(default_factory=dict, validate_default=True)),
+        "workload": (named_union(*WORKLOAD_CHOICES), ...),
+        **fields_of(Settings, searchable=False),
+        "steps_per_epoch": (
+            Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)] | None,
+            Field(None, description="A search notes it in its study if a share needs it."),
+        ),
+        "objective": (form_of(Objective, searchable=False), defaults),
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
         "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
         "param_groups": (dict[group_name, form_of(ParamGroup, searchable=True)], Field(min_length=1)),  # type: ignore[misc]
-        "sampler": (form_of(Sampler, searchable=False), Field(default_factory=dict, validate_default=True)),
-        "pruner": (_named_union(pruners), Field(default_factory=lambda: {"name": "none"}, validate_default=True)),
+        "sampler": (form_of(Sampler, searchable=False), defaults),
+        "pruner": (named_union(*PRUNERS.values()), no_pruner),
         "enqueue": (list[dict[str, Any]], Field(default=[], description="Configs to try first, in a file's words.")),
     }
     return create_model("SearchSpace", __config__=FORM, **fields)
 
 
-def _named_union(forms: list[type[BaseModel]]) -> Any:
-    union: Any = forms[0]
-    for form in forms[1:]:
-        union = union | form
-    return Annotated[union, Field(discriminator="name")]
-
-
 def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, list[Problem]]:
-    """Check data against the form, then against the rules that connect fields."""
+    """Check data against the form, then against the rules that connect several fields."""
     form, problems = check(file_form(), data)
     if form is None:
         return None, problems
@@ -159,19 +168,17 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
     space = SearchSpace(
         name=name,
         workload=WORKLOADS[values.workload.name](**dict(values.workload)),
-        epochs=values.epochs,
-        batch_size=values.batch_size,
-        seed=values.seed,
-        precision=values.precision,
-        deterministic=values.deterministic,
-        channels_last=values.channels_last,
-        clip_grad_norm=values.clip_grad_norm,
+        settings={setting: getattr(values, setting) for setting in SETTINGS},
+        steps_per_epoch=values.steps_per_epoch,
         objective=Objective(**dict(values.objective)),
         optimizers=_present(values.optimizer),
-        schedulers=_present(values.scheduler),
+        schedulers={
+            schedule: resolve_lengths(SCHEDULERS[schedule], distributions, total=_run_length(values, distributions))
+            for schedule, distributions in _present(values.scheduler).items()
+        },
         param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
         sampler=Sampler(**dict(values.sampler)),
-        pruner=_PRUNERS[values.pruner.name](**dict(values.pruner)),
+        pruner=PRUNERS[values.pruner.name](**dict(values.pruner)),
         enqueue=(),
         document=form.model_dump(mode="json", exclude_none=True),
     )
@@ -182,7 +189,11 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
     return dataclasses.replace(space, enqueue=tuple(known)), problems
 
 
-_PRUNERS: dict[str, Any] = {"successive_halving": SuccessiveHalving, "median": Median, "none": NoPruner}
+def _run_length(space: Any, schedule: Mapping[str, Any]) -> int | None:
+    """Return the length of a run in a schedule's unit; None while the number of steps is not known."""
+    if schedule["interval"] == "epoch":
+        return int(space.epochs)
+    return None if space.steps_per_epoch is None else int(space.epochs * space.steps_per_epoch)
 
 
 def _present(forms: BaseModel) -> dict[str, dict[str, Any]]:
@@ -190,26 +201,26 @@ def _present(forms: BaseModel) -> dict[str, dict[str, Any]]:
 
 
 def _searched_places(space: SearchSpace) -> Iterator[str]:
-    """Yield where a space leaves something to choose, in a file's words."""
+    """Yield the places of a file at which a space leaves something to choose."""
     yield from (kind for kind in ("optimizer", "scheduler") if is_searched(space.parameters()[kind]))
     parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
     for kind, options in parts.items():
         for owner, domains in options.items():
             yield from (f"{kind}.{owner}.{name}" for name, domain in domains.items() if is_searched(domain))
-    yield from ["clip_grad_norm"] if is_searched(space.clip_grad_norm) else []
+    yield from (name for name, domain in space.settings.items() if is_searched(domain))
 
 
 def _enqueued(
     space: SearchSpace, entry: Mapping[str, Any], place: str, problems: list[Problem]
 ) -> Iterator[tuple[str, Any]]:
-    """Translate a config to try first into parameters by Optuna's names; append what is wrong with it."""
+    """Yield a config to try first as values by Optuna's parameter names; append its problems to `problems`."""
     parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
     for key, value in entry.items():
-        if key == "clip_grad_norm":
-            yield from _enqueued_value(key, space.clip_grad_norm, value, f"{place}.{key}", problems)
+        if key in SEARCHABLE_SETTINGS:
+            yield from _enqueued_value(key, space.settings[key], value, f"{place}.{key}", problems)
             continue
         if key not in parts:
-            known = (*parts, "clip_grad_norm")
+            known = (*parts, *SEARCHABLE_SETTINGS)
             problems.append(Problem(f"{place}.{key}", f"unknown key; {did_you_mean(key, known)}"))
             continue
         if not isinstance(value, dict) or (key != "param_groups" and len(value) != 1):
@@ -225,9 +236,20 @@ def _enqueued(
                 continue
             if key != "param_groups" and len(parts[key]) > 1:
                 yield key, owner
+            if key == "scheduler":
+                values = _in_numbers(space, owner, values)
             if isinstance(values.get("pattern"), str):
                 values = values | {"pattern": [values["pattern"]]}  # as a file may say it
             yield from _enqueued_values(parts[key][owner], values, key, owner, place, problems)
+
+
+def _in_numbers(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the shares of an enqueued schedule by what they are in this space."""
+    distributions = space.schedulers[schedule]
+    shares = {name: read_shares(value) for name, value in values.items() if name in distributions}
+    warmup = max(extremes(distributions.get("warmup", 0)))
+    total = _run_length(space, distributions)
+    return {**values, **resolve_lengths(SCHEDULERS[schedule], shares, total=total, warmup=warmup)}
 
 
 def _enqueued_values(

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InvalidInput, Problem
+from pipeline.files.strict_yaml import loads
 
 Overrides = Mapping[str, Any]
-"""Dotted place in a file to the value that it shall have; None removes what is there."""
+"""Dotted place in a file to its new value; None removes the key."""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Read `place=value`, the value in YAML, for a command line."""
-    from pipeline.files.strict_yaml import loads
-
+    """Read `place=value` from a command line, the value in YAML."""
     place, equals, value = text.partition("=")
     if not equals or not all(place.split(".")):
         raise argparse.ArgumentTypeError(f"must be PLACE=VALUE, such as batch_size=32, got {text[:120]!r}")
@@ -30,10 +29,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
-    """Return a file's data with some values replaced, in the order given; what is new is added.
+    """Return a file's data with values replaced, in the order given; a new key is added.
 
     Raises:
-        InvalidInput: A place lies within something that is no mapping.
+        InvalidInput: A place lies below a value that is not a mapping.
     """
     changed = dict(data)
     for place, value in overrides.items():
@@ -53,7 +52,7 @@ def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
 
 
 def source_of(file: Path | str, overrides: Overrides) -> str:
-    """Return what messages call a file with its changes, such as `own.yaml with --workload mnist --set epochs`."""
+    """Return the name of a file with its changes for messages: `own.yaml with --workload mnist --set epochs`."""
     workload = overrides.get("workload")
     chosen = [f"--workload {workload.get('function', workload.get('name'))}"] if isinstance(workload, Mapping) else []
     said = [*chosen, *(f"--set {place}" for place in overrides if not (chosen and place == "workload"))]

@@ -1,4 +1,4 @@
-"""Parameter names to groups: first match wins, nothing is left over."""
+"""Assign parameters to groups by name: the first match wins, and every parameter needs a group."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def assign_groups(
         patterns: Group name to `fnmatch` patterns, tried in order; case counts.
 
     Returns:
-        Group name to parameter names, in the order of `patterns` and of `names`; and what is wrong: a pattern that
-        takes no parameter, or parameters that no group takes.
+        Group name to parameter names, in the order of `patterns` and of `names`; and the problems: a pattern that
+        takes no parameter, parameters that no group takes.
 
     Rates per group: Howard and Ruder (2018), https://arxiv.org/abs/1801.06146.
     """

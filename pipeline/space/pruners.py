@@ -1,8 +1,8 @@
-"""Which trials of a group stop at an epoch: our own rule, decided for all of them at once.
+"""Pruners: which trials of a group stop after an epoch, decided for the whole group at once.
 
-Optuna's pruners judge one trial at a time and remember those they have judged, so which trials survive depends on the
-order in which they are asked. Here the verdict is a function of two sets: the scores that earlier trials had at the
-same epoch, and those of the group.
+Optuna's pruners judge one trial at a time and remember their verdicts, so the order of the calls decides which trials
+survive. Here the verdict is a function of two sets: the scores of the group, and the scores of earlier trials after the
+same epoch.
 """
 
 from __future__ import annotations
@@ -11,30 +11,49 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
-from pipeline.space.limits import Interval
+from pipeline.space.limits import Interval, by_name
 
 Score = tuple[float, float]
-"""How good a trial is after an epoch, smaller is better: the objective, negated if maximized, then validation loss."""
+"""Score of a trial after an epoch, smaller is better: the objective, negated if maximized, then validation loss."""
+
+
+class Pruner(Protocol):
+    """A dataclass with a literal field `name`, and as its other fields the words of a file."""
+
+    @property
+    def name(self) -> str:
+        """The pruner's name in a file."""
+        ...
+
+    def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
+        """Return the numbers of the group's trials that stop after `epoch` epochs.
+
+        Args:
+            epoch: Counts from 1.
+            group: Trial number to score; equal scores are ranked by number, the lower one first.
+            earlier: Scores of the trials of earlier groups after the same epoch.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuccessiveHalving:
-    """At each rung, go on with the best 1/`reduction_factor` of all trials that ever reached it.
+    """Keep at each rung the best 1/`reduction_factor` of all trials that ever reached the rung.
 
-    Rungs are at `min_resource` epochs and at that times each power of `reduction_factor`. A trial is compared with
-    every trial so far, of its group and of earlier ones; Li et al. (2018), https://arxiv.org/abs/1810.05934, without
-    its promotions.
+    Rungs are at `min_resource` times each power of `reduction_factor`, in epochs. A trial is compared with every trial
+    so far, of its group and of earlier groups: Li et al. (2018), https://arxiv.org/abs/1810.05934, without promotions.
     """
 
     name: Literal["successive_halving"] = "successive_halving"
     min_resource: Annotated[int, Interval(ge=1)] = 4
     """Epochs before the first rung."""
     reduction_factor: Annotated[int, Interval(ge=2)] = 2
+    """One in this many trials is kept at a rung."""
 
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
-        """Return the numbers of the group's trials that stop after `epoch` epochs; see `Pruner`."""
+        """Return the trials that stop; see `Pruner`."""
         if not self._is_rung(epoch):
             return set()
         ranked = sorted([*((score, number) for number, score in group.items()), *((score, -1) for score in earlier)])
@@ -50,16 +69,16 @@ class SuccessiveHalving:
 
 @dataclass(frozen=True, kw_only=True)
 class Median:
-    """Stop a trial that is worse than the median of all trials so far at the same epoch."""
+    """Stop a trial whose score is worse than the median of all trials so far after the same epoch."""
 
     name: Literal["median"] = "median"
     n_startup_trials: Annotated[int, Interval(ge=1)] = 5
-    """How many trials must have reached an epoch before any stops there."""
+    """Trials that must have reached an epoch before any trial stops there."""
     n_warmup_epochs: Annotated[int, Interval(ge=0)] = 4
-    """Epochs after which no trial stops yet."""
+    """First epochs, after which no trial stops."""
 
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
-        """Return the numbers of the group's trials that stop after `epoch` epochs; see `Pruner`."""
+        """Return the trials that stop; see `Pruner`."""
         scores = [*group.values(), *earlier]
         if epoch <= self.n_warmup_epochs or len(scores) < self.n_startup_trials:
             return set()
@@ -69,18 +88,16 @@ class Median:
 
 @dataclass(frozen=True, kw_only=True)
 class NoPruner:
-    """Every trial trains for all its epochs."""
+    """Train every trial for all its epochs."""
 
     name: Literal["none"] = "none"
 
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
-        """Return no number."""
+        """Return no trial."""
         return set()
 
 
-Pruner = SuccessiveHalving | Median | NoPruner
-"""Each has `stops(epoch, group, earlier)`: the trials of `group`, number to score, that stop after `epoch` epochs,
-given the scores of `earlier` groups' trials at that epoch. Equal scores are decided by number, the lower one first."""
+PRUNERS: Mapping[str, type[Pruner]] = by_name(SuccessiveHalving, Median, NoPruner)
 
 
 def score(value: float, loss: float, *, direction: str) -> Score:

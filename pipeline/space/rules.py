@@ -1,24 +1,27 @@
-"""Rules of a search space that connect several fields, or that need the model and the data.
+"""Rules of a search space that connect several of its parts.
 
-A rule must hold for every config that the space can draw, so it is tried on the extremes of each domain. A file that
-breaks one is refused: nothing is adjusted, so what is recorded is what was trained.
+A rule must hold for every config that the space can draw, so a rule is checked at the endpoints of each distribution.
+A space that breaks a rule is refused. Nothing is adjusted, so what is recorded is what was trained. Rules of a single
+optimizer or schedule are methods of its class.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem
 from pipeline.space.distributions import Range, extremes, is_searched
+from pipeline.space.limits import Share
+from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.schedules import SCHEDULERS
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
 
 
 def problems(space: SearchSpace) -> Iterator[Problem]:
-    """Yield what is wrong with a space as far as its file alone shows it."""
+    """Yield the problems of a space that its file alone shows."""
     if not space.objective.metric.startswith("val/"):
         message = f"must be a validation metric, such as val/accuracy, got {space.objective.metric!r}"
         yield Problem("objective.metric", message)
@@ -26,9 +29,10 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
         if not options:
             yield Problem(kind, f"must name at least one {kind}")
     for name, optimizer in space.optimizers.items():
-        yield from _optimizer_problems(space, f"optimizer.{name}", optimizer)
+        for problem in OPTIMIZERS[name].problems(_extremes(optimizer)):
+            yield Problem(f"optimizer.{name}.{problem.place}", problem.message)
     for name, scheduler in space.schedulers.items():
-        yield from count_problems(space, name, scheduler, steps_per_epoch=None)
+        yield from length_problems(space, name, steps_per_epoch=None)
         yield from _rate_floor_problems(space, f"scheduler.{name}", scheduler)
         yield from _momentum_problems(space, f"scheduler.{name}", scheduler)
     if "rprop" in space.optimizers:
@@ -38,67 +42,48 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
 
 
 def warnings(space: SearchSpace) -> Iterator[str]:
-    """Yield what a space may say but hardly means."""
-    for name, domain in space.parameters().items():
-        if isinstance(domain, Range) and domain.low == domain.high:
-            yield f"{name}: low equals high, so this is the constant {domain.low}"
+    """Yield what is legal in a space but probably not meant."""
+    for name, distribution in space.parameters().items():
+        if isinstance(distribution, Range) and distribution.low == distribution.high:
+            yield f"{name}: low equals high, so this is the constant {distribution.low}"
     for name, scheduler in space.schedulers.items():
-        if name != "cyclic" and extremes(scheduler.get("gamma")) == (1.0,):
+        default = getattr(SCHEDULERS[name], "gamma", None)
+        if default != 1.0 and extremes(scheduler.get("gamma")) == (1.0,):
             yield f"scheduler.{name}.gamma: a gamma of 1 leaves the rate as it is"
 
 
-def _optimizer_problems(space: SearchSpace, place: str, optimizer: Mapping[str, Any]) -> Iterator[Problem]:
-    momentum, dampening = optimizer.get("momentum"), optimizer.get("dampening", 0.0)
-    if "dampening" in optimizer and True in extremes(optimizer["nesterov"]):
-        if 0 in extremes(momentum):
-            yield Problem(
-                f"{place}.nesterov", "needs a momentum above 0 in every trial; raise momentum or remove nesterov"
-            )
-        if any(extremes(dampening)):
-            yield Problem(f"{place}.nesterov", "needs a dampening of 0 in every trial; remove dampening or nesterov")
-    if "step_size_max" in optimizer and max(extremes(optimizer["step_size_min"])) > min(
-        extremes(optimizer["step_size_max"])
-    ):
-        yield Problem(f"{place}.step_size_min", "must be at most step_size_max in every trial")
+def _extremes(distributions: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    return {name: extremes(distribution) for name, distribution in distributions.items()}
 
 
-def count_problems(
-    space: SearchSpace, name: str, scheduler: Mapping[str, Any], *, steps_per_epoch: int | None
-) -> Iterator[Problem]:
-    """Check a schedule's counts against the length of the run, once it is known in the schedule's interval."""
-    place, unit = f"scheduler.{name}", scheduler["interval"]
-    for milestones in extremes(scheduler.get("milestones", ())):
-        if any(a >= b for a, b in itertools.pairwise(milestones)):
-            yield Problem(f"{place}.milestones", f"must increase, got {list(milestones)}")
+def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | None) -> Iterator[Problem]:
+    """Yield what does not fit the length of the run.
+
+    Args:
+        space: The search space.
+        name: The schedule's.
+        steps_per_epoch: None while unknown; a schedule that moves every step is not checked then.
+    """
+    schedule = space.schedulers[name]
+    place, unit = f"scheduler.{name}", schedule["interval"]
     if unit == "step" and steps_per_epoch is None:
         return
     total = space.epochs * (steps_per_epoch or 1)
-    warmup = max(extremes(scheduler.get("warmup", 0)))
+    warmup = max(extremes(schedule.get("warmup", 0)))
     if warmup >= total:
         yield Problem(f"{place}.warmup", f"must be shorter than the run of {total} {unit}s, got {warmup}")
         return
     left = f"the {total - warmup} {unit}s of the run" + (" after the warm-up" if warmup else "")
-    longest = max(extremes(scheduler["step_size"])) if name == "step" else 0
-    if longest > total - warmup:
-        where = f"{place}.step_size" + (".high" if isinstance(scheduler["step_size"], Range) else "")
-        yield Problem(where, f"must be at most {left}, got {longest}; lower it to that, or give more epochs")
-    last = max((max(milestones) for milestones in extremes(scheduler.get("milestones", ())) if milestones), default=0)
-    if last >= total - warmup:
-        yield Problem(f"{place}.milestones", f"must lie within {left}, got {last}")
-    if name == "onecycle":
-        shares = extremes(scheduler["pct_start"])
-        if min(shares) * total <= 1:
-            message = f"must be above {1 / total:g}, so that the rise takes over one of {left}, got {min(shares):g}"
-            yield Problem(f"{place}.pct_start", message)
-        if max(shares) > 0.5 and True in extremes(scheduler["three_phase"]):
-            yield Problem(f"{place}.pct_start", f"must be at most 0.5 with three_phase, got {max(shares):g}")
+    for problem in SCHEDULERS[name].problems(_extremes(schedule), total - warmup, left):
+        yield Problem(f"{place}.{problem.place}", problem.message)
 
 
 def _rate_floor_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:
-    """A floor above the rate would raise the rate: refuse it for the smallest rate that the space can draw."""
+    """Refuse a floor above the smallest rate that the space can draw: PyTorch would raise the rate to the floor."""
     ratios = [ratio for group in space.param_groups.values() for ratio in extremes(group["lr_ratio"]) if ratio > 0]
     for field in ("eta_min", "min_lr"):
-        floor = max(extremes(scheduler.get(field, 0.0)))
+        floors = [floor for floor in extremes(scheduler.get(field, 0.0)) if not isinstance(floor, Share)]
+        floor = max(floors, default=0.0)
         for name, optimizer in space.optimizers.items():
             lowest = min(extremes(optimizer["base_lr"])) * min(ratios, default=1.0)
             if floor > lowest:
@@ -107,7 +92,7 @@ def _rate_floor_problems(space: SearchSpace, place: str, scheduler: Mapping[str,
 
 
 def _momentum_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check `cycle_momentum`, which overwrites the optimizer's momentum or beta1."""
+    """Refuse `cycle_momentum` where the optimizer has no momentum or the search chooses it: the cycle overwrites it."""
     if not scheduler.get("cycle_momentum"):
         return
     if max(extremes(scheduler["base_momentum"])) > min(extremes(scheduler["max_momentum"])):
@@ -122,7 +107,7 @@ def _momentum_problems(space: SearchSpace, place: str, scheduler: Mapping[str, A
 
 
 def _rprop_problems(space: SearchSpace) -> Iterator[Problem]:
-    """Rprop reads the rate at its first step alone, as the size of that step."""
+    """Refuse schedules and decays with Rprop, which reads the rate at its first step only."""
     for name, scheduler in space.schedulers.items():
         if name != "constant" or any(extremes(scheduler["warmup"])):
             message = "needs a constant rate, since it reads the rate at its first step only; remove "

@@ -1,6 +1,6 @@
-"""SearchSpace: one file says everything that a search is. `load_space` checks it; `sample` draws a TrialConfig.
+"""SearchSpace: the checked content of a search-space file; `load_space` builds it, `sample` draws a TrialConfig.
 
-A trial's config is a space of one point, so `load_config` reads it by the same rules.
+A config is a space of one point, so `load_config` reads it by the same rules.
 """
 
 from __future__ import annotations
@@ -9,25 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pipeline.space.config import (
-    Precision,
-    TrialConfig,
-    WorkloadChoice,
-)
+from pipeline.space.config import SEARCHABLE_SETTINGS, TrialConfig, WorkloadChoice
 from pipeline.space.distributions import Choices, Suggests, is_searched, suggest
 from pipeline.space.limits import Interval
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.pruners import Pruner
 from pipeline.space.schedules import SCHEDULERS
+from pipeline.space.shares import resolve_floors
 
 Domains = Mapping[str, Any]
-"""Hyperparameter name to what a search may choose it from: a value, `Choices` or a `Range`."""
+"""Hyperparameter name to a value or to a distribution, `Choices` or `Range`, that a search draws from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What decides between trials: a validation metric after the last epoch."""
+    """The validation metric that ranks trials, after the last epoch."""
 
     metric: str = "val/accuracy"
     direction: Literal["minimize", "maximize"] = "maximize"
@@ -35,28 +32,24 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Which of Optuna's samplers proposes trials."""
+    """The sampler of Optuna that proposes trials."""
 
     name: Literal["tpe", "gp", "random", "qmc"] = "tpe"
     n_startup_trials: Annotated[int, Interval(ge=1)] = 10
-    """Random trials before TPE and GP begin to model."""
+    """Random trials before TPE and GP fit their first model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """Everything that a search is, but for how many trials it runs and where."""
+    """Everything that decides a search, except how many trials it runs and where."""
 
     name: str
-    """The file's, without its ending, in the letters that `--study` takes; studies are named after it."""
+    """The file's name without its suffix, in the letters that `--study` takes; names the studies."""
     workload: WorkloadChoice
-    epochs: int
-    batch_size: int
-    seed: int
-    precision: Precision
-    deterministic: bool
-    channels_last: bool
-    clip_grad_norm: Any
-    """None, or what the largest norm of a gradient is chosen from."""
+    settings: Domains
+    """Each of `SETTINGS` with its value; one of `SEARCHABLE_SETTINGS` may have a distribution instead."""
+    steps_per_epoch: int | None
+    """Optimizer steps per epoch; None unless a schedule that moves every step has a share of the run."""
     objective: Objective
     optimizers: Mapping[str, Domains]
     """Optimizer name to its hyperparameters; a trial has one optimizer."""
@@ -66,53 +59,71 @@ class SearchSpace:
     sampler: Sampler
     pruner: Pruner
     enqueue: tuple[Mapping[str, Any], ...]
-    """What to try first, each by parameter name; what is not named is sampled."""
+    """Configs to try first, as values by parameter name; parameters without a value are sampled."""
     document: Mapping[str, Any]
-    """The file with every default filled in: two spaces are the same if their documents are."""
+    """The content of the file with every default filled in: equal documents mean equal spaces."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data per trial."""
+        return int(self.settings["epochs"])
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return int(self.settings["batch_size"])
+
+    @property
+    def seed(self) -> int:
+        """The seed of the search and of every trial."""
+        return int(self.settings["seed"])
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of forward and backward passes."""
+        return str(self.settings["precision"])
 
     def sample(self, trial: Suggests) -> TrialConfig:
-        """Let a trial choose a value of everything that is searched."""
+        """Let a trial choose a value for every searched parameter."""
         optimizer = suggest(trial, "optimizer", _one_of(self.optimizers))
         optimizer_values = _suggest_all(trial, self.optimizers[optimizer], prefix=f"{optimizer}.")
         scheduler = suggest(trial, "scheduler", _one_of(self.schedulers))
         scheduler_values = _suggest_all(trial, self.schedulers[scheduler], prefix=f"{scheduler}.")
         groups = {name: _suggest_all(trial, group, suffix=f".{name}") for name, group in self.param_groups.items()}
+        ratios = [group["lr_ratio"] for group in groups.values() if group["lr_ratio"] > 0]
+        lowest = optimizer_values["base_lr"] * min(ratios, default=1.0)
+        scheduler_values = resolve_floors(SCHEDULERS[scheduler], scheduler_values, rate=lowest)
         return TrialConfig(
             workload=self.workload,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            precision=self.precision,
-            deterministic=self.deterministic,
-            channels_last=self.channels_last,
-            clip_grad_norm=suggest(trial, "clip_grad_norm", self.clip_grad_norm),
+            **_suggest_all(trial, self.settings),
             optimizer=OPTIMIZERS[optimizer](**optimizer_values),
             scheduler=SCHEDULERS[scheduler](**scheduler_values),
             param_groups={name: ParamGroup(**values) for name, values in groups.items()},
         )
 
     def example(self) -> TrialConfig:
-        """Return one config of the space, always the same."""
+        """Return one config of the space, always the same one."""
         return self.sample(_First())
 
     def parameters(self) -> dict[str, Any]:
-        """Return every parameter by its name in Optuna, such as `adamw.base_lr` or `lr_ratio.head`, with its domain."""
+        """Return every parameter by its Optuna name, such as `adamw.base_lr` or `lr_ratio.head`."""
         named = {"optimizer": _one_of(self.optimizers), "scheduler": _one_of(self.schedulers)}
         for owner, domains in [*self.optimizers.items(), *self.schedulers.items()]:
             named |= {f"{owner}.{name}": domain for name, domain in domains.items()}
         for group, domains in self.param_groups.items():
             named |= {f"{name}.{group}": domain for name, domain in domains.items()}
-        return named | ({"clip_grad_norm": self.clip_grad_norm} if self.clip_grad_norm is not None else {})
+        settings = {name: self.settings[name] for name in SEARCHABLE_SETTINGS}
+        return named | {name: domain for name, domain in settings.items() if domain is not None}
 
     def searched_hyperparameters(self) -> tuple[str, ...]:
-        """Return the names, as in `TrialConfig.hyperparameters`, of those that differ between trials."""
+        """Return the hyperparameters that differ between trials, named as in `TrialConfig.hyperparameters`."""
         parts = {name: name.split(".") for name, domain in self.parameters().items() if is_searched(domain)}
         owners = {*self.optimizers, *self.schedulers}
         names = [part[1] if part[0] in owners and len(part) > 1 else name for name, part in parts.items()]
         return tuple(dict.fromkeys(names))
 
     def shared_hyperparameters(self) -> tuple[str, ...]:
-        """Return those of `searched_hyperparameters` that every trial has, whatever its optimizer and schedule."""
+        """Return the searched hyperparameters that every trial has, whatever its optimizer and schedule."""
         owned = {
             name for options in (self.optimizers, self.schedulers) for domains in options.values() for name in domains
         }
@@ -133,7 +144,7 @@ def _suggest_all(trial: Suggests, domains: Domains, *, prefix: str = "", suffix:
 
 
 class _First:
-    """A trial that takes the first of everything."""
+    """A trial that chooses the lowest or first value of everything."""
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False

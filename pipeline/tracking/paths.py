@@ -1,4 +1,4 @@
-"""A root that was moved or copied: MLflow stores where artifacts are as absolute paths, which are corrected here."""
+"""Correct the absolute paths of artifacts in MLflow's database after the root folder was moved or copied."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote
 
-PLACES = (
+PATH_COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Tables and columns of MLflow's database that hold such paths."""
+"""Tables and columns of MLflow's database that hold absolute paths of artifacts."""
 
 
 def relocate(database: Path) -> None:
-    """Let every artifact below an `mlruns` that used to lie beside the database be found in the one that does now.
+    """Replace the path of an `mlruns` folder that used to lie beside the database by the path of today's.
 
-    An experiment whose folder is at its old place, and not here, is somewhere else on purpose and stays there.
+    An experiment stays where it is if its folder exists at the stored path and not beside the database: someone put
+    the experiment there on purpose.
     """
     with closing(sqlite3.connect(database)) as connection, connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-        if not tables >= {table for table, _ in PLACES}:
-            return  # of a version of MLflow that will refuse it, or none of MLflow's
+        if not tables >= {table for table, _ in PATH_COLUMNS}:
+            return  # MLflow will refuse this database: another version's, or not MLflow's
         for (location,) in connection.execute("SELECT artifact_location FROM experiments").fetchall():
             if (here := _here(location, database.absolute().parent)) is None:
                 continue
-            for table, column in PLACES:
+            for table, column in PATH_COLUMNS:
                 connection.execute(
                     f"UPDATE {table} SET {column} = :here || substr({column}, :rest) "
                     f"WHERE {column} = :there OR substr({column}, 1, :rest) = :there || '/'",
@@ -39,7 +40,7 @@ def relocate(database: Path) -> None:
 
 
 def _here(location: str, root: Path) -> str | None:
-    """Return where an experiment's artifacts are now, or None if that is where they are said to be."""
+    """Return where an experiment's artifacts are now, or None if the stored location is right."""
     match = re.fullmatch(r"(file://)?(/.*|)/mlruns/((?:artifacts/)?[^/]+)", location)
     if match is None:
         return None

@@ -1,6 +1,7 @@
-"""BackgroundTracker: MLflow in a process of its own.
+"""Trackers in a process of their own, so that no tracker delays or disturbs training.
 
-MLflow's import and its database cost seconds, and no trouble with MLflow may disturb training.
+The search's process holds a `TrackerProcess`, whose methods put messages into a pipe. The tracker process reads them in
+order (`serve`), calls each tracker, and answers over a second pipe.
 """
 
 from __future__ import annotations
@@ -14,37 +15,41 @@ import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.files.locks import hold, study_folder
+from pipeline.files.locks import folder_locked, study_folder
 from pipeline.space.trial import EndedTrial
-from pipeline.tracking.mlflow import StudyInfo, Tracker, cause_of, load_mlflow, remote_uri
+from pipeline.tracking.mlflow import MLflowTracker
+from pipeline.tracking.tracker import StudyInfo, StudySummary, Tracker, root_cause
 
-SAMPLE_EVERY_S = 60.0
-"""Between records of the machine's load: a search that is shorter has none."""
+TRACKERS: tuple[Callable[[Path], Tracker], ...] = (MLflowTracker,)
+"""Every tracker of a search; each is built with the root folder and may refuse it with `InvalidInput`."""
 
 
-class BackgroundTracker:
-    """A `Tracker` in a process of its own: nothing here raises or waits for MLflow, but `view_path` and `close`.
+class TrackerProcess:
+    """The trackers of a search; nothing here raises or waits for a tracker, except `links` and `close`.
 
-    The process starts at once and imports MLflow, whatever the caller does meanwhile; it touches nothing until `open`.
-    It is in no danger from Ctrl-C, which only the caller hears, and it ends with `close` or, having written what it was
-    sent, with its parent.
+    The process starts at once and imports what trackers need, while the caller imports PyTorch. No file is touched
+    until `open`. Ctrl-C does not reach the process. The process ends with `close`, or when the caller's process has
+    died and everything that was sent is recorded.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Start the process."""
+    def __init__(self, root: Path, *, trackers: Sequence[Callable[[Path], Tracker]] = TRACKERS) -> None:
+        """Build the trackers and start their process.
+
+        Raises:
+            InvalidInput: A tracker cannot use the root.
+        """
+        built = [build(root) for build in trackers]
+        self._records = [_Record(tracker) for tracker in built]
         self._root = root.absolute()
         self._opened = False
-        self._outbox: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
-        self._store = ""
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outbox.put(built)
         self._sent: Counter[str] = Counter()
-        self._answered: Counter[str] = Counter()  # by the reader's thread, hence a counter of its own
-        self._failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._ready = threading.Event()
-        self._view_path: str | None = None
         self._warnings: list[str] | None = None
         # Not multiprocessing: its new process would import the caller's main module once more.
         self._process = subprocess.Popen(
@@ -66,30 +71,27 @@ class BackgroundTracker:
         return self._process.pid
 
     def open(self, study: StudyInfo) -> None:
-        """Have a study's `Tracker` made, before anything else, with what the environment says now."""
+        """Have every tracker open a study, with the environment variables of this moment."""
         self._opened = True
-        self._store = "at MLFLOW_TRACKING_URI" if remote_uri() else f"in {self._root}"
-        self._outbox.put(("open", (self._root, study, dict(os.environ))))
+        for record in self._records:
+            record.name = str(record.tracker)
+        self._send("open", self._root, study, dict(os.environ))
 
-    def view_path(self) -> str | None:
-        """Return `Tracker.view_path()` once the store is open; None if it could not be, or not within a minute."""
+    def links(self) -> list[str]:
+        """Return how a person looks at each record, once it is open; wait at most a minute."""
         self._ready.wait(timeout=60)
-        return self._view_path
+        return [record.link for record in self._records if record.link is not None]
 
-    def log_trial(self, trial: EndedTrial) -> None:
-        """Have `Tracker.log_trial` called."""
-        self._send("log_trial", trial)
+    def end(self, trial: EndedTrial) -> None:
+        """Have every tracker record a trial that has ended."""
+        self._send("end", trial)
 
-    def finish(self, best: EndedTrial | None, note: str, artifacts: Sequence[Path]) -> None:
-        """Have `Tracker.finish` called; the artifacts must stay until `close`."""
-        self._send("finish", best, note, [path.absolute() for path in artifacts])
-
-    def interrupt(self, note: str) -> None:
-        """Have `Tracker.interrupt` called."""
-        self._send("interrupt", note)
+    def finish(self, summary: StudySummary) -> None:
+        """Have every tracker record how the search ended."""
+        self._send("finish", summary)
 
     def close(self, timeout: float = 60.0) -> list[str]:
-        """Wait until all is written, at most `timeout` seconds, and return what went wrong, one sentence each."""
+        """Wait until everything is recorded, at most `timeout` seconds; return what went wrong, one sentence each."""
         if self._warnings is not None:
             return self._warnings
         self._outbox.put(None)
@@ -105,10 +107,7 @@ class BackgroundTracker:
         self._writer.join()
         if status and self._opened:
             end = end or f"its process ended with {_exit(status)}"
-        unanswered = self._sent - self._answered
-        if end or unanswered:
-            self._failures[end or "its process ended too early"] += unanswered
-        self._warnings = [f"MLflow {self._store}: {_sentence(cause, lost)}" for cause, lost in self._failures.items()]
+        self._warnings = [line for record in self._records for line in record.warnings(self._sent, end)]
         return self._warnings
 
     def _send(self, verb: str, *arguments: Any) -> None:
@@ -116,7 +115,7 @@ class BackgroundTracker:
         self._outbox.put((verb, arguments))
 
     def _write(self) -> None:
-        """Feed the process from the outbox, so that no caller waits for it."""
+        """Feed the process from the outbox, so that no caller waits for the pipe."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             for message in iter(self._outbox.get, None):
@@ -130,97 +129,136 @@ class BackgroundTracker:
         try:
             with contextlib.suppress(EOFError, pickle.UnpicklingError), self._process.stdout as pipe:
                 while True:
-                    verb, result, causes = pickle.load(pipe)
-                    for cause in causes:
-                        self._failures[cause][verb] += 1
-                    if verb == "open":
-                        self._view_path = result
+                    number, *answer = pickle.load(pipe)
+                    self._records[number].take(*answer)
+                    if all(record.answered["open"] for record in self._records):
                         self._ready.set()
-                    else:
-                        self._answered[verb] += 1
         finally:
             self._ready.set()
 
 
+class _Record:
+    """What the search's process knows of one tracker: the answers so far."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.name = str(tracker)
+        self.link: str | None = None
+        self.answered: Counter[str] = Counter()
+        self._failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+    def take(self, verb: str, result: Any, cause: str | None) -> None:
+        """Take an answer: what the tracker returned, or why it failed."""
+        self.answered[verb] += 1
+        if cause is not None:
+            self._failures[cause][verb] += 1
+        elif verb == "open":
+            self.link = result
+        elif verb == "close":
+            self._failures.update({warning: Counter() for warning in result})
+
+    def warnings(self, sent: Counter[str], end: str | None) -> list[str]:
+        """Return what went wrong, given what was sent, and why the process ended if it did not end by itself."""
+        unanswered = sent - self.answered
+        if end or unanswered:
+            self._failures[end or "its process ended too early"] += unanswered
+        return [f"{self.name}: {_sentence(cause, lost)}" for cause, lost in self._failures.items()]
+
+
 def serve() -> None:
-    """Run a `Tracker` for a `BackgroundTracker`: verbs come in on standard input, answers go out on standard output."""
+    """Run the trackers of a `TrackerProcess`: read messages from standard input, answer on standard output."""
     for number in (signal.SIGINT, signal.SIGTERM):  # some hosts signal every process; the caller decides
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)  # training comes first; what is left of the cores is enough for this
+    os.nice(10)  # training comes first; the rest of the processor's time is enough for trackers
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what MLflow prints must not come between the answers
-    threading.Thread(target=_load).start()  # beside the first message, whose folder is to be held at once
-    with contextlib.suppress(BrokenPipeError), contextlib.ExitStack() as held:
-        server = Server(answers, held)
+    os.dup2(2, 1)  # text that a library prints must not come between the answers
+    with contextlib.suppress(EOFError), contextlib.ExitStack() as lock:
+        servers = [Server(number, tracker, answers) for number, tracker in enumerate(pickle.load(sys.stdin.buffer))]
+        # A thread, because the first message locks the study's folder, which must not wait for imports.
+        threading.Thread(target=_load, args=[servers]).start()
         with contextlib.suppress(EOFError):
-            # The end of the pipe would not do: it has none while a process that the caller's model forked lives.
+            # The end of the pipe would not do: it has none while a process that the caller's model forked is alive.
             while (message := pickle.load(sys.stdin.buffer)) is not None:
-                server.do(*message)
-        server.retry()
+                verb, arguments = message
+                if verb == "open":
+                    arguments = [_prepare(lock, *arguments)]
+                for server in servers:
+                    server.do(verb, *arguments)
+        for server in servers:
+            server.do("close")
 
 
-def _load() -> None:
-    with contextlib.suppress(Exception):  # whatever it is, `open` meets it too, and answers
-        load_mlflow()
+def _load(servers: Sequence[Server]) -> None:
+    for server in servers:
+        server.load()
+
+
+def _prepare(lock: contextlib.ExitStack, root: Path, study: StudyInfo, environment: Mapping[str, str]) -> StudyInfo:
+    """Take the caller's environment, and lock the study's folder until this process ends.
+
+    If a search is killed, its tracker process records everything that it was sent, and only then the next search's
+    process opens the record: otherwise both would record the same trials.
+    """
+    os.environ.update(environment)
+    with contextlib.suppress(OSError):  # the folder cannot be made, so no other search can use it either
+        lock.enter_context(folder_locked(study_folder(root, study.name)))
+    return study
 
 
 class Server:
-    """A `Tracker` whose failures are answers. What could not be logged is tried once more at the end.
+    """Calls one tracker, and answers with its number, the verb, the result, and why the call failed.
 
-    Args:
-        answers: Where they go.
-        held: Keeps the study's folder, so that the process of a search that was killed writes all it was told before
-            the next search's begins: both would log the same trials.
+    A trial that could not be recorded is not answered yet, and tried once more at the end.
     """
 
-    def __init__(self, answers: IO[bytes], held: contextlib.ExitStack) -> None:
+    def __init__(self, number: int, tracker: Tracker, answers: IO[bytes]) -> None:
+        self._number = number
+        self._tracker = tracker
         self._answers = answers
-        self._held = held
-        self._tracker: Tracker | None = None
-        self._broken = ""
+        self._broken: str | None = None
         self._missed: list[EndedTrial] = []
 
-    def do(self, verb: str, arguments: tuple[Any, ...]) -> None:
-        """Do what a message says, and answer."""
-        if verb != "log_trial":
-            self.retry()
-        causes = self._attempt(verb, arguments)
-        if causes and verb == "log_trial" and self._tracker:
+    def load(self) -> None:
+        """Import what the tracker needs; an error comes again in `open`, which is answered."""
+        with contextlib.suppress(Exception):
+            self._tracker.load()
+
+    def do(self, verb: str, *arguments: Any) -> None:
+        """Call a method of the tracker."""
+        if verb != "end":
+            self._retry()
+        result, cause = self._attempt(verb, *arguments)
+        if verb == "end" and cause and not self._broken:
             self._missed += arguments
         else:
-            self._answer(verb, causes)
+            self._answer(verb, result, cause)
 
-    def retry(self) -> None:
-        """Log what could not be logged, until it fails again."""
-        causes: list[str] = []
+    def _retry(self) -> None:
+        """Record the missed trials, until one fails again."""
+        cause: str | None = None
         for trial in self._missed:
-            causes = causes or self._attempt("log_trial", (trial,))
-            self._answer("log_trial", causes)
+            _, cause = (None, cause) if cause else self._attempt("end", trial)
+            self._answer("end", None, cause)
         self._missed = []
 
-    def _attempt(self, verb: str, arguments: tuple[Any, ...]) -> list[str]:
-        """Return why something failed, or nothing."""
+    def _attempt(self, verb: str, *arguments: Any) -> tuple[Any, str | None]:
+        """Return what a method returned, or why it failed."""
+        if self._broken:
+            return None, self._broken
         try:
-            if verb == "open":
-                return self._open(*arguments)
-            if self._tracker is None:
-                return [self._broken]
-            getattr(self._tracker, verb)(*arguments)
+            return getattr(self._tracker, verb)(*arguments), None
         except Exception as error:
-            self._broken = cause_of(error)
-            return [self._broken]
-        return []
+            cause = root_cause(error)
+            if verb == "open":
+                self._broken = cause
+            return None, cause
 
-    def _open(self, root: Path, study: StudyInfo, environment: Mapping[str, str]) -> list[str]:
-        os.environ.update(environment)
-        self._held.enter_context(hold(study_folder(root, study.name)))
-        self._tracker = Tracker(root, study, sample_every=SAMPLE_EVERY_S)
-        return self._tracker.warnings
-
-    def _answer(self, verb: str, causes: list[str]) -> None:
-        result = self._tracker.view_path() if verb == "open" and self._tracker else None
-        pickle.dump((verb, result, causes), self._answers)
-        self._answers.flush()
+    def _answer(self, verb: str, result: Any, cause: str | None) -> None:
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # the caller died: the rest of its messages are recorded all the same
+            pickle.dump((self._number, verb, result, cause), self._answers)
+            self._answers.flush()
 
 
 def _exit(status: int) -> str:
@@ -228,8 +266,8 @@ def _exit(status: int) -> str:
 
 
 def _sentence(cause: str, lost: Counter[str]) -> str:
-    trials = lost["log_trial"]
+    trials = lost["end"]
     missing = [f"{trials} trial{'s' if trials > 1 else ''}"] if trials else []
-    missing += ["the summary"] if lost["finish"] or lost["interrupt"] else []
+    missing += ["the summary"] if lost["finish"] else []
     verb = "are" if len(missing) > 1 or trials > 1 else "is"
-    return f"{cause}; {' and '.join(missing)} {verb} not in MLflow" if missing else cause
+    return f"{cause}; {' and '.join(missing)} {verb} not recorded" if missing else cause

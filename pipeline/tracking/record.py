@@ -1,4 +1,4 @@
-"""What MLflow is told of a trial: tags, parameters, metrics and learning rates, as plain values."""
+"""What MLflow is told of a trial, as plain values: tags, parameters, metrics and learning rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.space.trial import EndedTrial
 from pipeline.tracking.view import mlflow_name
 
 MAX_LR_POINTS = 500
-"""Learning rates of one group that a trial shows in MLflow, whose charts draw 320; `lr_csv` has them all."""
+"""Learning rates of one group that are logged as a metric; MLflow's charts draw 320. `lr_csv` has every rate."""
 
 
 def lr_metric(group: str) -> str:
@@ -21,14 +21,14 @@ def lr_metric(group: str) -> str:
 
 
 def thin(points: Sequence[tuple[int, float]], *, limit: int) -> list[tuple[int, float]]:
-    """Return at most `limit` points, at least 2, evenly spread; the first and the last are among them."""
+    """Return at most `limit` points, evenly spread, with the first and the last; `limit` must be at least 2."""
     if len(points) <= limit:
         return list(points)
     return [points[round(index * (len(points) - 1) / (limit - 1))] for index in range(limit)]
 
 
 def trial_tags(trial: EndedTrial) -> dict[str, str]:
-    """Return what a trial's run is found, grouped and explained by."""
+    """Return the tags by which a trial's run is found, grouped and explained."""
     tags = {
         "hpo.kind": "trial",
         "hpo.trial": str(trial.number),
@@ -48,7 +48,7 @@ def trial_tags(trial: EndedTrial) -> dict[str, str]:
 
 
 def trial_params(trial: EndedTrial) -> dict[str, str]:
-    """Return every hyperparameter, and what else the trial was trained with, as text of full precision."""
+    """Return every hyperparameter and every other setting of the trial, as text of full precision."""
     config = trial.config
     values = {
         **config.hyperparameters(),
@@ -63,7 +63,7 @@ def trial_params(trial: EndedTrial) -> dict[str, str]:
 
 
 def metric_points(trial: EndedTrial) -> list[tuple[str, int, float]]:
-    """Return what a trial's charts show: (metric, step, value), values that are not finite among them."""
+    """Return the points of a trial's charts, (metric, step, value); values may be infinite or NaN."""
     points = [(name, epoch.step, value) for epoch in trial.epochs for name, value in epoch.metrics.items()]
     for group, history in _lr_history(trial).items():
         points += [(lr_metric(group), step, rate) for step, rate in thin(history, limit=MAX_LR_POINTS)]
@@ -76,7 +76,7 @@ def _lr_history(trial: EndedTrial) -> dict[str, list[tuple[int, float]]]:
 
 
 def lr_csv(trial: EndedTrial) -> str | None:
-    """Return every rate that a schedule of steps used, one column per group; None for a schedule of epochs."""
+    """Return every learning rate as a table, one column per group; None if the schedule moves once per epoch."""
     if all(len(points) <= 1 for epoch in trial.epochs for points in epoch.lr.values()):
         return None
     history = {group: dict(points) for group, points in _lr_history(trial).items()}

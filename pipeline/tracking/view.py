@@ -1,7 +1,7 @@
 """The saved view of a study in MLflow's web page: which trials, which columns, which charts.
 
-Without it a first-time visitor sees one collapsed row and no learning-rate curve. MLflow keeps a shared view as an
-experiment tag, `mlflow.sharedViewState.<key>`. The format is not documented; this is what MLflow 3.17 reads.
+Without a saved view a first-time visitor sees one collapsed row and no learning-rate curve. MLflow keeps a shared view
+as an experiment tag, `mlflow.sharedViewState.<key>`. The format is not documented; MLflow 3.17 reads the one below.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TAG_PREFIX = "mlflow.sharedViewState."
 
 
 def mlflow_name(text: str) -> str:
-    """Return `text` as MLflow takes it in the name of a metric, a parameter or a tag, and as one part of a path.
+    """Return a text as a name of a metric, parameter, tag or folder that MLflow accepts.
 
-    What MLflow refuses becomes `_`, and so does a slash, which would start another section of charts. A text that had
-    to change gets a mark of the original, so that two texts do not share a name: `fc.1` stays, `fc,1` becomes
+    Characters that MLflow refuses become `_`, and so does a slash, which would start another section of charts. A
+    changed name ends with a hash of the text, so that two texts never share a name: `fc.1` stays, `fc,1` becomes
     `fc_1-eb1b`.
     """
     clean = re.sub(r"[^\w.\- ]|^\.+", "_", text)[:200] or "_"
@@ -53,11 +53,11 @@ def saved_view(
 
     Args:
         study: Name of the view.
-        identity: Its trials are shown, by their tag `hpo.study_id`.
-        metric: The objective; the trials are sorted by it.
-        direction: Of the objective, "maximize" or "minimize".
+        identity: The value of the tag `hpo.study_id` of the trials to show.
+        metric: The objective, by which trials are sorted.
+        direction: Direction of the objective, "maximize" or "minimize".
         columns: Parameters worth a column.
-        axes: Parameters worth an axis of the parallel coordinates, which show only trials that have them all.
+        axes: Parameters worth an axis of the parallel coordinates, which show only trials with all of these.
         lr_metrics: Metrics that hold learning rates, one chart each.
         created_ms: Milliseconds since 1970.
     """
@@ -95,7 +95,7 @@ def saved_view(
 
 
 def _quoted(text: str) -> str:
-    """Quote a value of a search filter, which knows no escapes, only two kinds of quotes."""
+    """Quote a value of a search filter; filters have two kinds of quotes and no escapes."""
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
@@ -158,5 +158,5 @@ def _sections(metric: str) -> list[dict[str, Any]]:
 
 
 def _section_of(metric: str) -> str:
-    """Return the section in which the page itself would file a metric: what precedes the last slash."""
+    """Return the section where the page itself puts a metric: the text before the last slash."""
     return metric.rpartition("/")[0] or "Model metrics"

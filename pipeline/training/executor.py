@@ -28,8 +28,7 @@ from pipeline.training.replay import ReplayedTrial
 from pipeline.training.rows.probe import Finding, probe
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.shards import ShardedTrials, ShardTrainer
-from pipeline.workloads.data import free_memory, is_streamed
-from pipeline.workloads.data import place as to_device
+from pipeline.workloads.data import free_memory, is_streamed, to_device
 from pipeline.workloads.workload import Workload
 
 MEMORY_SHARE = 0.5

@@ -1,13 +1,17 @@
-"""Torch's own optimizers and schedulers for a config, stepped together as one strategy.
+"""Build the torch optimizers and schedulers of a config, and step them together as one strategy.
 
-The fused trainer builds the same over placeholder parameters and reads the rates from it, so schedules are PyTorch's
-own in both trainers.
+The trainer of rows builds the same objects over placeholder parameters and reads the rates from their groups. So both
+trainers use PyTorch's own schedules.
+
+A schedule that PyTorch lacks is a function here, which the schedule's `torch_class` names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,38 +19,19 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.optimizers import OPTIMIZERS, Muon, Optimizer
-from pipeline.space.schedules import (
-    Constant,
-    Cosine,
-    CosineWarmRestarts,
-    Cyclic,
-    Exponential,
-    Linear,
-    MultiStep,
-    OneCycle,
-    Plateau,
-    Polynomial,
-    Scheduler,
-    Step,
-    WarmedScheduler,
-)
+from pipeline.space.optimizers import Muon, Optimizer
+from pipeline.space.schedules import Plateau, Training, WarmedScheduler
 from pipeline.space.trial import EpochMetrics
-
-_TORCH_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    cls.name: getattr(torch.optim, cls.__name__) for cls in OPTIMIZERS.values()
-}
-_MUON_ARGUMENTS = ("weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
 
 
 class Strategy:
-    """The optimizers and schedulers of one config; almost always one of each, Muon brings AdamW along.
+    """The optimizers and schedulers of one config: one of each, or two with Muon, which needs AdamW besides.
 
     Args:
-        config: Names them and gives every hyperparameter.
-        parameters: Group name to (name, tensor) pairs, every group of the config; a frozen group's are not touched.
+        config: The trial's config.
+        parameters: Group name to (name, tensor) pairs, for every group of the config; frozen groups are left alone.
         steps_per_epoch: Optimizer updates in one epoch.
-        directions: Metric name to "minimize" or "maximize"; ReduceLROnPlateau looks its own up.
+        directions: Metric name to "minimize" or "maximize", for ReduceLROnPlateau.
         hidden_matrices: Names of the parameters that Muon takes.
     """
 
@@ -68,7 +53,7 @@ class Strategy:
         self.per_step = config.scheduler.interval == "step"
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the rate that each group's next update uses; a frozen group's is 0."""
+        """Return the rate of each group's next update; the rate of a frozen group is 0."""
         rates = dict.fromkeys(self.config.param_groups, 0.0)
         for optimizer in self.optimizers:
             rates.update({group["group"]: float(group["lr"]) for group in optimizer.param_groups})
@@ -80,7 +65,7 @@ class Strategy:
             optimizer.zero_grad()
 
     def step(self) -> None:
-        """Update the parameters once, and move a schedule that moves every step."""
+        """Update the parameters once; move the schedule if it moves every step."""
         for optimizer in self.optimizers:
             optimizer.step()
         if self.per_step:
@@ -88,7 +73,7 @@ class Strategy:
                 scheduler.step()
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Move a schedule that moves every epoch; `metrics` are the epoch's, for ReduceLROnPlateau."""
+        """Move the schedule if it moves every epoch; ReduceLROnPlateau reads the epoch's `metrics`."""
         if self.per_step:
             return
         for scheduler in self.schedulers:
@@ -106,7 +91,7 @@ class Strategy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that a strategy of the same config returned."""
+        """Restore a state that a strategy of the same config returned."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
@@ -114,18 +99,18 @@ class Strategy:
 
 
 def over_placeholders(config: TrialConfig, *, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
-    """Build a config's real optimizer and scheduler over parameters that stand for its groups, to ask for rates."""
+    """Build a config's strategy over one placeholder parameter per group, to read learning rates from."""
     placeholders = {name: [(name, torch.zeros(1))] for name in config.param_groups}
     strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
     for optimizer in strategy.optimizers:
-        optimizer.step()  # without gradients it does nothing, but a scheduler wants to have seen it
+        optimizer.step()  # without gradients nothing moves; a scheduler warns unless its optimizer has stepped
     return strategy
 
 
 def replay_rates(
     config: TrialConfig, epochs: Sequence[EpochMetrics], *, directions: Mapping[str, str]
 ) -> tuple[EpochMetrics, ...]:
-    """Return a trial's epochs with the learning rates that it used: a function of its config and metrics."""
+    """Return a trial's epochs with their learning rates, recomputed from the trial's config and metrics."""
     if not epochs:
         return ()
     steps = epochs[0].step
@@ -152,22 +137,15 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Build the config's optimizer, one torch parameter group per group that is not frozen.
 
-    Each torch group carries its name under the key `group`. Muon is two optimizers: itself for `hidden_matrices`, and
+    Each torch group carries its name under the key `group`. Muon is two optimizers: Muon for `hidden_matrices`, and
     AdamW for the rest.
     """
-    arguments = _optimizer_arguments(config.optimizer)
     if not isinstance(config.optimizer, Muon):
-        groups = _torch_groups(config, parameters)
-        return [_TORCH_OPTIMIZERS[config.optimizer.name](groups, **arguments)]
+        return [_build_optimizer(config.optimizer, _torch_groups(config, parameters))]
     hidden = {group: [p for p in some if p[0] in hidden_matrices] for group, some in parameters.items()}
     rest = {group: [p for p in some if p[0] not in hidden_matrices] for group, some in parameters.items()}
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups := _torch_groups(config, hidden):
-        optimizers.append(torch.optim.Muon(groups, **{name: arguments[name] for name in ("lr", *_MUON_ARGUMENTS)}))
-    if groups := _torch_groups(config, rest):
-        betas, decay = arguments["betas"], config.optimizer.weight_decay
-        optimizers.append(torch.optim.AdamW(groups, lr=arguments["lr"], betas=betas, weight_decay=decay))
-    return optimizers
+    parts = ((config.optimizer, _torch_groups(config, hidden)), (config.optimizer.adamw(), _torch_groups(config, rest)))
+    return [_build_optimizer(optimizer, groups) for optimizer, groups in parts if groups]
 
 
 def build_scheduler(
@@ -175,19 +153,18 @@ def build_scheduler(
 ) -> lr_scheduler.LRScheduler:
     """Build the config's scheduler over an optimizer, behind its warm-up if it has one.
 
-    Counts are in the schedule's `interval`. `T_max` and `total_iters` of None run to the end of the run, and
-    OneCycleLR always does.
+    Counts are in the schedule's `interval`.
     """
     schedule = config.scheduler
     total = config.epochs * (steps_per_epoch if schedule.interval == "step" else 1)
     warmup = schedule.warmup if isinstance(schedule, WarmedScheduler) else 0
-    if not warmup:
-        return _build_schedule(schedule, optimizer, total, directions)
-    assert isinstance(schedule, WarmedScheduler)
-    factor = schedule.warmup_start_factor
-    ramp = lr_scheduler.LinearLR(optimizer, start_factor=factor, end_factor=1.0, total_iters=warmup)
-    main = _build_schedule(schedule, optimizer, total - warmup, directions)
-    return lr_scheduler.SequentialLR(optimizer, [ramp, main], milestones=[warmup])
+    rates = [group["lr"] for group in optimizer.param_groups]  # before the warm-up lowers them
+    arguments = schedule.arguments(Training(total=total - warmup, base_lrs=rates, directions=directions))
+    build = _find(schedule.torch_class, lr_scheduler)
+    if not isinstance(schedule, WarmedScheduler) or not warmup:
+        return build(optimizer, **arguments)  # type: ignore[no-any-return]
+    ramp = lr_scheduler.LinearLR(optimizer, schedule.warmup_start_factor, end_factor=1.0, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [ramp, build(optimizer, **arguments)], milestones=[warmup])
 
 
 def hidden_matrices(model: nn.Module) -> frozenset[str]:
@@ -213,57 +190,11 @@ def _torch_groups(config: TrialConfig, parameters: Mapping[str, Sequence[tuple[s
     return groups
 
 
-def _optimizer_arguments(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's hyperparameters as the arguments of its torch class."""
-    arguments = dataclasses.asdict(optimizer)
-    arguments["lr"] = arguments.pop("base_lr")
-    for argument, fields in (
-        ("betas", ("beta1", "beta2")),
-        ("etas", ("eta_minus", "eta_plus")),
-        ("step_sizes", ("step_size_min", "step_size_max")),
-    ):
-        if fields[0] in arguments:
-            arguments[argument] = tuple(arguments.pop(field) for field in fields)
-    return arguments
+def _build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return _find(optimizer.torch_class, torch.optim)(groups, **optimizer.arguments())  # type: ignore[no-any-return]
 
 
-def _build_schedule(
-    schedule: Scheduler, optimizer: torch.optim.Optimizer, total: int, directions: Mapping[str, str]
-) -> lr_scheduler.LRScheduler:
-    """Build one scheduler; `total` is what is left of the run in its interval."""
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    match schedule:
-        case Constant():
-            return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-        case Step(step_size=step_size, gamma=gamma):
-            return lr_scheduler.StepLR(optimizer, step_size=step_size, gamma=gamma)
-        case MultiStep(milestones=milestones, gamma=gamma):
-            return lr_scheduler.MultiStepLR(optimizer, milestones=list(milestones), gamma=gamma)
-        case Exponential(gamma=gamma):
-            return lr_scheduler.ExponentialLR(optimizer, gamma=gamma)
-        case Polynomial(total_iters=total_iters, power=power):
-            return lr_scheduler.PolynomialLR(optimizer, total_iters=total_iters or total, power=power)
-        case Cosine(T_max=T_max, eta_min=eta_min):
-            return lr_scheduler.CosineAnnealingLR(optimizer, T_max=T_max or total, eta_min=eta_min)
-        case CosineWarmRestarts(T_0=T_0, T_mult=T_mult, eta_min=eta_min):
-            return lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=T_0, T_mult=T_mult, eta_min=eta_min)
-        case Linear(start_factor=start_factor, end_factor=end_factor, total_iters=total_iters):
-            return lr_scheduler.LinearLR(
-                optimizer, start_factor=start_factor, end_factor=end_factor, total_iters=total_iters or total
-            )
-        case OneCycle():
-            arguments = _without(schedule, "interval")
-            return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total, **arguments)
-        case Cyclic():
-            arguments = _without(schedule, "interval", "max_lr_ratio")
-            upper = [rate * schedule.max_lr_ratio for rate in peaks]
-            return lr_scheduler.CyclicLR(optimizer, base_lr=peaks, max_lr=upper, **arguments)
-        case Plateau():
-            arguments = _without(schedule, "interval", "metric")
-            mode = "min" if directions[schedule.metric] == "minimize" else "max"
-            return lr_scheduler.ReduceLROnPlateau(optimizer, mode=mode, **arguments)  # type: ignore[arg-type]
-    raise AssertionError(f"no torch scheduler for {schedule}")
-
-
-def _without(schedule: Scheduler, *names: str) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(schedule).items() if name not in names}
+def _find(name: str, module: ModuleType) -> Any:
+    """Return a class of a module by name, or a class or function from elsewhere by its dotted path."""
+    path, _, name = name.rpartition(".")
+    return getattr(importlib.import_module(path) if path else module, name)

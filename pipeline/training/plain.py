@@ -17,7 +17,8 @@ from pipeline.space.trial import EpochMetrics, Placement
 from pipeline.training.contract import Batches, train_epoch_of, trial_error
 from pipeline.training.optim import Strategy, hidden_matrices
 from pipeline.training.pooling import Pooling
-from pipeline.workloads.data import evaluation_batches, seed_global, training_batches
+from pipeline.workloads.data import evaluation_batches, training_batches
+from pipeline.workloads.random_state import seed_global
 from pipeline.workloads.workload import Workload
 
 

@@ -31,7 +31,7 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.files.locks import LOCK
-from pipeline.files.signals import STOPS, signals_put_off
+from pipeline.files.signals import STOPS, signals_blocked
 from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
 
@@ -63,7 +63,7 @@ class TrainingProcess:
         self._why = "a process that trained trials has ended"
         for stream in (sys.stdout, sys.stderr):
             stream.flush()  # else the child writes it once more
-        with warnings.catch_warnings(), signals_put_off():
+        with warnings.catch_warnings(), signals_blocked():
             # It warns of threads: a lock that one holds now stays held in the child, as in a DataLoader's children.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()

@@ -1,4 +1,4 @@
-"""Whether a workload's data, model, loss and metrics fit each other: tried on a few samples, on the CPU."""
+"""Check that a workload's data, model, loss and metrics fit each other, by trying a few samples on the CPU."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from pipeline.errors import DataError, Problem, first_line
 from pipeline.workloads.data import augmented, first_samples, model_inputs, samples_of
 from pipeline.workloads.workload import Split, Workload
 
-FEW = 4
-"""Samples that are tried besides those of the smallest and the largest label."""
-SHOWN = 5
+SAMPLES_TRIED = 4
+"""Samples that are tried, besides one of the smallest label and one of the largest."""
+CLASSES_SHOWN = 5
+"""Missing classes that a message names."""
 
 
 def workload_problems(workload: Workload, model: nn.Module, *, batch_size: int) -> Iterator[Problem]:
-    """Yield what is wrong with a workload that `pipeline.workloads.data.place` returned.
+    """Yield the problems of a workload that `pipeline.workloads.data.to_device` returned.
 
     Args:
-        workload: Of a person's own, or a built-in one with data from elsewhere.
-        model: What its `build_model` made.
+        workload: A custom workload, or a built-in one with data from files.
+        model: Built by the workload's `build_model`.
         batch_size: Samples per step.
     """
     splits = {name: getattr(workload, name) for name in ("train", "val", "test")}
@@ -34,7 +35,7 @@ def workload_problems(workload: Workload, model: nn.Module, *, batch_size: int) 
         return
     model = copy.deepcopy(model).cpu()
     with torch.random.fork_rng(devices=[]):
-        problems, outputs = _tried(workload, model)
+        problems, outputs = _try_samples(workload, model)
         problems = problems or list(_last_batch_problems(workload, model, batch_size))
     yield from problems
     if not problems and outputs is not None:
@@ -51,8 +52,8 @@ def _not_finite(name: str, split: Split) -> Iterator[Problem]:
                 yield Problem(f"workload.{name}", message)
 
 
-def _tried(workload: Workload, model: nn.Module) -> tuple[list[Problem], Tensor | None]:
-    """Train and evaluate a few samples; return what is wrong, and the outputs."""
+def _try_samples(workload: Workload, model: nn.Module) -> tuple[list[Problem], Tensor | None]:
+    """Train and evaluate a few samples; return the problems and the outputs."""
     outputs = None
     for name, mode in (("train", True), ("val", False)):
         batch = _extremes(workload, name)
@@ -95,7 +96,7 @@ def _metric_problems(workload: Workload, outputs: Any, targets: Tensor) -> Itera
 
 
 def _last_batch_problems(workload: Workload, model: nn.Module, batch_size: int) -> Iterator[Problem]:
-    """A last batch of one sample is more than some models can train on, BatchNorm's above all."""
+    """Yield a problem if the last batch has one sample and the model, with BatchNorm perhaps, cannot train on it."""
     samples = samples_of(workload, "train")
     if len(samples) % batch_size == 1 and len(samples) > 1:
         one = model_inputs(workload, first_samples(samples, 1).inputs.cpu(), torch.float32)
@@ -110,7 +111,7 @@ def _last_batch_problems(workload: Workload, model: nn.Module, batch_size: int) 
 
 
 def _class_problems(splits: dict[str, Split], outputs: Tensor) -> Iterator[Problem]:
-    """Where targets are class labels, look for labels out of range and for classes missing from validation."""
+    """Yield problems of class labels: a label out of range, a class that only one split has."""
     labels = {name: split.targets for name, split in splits.items() if _are_labels(outputs, split.targets)}
     for name, values in labels.items():
         if problem := _label_problem(name, outputs, values):
@@ -119,7 +120,7 @@ def _class_problems(splits: dict[str, Split], outputs: Tensor) -> Iterator[Probl
         seen = {name: {n for n in labels[name].unique().tolist() if n >= 0} for name in ("train", "val")}
         for name, other in (("val", "train"), ("train", "val")):
             if missing := sorted(seen[other] - seen[name]):
-                shown = ", ".join(map(str, missing[:SHOWN])) + (", …" if len(missing) > SHOWN else "")
+                shown = ", ".join(map(str, missing[:CLASSES_SHOWN])) + (", …" if len(missing) > CLASSES_SHOWN else "")
                 message = f"has no sample of class {shown}, which {other} has; split the data so that it does"
                 yield Problem(f"workload.{name}", message)
 
@@ -133,7 +134,7 @@ def _label_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | Non
 
 
 def _broadcast_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | None:
-    """A loss such as `mse_loss` would compare each output with every target."""
+    """Return a problem if shapes differ by an axis of 1: `mse_loss` would compare each output with every target."""
     if not (targets.is_floating_point() and outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1):
         return None
     shapes = f"outputs {_shape(outputs)} and targets {_shape(targets)}"
@@ -146,9 +147,9 @@ def _are_labels(outputs: Tensor, targets: Tensor) -> bool:
 
 
 def _extremes(workload: Workload, name: str) -> Split:
-    """Return a few samples, those of the smallest and the largest target among them if targets are whole numbers."""
+    """Return a few samples; if targets are whole numbers, with a sample of the smallest and of the largest target."""
     samples = samples_of(workload, name)
-    indices = list(range(min(FEW, len(samples))))
+    indices = list(range(min(SAMPLES_TRIED, len(samples))))
     if isinstance(samples, Split) and samples.targets.ndim == 1 and not samples.targets.is_floating_point():
         indices += [int(samples.targets.int().argmin()), int(samples.targets.int().argmax())]
     elif len(indices) < 2:

@@ -1,4 +1,4 @@
-"""Workloads of a person's own: a function that they wrote, in a file or a package."""
+"""Load custom workloads: a person's function in a file or a package."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PLACE = "workload.function"
 _MEMBERS = {"build_model": "a function", "loss": "a function of (outputs, targets)"}
 
 
-def own_workload(choice: Own) -> Workload:
-    """Load a function, call it, and return the workload that it makes.
+def custom_workload(choice: Own) -> Workload:
+    """Load a function, call it, and return its workload.
 
     Raises:
-        InvalidInput: It cannot be loaded, raises, or returns something else.
+        InvalidInput: The function cannot be loaded, raises, or returns something else.
     """
     place, colon, name = choice.function.rpartition(":")
     if not colon or not place or not name.isidentifier():
@@ -38,22 +38,22 @@ def own_workload(choice: Own) -> Workload:
         hint = did_you_mean(name, known) if known else "none of its functions says `-> Workload`"
         _refuse(f"{place} has no function {name}; {hint}")
     if not _makes_workload(function):
-        # So that a file from elsewhere cannot have any function called, such as one of the standard library's.
+        # Otherwise a file from elsewhere could have any function called, such as one of the standard library.
         _refuse(f"{name} must say that it returns a workload: def {name}(…) -> Workload")
     return call(function, choice.function, **choice.arguments)
 
 
 def _makes_workload(value: Any) -> bool:
-    """Say whether something is a function that is annotated so, in words or by the class."""
+    """Say whether a value is a function whose annotation says that it returns a `Workload`."""
     said = value.__annotations__.get("return", "") if inspect.isfunction(value) else ""
     return said is Workload or str(said).strip("'\"").rpartition(".")[2] == "Workload"
 
 
 def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload:
-    """Call a function that makes a workload, and check the form of what it returns.
+    """Call a function that returns a workload, and check the kinds of the workload's members.
 
     Raises:
-        InvalidInput: It raises, or what it returns is no workload.
+        InvalidInput: The function raises, or does not return a valid workload.
     """
     try:
         workload = function(**arguments)
@@ -65,10 +65,10 @@ def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload:
 
 
 def check_form(workload: Any, name: str) -> Workload:
-    """Return a workload whose members are of the right kinds.
+    """Return a workload after checking the kinds of all its members.
 
     Raises:
-        InvalidInput: With everything that is of another kind.
+        InvalidInput: With every member of another kind.
     """
     if not isinstance(workload, Workload):
         _refuse(f"{name} must return a pipeline.workloads.Workload, got {type(workload).__name__}")
@@ -121,12 +121,12 @@ def _split_misfits(split: Any, member: str) -> Iterator[str]:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         _refuse(f"there is no file {path}; a path is relative to the working folder")
-    name = f"own_workload_{path.stem}"
+    name = f"custom_workload_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as dataclasses and pickle want
+    sys.modules[name] = module  # dataclasses and pickle look the module up
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # the file may import its neighbours
@@ -149,14 +149,14 @@ def _load_module(name: str) -> ModuleType:
 
 
 def where(error: BaseException) -> str:
-    """Return what was raised, and the last line of the person's own code that led to it."""
+    """Return an error's message and the last line of the person's own code in its traceback."""
     text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if isinstance(error, SyntaxError):
         return f"{text}, in {error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     packages = ("site-packages", "importlib", str(Path(__file__).parent.parent))
-    own = [frame for frame in frames if not any(part in frame.filename for part in packages)]
-    return f"{text}, in {own[-1].filename}, line {own[-1].lineno}" if own else text
+    custom = [frame for frame in frames if not any(part in frame.filename for part in packages)]
+    return f"{text}, in {custom[-1].filename}, line {custom[-1].lineno}" if custom else text
 
 
 def _kind(value: Any) -> str:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.space.config import Digits
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 SPLIT_SEED = 1797
-"""Fixed, so that the test images stay the test images whatever a search's seed."""
+"""Fixed, so that every search has the same test images, whatever its seed."""
 VAL_SAMPLES = TEST_SAMPLES = 270
 
 
@@ -54,6 +55,11 @@ class DigitsMLP(nn.Module):
 MODELS: dict[str, type[nn.Module]] = {"cnn": DigitsCNN, "mlp": DigitsMLP}
 
 
+def load_digits(choice: Digits) -> Workload:
+    """Return the digits workload with the chosen model."""
+    return digits(choice.model)
+
+
 def digits(model: str = "cnn") -> Workload:
     """Return the digits workload: 1,257 images to train on, 270 to validate, 270 to test.
 
@@ -82,7 +88,7 @@ def digits(model: str = "cnn") -> Workload:
 def _read_digits() -> tuple[Tensor, Tensor]:
     """Return images (sample, 1, 8, 8) within [0, 1] and labels (sample,).
 
-    The file is scikit-learn's; its `load_digits` returns the same values and takes over a second to import.
+    The file belongs to scikit-learn, whose `load_digits` returns the same values and takes over a second to import.
     """
     package = importlib.util.find_spec("sklearn")
     assert package is not None

@@ -1,4 +1,4 @@
-"""Images in folders, one per class, for fine-tuning."""
+"""Workloads of images in one folder per class, for fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from torchvision.transforms.v2 import functional as transforms
 
 from pipeline.errors import InvalidInput, Problem, collect, first_line, listed
 from pipeline.space.config import ImageFolder
-from pipeline.workloads.data import SHARE, free_memory
+from pipeline.workloads.data import MEMORY_SHARE, free_memory
 from pipeline.workloads.images import Normalization, part_sizes, shift_and_flip, split_by_class
 from pipeline.workloads.models import input_channels, model_builder
 from pipeline.workloads.workload import Dataset, Metric, Split, Workload, accuracy
 
 SPLIT_SEED = 0
-"""Fixed, so that the test images stay the test images whatever a search's seed."""
+"""Fixed, so that every search has the same test images, whatever its seed."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels, which torchvision's weights are for."""
-SHIFT = 8
-"""The part of an image's side by which it is shifted at most: 28 pixels of 224."""
-SHOWN = 20
-"""Images that cannot be read and are named."""
+"""Mean and deviation of ImageNet's pixels by channel, for which torchvision's weights were trained."""
+MAX_SHIFT_DIVISOR = 8
+"""An image is shifted by at most its side divided by this: 28 pixels of 224."""
+IMAGES_SHOWN = 20
+"""Unreadable images that a message names."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Image files, each read when it is asked for."""
+    """Image files; each is read when its sample is asked for."""
 
     files: Sequence[str]
     labels: Tensor
     """(sample,)"""
     size: int
-    """Pixels per side of what is read."""
+    """Pixels per side of the images that are read."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -49,7 +49,7 @@ class Images:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return an image (channel, height, width) of uint8: the middle square, resized."""
         with Image.open(self.files[index]) as file:
-            file.draft("RGB", (2 * self.size, 2 * self.size))  # a JPEG is decoded no larger than needed
+            file.draft("RGB", (2 * self.size, 2 * self.size))  # decodes a JPEG no larger than needed
             image = transforms.resize(_rgb(file), [self.size])
         image = transforms.center_crop(image, [self.size, self.size])
         return transforms.pil_to_tensor(image), self.labels[index]
@@ -60,7 +60,7 @@ class Images:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Return an image of 8 bits per channel; Pillow itself would make what is brighter than 255 of 65,535 white."""
+    """Return an image of 8 bits per channel; Pillow would turn 16-bit pixels above 255 of 65,535 white."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return image.convert("RGB")
@@ -69,21 +69,21 @@ def _rgb(image: Image.Image) -> Image.Image:
 def image_folder(choice: ImageFolder, *, memory: int | None = None) -> Workload:
     """Return the workload of a folder of images.
 
-    Every image is read once at the beginning, which finds those that cannot be, and kept where memory allows.
+    Every image is read once at the beginning, to find unreadable ones, and kept if memory allows.
 
     Args:
-        choice: The folder, and what to make of it.
-        memory: Bytes that images may take; None: a quarter of the memory that is free. If they take more, they are
-            read from their files in every epoch.
+        choice: The folder, the model and how images are split.
+        memory: Bytes that images may take; None: a quarter of the free memory. Images that take more are read from
+            their files in every epoch.
 
     Raises:
-        InvalidInput: The folder or one of its images cannot be used, or the model cannot be had.
+        InvalidInput: The folder or an image cannot be used, or the model is not available.
     """
     try:
         classes, parts = _find(choice)
     except OSError as error:
         raise _refusal([f"'{choice.folder}' cannot be read: {error.strerror}"]) from None
-    memory = int(SHARE * free_memory(torch.device("cpu"))) if memory is None else memory
+    memory = int(MEMORY_SHARE * free_memory(torch.device("cpu"))) if memory is None else memory
     keep = 3 * choice.image_size**2 * sum(len(part) for part in parts.values()) <= memory
     problems: list[Problem] = []
     with collect(problems):
@@ -107,7 +107,7 @@ def image_folder(choice: ImageFolder, *, memory: int | None = None) -> Workload:
         loss=F.cross_entropy,
         metrics={"accuracy": Metric(accuracy, "maximize")},
         preprocess=Normalization(MEAN, STD),
-        augment=shift_and_flip(choice.image_size // SHIFT, flip=True) if choice.augment else None,
+        augment=shift_and_flip(choice.image_size // MAX_SHIFT_DIVISOR, flip=True) if choice.augment else None,
     )
 
 
@@ -115,7 +115,7 @@ def _find(choice: ImageFolder) -> tuple[list[str], dict[str, Images]]:
     """Return the classes, and the images of each split.
 
     Raises:
-        InvalidInput: The folders are not what they should be.
+        InvalidInput: Folders are missing, or have no images or other classes.
     """
     root = Path(choice.folder).expanduser()
     if not root.is_dir():
@@ -146,7 +146,7 @@ def _holds_folders(folder: Path) -> bool:
 
 
 def _folder_problems(folder: Path) -> Iterator[str]:
-    """Yield what is wrong with a folder of classes."""
+    """Yield the problems of a folder of classes."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if len(classes) < 2:
         only = f"only '{classes[0].name}'" if classes else "none"
@@ -160,7 +160,7 @@ def _folder_problems(folder: Path) -> Iterator[str]:
 
 
 def _class_problems(classes: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Yield how the classes of a split differ from those of the training images."""
+    """Yield the differences between the classes of a split and those of the training images."""
     train = classes["train"]
     for name, others in classes.items():
         for one, two, absent in ((name, "train", set(others) - set(train)), ("train", name, set(train) - set(others))):
@@ -172,7 +172,7 @@ def _cut(choice: ImageFolder, images: Images, classes: Sequence[str]) -> dict[st
     """Split images at random, class by class.
 
     Raises:
-        InvalidInput: There are too few.
+        InvalidInput: A class has too few images.
     """
     fractions = [choice.val_fraction, choice.test_fraction]
     if sum(fractions) >= 1:
@@ -200,7 +200,7 @@ def _read(parts: Mapping[str, Images], *, keep: bool) -> dict[str, Split | Datas
     """Read every image once, in threads; return the splits, in memory if `keep`.
 
     Raises:
-        InvalidInput: Some cannot be read.
+        InvalidInput: Some images cannot be read.
     """
     splits: dict[str, Split | Dataset] = {}
     broken: list[str] = []
@@ -211,7 +211,7 @@ def _read(parts: Mapping[str, Images], *, keep: bool) -> dict[str, Split | Datas
         def read(index: int, images: Images = images, pixels: Tensor = pixels) -> str | None:
             try:
                 image, _ = images[index]
-            except Exception as error:  # decoders raise what they like
+            except Exception as error:  # decoders raise exceptions of many classes
                 return f"'{images.files[index]}' cannot be read ({first_line(error)}); replace or remove it"
             if keep:
                 pixels[index] = image
@@ -220,8 +220,8 @@ def _read(parts: Mapping[str, Images], *, keep: bool) -> dict[str, Split | Datas
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             broken += [line for line in pool.map(read, range(len(images))) if line]
         splits[name] = Split(pixels, images.labels) if keep else images
-    if len(broken) > SHOWN:
-        broken = [*broken[:SHOWN], f"{len(broken) - SHOWN} more images cannot be read"]
+    if len(broken) > IMAGES_SHOWN:
+        broken = [*broken[:IMAGES_SHOWN], f"{len(broken) - IMAGES_SHOWN} more images cannot be read"]
     if broken:
         raise _refusal(broken)
     return splits

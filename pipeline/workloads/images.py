@@ -1,4 +1,4 @@
-"""What workloads of images share: normalisation and augmentation of batches on the device, and splits by class."""
+"""Normalise and augment batches of images on the device, and split samples by class."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 
 class Normalization:
-    """Turns images of 8 bits into what a model sees: (value / 255 - mean) / std, channel by channel.
+    """Maps 8-bit images to a model's inputs: (value / 255 - mean) / std, channel by channel.
 
-    Images of one channel become as many channels as there are means.
+    An image of one channel is repeated for each mean.
 
     Args:
-        mean: Of each channel, within [0, 1].
-        std: Of each channel.
+        mean: One value within [0, 1] per channel.
+        std: One value per channel, of pixels within [0, 1].
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -33,12 +33,12 @@ class Normalization:
 def shift_and_flip(padding: int, *, flip: bool) -> Callable[[Tensor, torch.Generator], Tensor]:
     """Return an augmentation: pad images with zeros, crop them at random, and mirror half of them if `flip`.
 
-    What it returns maps images (batch, channel, height, width) and a generator of their device to changed images, each
-    sample in its own way. He et al. (2016), https://arxiv.org/abs/1512.03385, section 4.2.
+    The augmentation maps images (batch, channel, height, width) and a generator of the same device to images of the
+    same shape; every sample has its own shift. He et al. (2016), https://arxiv.org/abs/1512.03385, section 4.2.
 
     Args:
         padding: Pixels per side, which is also the longest shift.
-        flip: Whether left and right may change places.
+        flip: Whether half of the images are mirrored left to right.
     """
 
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -55,15 +55,15 @@ def shift_and_flip(padding: int, *, flip: bool) -> Callable[[Tensor, torch.Gener
 
 
 def split_by_class(labels: Tensor, fractions: Sequence[float], *, seed: int) -> list[Tensor]:
-    """Split samples at random so that each class is split alike.
+    """Split samples at random, each class by the same fractions.
 
     Args:
         labels: (sample,)
-        fractions: Of each part but the last; a part whose fraction is above 0 has at least one sample of each class.
-        seed: Decides which.
+        fractions: One per part except the last; a fraction above 0 gives at least one sample of each class.
+        seed: Decides which samples each part gets.
 
     Returns:
-        The indices of each part's samples (sample,), ascending; the last part has the rest.
+        One tensor of ascending indices (sample,) per part; the last part has the remaining samples.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: list[list[Tensor]] = [[] for _ in (*fractions, 1.0)]
@@ -76,6 +76,6 @@ def split_by_class(labels: Tensor, fractions: Sequence[float], *, seed: int) -> 
 
 
 def part_sizes(count: int, fractions: Sequence[float]) -> list[int]:
-    """Return how many samples of a class of `count` each part has; fewer than 1 in the last if there are too few."""
+    """Return how many of a class's `count` samples each part gets; the last part is below 1 if `count` is too low."""
     sizes = [max(1, round(fraction * count)) if fraction else 0 for fraction in fractions]
     return [*sizes, count - sum(sizes)]

@@ -1,31 +1,19 @@
-"""Load a workload by its name."""
+"""Load a workload."""
 
 from __future__ import annotations
 
-from pipeline.space.config import Digits, ImageFolder, Own, TorchvisionDataset, WorkloadChoice
+import importlib
+
+from pipeline.space.config import WorkloadChoice
 from pipeline.workloads.workload import Workload
 
 
 def load_workload(choice: WorkloadChoice) -> Workload:
-    """Load a workload's data and choose its model.
+    """Load the data of a workload and choose its model.
 
     Raises:
-        InvalidInput: The data or the model cannot be had; places are those of a file, such as `workload.model`.
+        InvalidInput: The data or the model are not available; places are those of a file, such as `workload.model`.
     """
-    match choice:
-        case Digits(model=model):
-            from pipeline.workloads.digits import digits
-
-            return digits(model)
-        case TorchvisionDataset():
-            from pipeline.workloads.torchvision_dataset import torchvision_dataset
-
-            return torchvision_dataset(choice)
-        case ImageFolder():
-            from pipeline.workloads.image_folder import image_folder
-
-            return image_folder(choice)
-        case Own():
-            from pipeline.workloads.custom import own_workload
-
-            return own_workload(choice)
+    module, _, function = choice.loader.partition(":")
+    workload: Workload = getattr(importlib.import_module(module), function)(choice)
+    return workload

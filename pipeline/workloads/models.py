@@ -1,4 +1,4 @@
-"""Models by name, for images and any number of classes: two small ones of our own, and torchvision's classifiers."""
+"""Build models for images by name: `small_cnn`, `resnet9`, and torchvision's classifiers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from pipeline.errors import InvalidInput, Problem, did_you_mean, first_line
 from pipeline.workloads.pretrained import fit, read_pretrained
 
-SMALL = 64
+SMALL_IMAGE = 64
 """Pixels per side up to which a torchvision ResNet begins with a 3×3 convolution of stride 1 and no pooling."""
 FRESH_ONLY = ("googlenet", "inception_v3")
-"""Models whose pretrained weights are for inputs on another scale."""
+"""Models whose pretrained weights need inputs on another scale."""
 
 
 class SmallCNN(nn.Module):
@@ -77,25 +77,26 @@ OURS: dict[str, Callable[[int, int], nn.Module]] = {"small_cnn": SmallCNN, "resn
 
 
 def input_channels(model: str, channels: int) -> int:
-    """Return the channels that a model sees of images that have `channels`: torchvision's models see three."""
+    """Return how many channels a model's input has: torchvision's models need three, whatever the images have."""
     return channels if model in OURS else 3
 
 
 def model_builder(
     model: str, *, classes: int, channels: int, image_size: int, weights: str | None
 ) -> Callable[[], nn.Module]:
-    """Return what builds a model, tried with one image.
+    """Return a function that builds a model, after building it once and trying an image.
 
     Args:
         model: `small_cnn`, `resnet9`, or a name of `torchvision.models`.
-        classes: The length of its output.
-        channels: Of its input, see `input_channels`.
-        image_size: Pixels per side of its input.
-        weights: What to begin with, see `read_pretrained`; read once. A last layer of another number of classes is
-            left out, and begins with fresh weights from torch's global random state, as everything does without.
+        classes: Number of classes, the length of the output.
+        channels: Channels of the input, see `input_channels`.
+        image_size: Pixels per side of the input.
+        weights: Pretrained weights, see `read_pretrained`; read once. A last layer for another number of classes is
+            not loaded. Layers that are not loaded begin with fresh weights from torch's global random state.
 
     Raises:
-        InvalidInput: The model is unknown or cannot take such images, or the weights cannot be had or are not its own.
+        InvalidInput: The model is unknown or cannot take such images, or the weights are not available or not the
+            model's.
     """
     if model not in (names := (*OURS, *_torchvision_names())):
         message = f"unknown model {model!r}; {did_you_mean(model, names)}"
@@ -136,7 +137,7 @@ def _build_torchvision(model: str, classes: int, image_size: int, *, small_stem:
     from torchvision import models
 
     options: dict[str, Any] = {"num_classes": classes}
-    if model in FRESH_ONLY:  # which would also return the outputs of auxiliary classifiers
+    if model in FRESH_ONLY:  # with auxiliary classifiers they would return several outputs
         options |= {"aux_logits": False, "init_weights": False}
     elif model.startswith("vit_"):
         options["image_size"] = image_size
@@ -151,19 +152,19 @@ def _build_torchvision(model: str, classes: int, image_size: int, *, small_stem:
 
 
 def _has_small_stem(state: Mapping[str, Tensor] | None, image_size: int) -> bool:
-    """Say whether a ResNet is one for small images: if there are weights, their first convolution tells."""
+    """Say whether a ResNet begins with a 3×3 convolution: as its weights do, or without weights for small images."""
     if state is None or "conv1.weight" not in state:
-        return image_size <= SMALL
+        return image_size <= SMALL_IMAGE
     return state["conv1.weight"].shape[2:] == (3, 3)
 
 
 def _try(model: str, build: Callable[[], nn.Module], image: Tensor) -> nn.Module:
-    """Build a model and show it an image: a network has a least size, or sizes that it can be made for."""
+    """Build a model and try an image: many networks refuse small images, or images of most sizes."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             built = build()
             built.eval()(image)
-        except Exception as error:  # each network has its own way to refuse
+        except Exception as error:  # networks raise exceptions of many classes
             pixels = f"{image.shape[2]}×{image.shape[3]}"
             message = f"{model} cannot take images of {pixels} pixels ({first_line(error)}); use another model or size"
             raise InvalidInput("workload", [Problem("workload.model", message)]) from None

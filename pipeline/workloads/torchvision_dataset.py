@@ -1,4 +1,4 @@
-"""Data sets of torchvision's, read by its own classes."""
+"""Workloads of torchvision's data sets, read by torchvision's classes."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from pipeline.workloads.models import input_channels, model_builder
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 SPLIT_SEED = 0
-"""Fixed, so that the validation images stay what they are whatever a search's seed."""
+"""Fixed, so that every search has the same validation images, whatever its seed."""
 VAL_FRACTION = 0.1
-"""Of torchvision's training set."""
+"""Part of torchvision's training set that validates."""
 DOWNLOAD = "--set workload.download=true"
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of a data set."""
+    """Facts about a data set."""
 
     cls: str
-    """Of `torchvision.datasets`."""
+    """Name of the class in `torchvision.datasets`."""
     classes: int
     shape: tuple[int, int, int]
     """(channel, height, width)"""
     mean: tuple[float, ...]
-    """Of the training set's pixels within [0, 1], by channel; likewise their deviation."""
+    """Mean of the training set's pixels within [0, 1], by channel; `std` is their deviation."""
     std: tuple[float, ...]
     padding: int
-    """Pixels that an image may be shifted by."""
+    """Most pixels by which an image is shifted."""
     flip: bool
-    """Whether a mirrored image is one of its class; digits and letters are not."""
+    """Whether a mirrored image belongs to the same class; false for digits and letters."""
 
 
 FACTS = {
@@ -60,7 +60,7 @@ def torchvision_dataset(choice: TorchvisionDataset) -> Workload:
     """Return a data set's workload: 10 % of torchvision's training set to validate, its test set to test.
 
     Raises:
-        InvalidInput: Files are missing or damaged, or the model cannot be had.
+        InvalidInput: Files are missing or damaged, or the model is not available.
     """
     facts = FACTS[choice.name]
     channels = input_channels(choice.model, facts.shape[0])
@@ -97,7 +97,7 @@ def _read(choice: TorchvisionDataset, facts: _Facts, *, train: bool) -> Split:
     folder = Path(choice.folder).expanduser()
     try:
         read = cls(folder, download=choice.download, **split)
-    except Exception as error:  # of the network, of the file system, or as many as ways to be no such file
+    except Exception as error:  # from the network, the file system, or a damaged file
         raise InvalidInput("workload", _problems(cls, folder, error, downloading=choice.download)) from None
     images = torch.as_tensor(read.data)
     images = images.unsqueeze(1) if images.ndim == 3 else images
@@ -109,7 +109,7 @@ def _read(choice: TorchvisionDataset, facts: _Facts, *, train: bool) -> Split:
 
 
 def _shape_problem(folder: Path, facts: _Facts, images: torch.Tensor, labels: torch.Tensor) -> Problem | None:
-    """Say what is wrong with arrays that torchvision has read, which it does not check."""
+    """Return the problem of arrays that torchvision has read without checking them."""
     found = tuple(images.shape[1:])
     if found != facts.shape:
         message = f"images of {facts.cls} in {folder} must be {facts.shape} (channel, height, width), got {found}"
@@ -121,7 +121,7 @@ def _shape_problem(folder: Path, facts: _Facts, images: torch.Tensor, labels: to
 
 
 def _problems(cls: type[Any], folder: Path, error: Exception, *, downloading: bool) -> Iterator[Problem]:
-    """Say which files torchvision lacks or cannot read."""
+    """Yield which files are missing or damaged."""
     files = {folder / name: damage for name, damage in _files(cls).items()}
     missing = [str(path.relative_to(folder)) for path in files if not path.is_file()]
     damaged = {path: why for path, damage in files.items() if path.is_file() and (why := damage(path))}
@@ -140,7 +140,7 @@ def _problems(cls: type[Any], folder: Path, error: Exception, *, downloading: bo
 
 
 def _files(cls: type[Any]) -> Mapping[str, Callable[[Path], str | None]]:
-    """Return the paths of the files that torchvision reads, and what says why one cannot be read."""
+    """Return the paths of the files that torchvision reads, each with a function that says what is wrong with it."""
     from torchvision import datasets
 
     if issubclass(cls, datasets.MNIST):
@@ -155,7 +155,7 @@ def _files(cls: type[Any]) -> Mapping[str, Callable[[Path], str | None]]:
 
 
 def _unreadable(path: Path) -> str | None:
-    """Say why a file of the MNIST family, of which torchvision checks no checksum, cannot be read."""
+    """Say why a file of the MNIST family cannot be read; torchvision compares no checksum of these files."""
     from torchvision.datasets import mnist
 
     try:

@@ -13,19 +13,19 @@ Direction = Literal["minimize", "maximize"]
 
 
 class Dataset(Protocol):
-    """Samples that are read one by one, such as a `torch.utils.data.Dataset`'s."""
+    """Samples that are read one by one, such as a `torch.utils.data.Dataset`."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
         ...
 
     def __getitem__(self, index: int, /) -> tuple[Any, Any]:
-        """Return a sample: its input, of one shape throughout, and its target; tensors, arrays or numbers."""
+        """Return (input, target) of a sample: tensors, arrays or numbers, of the same shapes for every sample."""
         ...
 
 
 class Samples(Protocol):
-    """The samples of one split, where trials train; `Split` is one in memory, `data.Streamed` is read."""
+    """The samples of one split on the device; `Split` keeps them in memory, `streamed.Streamed` reads them."""
 
     @property
     def sample_size(self) -> int:
@@ -40,8 +40,8 @@ class Samples(Protocol):
         """Yield the inputs and targets of batches.
 
         Args:
-            indices: Of each batch, (sample,), on the CPU.
-            seed: Decides what samples draw at random, if they do.
+            indices: One tensor (sample,) per batch, on the CPU.
+            seed: Decides the random numbers that samples draw.
         """
         ...
 
@@ -85,7 +85,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how good outputs are."""
+    """A number that measures how good outputs are."""
 
     function: Callable[[Tensor, Tensor], Tensor]
     """(outputs of a whole split, targets of a whole split) -> a scalar."""
@@ -97,11 +97,11 @@ class Workload:
     """Data, model, loss and metrics of one problem."""
 
     name: str
-    """For people: `digits · cnn`."""
+    """Name for people, such as `digits · cnn`."""
     build_model: Callable[[], nn.Module]
-    """Makes the model with fresh weights from torch's global random state; called once per trial."""
+    """Builds the model with fresh weights from torch's global random state; called once per trial."""
     train: Split | Dataset
-    """What fits on the device is moved there once; what does not is read batch by batch, for all trials at once."""
+    """Moved to the device once if the split fits there, else read batch by batch for all trials at once."""
     val: Split | Dataset
     test: Split | Dataset | None = None
     """Never used for choosing."""
@@ -110,14 +110,14 @@ class Workload:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """Name without a split, such as `accuracy`, to the metric."""
     preprocess: Callable[[Tensor], Tensor] | None = None
-    """(inputs of a batch, as the data has them) -> what the model sees; on the device, such as a normalisation."""
+    """(inputs of a batch, as the data has them) -> the model's inputs, on the device; such as a normalisation."""
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
-    """(inputs of a training batch, as the data has them, a generator of the same device) -> inputs of the same shape,
-    changed at random; before `preprocess`, the same for all trials."""
+    """(inputs of a training batch, as the data has them; a generator of the same device) -> inputs of the same shape,
+    changed at random. Called before `preprocess`, once for all trials."""
 
     @property
     def directions(self) -> dict[str, Direction]:
-        """Every metric of an epoch, with the direction in which it is better."""
+        """The direction in which each metric of an epoch is better."""
         named: dict[str, Direction] = {f"val/{name}": metric.direction for name, metric in self.metrics.items()}
         return {"train/loss": "minimize", "val/loss": "minimize", **named}
 

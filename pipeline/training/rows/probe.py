@@ -20,7 +20,7 @@ from pipeline.space.schedules import Constant
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.plain import PlainTrials, fork_rng
 from pipeline.training.rows.trainer import FusedTrials
-from pipeline.workloads.data import first_samples, model_inputs, place, samples_of
+from pipeline.workloads.data import first_samples, model_inputs, samples_of, to_device
 from pipeline.workloads.workload import Workload
 
 COPIES = 6
@@ -55,7 +55,7 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
     A model that `torch.func.vmap` cannot take is found by its error; one that it would take wrongly, by the result.
     """
     tolerance = TOLERANCE[config.precision]
-    workload = place(workload, device=device, dtype=dtype)
+    workload = to_device(workload, device=device, dtype=dtype)
     small = _with_samples(workload, SAMPLES)
     configs = _configs(dataclasses.replace(config, batch_size=min(config.batch_size, BATCH)))
     with fork_rng(device):

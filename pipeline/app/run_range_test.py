@@ -1,0 +1,72 @@
+"""Run the range test of a search space: train, show the table, write the bounds and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.app import cli
+from pipeline.app.options import RangeTestOptions
+from pipeline.app.prepare import prepare
+from pipeline.app.range_picture import as_written, range_png, range_table
+from pipeline.app.range_test import RATES, STEPS, RateCurve, range_test
+from pipeline.errors import InvalidInput, Problem
+from pipeline.files.atomic import write_atomic
+from pipeline.space.edit import write_bounds
+from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.search_space import SearchSpace
+from pipeline.training.executor import LocalExecutor
+from pipeline.training.rows.update_rules import has_rule
+
+TABLE_WIDTH = 100
+"""Characters per line of the table; a narrow terminal wraps a line instead of cutting off numbers."""
+
+
+def run_range_test(options: RangeTestOptions) -> int:
+    """Test every optimizer of a space; return the exit status, 1 if no rate of any optimizer learns."""
+    cli.say_own_code(options.space)
+    space, executor = prepare(options.space, source=options.source, device=options.device, searching=False)
+    console = Console(highlight=False, markup=False)
+    curves = _test(space, executor, console)
+    if options.write is not None:
+        _write(options.write, curves, console)
+    _save_picture(options.picture, executor.workload.name, curves, console)
+    return 0 if any(curve.bounds() for curve in curves.values()) else 1
+
+
+def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapping[str, RateCurve]:
+    """Test every optimizer of a space, and show the losses and the bounds that they suggest."""
+    what = f"{executor.workload.name} · at least {STEPS} steps at each of {len(RATES)} rates · {executor.device}"
+    if executor.plain_because is not None:
+        what += f", one after another, since {executor.plain_because}"
+    elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
+        what += f", those of {' and '.join(alone)} one after another"
+    console.print(f"{what}   seed {space.seed}", soft_wrap=True)
+    curves: dict[str, RateCurve] = {}
+    with console.status("") as status:
+        for name in space.optimizers:
+            status.update(f"{name}, {len(curves) + 1} of {len(space.optimizers)}")
+            curves[name] = range_test(space, name, executor)
+    console.print()
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(range_table(space, curves), crop=False)
+    console.print()
+    return curves
+
+
+def _write(path: Path, curves: Mapping[str, RateCurve], console: Console) -> None:
+    """Put the proposed bounds into the file."""
+    proposed = {name: bounds for name, curve in curves.items() if (bounds := curve.bounds())}
+    changed = write_bounds(path, {name: (as_written(b.low), as_written(b.high)) for name, b in proposed.items()})
+    news = f"base_lr of {', '.join(proposed)} is now as proposed" if changed else "has nothing to change"
+    console.print(f"file      {path}   {news}", soft_wrap=True)
+
+
+def _save_picture(path: Path, title: str, curves: Mapping[str, RateCurve], console: Console) -> None:
+    try:
+        write_atomic(path, range_png(title, curves))
+    except OSError as error:
+        raise InvalidInput("--root", [Problem(str(path), f"cannot be written: {error.strerror}")]) from None
+    console.print(f"picture   {path}", soft_wrap=True)

@@ -1,0 +1,28 @@
+"""Start a search: read its options, start MLflow's process, then import PyTorch and run."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from pipeline.app import cli
+from pipeline.app.options import read_search
+from pipeline.tracking.process import TrackerProcess
+
+if TYPE_CHECKING:
+    from pipeline.app.run_search import SearchResult
+
+
+def start_search(*, quiet: bool, **given: Any) -> SearchResult:
+    """Run or continue a search; `pipeline.search.search` describes the arguments."""
+    options = read_search(**given)
+    cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
+    console = Console(highlight=False, markup=False, quiet=quiet)
+    with contextlib.closing(TrackerProcess(options.root)) as tracker:
+        with console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext():
+            # Here, not above: bad options are refused without the seconds that these imports take, and the tracker's
+            # process imports MLflow at the same time.
+            from pipeline.app.run_search import run_search
+        return run_search(options, tracker, console)

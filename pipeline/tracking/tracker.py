@@ -1,0 +1,95 @@
+"""The contract of trackers: who is told of a study while it runs."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.space.trial import EndedTrial
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyInfo:
+    """What a tracker is told of a study before the first trial."""
+
+    name: str
+    identity: str
+    """Differs between two studies of the same name, such as one that was deleted and one that took the name."""
+    workload: str
+    """Title of the workload; studies of one workload can be compared."""
+    metric: str
+    """The objective, such as `val/accuracy`."""
+    direction: str
+    """Direction of the objective: "maximize" or "minimize"."""
+    groups: tuple[str, ...]
+    """Names of the parameter groups."""
+    searched: tuple[str, ...]
+    """Hyperparameters that differ between trials, such as `optimizer`, `base_lr`, `momentum`, `lr_ratio.head`."""
+    shared: tuple[str, ...]
+    """Those searched hyperparameters that every trial has."""
+    space: str
+    """The search space as YAML text."""
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """What a search says when it ends, finished or not; a search that goes on later says another one."""
+
+    finished: bool
+    """Whether all trials have ended."""
+    note: str
+    """Markdown for people."""
+    best: EndedTrial | None = None
+    """The best complete trial."""
+    files: tuple[Path, ...] = ()
+    """Files to keep with the record, such as `best.yaml`; they must stay until the tracker is closed."""
+
+
+class Tracker(Protocol):
+    """Records studies below a root folder, or wherever the environment says.
+
+    `pipeline.tracking.process` runs every tracker in a process of its own, so that a tracker may be slow and may raise
+    anything: a search prints errors as warnings, and tries a trial that could not be recorded once more. A tracker is
+    built in the search's process, where it must cost nothing, and then pickled to its own. `str(tracker)` names the
+    record in messages, such as "MLflow in my/folder".
+    """
+
+    def load(self) -> None:
+        """Import what takes long; called in a thread while the study is not known yet."""
+        ...
+
+    def open(self, study: StudyInfo) -> str | None:
+        """Begin a study's record or go on with it, and return how a person looks at it, such as a command."""
+        ...
+
+    def end(self, trial: EndedTrial) -> None:
+        """Record a trial that has ended; do nothing if it is recorded already, as after a crash."""
+        ...
+
+    def finish(self, summary: StudySummary) -> None:
+        """Record how the search ended."""
+        ...
+
+    def close(self) -> list[str]:
+        """Release everything, and return what went wrong without harm to the record, one sentence each."""
+        ...
+
+    def delete(self, study: str, *, identity: str) -> None:
+        """Delete what is recorded of a study; called in the process of the command that deletes it."""
+        ...
+
+
+def root_cause(error: BaseException) -> str:
+    """Return in one line why an error happened: the system's reason if there is one, without SQL, retries and paths."""
+    chain = [error]
+    while behind := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(behind)
+    if not isinstance(error, OSError):
+        error = next((link for link in reversed(chain) if isinstance(link, OSError | sqlite3.Error)), error)
+    # A path names one trial's files, and the same cause must read the same for every trial.
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    text = next(iter(text.strip().splitlines()), type(error).__name__)
+    return text if len(text) <= 300 else f"{text[:300]}…"

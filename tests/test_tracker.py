@@ -1,0 +1,101 @@
+import csv
+from pathlib import Path
+
+import pytest
+from test_mlflow import CLOSE_S, DONE, ended, study
+
+from pipeline.errors import InvalidInput, Problem
+from pipeline.space.trial import EndedTrial
+from pipeline.tracking.process import TrackerProcess
+from pipeline.tracking.tracker import StudyInfo, StudySummary
+
+
+class Table:
+    """A second tracker: a CSV file per study."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return f"tables in {self.root}"
+
+    def load(self) -> None: ...
+
+    def open(self, study: StudyInfo) -> str:
+        self.path = self.root / f"{study.name}.csv"
+        return f"open {self.path}"
+
+    def end(self, trial: EndedTrial) -> None:
+        if str(trial.number) not in [row[0] for row in self.rows()]:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerow([trial.number, trial.state, trial.value])
+
+    def finish(self, summary: StudySummary) -> None:
+        self.path.with_suffix(".txt").write_text(summary.note)
+
+    def close(self) -> list[str]:
+        return ["the disk is nearly full"]
+
+    def delete(self, study: str, *, identity: str) -> None:
+        (self.root / f"{study}.csv").unlink()
+
+    def rows(self) -> list[list[str]]:
+        return list(csv.reader(self.path.read_text().splitlines())) if self.path.exists() else []
+
+
+class Unfinished(Table):
+    """Fails each time a trial of an even number is recorded."""
+
+    def end(self, trial: EndedTrial) -> None:
+        if trial.number % 2 == 0:
+            raise ValueError("an even number")
+
+
+class Closed(Table):
+    """Cannot be opened."""
+
+    def open(self, study: StudyInfo) -> str:
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+
+class Refused(Table):
+    def __init__(self, root: Path) -> None:
+        raise InvalidInput(str(root), [Problem("", "must be another folder")])
+
+
+def record(root: Path, *trackers: type[Table]) -> tuple[list[str], list[str]]:
+    """Have three trials recorded, one of them twice; return the links and the warnings."""
+    process = TrackerProcess(root, trackers=trackers)
+    process.open(study("mine"))
+    for number in (0, 1, 2, 1):
+        process.end(ended(number))
+    process.finish(DONE)
+    return process.links(), process.close(CLOSE_S)
+
+
+def test_a_second_tracker_records_every_trial_once(tmp_path: Path) -> None:
+    links, warnings = record(tmp_path, Table)
+    assert links == [f"open {tmp_path / 'mine.csv'}"]
+    assert warnings == [f"tables in {tmp_path}: the disk is nearly full"]
+    assert (tmp_path / "mine.csv").read_text().splitlines() == ["0,complete,0.9", "1,complete,0.9", "2,complete,0.9"]
+    assert (tmp_path / "mine.txt").read_text() == "done"
+
+
+@pytest.mark.parametrize(
+    ("failing", "warning"),
+    [
+        (Closed, "Permission denied; 4 trials and the summary are not recorded"),
+        (Unfinished, "an even number; 2 trials are not recorded"),
+    ],
+)
+def test_a_tracker_that_fails_leaves_the_others_alone(failing: type[Table], warning: str, tmp_path: Path) -> None:
+    links, warnings = record(tmp_path, failing, Table)
+    assert links[-1] == f"open {tmp_path / 'mine.csv'}"
+    assert warnings[0] == f"tables in {tmp_path}: {warning}"
+    assert len((tmp_path / "mine.csv").read_text().splitlines()) == 3
+
+
+def test_a_tracker_that_refuses_the_root_ends_the_search_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"1 problem\n  must be another folder$"):
+        TrackerProcess(tmp_path, trackers=(Table, Refused))
+    assert list(tmp_path.iterdir()) == []
