@@ -34,7 +34,15 @@ MAY_IMPORT = {
 OWNERS = {
     "mlflow": ("tracking.mlflow*",),
     "optuna": ("study.study", "study.store", "study.samplers"),
-    "torch": ("training*", "workloads*", "app.prepare", "app.range_test", "train", "study.checkpoint"),
+    "torch": (
+        "training*",
+        "workloads*",
+        "app.prepare",
+        "app.range_test",
+        "app.train_config",
+        "train",
+        "study.checkpoint",
+    ),
     "sklearn": ("workloads*",),
     "yaml": ("files.strict_yaml",),
     "matplotlib": ("app.range_picture",),

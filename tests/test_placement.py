@@ -15,10 +15,11 @@ from torch import nn
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam, RMSprop
 from pipeline.space.param_groups import ParamGroup
+from pipeline.space.placement import Placement, PlacementRules, from_run_lengths, run_lengths
 from pipeline.space.schedules import OneCycle, Step
-from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.space.trial import EpochMetrics
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.placement import PlacementRules, Shard, from_run_lengths, place, run_lengths
+from pipeline.training.placement import Shard, place
 from pipeline.training.rows.trainer import FusedTrials
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,8 +18,9 @@ from tiny import RULES
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
+from pipeline.space.placement import Placement
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EndedTrial, EpochMetrics, Placement, TrialState
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import run_group
 from pipeline.study.samplers import distributions

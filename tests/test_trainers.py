@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD, Adam, AdamW, Muon, RMSprop
 from pipeline.space.param_groups import ParamGroup
+from pipeline.space.placement import Placement
 from pipeline.space.schedules import (
     Constant,
     Cosine,
@@ -32,7 +33,7 @@ from pipeline.space.schedules import (
     Scheduler,
     Step,
 )
-from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import TrialGroup
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from pipeline.space.config import Own, TrialConfig
 from pipeline.space.optimizers import SGD, Optimizer
 from pipeline.space.param_groups import ParamGroup
+from pipeline.space.placement import PlacementRules
 from pipeline.space.schedules import Constant, Scheduler
-from pipeline.training.placement import PlacementRules
 from pipeline.workloads.data import to_device
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 

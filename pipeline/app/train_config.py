@@ -10,10 +10,10 @@ import torch
 
 from pipeline.app.prepare import machine, prepare
 from pipeline.errors import InvalidInput, Problem
+from pipeline.space.placement import Placement, from_run_lengths
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EpochMetrics, Placement, number
+from pipeline.space.trial import EpochMetrics, number
 from pipeline.training.contract import TrialGroup
-from pipeline.training.placement import from_run_lengths
 
 ENVIRONMENT = ("cpu", "cpu_capability", "torch")
 """What makes machines of one kind, on which a CPU repeats to the bit; for a CUDA device also its name."""

@@ -5,36 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.space.config import TrialConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where a trial trained in an epoch; with the config it decides the metrics, to the bit on one kind of machine."""
-
-    trainer: Literal["rows", "plain"]
-    """As a row of a matrix, or by itself."""
-    rows: int | None = None
-    """Number of rows of the matrix; None for a plain trial."""
-    place: int | None = None
-    """The trial's row, counted from 0; None for a plain trial."""
-    threads: int
-    """Number of threads that PyTorch computed with."""
-    broken: bool | None = None
-    """True if the epochs before were trained twice, the second time in other places, and the first metrics stand: such
-    a trial is repeated to rounding."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            ValueError: The row is not one of the matrix.
-        """
-        fits = self.place is None if self.rows is None else self.place in range(self.rows)
-        if self.trainer not in ("rows", "plain") or (self.trainer == "rows") == (self.rows is None) or not fits:
-            raise ValueError(f"{self.trainer} at place {self.place} of {self.rows} rows")
+from pipeline.space.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True)

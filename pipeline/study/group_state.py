@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.trial import EndedTrial, EpochMetrics, Placement, TrialState
-from pipeline.training.placement import from_run_lengths, run_lengths
+from pipeline.space.placement import Placement, from_run_lengths, run_lengths
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 
 Proposals = Mapping[int, tuple[TrialConfig, dict[str, Any]]]
 """Trial number to its config and to the parameters that the sampler chose."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -113,10 +114,8 @@ def _load_newest(group: TrialGroup, checkpoints: Checkpoints) -> int:
 
 def _save(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> None:
     name = f"trials-to-{max(state.proposals):06}-epoch-{state.epoch:06}.pt"
-    try:
+    with contextlib.suppress(GroupLost):  # the next epoch raises it again
         checkpoints.save(name, lambda: {**state.to_dict(), "state": group.state_dict()})
-    except GroupLost as lost:  # the next epoch meets the loss again
-        checkpoints.warn(f"no checkpoint was saved: {lost}")
 
 
 def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> None:

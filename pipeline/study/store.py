@@ -26,9 +26,9 @@ from pipeline.files.atomic import sweep
 from pipeline.files.locks import LOCK, study_folder
 from pipeline.files.sqlite import create_whole, sqlite_uri
 from pipeline.space.load import space_from_document
+from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
 from pipeline.study.study import HEADER, Study, group_size, storage_errors
-from pipeline.training.placement import PlacementRules
 
 FORMAT = 3
 """Of what a study stores about itself and its trials."""

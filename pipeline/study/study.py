@@ -23,11 +23,11 @@ from optuna.trial import TrialState as OptunaState
 
 from pipeline.errors import StorageError
 from pipeline.space.config import TrialConfig
+from pipeline.space.placement import PlacementRules
 from pipeline.space.pruners import Score, score
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.samplers import build_sampler, distributions
-from pipeline.training.placement import PlacementRules
 
 _OPTUNA_STATES = {
     TrialState.COMPLETE: OptunaState.COMPLETE,

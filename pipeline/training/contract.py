@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pipeline.errors import DeviceError, PipelineError, first_line
 from pipeline.space.config import TrialConfig
-from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.space.placement import Placement
+from pipeline.space.trial import EpochMetrics
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Inputs (sample, …) and targets (sample, …), as the model sees them."""

@@ -18,9 +18,10 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.space.config import TrialConfig
-from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.space.placement import Placement, PlacementRules, frozen_groups
+from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Map, Stepwise, TrialGroup, train_epoch_together, trial_error
-from pipeline.training.placement import PlacementRules, Shard, describe, frozen_groups, place
+from pipeline.training.placement import Shard, describe, place, why_plain
 from pipeline.training.plain import PlainTrials
 from pipeline.training.precision import precision
 from pipeline.training.process import ProcessDied, RemoteTrials, TrainingProcess, can_fork
@@ -91,7 +92,7 @@ class LocalExecutor:
     def why_plain(self, config: TrialConfig) -> str | None:
         """Return why a trial trains plain; None if it is a row."""
         self._probed(config)
-        return self.rules.why_plain(config)
+        return why_plain(config, self.rules)
 
     def build(self, configs: Mapping[int, TrialConfig], *, placement: Sequence[Placement] | None = None) -> TrialGroup:
         """Build a group of trials; see `Executor`."""

@@ -7,42 +7,13 @@ a search that is resumed, and a trial that is trained again, repeat every metric
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.trial import Placement
+from pipeline.space.placement import PlacementRules, frozen_groups
 from pipeline.training.rows.optimizer import row_order
 from pipeline.training.rows.update_rules import has_rule
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacementRules:
-    """What placement depends on besides the running trials; a study stores it."""
-
-    device: str
-    """Kind of device, such as "cpu"."""
-    processes: int = 1
-    """Number of processes that train at once; 1 unless on a CPU."""
-    rows: int | None = None
-    """Most rows of a matrix that a person asked for; None: no limit."""
-    row_limit: int | None = None
-    """Most rows of a matrix that fit into memory, and are asked for; None: no limit. Falls when memory runs out."""
-    plain_because: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-    """Frozen groups, joined by commas, to the probe's verdict: why trials that freeze these train plain, or None."""
-
-    def why_plain(self, config: TrialConfig) -> str | None:
-        """Return why a trial trains plain; None if it is a row."""
-        if not has_rule(type(config.optimizer)):
-            return f"{config.optimizer.name} has no update rule for rows"
-        return self.plain_because[frozen_groups(config)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values; `PlacementRules(**values)` gives back equal rules."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -63,7 +34,7 @@ def place(configs: Mapping[int, TrialConfig], rules: PlacementRules) -> list[Sha
     by_frozen: dict[str, list[int]] = {}
     plain = []
     for number, config in row_order(configs).items():
-        if rules.why_plain(config) is None:
+        if why_plain(config, rules) is None:
             by_frozen.setdefault(frozen_groups(config), []).append(number)
         else:
             plain.append(Shard((number,), plain=True))
@@ -72,6 +43,13 @@ def place(configs: Mapping[int, TrialConfig], rules: PlacementRules) -> list[Sha
         limit = min(-(-len(numbers) // rules.processes), rules.row_limit or len(numbers))
         shards += [Shard(tuple(part), plain=False) for part in split(numbers, limit)]
     return shards + plain
+
+
+def why_plain(config: TrialConfig, rules: PlacementRules) -> str | None:
+    """Return why a trial trains plain; None if it is a row."""
+    if not has_rule(type(config.optimizer)):
+        return f"{config.optimizer.name} has no update rule for rows"
+    return rules.plain_because[frozen_groups(config)]
 
 
 def describe(shards: Sequence[Shard]) -> str:
@@ -87,31 +65,3 @@ def split(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     count = -(-len(numbers) // size)
     for index in range(count):
         yield numbers[index * len(numbers) // count : (index + 1) * len(numbers) // count]
-
-
-def frozen_groups(config: TrialConfig) -> str:
-    """Return the names of the groups that a trial freezes, joined by commas."""
-    return ",".join(name for name, group in config.param_groups.items() if group.lr_ratio == 0)
-
-
-def run_lengths(placements: Sequence[Placement]) -> list[dict[str, Any]]:
-    """Return the placements of a trial's epochs as plain values, one for each run of equal ones."""
-    return [
-        {"epochs": len(list(run)), **{name: value for name, value in vars(placement).items() if value is not None}}
-        for placement, run in itertools.groupby(placements)
-    ]
-
-
-def from_run_lengths(runs: Sequence[Mapping[str, Any]]) -> list[Placement]:
-    """Return the placements of a trial's epochs from what `run_lengths` returned.
-
-    Raises:
-        TypeError: A run has other keys.
-        ValueError: A run has other values.
-    """
-    placements = []
-    for run in runs:
-        values = dict(run)
-        epochs = values.pop("epochs")
-        placements += [Placement(**values)] * epochs
-    return placements

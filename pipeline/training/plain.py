@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.param_groups import assign_groups
-from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.space.placement import Placement
+from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, train_epoch_of, trial_error
 from pipeline.training.optim import Strategy, hidden_matrices
 from pipeline.training.pooling import Pooling

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.space.placement import Placement
+from pipeline.space.trial import EpochMetrics
 from pipeline.training.plain import PlainTrials
 from pipeline.training.precision import precision
 from pipeline.training.rows.trainer import FusedTrials

@@ -38,8 +38,10 @@ class ShardedTrials:
         self._all = dict(configs)
         self._died_at: set[int] = set()
         """Epochs in which a process has died."""
-        self._suspects: list[tuple[int, ...]] = []
-        """Rows of matrices that raised; to be found before the next epoch is which of them raise alone."""
+        self._suspects: dict[int, list[tuple[int, ...]]] = {}
+        """Epoch to the rows of matrices that raised in it; to be found is which of them raise alone."""
+        self._lost: str | None = None
+        """Why the group must be loaded from a state, if it must."""
         self.configs = dict(configs)
         """Configs of the running trials."""
         self._epoch = 0
@@ -54,7 +56,7 @@ class ShardedTrials:
             GroupLost: Memory ran out, a process died, or a matrix raised. After `load_state_dict` the group goes on:
                 with fewer rows in a matrix, in a new process, or without the trials that raise.
         """
-        failed = self._call(self._find_raising) if self._suspects else {}
+        failed = self._call(self._find_raising) if self._epoch in self._suspects else {}
         self._call(self._arrange)
         results: dict[int, EpochMetrics] = {}
         lost: list[tuple[ShardTrainer, Exception]] = []
@@ -105,6 +107,7 @@ class ShardedTrials:
 
     def _begin(self, configs: Mapping[int, TrialConfig], *, epoch: int, states: States) -> None:
         self.configs, self._epoch, self._trainers, self._states = dict(configs), epoch, [], states
+        self._lost = None
 
     def _arrange(self) -> None:
         """Place the running trials, and rebuild from their states those whose shard has changed."""
@@ -158,7 +161,7 @@ class ShardedTrials:
         if isinstance(error, ProcessDied) and self._epoch not in self._died_at:
             self._died_at.add(self._epoch)
             return GroupLost(f"{error}; its trials go on from their last checkpoint", repeats=True)
-        self._suspects = [tuple(trainer.configs) for trainer, _ in lost]
+        self._suspects[self._epoch] = [tuple(trainer.configs) for trainer, _ in lost]
         return GroupLost(f"{type(error).__name__}: {error}; finding which trial raises it", repeats=True)
 
     def _find_raising(self) -> dict[int, EpochMetrics]:
@@ -168,7 +171,8 @@ class ShardedTrials:
         """
         self._arrange()
         self._take_states(but=())
-        waiting = [half for numbers in self._suspects for half in split(numbers, -(-len(numbers) // 2))]
+        suspects = self._suspects.pop(self._epoch)
+        waiting = [half for numbers in suspects for half in split(numbers, -(-len(numbers) // 2))]
         failed: dict[int, EpochMetrics] = {}
         while waiting:
             numbers = waiting.pop()
@@ -183,8 +187,7 @@ class ShardedTrials:
             else:
                 waiting += split(numbers, -(-len(numbers) // 2))
         if not failed:
-            self._executor.lower_row_limit(max(map(len, self._suspects)))
-        self._suspects = []
+            self._executor.lower_row_limit(max(map(len, suspects)))
         self.configs = {number: config for number, config in self.configs.items() if number not in failed}
         return failed
 
@@ -196,13 +199,14 @@ class ShardedTrials:
         """Call a function that asks trainers.
 
         Raises:
-            GroupLost: The process of one has died.
+            GroupLost: The process of one has died, now or in an earlier call.
         """
         try:
-            return function()
+            if self._lost is None:
+                return function()
         except ProcessDied as error:
-            self._begin({}, epoch=self._epoch, states={})
-            raise GroupLost(f"{error}; its trials go on from their last checkpoint", repeats=True) from None
+            self._lost = f"{error}; its trials go on from their last checkpoint"
+        raise GroupLost(str(self._lost), repeats=True)
 
 
 def _shard(trainer: ShardTrainer) -> Shard:

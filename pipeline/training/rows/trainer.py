@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.param_groups import assign_groups
-from pipeline.space.trial import EpochMetrics, Placement
+from pipeline.space.placement import Placement
+from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, train_epoch_of
 from pipeline.training.plain import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
 from pipeline.training.pooling import Pooling
