@@ -169,7 +169,7 @@ class PlainTrial:
             hidden_matrices=hidden_matrices(self.model),
         )
         self.record = Record()
-        self.pooling = Pooling(device)
+        self.pooling = Pooling(device, channels_last=config.channels_last)
 
     def begin_epoch(self) -> None:
         """Make ready for the batches of an epoch."""

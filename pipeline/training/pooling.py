@@ -9,27 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
 MIN_CHANNELS, MIN_VALUES = 4, 8192
-"""Smallest images for which two copies cost less than they gain."""
-_ATEN: Any = torch.ops.aten
+"""Smallest images for which a copy costs less than it gains."""
 
 
 class Pooling:
-    """Contexts for the forward passes of one model, in which `F.max_pool2d` computes with the channels last in memory.
+    """Contexts for the forward passes of one model, in which `F.max_pool2d` finds maxima with the channels last.
 
-    PyTorch's `max_pool2d` for channels first is not vectorized (https://github.com/pytorch/pytorch/issues/51393): with
-    two copies, channels last takes half the time. Maxima and gradients are bit-identical. After a first forward pass
-    without pooling the context does nothing.
+    PyTorch's `max_pool2d` for channels first is not vectorized (https://github.com/pytorch/pytorch/issues/51393).
+    Maxima are bit-identical, and so are gradients where windows do not overlap. After a first forward pass without
+    pooling, the contexts do nothing.
 
     Args:
-        device: Where the model computes; elsewhere than on a CPU the context does nothing.
+        device: Where the model computes; elsewhere than on a CPU the contexts do nothing.
+        channels_last: Whether images already lie in memory with the channels last; the contexts do nothing then.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._mode = _ChannelsLast() if device.type == "cpu" else None
+    def __init__(self, device: torch.device, *, channels_last: bool) -> None:
+        self._mode = _ChannelsLast() if device.type == "cpu" and not channels_last else None
 
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of the next forward pass."""
@@ -39,7 +38,7 @@ class Pooling:
 
 
 class _ChannelsLast(TorchFunctionMode):
-    """Replaces `F.max_pool2d` of images that are large enough."""
+    """Replaces `F.max_pool2d`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,48 +56,13 @@ class _ChannelsLast(TorchFunctionMode):
         return _max_pool2d(*arguments, **options)
 
 
-def _max_pool2d(
-    images: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:
-    """Return what `F.max_pool2d` does; images are (sample, channel, height, width)."""
+def _max_pool2d(images: Tensor, *arguments: Any, return_indices: bool = False, **options: Any) -> Any:
+    """Return what `F.max_pool2d` does, from images (sample, channel, height, width)."""
     small = images.ndim != 4 or images.shape[1] < MIN_CHANNELS or images.numel() < MIN_VALUES
-    if small or return_indices or not images.is_floating_point():
-        return F.max_pool2d(images, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[call-overload]
-    sizes = [_pair(size) for size in (kernel_size, kernel_size if stride is None else stride, padding, dilation)]
-    return _Pool.apply(images, *sizes, ceil_mode)[0]
-
-
-class _Pool(torch.autograd.Function):
-    """Maxima of images (sample, channel, height, width), found with the channels last, and their places."""
-
-    @staticmethod
-    def forward(images: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        fast = images.contiguous(memory_format=torch.channels_last)
-        maxima, places = _ATEN.max_pool2d_with_indices(fast, *options)
-        if fast is images:
-            return maxima, places
-        return maxima.contiguous(), places.contiguous()
-
-    @staticmethod
-    def setup_context(context: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        images, *context.options = inputs
-        context.save_for_backward(images, output[1])
-        context.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        images, places = context.saved_tensors
-        of_images = _ATEN.max_pool2d_with_indices_backward(gradient, images, *context.options, places)
-        return of_images, *[None] * len(context.options)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Sequence[int], images: Tensor, *options: Any) -> Any:
-        images = images.movedim(in_dims[0], 0)
-        pooled = _Pool.apply(images.flatten(0, 1), *options)
-        return tuple(values.unflatten(0, images.shape[:2]) for values in pooled), (0, 0)
+    if small or return_indices or len(arguments) > 5:  # the sixth argument is `return_indices`
+        return F.max_pool2d(images, *arguments, return_indices=return_indices, **options)  # type: ignore[call-overload]
+    with torch.no_grad():
+        channels_last = images.detach().movedim(1, -1).contiguous().movedim(-1, 1)
+        places: Tensor = F.max_pool2d(channels_last, *arguments, return_indices=True, **options)[1]
+    maxima = images.flatten(-2).gather(-1, places.flatten(-2))
+    return maxima.unflatten(-1, places.shape[-2:])

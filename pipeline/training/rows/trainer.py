@@ -105,7 +105,9 @@ class FusedTrials:
         self._buffers = {
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
-        self._each_row = RowModel(self._model, {*trained, *self._buffers}, Pooling(device))
+        self._each_row = RowModel(
+            self._model, {*trained, *self._buffers}, Pooling(device, channels_last=self._config.channels_last)
+        )
         self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
         self._record = Record()
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
