@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pytest
 
 from pipeline.space.config import WORKLOADS
-from pipeline.space.limits import Interval
+from pipeline.space.limits import Interval, ShareOf
 from pipeline.space.load import build_space, file_form
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.param_groups import ParamGroup
@@ -101,6 +101,8 @@ def _legal(annotation: Any) -> Iterator[str]:
             signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
             bounds = dataclasses.asdict(interval).items()
             yield from (f"{signs[name]} {bound:g}" for name, bound in bounds if bound is not None)
+        wholes = {"run": "the run", "rate": "the smallest rate"}
+        yield from (f"or a share of {wholes[item.whole]}" for item in arguments[1:] if isinstance(item, ShareOf))
     elif origin is Literal:
         yield ", ".join(f"`{value}`" for value in arguments)
     elif origin in (Union, types.UnionType):
