@@ -18,7 +18,7 @@ from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.precision import in_force
+from pipeline.training.precision import current_settings
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
 from pipeline.workloads.data import to_device
@@ -174,7 +174,7 @@ def environment(executor: LocalExecutor) -> dict[str, Any]:
     """Return what a trial's numbers may depend on besides its config and placement."""
     device = executor.device
     with executor.precision():
-        settings = in_force(device)
+        settings = current_settings(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **settings,

@@ -13,7 +13,7 @@ from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
 MIN_CHANNELS, MIN_VALUES = 4, 8192
-"""Smallest images for which two copies cost less than they gain."""
+"""Smallest images for which channels last saves more time than its two copies take."""
 _ATEN: Any = torch.ops.aten
 
 
@@ -66,7 +66,7 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """Return what `F.max_pool2d` does; images are (sample, channel, height, width)."""
+    """Return the result of `F.max_pool2d`; images are (sample, channel, height, width)."""
     small = images.ndim != 4 or images.shape[1] < MIN_CHANNELS or images.numel() < MIN_VALUES
     if small or return_indices or not images.is_floating_point():
         return F.max_pool2d(images, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[call-overload]
@@ -75,15 +75,15 @@ def _max_pool2d(
 
 
 class _Pool(torch.autograd.Function):
-    """Maxima of images (sample, channel, height, width), found with the channels last, and their places."""
+    """Maxima of images (sample, channel, height, width), computed with the channels last, and their indices."""
 
     @staticmethod
     def forward(images: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         fast = images.contiguous(memory_format=torch.channels_last)
-        maxima, places = _ATEN.max_pool2d_with_indices(fast, *options)
+        maxima, indices = _ATEN.max_pool2d_with_indices(fast, *options)
         if fast is images:
-            return maxima, places
-        return maxima.contiguous(), places.contiguous()
+            return maxima, indices
+        return maxima.contiguous(), indices.contiguous()
 
     @staticmethod
     def setup_context(context: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -93,9 +93,9 @@ class _Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        images, places = context.saved_tensors
-        of_images = _ATEN.max_pool2d_with_indices_backward(gradient, images, *context.options, places)
-        return of_images, *[None] * len(context.options)
+        images, indices = context.saved_tensors
+        image_gradient = _ATEN.max_pool2d_with_indices_backward(gradient, images, *context.options, indices)
+        return image_gradient, *[None] * len(context.options)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int], images: Tensor, *options: Any) -> Any:
