@@ -270,11 +270,7 @@ def _build_database(database: Path) -> None:
 
 @contextlib.contextmanager
 def _readable(database: Path) -> Iterator[None]:
-    """Turn an error of opening a database into a message with a remedy.
-
-    Raises:
-        InvalidInput: The database cannot be opened.
-    """
+    """Turn an error of opening a database into an InvalidInput with a remedy."""
     try:
         with storage_errors("opening"):
             yield

@@ -184,11 +184,7 @@ def group_size(trials: int) -> int:
 
 @contextlib.contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Turn any error of a storage into a StorageError.
-
-    Raises:
-        StorageError: The storage raised.
-    """
+    """Turn any error of a storage into a StorageError."""
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:

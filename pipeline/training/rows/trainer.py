@@ -67,10 +67,7 @@ class FusedTrials:
 
     Args:
         configs: Trial number to config; every optimizer has an update rule.
-        workload: Data, model, loss and metrics; the data are on the device.
-        device: Device of the data and the matrix.
-        dtype: Type of parameters and floating-point data.
-        seeded: Whether to seed random numbers before each step; False only if the model draws none.
+        workload, device, dtype, seeded: As `PlainTrials` takes them.
     """
 
     plain = False
@@ -176,13 +173,7 @@ class FusedTrials:
         return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
 
     def update(self, losses: Tensor, gradients: Tensor, *, samples: int) -> None:
-        """Update every row.
-
-        Args:
-            losses: (row,); recorded.
-            gradients: (row, parameter); overwritten.
-            samples: Number of samples of the batch.
-        """
+        """Update every row by its gradients (row, parameter), which are overwritten; record losses (row,) and samples."""
         self._optimizer.update(self._matrix, gradients, step=len(self._record.sizes))
         self._record.losses.append(losses)
         self._record.sizes.append(samples)
@@ -288,11 +279,7 @@ class FusedTrials:
             self._optimizer.load_row_state(number, saved["optimizer"], steps=self._step)
 
     def _check_layout(self, saved: Mapping[str, Any]) -> None:
-        """Compare a row's state with the model.
-
-        Raises:
-            ValueError: The state has other parameters or buffers, or another order.
-        """
+        """Raise a ValueError if a row's state has other parameters or buffers than the model, or another order."""
         if self._layout.described() != saved["layout"]:
             raise ValueError("its parameters have other names, shapes or another order")
         check_shapes({name: buffer[0] for name, buffer in self._buffers.items()}, saved["buffers"])
@@ -348,16 +335,9 @@ class FusedTrials:
 
 
 def cross_entropy_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return `F.cross_entropy` of each row.
+    """Return `F.cross_entropy` of each row (row,), from logits (row, sample, class) and classes (sample,).
 
     `torch.func.vmap` would compute the loss in many small operations, which take a fifth of a small network's step.
-
-    Args:
-        logits: (row, sample, class)
-        targets: (sample,), indices of classes.
-
-    Returns:
-        (row,)
     """
     rows, samples, _ = logits.shape
     losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(rows), reduction="none", ignore_index=IGNORED)
