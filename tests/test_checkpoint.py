@@ -359,7 +359,7 @@ def test_a_checkpoint_of_another_version_of_torch_is_not_used(
     search(store, epochs=2)
     epochs, warnings = search(store, environment={"torch": "3"})
     assert len(warnings) == 2
-    assert "not used, its trials train anew: the torch was 2 and is 3" in warnings[0]
+    assert "not used, its trials train from the beginning: the torch was 2 and is 3" in warnings[0]
     assert epochs == whole[0]
 
 

@@ -125,7 +125,7 @@ def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> N
             break  # an earlier group, whose trials have ended
         if why := state.mismatch(content):
             kept = checkpoints.put_aside(path)
-            checkpoints.warn(f"{path}: not used, its trials train anew: {why}; it is kept as {kept.name}")
+            checkpoints.warn(f"{path}: not used, its trials train from the beginning: {why}; it is kept as {kept.name}")
             continue
         state.load_dict(content)
         try:
@@ -139,7 +139,7 @@ def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> N
 
 def _does_not_fit(path: Path, error: Exception) -> InvalidInput:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    remedy = "if the model has changed, change it back; or remove the file, and its trials train anew"
+    remedy = "if the model has changed, change it back; or remove the file to train its trials from the beginning"
     return InvalidInput(str(path), [Problem("", f"does not fit the model: {reason}; {remedy}")])
 
 

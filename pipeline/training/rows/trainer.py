@@ -173,7 +173,7 @@ class FusedTrials:
         return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
 
     def update(self, losses: Tensor, gradients: Tensor, *, samples: int) -> None:
-        """Update every row by its gradients (row, parameter), which are overwritten; record losses (row,) and samples."""
+        """Update every row by its gradients (row, parameter), which are overwritten; record the losses (row,)."""
         self._optimizer.update(self._matrix, gradients, step=len(self._record.sizes))
         self._record.losses.append(losses)
         self._record.sizes.append(samples)
