@@ -1,7 +1,7 @@
 """Train a config again: `python -m pipeline.train best.yaml`.
 
-A trial trains again in the places that it had in the search, so on the same kind of machine every metric is repeated to
-the last bit. A config that was written by hand, or `--fast`, trains alone, with every core.
+A trial trains again with the placement of the search, so on the same kind of machine every metric is repeated to the
+last bit. A config written by hand trains alone, with every core, as does any config with `--fast`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     source = source_of(arguments.config, overrides)
     group, finished = train_config(
         space,
-        None if overrides else Found.read(found, source=source),  # changed, it is another config
+        None if overrides else Found.read(found, source=source),  # a changed config has nothing to repeat
         source=source,
         device=arguments.device,
         fast=arguments.fast,

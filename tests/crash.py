@@ -1,7 +1,7 @@
-"""A program that ends, as by SIGKILL, before or after a chosen call, and starts again: `crash.py FOLDER`.
+"""Crash a search before or after a chosen call, as SIGKILL would, and search again: `crash.py FOLDER`.
 
-Each point is a search in a folder of its own and in a forked process, which ends there, and another that goes on. It
-prints a JSON object: point to how the first ended, the outcomes of the second, and the files that were left.
+Each crash point has a folder of its own. There a search in a forked process exits at the point, and another search
+continues. Prints a JSON object: crash point to exit statuses, outcomes of the second search, and temporary files left.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.space.load import space_from_document
 from pipeline.study.store import Store
 
 DIED = 99
-"""Exit status of a process that ended at its point."""
+"""Exit status of a process that exited at its crash point."""
 CALLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
     "build the database": (pipeline.study.store, "_build_database", (1,)),
     "create the study": (optuna, "create_study", (1,)),
@@ -39,26 +39,26 @@ CALLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
     "rename": (pathlib.Path, "replace", (4,)),  # after the database's own
     "remove": (pathlib.Path, "unlink", (1, 3)),  # a checkpoint that is too old, and one of a group that has ended
 }
-"""What is called: by whom, its name, and which of its calls are points."""
+"""Description of a call to the owner of the function, the function's name, and the counts of its calls to crash at."""
 POINTS = [f"{when} {call} {n}" for call, (_, _, ns) in CALLS.items() for n in ns for when in ("before", "after")]
 WHOLE = "never"
-"""The search that does not end early."""
+"""Key of the search that does not crash."""
 
 
 def main(folder: Path) -> None:
-    """Run every point, two at a time, and print what came of it."""
-    torch.set_num_threads(1)  # so that this process has no threads, which a fork would lack
+    """Run every crash point, two at a time, and print the results."""
+    torch.set_num_threads(1)  # a fork would lack the threads of this process
     roots = {point: folder / point.replace(" ", "-") for point in (WHOLE, *POINTS)}
     for root in roots.values():
         root.mkdir()
-    whole_search(roots[WHOLE])  # and with it all that is slow the first time
+    whole_search(roots[WHOLE])  # forks inherit the imports and caches of this first search
     with multiprocessing.get_context("fork").Pool(2) as pool:
         found = dict(zip(roots, pool.starmap(run, roots.items(), chunksize=1), strict=True))
     print(json.dumps(found))
 
 
 def run(point: str, root: Path) -> dict[str, Any]:
-    """End a search at a point, go on with it, and return what came of it."""
+    """Crash a search at a point, continue it, and return the results."""
     died = in_a_fork(lambda: crash_at(point, root))
     again = in_a_fork(lambda: whole_search(root))
     ended = (root / "outcomes").read_text() if (root / "outcomes").exists() else ""
@@ -79,7 +79,7 @@ def in_a_fork(function: Callable[[], None]) -> int:
 
 
 def crash_at(point: str, root: Path) -> None:
-    """Search, and end before or after the call that a point names."""
+    """Search, and exit before or after the call that a crash point names."""
     if point == WHOLE:
         return
     when, *words, n = point.split()
@@ -100,7 +100,7 @@ def crash_at(point: str, root: Path) -> None:
 
 
 def whole_search(root: Path) -> None:
-    """Search as the command line does, a checkpoint after every epoch, and write how the trials have ended."""
+    """Search as the command line does, with a checkpoint after every epoch, and write the outcomes of the trials."""
     store, space = Store(root), space_from_document(DOCUMENT, name="tiny")
     with store.lock("mine"):
         _, exists = store.choose(space, trials=TRIALS, name="mine")

@@ -1,7 +1,7 @@
-"""A device that is pretended: its tensors say that they are there, and compute on the CPU.
+"""A pretended device: its tensors report this device, and compute on the CPU.
 
-What a GPU would refuse, operations on tensors of two devices, is refused, and what a GPU would wait for is noted: the
-host, by reading a number or a tensor from the device. Rounding is the CPU's, so results equal the CPU's.
+The device refuses operations on tensors of two devices, as a GPU does. It records each operation for which the host
+would wait for a GPU, such as reading a number. Results equal the CPU's.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("lazy:0")
-"""A kind of device that PyTorch knows of, and asks no driver about."""
+"""A type of device that PyTorch knows and that needs no driver."""
 READ = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim"}
-"""Operations whose result, or its shape, the host waits for."""
+"""Operations for which the host waits, since it needs the result or the result's shape."""
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
-"""Operations that take indices of the CPU, which they copy."""
+"""Operations that take indices on the CPU, and copy them."""
 WHOLE = {"stack", "cat"}
-"""Operations that take not even a number of the CPU."""
+"""Operations that refuse even a scalar tensor on the CPU."""
 
 _waits: list[str] = []
 
 
 @contextmanager
 def pretended_device() -> Iterator[list[str]]:
-    """Have `DEVICE` within the context; yield the operations for which the host has waited so far."""
+    """Make `DEVICE` usable within the context; yield the list of operations for which the host has waited."""
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     _waits.clear()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # else a module keeps the tensors that it moves
-    torch._C._set_only_lift_cpu_tensors(True)  # else `torch.tensor` moves what it makes without asking the mode
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else a moved module keeps its old tensors
+    torch._C._set_only_lift_cpu_tensors(True)  # else `torch.tensor` moves its result without calling the mode
     try:
         with torch.autograd.set_multithreading_enabled(False), _Pretending():  # type: ignore[no-untyped-call]
             yield _waits
@@ -46,7 +46,7 @@ class _There(Tensor):
     """A tensor on the pretended device."""
 
     held: Tensor
-    """The same on the CPU."""
+    """The values, as a tensor on the CPU."""
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -68,12 +68,12 @@ class _There(Tensor):
         return _computed(func, args, kwargs or {})
 
     def tolist(self) -> Any:
-        """Return its numbers."""
+        """Return the values; the host waits."""
         _waits.append("tolist")
         return self.held.tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """Return where its numbers are."""
+        """Return the storage of the values."""
         return self.held.untyped_storage()
 
 
@@ -83,7 +83,7 @@ class _Pretending(TorchDispatchMode):
 
 
 def _computed(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """Compute an operation on the CPU, and return the result where a device would have it."""
+    """Compute an operation on the CPU, and return the result on the device where a GPU would put it."""
     name = function.overloadpacket.__name__
     tensors = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, Tensor)]
     there = any(isinstance(tensor, _There) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and to the bit what was under way."""
+"""Checkpoints: written completely or not at all, and a group resumes from them to the bit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 EPOCHS = 6
 STEP_SIZE = 3
-"""A schedule of epochs moves with the end of the third."""
+"""In epochs: a schedule that moves every epoch changes the rate after the third."""
 SCHEDULES: list[Scheduler] = [
     Constant(warmup=STEP_SIZE),
     Step(step_size=STEP_SIZE, gamma=0.1),
@@ -69,7 +69,7 @@ SCHEDULES: list[Scheduler] = [
 
 @dataclass
 class Folder:
-    """Checkpoints that are saved whenever asked, and what they warned of."""
+    """A folder of checkpoints that are saved whenever asked, and their warnings."""
 
     path: Path
     warnings: list[str] = field(default_factory=list)
@@ -139,7 +139,7 @@ def test_another_format_is_refused_by_its_number(folder: Folder) -> None:
 
 
 class Code:
-    """Would run a command if it were unpickled."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return pytest.fail, ("code of a checkpoint ran",)
@@ -213,7 +213,7 @@ def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
 
 
 TRIALS = 8
-"""Proposed four at a time."""
+"""Number of trials, which are proposed four at a time."""
 DOCUMENT: dict[str, Any] = {
     "workload": {"name": "digits", "model": "mlp"},
     "epochs": 4,
@@ -227,7 +227,7 @@ DOCUMENT: dict[str, Any] = {
     "pruner": {"name": "median", "n_startup_trials": 2, "n_warmup_epochs": 1},
     "sampler": {"name": "random"},
 }
-"""A space whose configs fit the tiny problem as well."""
+"""A space whose configs also fit the tiny problem."""
 
 
 @pytest.fixture
@@ -253,10 +253,10 @@ def search(
     trials: int = TRIALS,
     environment: Mapping[str, Any] = MappingProxyType({"torch": "2"}),
 ) -> tuple[int, list[str]]:
-    """Search until all has ended, or be interrupted after some epochs, or die with so many trials stored.
+    """Search until all trials have ended, or stop after `epochs` epochs, or die after `stored` stored trials.
 
     Returns:
-        How many epochs were trained, and the warnings.
+        The number of trained epochs, and the warnings.
     """
     study, warnings = store.open("mine"), list[str]()
     trained: list[Mapping[int, EpochMetrics]] = []
@@ -289,7 +289,7 @@ def outcome(trial: EndedTrial) -> tuple[Any, ...]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[tuple[Any, ...]]]:
-    """How many epochs an uninterrupted search trains, and how its trials end."""
+    """Return an uninterrupted search's number of epochs, and its outcomes."""
     store = Store(tmp_path_factory.mktemp("whole"))
     begin(store)
     epochs, warnings = search(store)
@@ -359,7 +359,7 @@ def test_a_checkpoint_of_another_version_of_torch_is_not_used(
     search(store, epochs=2)
     epochs, warnings = search(store, environment={"torch": "3"})
     assert len(warnings) == 2
-    assert "not used, its trials train anew: the torch was 2 and is 3" in warnings[0]
+    assert "not used, its trials train from the beginning: the torch was 2 and is 3" in warnings[0]
     assert epochs == whole[0]
 
 

@@ -1,4 +1,4 @@
-"""The executor of this machine: which trials train as rows, which plain, and what they leave behind."""
+"""The executor of this machine: which trials train as rows, which plain, and which global state stays unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def executor_of(build_model: Callable[[], nn.Module] = TinyModel, *, rows: int |
 
 
 def various() -> dict[int, TrialConfig]:
-    """Trials in two matrices, since some freeze the body, and plain ones."""
+    """Return rows of two matrices, since some freeze the body, and plain trials."""
     return {
         1: tiny_config(SGD(base_lr=0.1, momentum=0.9), OneCycle(cycle_momentum=True)),
         2: tiny_config(Muon(base_lr=0.02), Step(step_size=2)),
@@ -57,7 +57,7 @@ def train(group: TrialGroup, epochs: int = EPOCHS) -> list[Mapping[int, EpochMet
 
 
 def places(history: list[Mapping[int, EpochMetrics]]) -> dict[int, tuple[str, int | None, int | None]]:
-    """Return where each trial trained in the first epoch."""
+    """Return each trial's trainer, rows and place in the first epoch."""
     return {n: (m.placement.trainer, m.placement.rows, m.placement.place) for n, m in history[0].items() if m.placement}
 
 

@@ -1,4 +1,4 @@
-"""The loop that drives a group: what stands when memory runs out, a process dies or a trial raises in mid-run."""
+"""The loop that drives a group, when memory runs out, a process dies or a trial raises in mid-run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DOCUMENT: dict[str, Any] = {
     "pruner": {"name": "median", "n_startup_trials": 2, "n_warmup_epochs": 2},
     "sampler": {"name": "random"},
 }
-"""A space whose configs fit the tiny problem as well."""
+"""A space whose configs also fit the tiny problem."""
 
 
 @dataclass
@@ -105,12 +105,12 @@ def search(
 
 
 class Limited(FusedTrials):
-    """Trains as many rows as fit."""
+    """Runs out of memory with more than `fits` rows."""
 
     fits = 1_000
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Raise what a device raises whose memory is full."""
+        """Raise as a device does when its memory is full."""
         if len(self.configs) > Limited.fits:
             raise torch.OutOfMemoryError("full")
         return super().gradients(inputs, targets)
@@ -136,7 +136,7 @@ def test_memory_that_runs_out_in_mid_run_leaves_what_was_told_and_goes_on_with_f
     assert warning.startswith(f"memory ran out with {left} trials in a matrix; from now on there are at most ")
     assert found.study.rules.row_limit is not None
     assert Store(tmp_path / "device").open("mine").rules.row_limit == found.study.rules.row_limit
-    # To this point metrics are those of the search that never ran out, and verdicts stand.
+    # Up to this epoch, metrics and verdicts equal those of the search with enough memory.
     assert [{n: m.metrics for n, m in epoch.items()} for epoch in found.told[:3]] == [
         {n: m.metrics for n, m in epoch.items()} for epoch in expected.told[:3]
     ]
@@ -168,10 +168,10 @@ def test_a_process_that_is_killed_changes_nothing(after: int, tmp_path: Path) ->
 
 
 class Poisoned(FusedTrials):
-    """Raises for one trial in its fourth epoch."""
+    """Raises in the fourth epoch while the bad trial is among the rows."""
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Raise what a model would."""
+        """Raise as a model might."""
         if self._epoch == 3 and Poisoned.bad in self.configs:
             raise ValueError("poison")
         return super().gradients(inputs, targets)

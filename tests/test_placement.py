@@ -1,4 +1,4 @@
-"""Where trials train: a pure function, and what it decides."""
+"""Placement: a pure function that decides a trial's numbers to the bit."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_what_the_other_rows_hold_does_not_matter_to_the_bit(build_model: Callab
 
 
 def mixed_configs() -> dict[int, TrialConfig]:
-    """Twelve trials of six optimizers, one that freezes the body, and one without a rule for rows."""
+    """Return twelve trials of six optimizers, one trial that freezes the body, and one without an update rule."""
     configs = {
         number: tiny_config(
             dataclasses.replace(OPTIMIZERS[number % 6], base_lr=0.003 * (number + 1)),

@@ -17,7 +17,7 @@ from pipeline.app.prepare import choose_device, environment, prepare
 from pipeline.errors import InvalidInput
 from pipeline.space.load import load_space
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.precision import PRODUCTS, in_force, precision
+from pipeline.training.precision import PRODUCTS, current_settings, precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -55,21 +55,21 @@ SEEN: list[tuple[Any, ...]] = []
 def test_products_on_cuda_are_rounded_only_where_the_config_says_so(value: str, expected: str) -> None:
     with precision(tiny_config(precision=value), CUDA):
         assert [product.fp32_precision for product in PRODUCTS] == [expected] * 3
-        assert in_force(CUDA)["fp32_precision"] == expected
+        assert current_settings(CUDA)["fp32_precision"] == expected
 
 
 def test_a_cpu_computes_with_one_thread_and_its_products_stay_as_they_are() -> None:
     before = settings()
     with precision(tiny_config(), CPU):
         assert settings() == (1, *before[1:])
-        assert in_force(CPU) == {"threads": 1, "deterministic": False}
+        assert current_settings(CPU) == {"threads": 1, "deterministic": False}
 
 
 def test_a_cpu_computes_with_as_many_threads_as_a_placement_says() -> None:
     before = settings()
     with precision(tiny_config(), CPU, threads=before[0] + 1):
         assert settings() == (before[0] + 1, *before[1:])
-        assert in_force(CPU) == {"threads": before[0] + 1, "deterministic": False}
+        assert current_settings(CPU) == {"threads": before[0] + 1, "deterministic": False}
     assert settings() == before
 
 
@@ -77,7 +77,7 @@ def test_deterministic_algorithms_are_asked_for_with_what_cublas_needs(monkeypat
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with precision(tiny_config(deterministic=True), CUDA):
         assert torch.are_deterministic_algorithms_enabled()
-        assert in_force(CUDA)["deterministic"]
+        assert current_settings(CUDA)["deterministic"]
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 

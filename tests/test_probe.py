@@ -1,4 +1,4 @@
-"""Whether a workload's trials can be rows: right, possible, and worth it."""
+"""The probe: rows must train to plain training's numbers, be possible with `vmap`, and save time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Recurrent(nn.Module):
 
 
 class Deep(nn.Module):
-    """24 layers, behind which rounding to float32 has changed what a step does to parameters by more than 1 %."""
+    """A model of 24 layers, which amplify float32 rounding: a step changes parameters by over 1 % otherwise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Deep(nn.Module):
 
 
 class Residual(nn.Module):
-    """Tied weights, parameter names with blanks, and a number as a parameter."""
+    """A model with tied weights, a parameter name with a blank, and a scalar parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Residual(nn.Module):
 
 
 class Counting(TinyModel):
-    """Puts a new buffer into the place of the old one, which a row does not see, and reads it in evaluation alone."""
+    """Replaces a buffer in training by a new tensor, which a row does not see, and reads the buffer in evaluation."""
 
     seen: Tensor
 
@@ -93,7 +93,7 @@ class Counting(TinyModel):
 
 
 class TransposedDropout(TinyModel):
-    """Drops out of a transposed tensor, whose mask PyTorch draws in the order in which it lies in memory."""
+    """Applies dropout to a transposed tensor; PyTorch draws the mask in memory order."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map inputs (batch, 6) to logits (batch, class)."""
@@ -102,7 +102,7 @@ class TransposedDropout(TinyModel):
 
 
 class SpareLayer(TinyModel):
-    """A layer that is not used."""
+    """A model with an unused layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def with_dropout() -> nn.Module:
 
 
 class SpatialNorm(TinyModel):
-    """BatchNorm over positions too, which sums each channel on its own."""
+    """A model with BatchNorm over positions too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def with_batch_norm() -> nn.Module:
 
 
 def batch_norm_of(width: int) -> nn.Module:
-    """Return a net with BatchNorm over vectors, whose sums over a batch depend on where a column lies in a matrix."""
+    """Return a model with BatchNorm over vectors; the rounding of its sums depends on the column's place in memory."""
     layers = {
         "hidden": nn.Linear(6, width),
         "norm": nn.BatchNorm1d(width),
@@ -163,7 +163,7 @@ def batch_norm_of(width: int) -> nn.Module:
 
 
 class Following(nn.Module):
-    """A frozen layer that follows a trained one slowly."""
+    """A model with a frozen layer that is a moving average of a trained layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Following(nn.Module):
 
 
 class Fading(TinyModel):
-    """Has a frozen parameter that each forward pass makes smaller: rows would share it."""
+    """A model with a frozen parameter that each forward pass changes; rows would share the parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ def test_a_model_that_rows_cannot_train_trains_plain_and_says_why(
 
 
 def grouped() -> nn.Module:
-    """Return a model over images of one row, with a group norm."""
+    """Return a model with GroupNorm over images one pixel high."""
     layers = OrderedDict[str, nn.Module](
         image=nn.Unflatten(1, (2, 1, 3)), hidden=nn.Conv2d(2, 4, 1), norm=nn.GroupNorm(2, 4), flat=nn.Flatten()
     )
@@ -276,7 +276,7 @@ def in_double(workload: Workload) -> Workload:
 
 
 def sampled_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of about half of the samples."""
+    """Return the loss of a random half of the samples."""
     return (F.cross_entropy(outputs, targets, reduction="none") * (torch.rand(len(outputs)) < 0.5)).mean()
 
 

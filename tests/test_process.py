@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not can_fork(), reason="processes are forked on 
 
 
 class Unlucky(Exception):
-    """Cannot be sent to another process: it takes two arguments."""
+    """An exception that cannot be unpickled, since its constructor takes two arguments."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} and {two}")
@@ -38,7 +38,7 @@ class Raises:
         self.epochs = 0
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
-        """Raise what can be sent, then what cannot."""
+        """Raise exceptions that can be pickled, and one that cannot."""
         self.epochs += 1
         if self.epochs == 1:
             raise ValueError("no more")
@@ -47,7 +47,7 @@ class Raises:
         raise torch.OutOfMemoryError("full")
 
     def test(self) -> dict[int, dict[str, float]]:
-        """Return its process."""
+        """Return the id of the trainer's process."""
         return {os.getpid(): {}}
 
 
@@ -134,7 +134,7 @@ def test_a_process_ends_with_its_parent(how: str, tmp_path: Path) -> None:
     script.write_text(PARENT)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, str(script), how]
-    # The pipe is at its end when no process is left that could write to it.
+    # The pipe ends when the last process that could write to it has ended.
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, timeout=120)
     assert len(ended.stdout.split()) == 2
     assert ended.returncode == (-9 if how == "killed" else 0)

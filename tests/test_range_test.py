@@ -10,7 +10,7 @@ import torch
 from tiny import BATCH, tiny_workload
 
 from pipeline.app.prepare import prepare
-from pipeline.app.range_picture import as_written, range_png, range_table
+from pipeline.app.range_picture import range_png, range_table, rate_text
 from pipeline.app.range_test import PER_DECADE, RATES, Bounds, EvenDraw, RateCurve, range_test
 from pipeline.space.load import space_from_document
 from pipeline.space.search_space import SearchSpace
@@ -167,7 +167,7 @@ def test_a_single_draw_takes_the_middle() -> None:
     [(1e-7, "1e-7"), (0.0016, "1.6e-3"), (0.063, "6.3e-2"), (0.16, "0.16"), (1.0, "1.0"), (10, "10.0")],
 )
 def test_a_rate_is_written_as_a_person_writes_it(rate: float, text: str) -> None:
-    assert as_written(rate) == text
+    assert rate_text(rate) == text
     assert float(text) == rate
 
 

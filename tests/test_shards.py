@@ -1,4 +1,4 @@
-"""A group split over several trainers: memory that runs out, models that raise, processes that die."""
+"""A trial group split over several trainers: out-of-memory, models that raise, processes that die."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def build(executor: LocalExecutor, configs: Mapping[int, TrialConfig]) -> Sharde
 
 
 def various() -> dict[int, TrialConfig]:
-    """Rows, of which some freeze the body, and trials that train plain."""
+    """Return rows, some of which freeze the body, and plain trials."""
     optimizers = [SGD(base_lr=0.1), Muon(base_lr=0.02), AdamW(base_lr=0.01), Rprop(base_lr=1e-3)]
     optimizers += [NAdam(base_lr=0.01), Adafactor(base_lr=0.01), RMSprop(base_lr=1e-3), Adam(base_lr=0.01)]
     configs = {2 * number: tiny_config(optimizer, OneCycle()) for number, optimizer in enumerate(optimizers[:3])}
@@ -59,12 +59,12 @@ def various() -> dict[int, TrialConfig]:
     return {**configs, 3: tiny_config(Adam(base_lr=0.1), param_groups=FROZEN_BODY)}
 
 
-def alike(count: int) -> dict[int, TrialConfig]:
+def similar(count: int) -> dict[int, TrialConfig]:
     return {number: tiny_config(Adam(base_lr=0.01 * (number + 1))) for number in range(count)}
 
 
-def life(group: ShardedTrials, *, dropped: Mapping[int, int], epochs: int = 4) -> tuple[Any, ...]:
-    """Train a group, drop trials after some epochs, and return all that can be asked of it."""
+def train_and_drop(group: ShardedTrials, *, dropped: Mapping[int, int], epochs: int = 4) -> tuple[Any, ...]:
+    """Train a group, drop trials after some epochs, and return metrics, test metrics and model states."""
     history = []
     for epoch in range(epochs):
         history.append(group.train_epoch())
@@ -84,13 +84,13 @@ def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
 def test_the_same_group_twice_is_the_same_to_the_bit() -> None:
     executor = executor_of(processes=2)
     dropped = {0: 0, 8: 1, 14: 2}
-    assert_same(*(life(build(executor, various()), dropped=dropped) for _ in range(2)))
+    assert_same(*(train_and_drop(build(executor, various()), dropped=dropped) for _ in range(2)))
     executor.close()
 
 
 def test_rows_move_to_other_matrices_when_trials_leave() -> None:
     executor = executor_of(rows=3)
-    group = build(executor, alike(8))
+    group = build(executor, similar(8))
     assert executor.describe(group.configs) == "rows 2 + 3 + 3"
     group.train_epoch()
     for number in (1, 2, 3, 6, 7):
@@ -105,7 +105,7 @@ def test_rows_move_to_other_matrices_when_trials_leave() -> None:
 def test_which_process_trains_a_shard_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     dropped = {0: 0, 8: 1, 14: 2}
     executor = executor_of(processes=3)
-    in_processes = life(build(executor, various()), dropped=dropped)
+    in_processes = train_and_drop(build(executor, various()), dropped=dropped)
     executor.close()
 
     def none_left() -> int:
@@ -113,7 +113,7 @@ def test_which_process_trains_a_shard_changes_no_number(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "fork", none_left)
     group = build(executor_of(processes=3), various())
-    assert_same(life(group, dropped=dropped), in_processes)
+    assert_same(train_and_drop(group, dropped=dropped), in_processes)
 
 
 @needs_fork
@@ -143,7 +143,7 @@ def test_a_group_that_is_loaded_without_a_state_begins_anew() -> None:
 
 
 class Memory:
-    """Stands in for a device's memory: as many rows fit as it says."""
+    """The pretended memory of a device, in rows."""
 
     def __init__(self) -> None:
         self.rows = 1_000
@@ -165,7 +165,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 def test_memory_that_runs_out_halves_the_row_limit_and_the_group_goes_on_from_its_state(memory: Memory) -> None:
     executor = executor_of(rows=8)
-    group = build(executor, alike(7))
+    group = build(executor, similar(7))
     group.train_epoch()
     state = copy.deepcopy(group.state_dict())
     group.train_epoch()
@@ -199,7 +199,7 @@ def test_a_row_limit_of_one_that_is_too_many_is_an_error() -> None:
 
 
 class Poisoned(FusedTrials):
-    """Raises once a trial of another optimizer than the first's has trained an epoch: a test's bad rows."""
+    """Raises in an epoch after the first while one of the bad trials is among the rows."""
 
     bad: frozenset[int] = frozenset()
     after = 1
@@ -215,7 +215,7 @@ class Poisoned(FusedTrials):
 def test_rows_that_raise_are_found_by_halving_and_end_alone(bad: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "FusedTrials", Poisoned)
     monkeypatch.setattr(Poisoned, "bad", frozenset(bad))
-    group = build(executor_of(), alike(6))
+    group = build(executor_of(), similar(6))
     group.train_epoch()
     state = copy.deepcopy(group.state_dict())
     with pytest.raises(GroupLost, match=r"^ValueError: poison in 6; finding which trial raises it$") as lost:
@@ -241,7 +241,7 @@ def test_rows_that_raise_only_together_are_fewer_from_then_on(monkeypatch: pytes
 
     monkeypatch.setattr(executors, "FusedTrials", Crowded)
     executor = executor_of()
-    group = build(executor, alike(6))
+    group = build(executor, similar(6))
     with pytest.raises(GroupLost, match=r"^RuntimeError: too many"):
         group.train_epoch()
     group.load_state_dict({})
@@ -252,7 +252,7 @@ def test_rows_that_raise_only_together_are_fewer_from_then_on(monkeypatch: pytes
 def test_a_lone_row_that_raises_fails_and_no_group_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "FusedTrials", Poisoned)
     monkeypatch.setattr(Poisoned, "bad", frozenset({1}))
-    group = build(executor_of(rows=1), alike(3))
+    group = build(executor_of(rows=1), similar(3))
     group.train_epoch()
     assert [metrics.failed for metrics in group.train_epoch().values()] == [None, "ValueError: poison in 1", None]
     assert sorted(group.train_epoch()) == [0, 2]
@@ -267,7 +267,7 @@ def kill(group: ShardedTrials) -> None:
 @pytest.mark.parametrize("rows", [1, None])
 def test_a_process_that_died_is_replaced_and_its_group_repeats_to_the_bit(rows: int | None) -> None:
     executor = executor_of(processes=2, rows=rows)
-    expected = life(build(executor, various()), dropped={2: 0})
+    expected = train_and_drop(build(executor, various()), dropped={2: 0})
     group = build(executor, various())
     history = [group.train_epoch()]
     group.drop(2)
@@ -321,7 +321,7 @@ def test_a_trial_whose_process_dies_each_time_fails_alone(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(executors, "FusedTrials", Deadly)
     executor = executor_of(processes=2)
-    group = build(executor, alike(8))
+    group = build(executor, similar(8))
     group.train_epoch()
     state = copy.deepcopy(group.state_dict())
     results: Mapping[int, EpochMetrics] = {}

@@ -62,7 +62,7 @@ def space_with_sampler(name: str, **changes: Any) -> SearchSpace:
 
 
 class Curves:
-    """Trials whose metrics are a formula of their configs; a rate above 0.5 diverges in the third epoch."""
+    """A trial group whose metrics are a formula of the configs; a rate above 0.5 diverges in the third epoch."""
 
     def __init__(self, proposals: Proposals) -> None:
         self._configs = {number: config for number, (config, _) in proposals.items()}
@@ -108,7 +108,7 @@ def epoch_of(config: TrialConfig, epoch: int) -> EpochMetrics:
 
 
 def search(study: Study, trials: int, *, stop_at: int | None = None) -> None:
-    """Search until `trials` have ended, or until the process dies, having stored `stop_at`."""
+    """Search until `trials` trials have ended, or die after `stop_at` stored trials."""
     while proposals := study.next_group(trials):
         for trial in run_group(
             Curves(proposals),
@@ -132,7 +132,7 @@ def outcomes(study: Study) -> list[tuple[Any, ...]]:
 
 
 def ended_trial(number: int = 0, **changes: Any) -> EndedTrial:
-    """A complete trial of the space, with numbers that have no short decimal form."""
+    """Return a complete trial of the space, with numbers that have no short decimal form."""
     values: dict[str, Any] = {
         "optimizer": {"adamw": {"base_lr": 0.1 / 3}},
         "scheduler": {"step": {"step_size": 2, "gamma": 0.7 / 3}},
@@ -175,7 +175,7 @@ def epoch_metrics(epoch: int, accuracy: float, loss: float, **changes: Any) -> E
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads only get in each other's way in Gaussian processes this small."""
+    """Use one thread, since several slow down Gaussian processes this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -275,7 +275,7 @@ def test_numbers_have_no_gaps_and_the_database_holds_them_in_order(store: Store)
 
 
 def in_unit_interval(distribution: BaseDistribution, value: Any) -> float | None:
-    """Return where a value lies between low and high, on the distribution's own axis; None if it is a category."""
+    """Return a value's position between low and high, on a log axis if the distribution is; None for a category."""
     if isinstance(distribution, CategoricalDistribution):
         return None
     assert isinstance(distribution, FloatDistribution)

@@ -24,7 +24,7 @@ STEPS_PER_EPOCH = 5
 
 ONE_GROUP = {"all": ParamGroup(pattern=("*",))}
 RULES = PlacementRules(device="cpu", plain_because={"": None, "body": None})
-"""Rules of placement for a study that is not trained."""
+"""Placement rules for a study that is not trained."""
 BODY_AND_HEAD = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",))}
 
 
@@ -45,7 +45,7 @@ class TinyModel(nn.Module):
 
 
 def tiny_workload(build_model: Callable[[], nn.Module] = TinyModel) -> Workload:
-    """Return the problem; validation and test splits have 20 samples each."""
+    """Return the problem as a workload; validation and test splits have 20 samples each."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(6, 3, generator=generator)
 
@@ -66,7 +66,7 @@ def tiny_workload(build_model: Callable[[], nn.Module] = TinyModel) -> Workload:
 
 
 def on_device(workload: Workload, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Workload:
-    """Return a workload as trainers take it: its data are on the device."""
+    """Return a workload with its data on the device, as trainers take it."""
     return to_device(workload, device=device, dtype=dtype)
 
 

@@ -1,1 +1,1 @@
-"""What the commands share, from the options of a command line to the search itself."""
+"""The code that commands share, from the options of a command line to the search itself."""

@@ -1,4 +1,4 @@
-"""Write a trial as a file that trains again: its config, and what the search found with it."""
+"""Write a trial as a file that trains again: its config, and the search's record of the trial."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def export(root: Path, *, study: str | None, trial: int | None, out: Path | None
 
 
 def config_file(study: Study, trial: EndedTrial) -> str:
-    """Return a trial as YAML: its config, and under `found` its metrics and the study that it comes from."""
+    """Return a trial as YAML: its config, and under `found` its metrics, environment and study."""
     found: dict[str, Any] = {
         "study": study.name,
         "trial": trial.number,

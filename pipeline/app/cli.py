@@ -1,4 +1,4 @@
-"""What the command lines share: options with their types, and how a command ends."""
+"""The part that all command lines share: options with their types, and exit statuses."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
 MAX_SEED = 2**32 - 1
-SHOWN = 120
-"""Characters of a bad value that a message shows."""
+MAX_SHOWN = 120
+"""Most characters of a bad value that a message shows."""
 
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a command and exit with its status; print a deliberate error as one message, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without `·` shows its code instead
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks `·` shows its code instead
     ctrl_c = CtrlC()
     try:
         with ctrl_c:
@@ -124,7 +124,7 @@ def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if re.fullmatch(r"[+-]?[0-9]{1,18}", text) and low <= int(text) <= high:
             return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:SHOWN]!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:MAX_SHOWN]!r}")
 
     return parse
 
@@ -136,7 +136,7 @@ def positive_number(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text[:SHOWN]!r}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text[:MAX_SHOWN]!r}")
     return value
 
 
@@ -147,7 +147,7 @@ def file(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"there is no such home folder, got {text[:SHOWN]!r}") from None
+        raise argparse.ArgumentTypeError(f"there is no such home folder, got {text[:MAX_SHOWN]!r}") from None
 
 
 def folder(text: str) -> Path:
@@ -157,9 +157,9 @@ def folder(text: str) -> Path:
         there = os.path.lexists(path)
         path.is_dir()  # raises for a name that is too long
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"must be a folder, got {text[:SHOWN]!r}: {error.strerror}") from None
+        raise argparse.ArgumentTypeError(f"must be a folder, got {text[:MAX_SHOWN]!r}: {error.strerror}") from None
     if there and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text[:SHOWN]!r}; name another")
+        raise argparse.ArgumentTypeError(f"must be a folder, got the file {text[:MAX_SHOWN]!r}; name another")
     return path
 
 
@@ -167,7 +167,7 @@ def study_name(text: str) -> str:
     """Read the name of a study."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", text):
         rule = "must be 1 to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'"
-        raise argparse.ArgumentTypeError(f"{rule}, got {text[:SHOWN]!r}")
+        raise argparse.ArgumentTypeError(f"{rule}, got {text[:MAX_SHOWN]!r}")
     return text
 
 
@@ -175,11 +175,11 @@ def workload_choice(text: str) -> dict[str, str]:
     """Read a workload that is named in one word; return it in the words of a file."""
     file, colon, function = text.rpartition(":")
     if not colon and re.search(r"[./]", text):
-        raise argparse.ArgumentTypeError(f"must name a function, {text[:SHOWN]}:function, got {text[:SHOWN]!r}")
+        raise argparse.ArgumentTypeError(f"must name a function, {text[:MAX_SHOWN]}:function, got {text[:MAX_SHOWN]!r}")
     built_in = [name for name in WORKLOADS if name != "own"]
     if not colon and text not in built_in:
         remedy = f"{did_you_mean(text, built_in)}; one of your own is path/to/file.py:function"
-        raise argparse.ArgumentTypeError(f"unknown workload {text[:SHOWN]!r}; {remedy}")
+        raise argparse.ArgumentTypeError(f"unknown workload {text[:MAX_SHOWN]!r}; {remedy}")
     if not colon:
         return {"name": text}
     return {"name": "own", "function": f"{os.path.normpath(file) if file.endswith('.py') else file}:{function}"}
@@ -188,7 +188,7 @@ def workload_choice(text: str) -> dict[str, str]:
 def device_name(text: str) -> str:
     """Read the name of a device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, got {text[:SHOWN]!r}")
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, got {text[:MAX_SHOWN]!r}")
     return text
 
 

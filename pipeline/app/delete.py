@@ -13,10 +13,9 @@ from pipeline.tracking.tracker import root_cause
 
 
 def delete(root: Path, name: str, *, sure: bool) -> int:
-    """Delete a study's trials, folder and record at every tracker; ask first, unless told to be sure.
+    """Delete a study's trials, folder and record at every tracker; ask first unless `sure`.
 
-    The trackers' records are deleted first and the trials last, so that the same command completes a deletion that was
-    cut short.
+    The records are deleted first and the trials last, so that the same command completes an interrupted deletion.
 
     Returns:
         The exit status: 1 if the answer was no.

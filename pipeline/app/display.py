@@ -54,7 +54,7 @@ class Progress:
             self._console.print(self._render())
 
     def group_begins(self, spread: str) -> None:
-        """Set the words that say how a group's trials are spread over matrices."""
+        """Set the text that says how a group's trials are spread over matrices."""
         self._spread = spread
 
     def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:

@@ -1,7 +1,7 @@
 """From options to a checked search space: the part of a command that needs neither torch nor MLflow.
 
-`read_space` is the one way from an option to a SearchSpace; `read_search` reads everything that a search is asked to
-do, the same for the command line and for Python.
+Only `read_space` turns an option into a SearchSpace. `read_search` reads all options of a search, for the command line
+and for Python.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FoundSpace:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """What a search is asked to do, checked as far as that needs no data and no model."""
+    """The options of a search, checked as far as possible without data and model."""
 
     space: SearchSpace
     source: str
@@ -54,7 +54,7 @@ class SearchOptions:
     """A workload from Python, in place of the one that the space names."""
     trials: int
     timeout: float | None
-    """In minutes."""
+    """Minutes until the search stops; None: no limit."""
     study: str | None
     root: Path
     device: str
@@ -75,14 +75,14 @@ class SearchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RangeTestOptions:
-    """What a range test is asked to do, checked likewise."""
+    """The options of a range test, checked as far as possible without data and model."""
 
     space: SearchSpace
     source: str
     """Names the space in messages."""
     device: str
     picture: Path
-    """Where the picture goes."""
+    """File of the picture."""
     write: Path | None
     """The file that gets the proposed bounds, if any."""
 
@@ -117,7 +117,7 @@ def read_search(
     overrides: Overrides,
     **options: Any,
 ) -> SearchOptions:
-    """Read what a search is asked to do; `pipeline.search.search` describes each argument.
+    """Read the options of a search; `pipeline.search.search` describes each argument.
 
     Without a space, a study that exists continues with its own space and number of trials.
 
@@ -138,7 +138,7 @@ def read_search(
 
 
 def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
-    """Read what a range test is asked to do.
+    """Read the options of a range test.
 
     Raises:
         InvalidInput: With every problem of the space, or a file cannot be written.
@@ -157,7 +157,7 @@ def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
 
 
 def _read_options(space: Any, workload: Any, overrides: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Read each option by the command line's rule, also a text such as trials="5" from Python."""
+    """Read each option as the command line does, including a text such as trials="5" from Python."""
     readers: dict[str, Callable[[str], Any]] = {
         "trials": cli.whole_number(1),
         "timeout": cli.positive_number,
@@ -199,7 +199,7 @@ def _with_workload(
 
 
 def _place_of(workload: Any) -> str | None:
-    """Return the place of a function as `--workload` takes it; None for a workload, which goes by its name."""
+    """Return the place of a function as `--workload` takes it; None for a workload, which its name identifies."""
     module, name = getattr(workload, "__module__", None), getattr(workload, "__qualname__", "")
     if not module or not name.isidentifier():
         return None
@@ -210,7 +210,7 @@ def _place_of(workload: Any) -> str | None:
 
 
 def _stored_study(root: Path, name: str | None) -> StudyHeader | None:
-    """Return what is stored of a study that was named."""
+    """Return the header of a named study; None if no study is named or stored."""
     if name is None or not (root / "mlruns" / "optuna.db").exists():
         return None
     from pipeline.study.store import Store  # imports Optuna, which only a study that may exist needs

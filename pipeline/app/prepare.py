@@ -1,4 +1,4 @@
-"""Prepare a run: load the data, build a model that fits, choose the device. Checked before anything is written."""
+"""Prepare a run: load the data, choose the device, and check everything before anything is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.precision import in_force
+from pipeline.training.precision import current_settings
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
 from pipeline.workloads.data import to_device
@@ -38,21 +38,21 @@ def prepare(
     rows: int | None = None,
     workload: Workload | None = None,
 ) -> tuple[SearchSpace, LocalExecutor]:
-    """Load a space's workload, choose the device, and find out how trials train there.
+    """Load a space's workload, choose the device, and build the executor.
 
     Args:
-        space: A search's, or the space of one point that a config is.
-        source: Name of its file, for messages.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA where there is one, else the CPU.
-        searching: Whether the objective matters.
-        rows: Most trials in a matrix; None: as many as there are for each process, and fit into memory.
-        workload: In place of the one that the space names.
+        space: The space of a search, or a config as a space of one point.
+        source: Name of the space's file, for messages.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA if there is a CUDA device, else the CPU.
+        searching: Whether to check the objective.
+        rows: Most trials in a matrix; None: the trials divided by the processes, as far as memory allows.
+        workload: Replaces the workload that the space names.
 
     Returns:
-        The space with every share of the run as a number of the workload's epochs or steps, and the executor.
+        The space with every share of the run resolved to epochs or steps, and the executor.
 
     Raises:
-        InvalidInput: With every problem of the file for this workload, or the device is not there.
+        InvalidInput: With every problem of the file for this workload, or there is no such device.
     """
     chosen = choose_device(device)
     try:
@@ -72,7 +72,7 @@ def prepare(
 
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
-    """Yield what is wrong with a space for its model and data."""
+    """Yield the problems of a space with its model and data."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not names:
         yield Problem("workload.model", "has no parameter to train")
@@ -92,7 +92,7 @@ def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module
 
 
 def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
-    """Yield what is wrong with a space's objective for its workload."""
+    """Yield the problems of a space's objective with its workload."""
     directions = workload.directions
     metric, direction = space.objective.metric, space.objective.direction
     if metric not in directions:
@@ -114,25 +114,25 @@ def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "weights"))
-            model, again = workload.build_model(), workload.build_model()
+            model, second = workload.build_model(), workload.build_model()
     except InvalidInput:
         raise
     except (Exception, SystemExit) as error:
         raise InvalidInput("workload", [Problem("workload", f"build_model raised {where(error)}")]) from None
-    if problem := _model_problem(model, again):
+    if problem := _model_problem(model, second):
         raise InvalidInput("workload", [Problem("workload", problem)])
     return model
 
 
-def _model_problem(model: Any, again: Any) -> str | None:
-    """Say what is wrong with a model, of which a second one was built."""
+def _model_problem(model: Any, second: Any) -> str | None:
+    """Return what is wrong with a model, given a second one from the same function; None if nothing is."""
     if not isinstance(model, torch.nn.Module):
         return f"build_model must return a torch.nn.Module, got {type(model).__name__}"
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]:
         return (
             f"build_model must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
         )
-    if {id(p) for p in model.parameters()} & {id(p) for p in again.parameters()}:
+    if {id(p) for p in model.parameters()} & {id(p) for p in second.parameters()}:
         return (
             "build_model must make a new model each time, got the same parameters twice; build it within the function"
         )
@@ -145,7 +145,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device of a name.
 
     Raises:
-        InvalidInput: It is not there.
+        InvalidInput: There is no such device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -160,7 +160,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _precision_problems(space: SearchSpace, device: torch.device) -> list[Problem]:
-    """Say what a device cannot compute; PyTorch would compute something else without a word."""
+    """Return the problem of a precision that the device lacks; PyTorch would silently use another."""
     remedy = "set precision to fp32" + ("" if device.type == "mps" else " or bf16")
     if space.precision == "tf32" and device.type != "cuda":
         return [Problem("precision", f"tf32 needs a CUDA device, and trials train on {device.type}; {remedy}")]
@@ -171,10 +171,10 @@ def _precision_problems(space: SearchSpace, device: torch.device) -> list[Proble
 
 
 def environment(executor: LocalExecutor) -> dict[str, Any]:
-    """Return what a trial's numbers may depend on besides its config and placement."""
+    """Return everything that a trial's numbers may depend on, except config and placement."""
     device = executor.device
     with executor.precision():
-        settings = in_force(device)
+        settings = current_settings(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **settings,
@@ -185,7 +185,7 @@ def environment(executor: LocalExecutor) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the kind of machine: on the same kind a trial's metrics on the CPU are repeated to the bit."""
+    """Return the kind of this machine; a CPU of the same kind repeats a trial's metrics to the bit."""
     return {
         "machine": platform.machine(),
         "cpu": _cpu_model(),
@@ -195,7 +195,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """Return the name of the CPU and, where the system tells them, its family, model and stepping."""
+    """Return the name of the CPU and, where the system provides them, its family, model and stepping."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:

@@ -28,8 +28,8 @@ def range_table(space: SearchSpace, curves: Mapping[str, RateCurve]) -> Table:
         table.add_column(column, no_wrap=True)
     for name, curve in curves.items():
         present, proposed = extremes(space.optimizers[name]["base_lr"]), curve.bounds()
-        words = in_words(proposed.low, proposed.high) if proposed else "no rate learns"
-        table.add_row(name, in_words(min(present), max(present)), words, _drawing(curve, proposed))
+        bounds = range_text(proposed.low, proposed.high) if proposed else "no rate learns"
+        table.add_row(name, range_text(min(present), max(present)), bounds, _drawing(curve, proposed))
     return table
 
 
@@ -51,7 +51,7 @@ def range_png(title: str, curves: Mapping[str, RateCurve]) -> bytes:
         low = min(losses, default=0.0)
         margin = 0.1 * (before - low) or 1.0
         panel.set(xscale="log", xlabel="base_lr", ylabel="val/loss", ylim=(low - margin, before + 3 * margin))
-        panel.set_title(f"{name}   {in_words(bounds.low, bounds.high) if bounds else 'no rate learns'}", fontsize=10)
+        panel.set_title(f"{name}   {range_text(bounds.low, bounds.high) if bounds else 'no rate learns'}", fontsize=10)
     for panel in panels.flat[len(curves) :]:
         panel.set_axis_off()
     buffer = io.BytesIO()
@@ -59,13 +59,13 @@ def range_png(title: str, curves: Mapping[str, RateCurve]) -> bytes:
     return buffer.getvalue()
 
 
-def in_words(low: float, high: float) -> str:
+def range_text(low: float, high: float) -> str:
     """Return a range for people to read: its bounds, or its only value."""
-    return as_written(low) if low == high else f"{as_written(low)}–{as_written(high)}"
+    return rate_text(low) if low == high else f"{rate_text(low)}–{rate_text(high)}"
 
 
-def as_written(rate: float) -> str:
-    """Return a rate of two digits as people write it in a file: `1.8e-3`, `0.32`, `1.0`."""
+def rate_text(rate: float) -> str:
+    """Return a rate of two digits as people write rates in a file: `1.8e-3`, `0.32`, `1.0`."""
     if rate < 0.1:
         digits, exponent = f"{rate:.1e}".split("e")
         return f"{digits.removesuffix('.0')}e{int(exponent)}"

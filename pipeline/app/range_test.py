@@ -29,15 +29,15 @@ from pipeline.training.contract import GroupLost
 PER_DECADE, DECADES = 5, range(-7, 1)
 RATES = (*(float(f"{10 ** (d + n / PER_DECADE):.1e}") for d in DECADES for n in range(PER_DECADE)), 10.0)
 """The base rates, of two digits each."""
-WIDTH = 2
+BOUNDS_DECADES = 2
 """Width of the bounds in decades."""
-STEPS = 40
+MIN_STEPS = 40
 """Least number of optimizer steps of a run."""
 VAL_SAMPLES = 2048
-"""Most samples of the validation split that are used."""
+"""Most samples of the validation split to use."""
 DRAWS = 2
 """Runs per rate, with different values of the other searched hyperparameters; an optimizer that trains plain has 1."""
-ENOUGH = 0.75
+ENOUGH_PROGRESS = 0.75
 """Least progress of a rate that trains well, as a fraction of the best rate's progress."""
 LEAST_PROGRESS = 0.01
 """Least progress of the best rate, as a fraction of the initial loss; below it no rate learns."""
@@ -60,9 +60,9 @@ class RateCurve:
 
     @property
     def losses(self) -> tuple[float | None, ...]:
-        """Lowest loss at each rate: a search too keeps the best trial."""
+        """Lowest loss at each rate, since a search too keeps the best trial."""
         return tuple(
-            min((loss for loss in some if loss is not None), default=None) for some in zip(*self.runs, strict=True)
+            min((loss for loss in draws if loss is not None), default=None) for draws in zip(*self.runs, strict=True)
         )
 
     def bounds(self) -> Bounds | None:
@@ -72,16 +72,16 @@ class RateCurve:
         if before is None or before - best <= LEAST_PROGRESS * abs(before):
             return None
         high = losses.index(best)
-        while high + 1 < len(RATES) and before - losses[high] >= ENOUGH * (before - best):
+        while high + 1 < len(RATES) and before - losses[high] >= ENOUGH_PROGRESS * (before - best):
             high += 1  # to the first rate that trains badly: the limit lies somewhere below it
-        return Bounds(RATES[max(0, high - WIDTH * PER_DECADE)], RATES[high])
+        return Bounds(RATES[max(0, high - BOUNDS_DECADES * PER_DECADE)], RATES[high])
 
 
-def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, steps: int = STEPS) -> RateCurve:
-    """Train one of a space's optimizers at every rate of `RATES`, constant, on the same batches.
+def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, steps: int = MIN_STEPS) -> RateCurve:
+    """Train one of a space's optimizers at every rate of `RATES`, at a constant rate and on the same batches.
 
     Args:
-        space: Everything but the rate; each other searched hyperparameter is drawn evenly from its whole range.
+        space: Gives everything but the rate; other searched hyperparameters are drawn evenly from their whole ranges.
         optimizer: Name of an optimizer of the space.
         executor: Trains the workload of the space.
         steps: Least number of optimizer steps of a run: whole passes over a random part of the data, or all of it.
@@ -122,7 +122,7 @@ def _final_losses(executor: LocalExecutor, configs: Mapping[int, TrialConfig], e
         try:
             results = group.train_epoch()
             trained += 1
-        except GroupLost:  # these runs are short: they begin anew
+        except GroupLost:  # the runs are short: train again from the beginning
             group.load_state_dict({})
             trained = 0
     finished = {number: epoch.metrics["val/loss"] for number, epoch in results.items() if epoch.finished}

@@ -10,8 +10,8 @@ from rich.console import Console
 from pipeline.app import cli
 from pipeline.app.options import RangeTestOptions
 from pipeline.app.prepare import prepare
-from pipeline.app.range_picture import as_written, range_png, range_table
-from pipeline.app.range_test import RATES, STEPS, RateCurve, range_test
+from pipeline.app.range_picture import range_png, range_table, rate_text
+from pipeline.app.range_test import MIN_STEPS, RATES, RateCurve, range_test
 from pipeline.errors import InvalidInput, Problem
 from pipeline.files.atomic import write_atomic
 from pipeline.space.edit import write_bounds
@@ -38,7 +38,7 @@ def run_range_test(options: RangeTestOptions) -> int:
 
 def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapping[str, RateCurve]:
     """Test every optimizer of a space, and show the losses and the bounds that they suggest."""
-    what = f"{executor.workload.name} · at least {STEPS} steps at each of {len(RATES)} rates · {executor.device}"
+    what = f"{executor.workload.name} · at least {MIN_STEPS} steps at each of {len(RATES)} rates · {executor.device}"
     if executor.plain_because is not None:
         what += f", one after another, since {executor.plain_because}"
     elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
@@ -57,9 +57,9 @@ def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapp
 
 
 def _write(path: Path, curves: Mapping[str, RateCurve], console: Console) -> None:
-    """Put the proposed bounds into the file."""
+    """Write the proposed bounds into the file."""
     proposed = {name: bounds for name, curve in curves.items() if (bounds := curve.bounds())}
-    changed = write_bounds(path, {name: (as_written(b.low), as_written(b.high)) for name, b in proposed.items()})
+    changed = write_bounds(path, {name: (rate_text(b.low), rate_text(b.high)) for name, b in proposed.items()})
     news = f"base_lr of {', '.join(proposed)} is now as proposed" if changed else "has nothing to change"
     console.print(f"file      {path}   {news}", soft_wrap=True)
 

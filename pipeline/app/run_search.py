@@ -42,7 +42,7 @@ class SearchResult:
 
     study: str
     trials: tuple[EndedTrial, ...]
-    """Every ended trial, by number."""
+    """Every ended trial, in number order."""
     best: EndedTrial | None
     """The best complete trial."""
     config_file: Path | None
@@ -68,8 +68,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     )
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows)
-    way_on = options.command(name)
-    interrupts = Interrupts(options.timeout, exit_message=f"ended at once; go on with: {way_on}")
+    resume = options.command(name)
+    interrupts = Interrupts(options.timeout, exit_message=f"ended at once; go on with: {resume}")
     with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
         # Another search may have begun the study meanwhile.
         _, exists = store.choose(space, trials=trials, name=name, rows=options.rows)
@@ -79,12 +79,12 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         else:
             study = store.create(space, name=name, trials=trials, rules=executor.rules)
         console.print(_headline(study, executor, trials), soft_wrap=True)
-        with _tracked(study, tracker), _stopped_by_errors(tracker, way_on):
+        with _tracked(study, tracker), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, executor, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
             if len(study.ended) < trials:
-                console.print(f"{interrupts.reason}; go on with: {way_on}", soft_wrap=True)
+                console.print(f"{interrupts.reason}; go on with: {resume}", soft_wrap=True)
     best = next(iter(study.best()), None)
     status = 0 if best else 1
     if len(study.ended) < trials:
@@ -107,8 +107,8 @@ def _run(
     interrupts: Interrupts,
     console: Console,
 ) -> None:
-    """Train group after group until `trials` have ended."""
-    for trial in study.ended:  # after a crash MLflow may lack some; it skips those that it has
+    """Train group after group until `trials` trials have ended."""
+    for trial in study.ended:  # after a crash MLflow may lack some; trials that MLflow has are skipped
         epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
         tracker.end(dataclasses.replace(trial, epochs=epochs))
 
@@ -138,7 +138,7 @@ def _run(
 
 @contextlib.contextmanager
 def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
-    """Have MLflow record a study; a failure there is a warning."""
+    """Have MLflow record a study; a failure of MLflow is only a warning."""
     space = study.space
     info = StudyInfo(
         name=study.name,
@@ -162,7 +162,7 @@ def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
-    """Mark the study in MLflow as stopped by an error, and add to its message the command that continues."""
+    """On an error, mark the study in MLflow as stopped, and add the command that continues to the message."""
     try:
         yield
     except Exception as error:
@@ -211,10 +211,10 @@ def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
     elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
         together += f", those of {' and '.join(alone)} each alone"
     what = f"{executor.workload.name} · {space.epochs} epochs · {executor.device}, {together}"
-    went_on = f", goes on from trial {len(study.ended)}" if study.ended else ""
+    resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if len(study.ended) >= trials:
-        went_on = f": all of its {len(study.ended)} trials have ended; ask for more with --trials"
-    return f"{what}   study {study.name}, seed {space.seed}{went_on}"
+        resumed = f": all of its {len(study.ended)} trials have ended; ask for more with --trials"
+    return f"{what}   study {study.name}, seed {space.seed}{resumed}"
 
 
 def _best_file(study: Study, store: Store) -> Path:

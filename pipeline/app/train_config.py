@@ -1,4 +1,4 @@
-"""Train a config: again as a search trained it, or alone."""
+"""Train a config: as a search trained it, or alone."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from pipeline.space.trial import EpochMetrics, number
 from pipeline.training.contract import TrialGroup
 
 ENVIRONMENT = ("cpu", "cpu_capability", "torch")
-"""What makes machines of one kind, on which a CPU repeats to the bit; for a CUDA device also its name."""
+"""Keys that are equal on machines of one kind, where a CPU repeats a trial to the bit."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search recorded with a config."""
+    """The section `found` of a config file: a search's record of the trial."""
 
     epochs: int
-    """Epochs that the search trained."""
+    """Number of epochs that the search trained."""
     metrics: Mapping[str, float]
-    """Metrics of the last of them."""
+    """Metrics of the last of these epochs."""
     environment: Mapping[str, Any]
     placements: Sequence[Placement]
     """Placement in each epoch."""
 
     @classmethod
     def read(cls, found: Mapping[str, Any], *, source: str) -> Found | None:
-        """Read the section `found` of a config file; None if a search recorded nothing there.
+        """Read the section; return None if it is empty.
 
         Raises:
-            InvalidInput: The section is not as a search writes it.
+            InvalidInput: The section differs from the form that a search writes.
         """
         if not found:
             return None
@@ -59,30 +59,30 @@ def train_config(
     test: bool,
     say: Callable[[str], None] = print,
 ) -> tuple[TrialGroup, bool]:
-    """Train a config to its end and say how it went, epoch by epoch.
+    """Train a config for all its epochs, and report each epoch.
 
     Args:
-        space: The space of one point that the config is.
-        found: What a search recorded; the trial is then trained in the same places, and compared.
+        space: The config, as a space of one point.
+        found: A search's record of the trial: its placement is repeated, its metrics are compared.
         source: Name of the config's file, for messages.
         device: Name of the device, as `--device` takes it.
-        fast: Train alone, with every core, even if a search recorded its placement.
-        test: Report the test split too.
-        say: Takes each line.
+        fast: Whether to train alone, with every core, even if a search recorded the placement.
+        test: Whether to report the test split too.
+        say: Takes each line of the report.
 
     Returns:
-        The group of the one trial, number 0, and whether it was trained to the end.
+        The group of the trial, which has number 0, and whether the trial finished all its epochs.
     """
     space, executor = prepare(space, source=source, device=device, searching=False)
     config = space.example()
     if test and executor.workload.test is None:
         raise InvalidInput("--test", [Problem("", f"{executor.workload.name} has no test split; leave --test away")])
     repeats = executor.device.type == "cpu" or config.deterministic
-    again = found is not None and repeats and not fast
-    for line in _differences(found, executor.device) if found and again else []:
+    replays = found is not None and repeats and not fast
+    for line in _differences(found, executor.device) if found and replays else []:
         say(line)
     alone = Placement(trainer="plain", threads=torch.get_num_threads())
-    group = executor.build({0: config}, placement=found.placements if found and again else [alone])
+    group = executor.build({0: config}, placement=found.placements if found and replays else [alone])
     for _ in range(config.epochs):
         epoch = group.train_epoch()[0]
         say(_epoch_line(epoch, config.epochs))
@@ -90,7 +90,7 @@ def train_config(
             say(f"ended: {epoch.diverged or epoch.failed}")
             return group, False
         if found and epoch.epoch == found.epochs:
-            compared = _comparison(epoch, found, "in the places that it had" if again else "alone")
+            compared = _comparison(epoch, found, "in the places that it had" if replays else "alone")
     for line in compared if found and config.epochs >= found.epochs else []:
         say(line)
     if test:
@@ -105,7 +105,7 @@ def _epoch_line(epoch: EpochMetrics, epochs: int) -> str:
 
 
 def _differences(found: Found, device: torch.device) -> list[str]:
-    """Say why metrics will be repeated to rounding, not to the bit."""
+    """Return lines that say why metrics will be repeated only to rounding; none if they will be repeated to the bit."""
     here = machine()
     names = list(ENVIRONMENT)
     if device.type == "cuda":
@@ -119,7 +119,7 @@ def _differences(found: Found, device: torch.device) -> list[str]:
 
 
 def _comparison(epoch: EpochMetrics, found: Found, how: str) -> list[str]:
-    """Say whether the search's metrics came out again, or how far they are apart."""
+    """Return lines that say whether the metrics equal the search's metrics, or how far they are apart."""
     before = {name: value for name, value in found.metrics.items() if name in epoch.metrics}
     if not before:
         return []

@@ -1,4 +1,4 @@
-"""TrialConfig: all that decides what one trial trains, as a frozen value; dict <-> config.
+"""TrialConfig: everything that decides what one trial trains, as a frozen value; dict <-> config.
 
 A config uses the words of a search-space file, with one value for each hyperparameter, so that a person can read, edit
 and train it by hand.
@@ -23,9 +23,9 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadChoice:
-    """Which data and model to train, as a file says it: one class per workload, with one field `name`.
+    """The choice of data and model in a file: one class per workload, with a literal field `name`.
 
-    A class is found by the values that its `name` may have; `loader` is imported only when the workload is loaded.
+    `WORKLOADS` maps each value of `name` to its class. `loader` is imported only when the workload is loaded.
     """
 
     loader: ClassVar[str]
@@ -65,7 +65,7 @@ class TorchvisionDataset(WorkloadChoice):
     """Initial weights: a name of torchvision, such as `DEFAULT` or `IMAGENET1K_V1`, or the path of a state dict. The
     last layer is new if the number of classes differs."""
     folder: str = "data"
-    """Where torchvision reads its files, and saves downloads."""
+    """Folder in which torchvision reads its files and saves downloads."""
     download: bool = False
     """Whether to download missing files; without it they are refused."""
     augment: bool = True
@@ -135,8 +135,8 @@ WORKLOADS: Mapping[str, type[WorkloadChoice]] = {
 class Settings:
     """The top-level settings of a config and of a search-space file.
 
-    A setting is one field here, with its limits, its default and its description; the file's form, the search space,
-    a sampled config and the record follow. A search may choose a setting that is marked `SEARCHABLE`.
+    A setting is one field here, with its limits, default and description; the file's form, the search space, a sampled
+    config and the record are derived from this class. A search may choose a setting that is marked `SEARCHABLE`.
     """
 
     epochs: Count
@@ -163,13 +163,13 @@ SEARCHABLE_SETTINGS = tuple(setting.name for setting in dataclasses.fields(Setti
 
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig(Settings):
-    """All that decides what one trial trains: the same config gives the same numbers on the same CPU."""
+    """Everything that decides what one trial trains; with the placement it decides every number on a CPU."""
 
     workload: WorkloadChoice
     optimizer: Optimizer
     scheduler: Scheduler
     param_groups: Mapping[str, ParamGroup]
-    """Groups by name, in the order in which their patterns are tried."""
+    """Group name to group, in the order in which patterns are tried."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values in the words of a search-space file; `from_dict` gives back an equal config."""

@@ -42,7 +42,7 @@ def schema_text() -> str:
 
 
 FOUND = "found"
-"""Key of a config file under which a search records its results; not part of the config."""
+"""Key of a config file for the results that a search records; not part of the config."""
 
 
 def load_space(path: Path, overrides: Overrides = MappingProxyType({}), *, searching: bool = True) -> SearchSpace:
@@ -201,7 +201,7 @@ def _present(forms: BaseModel) -> dict[str, dict[str, Any]]:
 
 
 def _searched_places(space: SearchSpace) -> Iterator[str]:
-    """Yield the places of a file at which a space leaves something to choose."""
+    """Yield the places of a file at which a space has something to search."""
     yield from (kind for kind in ("optimizer", "scheduler") if is_searched(space.parameters()[kind]))
     parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
     for kind, options in parts.items():
@@ -244,7 +244,7 @@ def _enqueued(
 
 
 def _in_numbers(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the shares of an enqueued schedule by what they are in this space."""
+    """Resolve the shares of an enqueued schedule to this space's epochs or steps."""
     distributions = space.schedulers[schedule]
     shares = {name: read_shares(value) for name, value in values.items() if name in distributions}
     warmup = max(extremes(distributions.get("warmup", 0)))

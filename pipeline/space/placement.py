@@ -1,4 +1,4 @@
-"""Placement as a value: where a trial trained in each epoch, and what that depends on."""
+"""Placement as a value: where a trial trained in each epoch, and the rules that decide it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pipeline.space.config import TrialConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a trial trained in an epoch; with the config it decides the metrics, to the bit on one kind of machine."""
+    """Placement of a trial in an epoch; config and placement decide the metrics to the bit on one kind of machine."""
 
     trainer: Literal["rows", "plain"]
-    """As a row of a matrix, or by itself."""
+    """"rows": as a row of a matrix; "plain": by itself."""
     rows: int | None = None
     """Number of rows of the matrix; None for a plain trial."""
     place: int | None = None
     """The trial's row, counted from 0; None for a plain trial."""
     threads: int
-    """Number of threads that PyTorch computed with."""
+    """Number of PyTorch's threads."""
     broken: bool | None = None
-    """True if the epochs before were trained twice, the second time in other places, and the first metrics stand: such
-    a trial is repeated to rounding."""
+    """True if earlier epochs were trained twice, the second time in other places, and keep their first metrics; such a
+    trial repeats only to rounding."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Check that trainer, rows and place fit each other.
 
         Raises:
-            ValueError: The row is not one of the matrix.
+            ValueError: They do not fit, or the place is outside the matrix.
         """
         fits = self.place is None if self.rows is None else self.place in range(self.rows)
         if self.trainer not in ("rows", "plain") or (self.trainer == "rows") == (self.rows is None) or not fits:
@@ -40,18 +40,18 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementRules:
-    """What placement depends on besides the running trials; a study stores it."""
+    """Everything that placement depends on, except the running trials; a study stores it."""
 
     device: str
     """Kind of device, such as "cpu"."""
     processes: int = 1
     """Number of processes that train at once; 1 unless on a CPU."""
     rows: int | None = None
-    """Most rows of a matrix that a person asked for; None: no limit."""
+    """Most rows of a matrix, as the user asks; None: no limit."""
     row_limit: int | None = None
-    """Most rows of a matrix that fit into memory, and are asked for; None: no limit. Falls when memory runs out."""
+    """Most rows of a matrix, by `rows` and memory; None: no limit. Becomes lower when memory runs out."""
     plain_because: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-    """Frozen groups, joined by commas, to the probe's verdict: why trials that freeze these train plain, or None."""
+    """Frozen groups, joined by commas, to the probe's verdict: why trials that freeze them train plain, or None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `PlacementRules(**values)` gives back equal rules."""
@@ -64,7 +64,7 @@ def frozen_groups(config: TrialConfig) -> str:
 
 
 def run_lengths(placements: Sequence[Placement]) -> list[dict[str, Any]]:
-    """Return the placements of a trial's epochs as plain values, one for each run of equal ones."""
+    """Return the placements of a trial's epochs run-length coded, as plain values."""
     return [
         {"epochs": len(list(run)), **{name: value for name, value in vars(placement).items() if value is not None}}
         for placement, run in itertools.groupby(placements)
@@ -72,11 +72,11 @@ def run_lengths(placements: Sequence[Placement]) -> list[dict[str, Any]]:
 
 
 def from_run_lengths(runs: Sequence[Mapping[str, Any]]) -> list[Placement]:
-    """Return the placements of a trial's epochs from what `run_lengths` returned.
+    """Return the placements of a trial's epochs from the value of `run_lengths`.
 
     Raises:
-        TypeError: A run has other keys.
-        ValueError: A run has other values.
+        TypeError: A run has unknown keys.
+        ValueError: A run has impossible values.
     """
     placements = []
     for run in runs:

@@ -1,8 +1,8 @@
 """Pruners: which trials of a group stop after an epoch, decided for the whole group at once.
 
-Optuna's pruners judge one trial at a time and remember their verdicts, so the order of the calls decides which trials
-survive. Here the verdict is a function of two sets: the scores of the group, and the scores of earlier trials after the
-same epoch.
+Optuna's pruners judge one trial at a time and store their verdicts, so the order of the calls decides which trials
+continue. Here the verdict is a function of two sets: the scores of the group, and the scores of earlier trials after
+the same epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Score = tuple[float, float]
 
 
 class Pruner(Protocol):
-    """A dataclass with a literal field `name`, and as its other fields the words of a file."""
+    """A dataclass with a literal field `name`; its other fields are the pruner's keys in a file."""
 
     @property
     def name(self) -> str:

@@ -13,70 +13,70 @@ from pipeline.space.placement import Placement
 
 @dataclass(frozen=True, kw_only=True)
 class EpochMetrics:
-    """What one trial did in one epoch."""
+    """The results of one trial in one epoch."""
 
     epoch: int
     """Epochs trained so far, this one included."""
     step: int
     """Optimizer updates made so far."""
     metrics: Mapping[str, float]
-    """By name: `train/loss`, `val/loss`, and the workload's own, such as `val/accuracy`."""
+    """Metric name to value: `train/loss`, `val/loss`, and the workload's metrics, such as `val/accuracy`."""
     lr: Mapping[str, tuple[tuple[int, float], ...]]
-    """Group name to points (step, learning rate): the rate that update number `step`, counted from 1, used. A schedule
-    that moves once per epoch has one point, at the epoch's last step; one that moves every step has them all."""
+    """Group name to points (step, learning rate): the rate of update number `step`, counted from 1. A schedule that
+    moves every epoch has one point, at the epoch's last step; a schedule that moves every step has every step."""
     placement: Placement | None = None
-    """Where it trained; None if the epoch could not be finished, or was read from a study, which keeps it elsewhere."""
+    """None if the trial failed, or if the epoch was read from a study, which stores placements in the environment."""
     diverged: str | None = None
-    """Why the trial cannot go on, if its loss or a metric is no longer finite."""
+    """Where the loss or a metric stopped being finite; None if all are finite."""
     failed: str | None = None
-    """What was raised, if the epoch could not be finished; then `metrics` are empty."""
+    """The exception that was raised; then `metrics` are empty. None if none was raised."""
 
     @property
     def finished(self) -> bool:
-        """Whether the epoch was trained to its end with finite numbers."""
+        """Whether the epoch was completed with finite numbers."""
         return self.diverged is None and self.failed is None
 
 
 class TrialState(StrEnum):
-    """How a trial ended."""
+    """The state of an ended trial."""
 
     COMPLETE = "complete"
     """Trained for all its epochs."""
     PRUNED = "pruned"
-    """Stopped early, being worse than others at the same epoch."""
+    """Stopped early, because other trials were better after the same epoch."""
     DIVERGED = "diverged"
     """Its loss or a metric was no longer finite: a result, not an error."""
     FAILED = "failed"
-    """It raised."""
+    """Its model, loss or metric raised."""
 
 
 def number(value: float) -> str:
-    """Return a metric for people to read: four decimals, or three digits of what is too small or large for them."""
+    """Return a metric for people to read: four decimals, or three digits of a very small or large value."""
     return f"{value:.4f}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.2e}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndedTrial:
-    """One trial from its proposal to its end."""
+    """The complete record of one trial."""
 
     number: int
-    """Counts from 0 in its study."""
+    """Counts from 0 in the study."""
     config: TrialConfig
     params: Mapping[str, Any]
-    """What the sampler chose, by Optuna's parameter name, such as `adamw.base_lr`."""
+    """Optuna's parameter name, such as `adamw.base_lr`, to the value that the sampler chose."""
     state: TrialState
     reason: str | None
-    """Why it ended before its last epoch, in words; None for a complete trial."""
+    """Why the trial ended before its last epoch; None for a complete trial."""
     value: float | None
     """The objective after the last epoch; None unless complete."""
     epochs: tuple[EpochMetrics, ...]
-    """What happened, epoch by epoch."""
+    """Results of each epoch."""
     started: float
     """Seconds since 1970."""
     ended: float
     """Seconds since 1970."""
     environment: Mapping[str, Any]
-    """What the numbers may depend on besides the config: trainer, device, threads, versions."""
+    """Everything but the config that the numbers may depend on: placement, device, machine, versions."""
 
     @property
     def score(self) -> str:
@@ -85,5 +85,5 @@ class EndedTrial:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The metrics of its last epoch; empty if it finished none."""
+        """The metrics of the last epoch; empty if there is none."""
         return self.epochs[-1].metrics if self.epochs else {}

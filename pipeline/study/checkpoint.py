@@ -1,8 +1,8 @@
-"""Checkpoints: what is under way, in files that are whole or not there.
+"""Checkpoints of a running group, in files that are written completely or not at all.
 
-A file is a line that names its format, a line with the SHA-256 of the rest, and the rest as `torch.save` writes it. It
-is read with `weights_only=True`, so it holds plain values and tensors, and loading it runs no code. The last two are
-kept: if the newest does not verify, the one before it does.
+A file is a line that names its format, a line with the SHA-256 of the rest, and the rest as `torch.save` writes it. A
+file is read with `weights_only=True`: it holds plain values and tensors, and loading it runs no code. The last two are
+kept, in case the newest is damaged.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pipeline.errors import StorageError
 from pipeline.files.atomic import write_atomic
 
 FORMAT = 2
-SHARE = 0.02
-"""The part of the time that saving may take."""
-FIRST_GUESS_S = 0.02
-"""How long a save takes, before there was one."""
-KEPT = 2
+MAX_SAVING_SHARE = 0.02
+"""Largest share of the run time that saving may take."""
+ASSUMED_SAVE_S = 0.02
+"""Assumed duration of the first save, in seconds."""
+CHECKPOINTS_KEPT = 2
 _TITLE = b"checkpoint of lr-strategy-search, format "
 
 
@@ -34,31 +34,31 @@ class Checkpoints:
     """The checkpoints of one study.
 
     Args:
-        folder: Holds them and nothing else; made when the first is saved.
-        warn: Told of each file that cannot be used, in one sentence.
-        share: The part of the time that saving may take; 1 to save whenever asked.
+        folder: Holds only checkpoints; the first save makes it.
+        warn: Takes one sentence about each file that cannot be used.
+        share: Largest share of the run time that saving may take; 1 to save whenever asked.
     """
 
-    def __init__(self, folder: Path, *, warn: Callable[[str], None], share: float = SHARE) -> None:
+    def __init__(self, folder: Path, *, warn: Callable[[str], None], share: float = MAX_SAVING_SHARE) -> None:
         self.folder = folder
         self.warn = warn
         self._share = share
         self._last = time.monotonic()
-        self._took = FIRST_GUESS_S if share < 1 else 0.0
+        self._took = ASSUMED_SAVE_S if share < 1 else 0.0
 
     def due(self) -> bool:
-        """Say whether a save now keeps to its share of the time, if it takes as long as the last one."""
+        """Return whether a save as long as the last one would keep within the share of the run time."""
         return time.monotonic() - self._last >= self._took / self._share
 
     def save(self, name: str, content: Callable[[], Mapping[str, Any]]) -> None:
-        """Write a checkpoint; when this returns, it is on the disk.
+        """Write a checkpoint, synced to the disk.
 
         Args:
-            name: Of the file; later ones sort behind earlier ones.
-            content: Returns what to write; called here, since copying from a device counts too.
+            name: Name of the file; later names sort after earlier names.
+            content: Returns the content; called here, so that the time to copy from a device counts as saving.
 
         Raises:
-            StorageError: The disk cannot take it; earlier checkpoints are as they were.
+            StorageError: The file cannot be written; earlier checkpoints are unchanged.
         """
         start = time.monotonic()
         file = io.BytesIO()
@@ -66,12 +66,12 @@ class Checkpoints:
         payload = file.getbuffer()
         with _storage_errors(self.folder / name, "written"):
             write_atomic(self.folder / name, _TITLE, f"{FORMAT}\n{hashlib.sha256(payload).hexdigest()}\n", payload)
-        self._remove(self._paths()[KEPT:])
+        self._remove(self._paths()[CHECKPOINTS_KEPT:])
         self._last = time.monotonic()
         self._took = self._last - start
 
     def load(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Yield each checkpoint that verifies, newest first; warn of the others."""
+        """Yield path and content of each valid checkpoint, newest first; warn of the others."""
         for path in self._paths():
             content = _read(path)
             if isinstance(content, str):
@@ -80,14 +80,14 @@ class Checkpoints:
                 yield path, content
 
     def put_aside(self, path: Path) -> Path:
-        """Keep a checkpoint for a person to bring back, out of the way of new ones; return its new path."""
+        """Rename a checkpoint so that it is not loaded again, and a person can restore it; return the new path."""
         return path.replace(path.with_suffix(".unused"))
 
     def clear(self, *, but: Path | None = None) -> None:
-        """Remove every checkpoint, but this one.
+        """Remove every checkpoint except `but`.
 
         Raises:
-            StorageError: The folder cannot be written.
+            StorageError: A file cannot be removed.
         """
         self._remove(path for path in self._paths() if path != but)
 
@@ -109,7 +109,7 @@ def _storage_errors(path: Path, done: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any] | str:
-    """Return what a checkpoint holds, or in words why it cannot be used."""
+    """Return the content of a checkpoint, or a message that says why the file cannot be used."""
     try:
         title, _, rest = path.read_bytes().partition(b"\n")
     except OSError as error:

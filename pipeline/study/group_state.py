@@ -1,4 +1,4 @@
-"""What is known of a running group of trials; with the trainers' state, it is all that a checkpoint holds."""
+"""GroupState: the record of a running group of trials. A checkpoint holds it and the trainers' state."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pipeline.space.placement import Placement, from_run_lengths, run_lengths
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 
 Proposals = Mapping[int, tuple[TrialConfig, dict[str, Any]]]
-"""Trial number to its config and to the parameters that the sampler chose."""
-DECISIVE = ("device", "torch", "pipeline")
-"""Keys of an environment that must be the same for a state to be loaded: its form depends on them."""
+"""Trial number to config and to the parameters that the sampler chose."""
+MUST_MATCH = ("device", "torch", "pipeline")
+"""Keys of an environment that must be equal to load a state, since the format of a state depends on them."""
 
 
 class GroupState:
-    """The trials of a group: their metrics epoch by epoch, how some have ended, which are next to be stored.
+    """The trials of a group: metrics epoch by epoch, verdicts, and which ended trials are not stored yet.
 
     Args:
         proposals: All trials of the group, from `study.next_group`.
-        ended: Trials of the group that the study has stored, by number. They train again with the others, up to the
-            epoch in which they ended, since the placement of the others depends on them.
+        ended: Trials of the group that the study has stored, by number. They train again up to the epoch in which they
+            ended, since the placement of the other trials depends on them.
         study: Identity of the study.
         metric: Name of the objective.
-        environment: What is recorded of where the trials train.
+        environment: Recorded with each trial: device, machine, versions.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class GroupState:
     ) -> None:
         self.proposals = proposals
         self.epoch = 0
-        """Epochs whose metrics are known."""
+        """Number of epochs with metrics."""
         self._study = study
         self._metric = metric
         self._environment = dict(environment)
@@ -50,7 +50,7 @@ class GroupState:
         self._left_after = {
             number: len(from_run_lengths(trial.environment["placement"])) for number, trial in ended.items()
         }
-        """Number of epochs that a trial which has ended took part in."""
+        """Number of each ended trial to the number of epochs that the trial trained."""
         self._waiting = sorted(number for number in proposals if number not in ended)
         self._broken = False
 
@@ -60,7 +60,7 @@ class GroupState:
         return self.proposals.keys() - self._left_after.keys()
 
     def left_by(self, epoch: int) -> list[int]:
-        """Return the trials that had left the group when an epoch ended."""
+        """Return the trials that had left the group by the end of an epoch."""
         return [number for number, last in self._left_after.items() if last <= epoch]
 
     def add(self, results: Mapping[int, EpochMetrics]) -> None:
@@ -72,17 +72,17 @@ class GroupState:
                 placement = dataclasses.replace(placement, broken=True)
             self._epochs[number].append(dataclasses.replace(metrics, placement=placement))
 
-    def break_off(self) -> None:
-        """Note that epochs whose metrics stand were trained again in other places."""
+    def mark_broken(self) -> None:
+        """Mark the placements from now on as broken: epochs with metrics were trained again in other places."""
         self._broken = True
 
     def end(self, number: int, state: TrialState, reason: str | None) -> None:
-        """Note how a trial has ended."""
+        """Record how a trial has ended."""
         self._verdicts[number] = state, reason, time.time()
         self._left_after[number] = len(self._placements(number))
 
     def pop_ended(self) -> Iterator[EndedTrial]:
-        """Yield, once, each trial that has ended as have all lower numbers."""
+        """Yield ended trials in number order, each once; a trial waits for all lower numbers."""
         while self._waiting and self._waiting[0] in self._verdicts:
             yield self._ended(self._waiting.pop(0))
 
@@ -105,28 +105,28 @@ class GroupState:
             },
         }
 
-    def why_not(self, saved: Mapping[str, Any]) -> str | None:
-        """Say why a saved state does not belong to these trials, or return None if it does."""
+    def mismatch(self, saved: Mapping[str, Any]) -> str | None:
+        """Return why a saved state does not belong to these trials; None if it does."""
         if saved["study"] != self._study:
             return "it is of another study that had this name"
         if saved["last"] < max(self.proposals):
             return f"it is of a group that ends with trial {saved['last']}, and this one with {max(self.proposals)}"
         for number, (config, params) in self.proposals.items():
-            its = saved["trials"].get(number)
-            if its is None or (its["config"], its["params"]) != (config.to_dict(), params):
+            trial = saved["trials"].get(number)
+            if trial is None or (trial["config"], trial["params"]) != (config.to_dict(), params):
                 return f"trial {number} is proposed otherwise now; perhaps Optuna is of another version"
-        there, here = saved["environment"], self._environment
-        changed = [key for key in DECISIVE if there.get(key) != here.get(key)]
-        return f"the {changed[0]} was {there.get(changed[0])} and is {here.get(changed[0])}" if changed else None
+        before, now = saved["environment"], self._environment
+        changed = [key for key in MUST_MATCH if before.get(key) != now.get(key)]
+        return f"the {changed[0]} was {before.get(changed[0])} and is {now.get(changed[0])}" if changed else None
 
     def load_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a saved state of these trials; it may hold more trials."""
+        """Continue from a saved state of these trials; the state may hold more trials."""
         self.epoch, self._started = saved["epoch"], saved["started"]
         for number in self.running:
-            its = saved["trials"][number]
-            self._epochs[number] = [_from_plain(epoch) for epoch in its["epochs"]]
-            if its["verdict"]:
-                state, reason, ended = its["verdict"]
+            trial = saved["trials"][number]
+            self._epochs[number] = [_from_plain(epoch) for epoch in trial["epochs"]]
+            if trial["verdict"]:
+                state, reason, ended = trial["verdict"]
                 self._verdicts[number] = TrialState(state), reason, ended
                 self._left_after[number] = len(self._placements(number))
 

@@ -1,4 +1,4 @@
-"""Drives a group of trials epoch by epoch: train, judge, end; and goes on from a checkpoint."""
+"""The loop that drives a group of trials epoch by epoch (train, judge, end) and resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def run_group(
     on_epoch: Callable[[Mapping[int, EpochMetrics]], None],
     interrupted: Callable[[], bool],
 ) -> Iterator[EndedTrial]:
-    """Train a group; yield finished trials in number order. The group goes on from its last checkpoint, if it has one.
+    """Train a group, from its last checkpoint if there is one; yield finished trials in number order.
 
     The caller must store each trial before advancing the iterator; database plus checkpoint are then the complete
     record.
 
     Args:
-        group: Trains all trials of the group; new.
+        group: All trials of the group, untrained.
         proposals: From `study.next_group`.
         study: Gives the verdicts.
-        checkpoints: Where a checkpoint is saved when one is due, and on an interruption.
-        environment: What is recorded of where the trials train.
-        on_epoch: Called with the metrics of each epoch.
-        interrupted: Called after each epoch; if it returns True, what is still running is left in a checkpoint.
+        checkpoints: Saves a checkpoint when one is due, and on an interruption.
+        environment: Recorded with each trial: device, machine, versions.
+        on_epoch: Takes the metrics of each epoch.
+        interrupted: Called after each epoch; on True, a checkpoint is saved and the iterator ends.
 
     Raises:
-        InvalidInput: The checkpoint is of these trials, but does not fit their model.
+        InvalidInput: The checkpoint belongs to these trials, but does not fit their model.
         StorageError: A checkpoint cannot be written.
     """
     metric = study.space.objective.metric
@@ -53,8 +53,8 @@ def run_group(
         results = _train_epoch(group, state, checkpoints)
         on_epoch(results)
         state.add(results)
-        for number, (how, reason) in _outcomes(results, proposals, study).items():
-            state.end(number, how, reason)
+        for number, (outcome, reason) in _outcomes(results, proposals, study).items():
+            state.end(number, outcome, reason)
             group.drop(number)
         yield from state.pop_ended()
         stop = interrupted()
@@ -67,7 +67,7 @@ def run_group(
 
 
 def forget_ended(checkpoints: Checkpoints, study: Study) -> None:
-    """Remove the checkpoints of a group all of whose trials are stored: a crash may have left them."""
+    """Remove checkpoints of a group whose trials are all stored; a crash may have left such checkpoints."""
     for _, content in checkpoints.load():
         if content["last"] < len(study.ended):
             checkpoints.clear()
@@ -77,8 +77,8 @@ def forget_ended(checkpoints: Checkpoints, study: Study) -> None:
 def _train_epoch(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> dict[int, EpochMetrics]:
     """Train every running trial for an epoch.
 
-    A group that is lost goes back to its last checkpoint and trains again up to this epoch. The metrics and verdicts of
-    the epochs in between stand: a trial that had ended leaves after the same epoch.
+    A lost group returns to its last checkpoint and trains again up to this epoch. Metrics and verdicts of the epochs in
+    between stay: an ended trial leaves after the same epoch.
     """
     epoch: int | None = state.epoch
     while True:
@@ -91,19 +91,19 @@ def _train_epoch(group: TrialGroup, state: GroupState, checkpoints: Checkpoints)
         except GroupLost as lost:
             checkpoints.warn(str(lost))
             if not lost.repeats and epoch is not None:
-                state.break_off()
+                state.mark_broken()
             epoch = None
             continue
         epoch += 1
         if epoch > state.epoch:
-            gone = state.running - results.keys()
+            missing = state.running - results.keys()
             why = "its numbers were no longer finite when epochs were trained again"
-            lost_metrics = EpochMetrics(epoch=epoch, step=0, metrics={}, lr={}, diverged=why)
-            return {**{n: results[n] for n in state.running & results.keys()}, **dict.fromkeys(gone, lost_metrics)}
+            diverged = EpochMetrics(epoch=epoch, step=0, metrics={}, lr={}, diverged=why)
+            return {**{n: results[n] for n in state.running & results.keys()}, **dict.fromkeys(missing, diverged)}
 
 
 def _load_newest(group: TrialGroup, checkpoints: Checkpoints) -> int:
-    """Load the newest checkpoint of a running group, or let the group begin anew; return its number of epochs."""
+    """Load a running group's newest checkpoint, or its beginning if there is none; return the epochs it has trained."""
     for _, content in checkpoints.load():
         group.load_state_dict(content["state"])
         epoch: int = content["epoch"]
@@ -119,13 +119,13 @@ def _save(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> Non
 
 
 def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> None:
-    """Go on from the newest checkpoint of these trials, and remove all others."""
+    """Load the newest checkpoint of these trials, and remove all others."""
     for path, content in checkpoints.load():
         if content["last"] < min(state.proposals):
-            break  # of trials that have ended since
-        if why := state.why_not(content):
+            break  # an earlier group, whose trials have ended
+        if why := state.mismatch(content):
             kept = checkpoints.put_aside(path)
-            checkpoints.warn(f"{path}: not used, its trials train anew: {why}; it is kept as {kept.name}")
+            checkpoints.warn(f"{path}: not used, its trials train from the beginning: {why}; it is kept as {kept.name}")
             continue
         state.load_dict(content)
         try:
@@ -139,14 +139,14 @@ def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> N
 
 def _does_not_fit(path: Path, error: Exception) -> InvalidInput:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    remedy = "if the model has changed, change it back; or remove the file, and its trials train anew"
+    remedy = "if the model has changed, change it back; or remove the file to train its trials from the beginning"
     return InvalidInput(str(path), [Problem("", f"does not fit the model: {reason}; {remedy}")])
 
 
 def _outcomes(
     results: Mapping[int, EpochMetrics], proposals: Proposals, study: Study
 ) -> dict[int, tuple[TrialState, str | None]]:
-    """Say which trials end with this epoch, how, and why."""
+    """Return the state and the reason of each trial that ends with this epoch."""
     outcomes: dict[int, tuple[TrialState, str | None]] = {}
     judged = {}
     for number, metrics in results.items():

@@ -1,4 +1,4 @@
-"""Optuna's samplers for a search space, each a function of the space, the seed and the trial's number."""
+"""Optuna's samplers for a search space: functions of the space, the seed and the trial's number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.space.search_space import SearchSpace
 
 
 def build_sampler(space: SearchSpace, number: int) -> BaseSampler:
-    """Build the sampler that proposes a trial: a function of the space, the seed and the trial's number."""
+    """Build the sampler that proposes the trial of a number."""
     seed = derive_seed(space.seed, "sampler", number) % 2**32
     startup = space.sampler.n_startup_trials
     with warnings.catch_warnings():
@@ -24,7 +24,7 @@ def build_sampler(space: SearchSpace, number: int) -> BaseSampler:
             case "tpe":
                 return TPESampler(seed=seed, n_startup_trials=startup)
             case "gp":
-                # Parameters of one optimizer alone are outside the Gaussian process: TPE takes those.
+                # TPE proposes the parameters that not every trial has; the Gaussian process cannot model them.
                 independent = TPESampler(seed=seed, n_startup_trials=startup)
                 return GPSampler(seed=seed, n_startup_trials=startup, independent_sampler=independent)
             case "qmc":
@@ -34,10 +34,10 @@ def build_sampler(space: SearchSpace, number: int) -> BaseSampler:
 
 
 class _WholeSpaceQMC(QMCSampler):
-    """A scrambled Sobol sequence over every searched parameter, whose n-th point belongs to trial n.
+    """A scrambled Sobol sequence over every searched parameter; its n-th point belongs to trial n.
 
-    Optuna's own takes the space from the first trial, which has one optimizer's parameters alone, and counts points
-    in the storage.
+    Optuna's own sampler takes the space from the first trial, which has the parameters of one optimizer only, and
+    counts points in the storage.
     """
 
     def __init__(self, space: SearchSpace, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Where studies live: `mlruns/optuna.db` for what ended, `mlruns/studies/<study>/` for what a person opens."""
+"""Store: the studies of a root folder. `mlruns/optuna.db` holds ended trials, `mlruns/studies/<study>/` holds files."""
 
 from __future__ import annotations
 
@@ -31,31 +31,32 @@ from pipeline.space.search_space import SearchSpace
 from pipeline.study.study import HEADER, Study, group_size, storage_errors
 
 FORMAT = 3
-"""Of what a study stores about itself and its trials."""
+"""Version of the format in which a study stores its header and its trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyHeader:
-    """What is known of a study without its trials."""
+    """A study without its trials."""
 
     name: str
     space: str
-    """Name of its space."""
+    """Name of the space."""
     document: Mapping[str, Any]
-    """Of its space."""
+    """Document of the space."""
     trials: int
-    """How many it was last asked for, in total."""
+    """Total number of trials that was last asked for."""
     group_size: int
+    """Number of trials that are proposed at a time."""
     placement: Mapping[str, Any]
-    """Its `PlacementRules` as plain values."""
+    """`PlacementRules` as plain values."""
     ended: int
-    """How many trials it holds."""
+    """Number of stored trials."""
     created: float
     """Seconds since 1970."""
 
     @property
     def identity(self) -> str:
-        """Of this study and no other, even one of the same name in a new database."""
+        """Identity of the study; a study of the same name in a new database has another identity."""
         return f"{self.created:.6f}"
 
 
@@ -63,23 +64,23 @@ class Store:
     """The studies below a root folder.
 
     Args:
-        root: Folder that holds `mlruns/`, made when the first study is.
+        root: Folder that holds `mlruns/`; creating the first study makes it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.database = root / "mlruns" / "optuna.db"
-        self._opened: RDBStorage | None = None  # opening it takes Optuna longer than storing a trial
+        self._opened: RDBStorage | None = None  # kept, since opening it takes longer than storing a trial
 
     def close(self) -> None:
-        """Let go of the database: SQLite then puts into its file what is in the log beside it."""
+        """Close the database; SQLite then moves the write-ahead log into the database file."""
         if self._opened is not None:
             self._opened.remove_session()
             self._opened.engine.dispose()
             self._opened = None
 
     def headers(self) -> list[StudyHeader]:
-        """Return every study, oldest first; writes nothing.
+        """Return the header of every study, oldest first; write nothing.
 
         Raises:
             InvalidInput: The database cannot be read, or holds a study of another format.
@@ -88,7 +89,7 @@ class Store:
         for summary in self._summaries():
             header = summary.user_attrs.get(HEADER)
             if header is None:
-                continue  # made by another program, or abandoned
+                continue  # another program's study, or an abandoned one
             if header["format"] != FORMAT:
                 message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
                 raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
@@ -97,16 +98,16 @@ class Store:
         return sorted(headers, key=lambda header: header.created)
 
     def choose(self, space: SearchSpace, *, trials: int, name: str | None, rows: int | None = None) -> tuple[str, bool]:
-        """Choose the study that a search goes on with or begins; writes nothing.
+        """Choose the study that a search resumes or begins; write nothing.
 
-        Without a name that is the newest unfinished study of the same space, seed, number of trials and, where rows are
-        given, rows; else a new `<space>-N`.
+        Without a name, choose the newest unfinished study of the same space, seed, number of trials and, if given,
+        rows; else a new `<space>-N`.
 
         Returns:
-            The study's name, and whether it exists.
+            The study's name, and whether the study exists.
 
         Raises:
-            InvalidInput: The named study was made with another space, or other rows; the message shows each difference.
+            InvalidInput: The named study has another space or other rows; the message shows each difference.
         """
         known = {header.name: header for header in self.headers()}
         if name is None:
@@ -162,7 +163,7 @@ class Store:
         return self.open(name)
 
     def open(self, name: str | None, *, trials: int | None = None) -> Study:
-        """Open a study, by default the newest, with the space that it was made with; note a new total of trials.
+        """Open a study, by default the newest, with its stored space; store a new total of trials.
 
         Raises:
             InvalidInput: There is no such study.
@@ -178,7 +179,7 @@ class Store:
             return Study(space, name=header.name, identity=identity, group_size=size, storage=storage)
 
     def header(self, name: str | None, *, option: str = "--study") -> StudyHeader:
-        """Return the header of a study that an option names, by default the newest's.
+        """Return the header of a study that an option names; None: of the newest.
 
         Raises:
             InvalidInput: There is no such study.
@@ -192,7 +193,7 @@ class Store:
         return list(known.values())[-1] if name is None else known[name]
 
     def delete(self, name: str) -> None:
-        """Remove a study's folder and trials; hold its lock meanwhile.
+        """Remove a study's folder and trials; the caller holds the study's lock.
 
         Raises:
             StorageError: Something cannot be removed.
@@ -202,15 +203,15 @@ class Store:
             optuna.delete_study(study_name=name, storage=self._storage())
 
     def folder(self, study: str) -> Path:
-        """Return the folder of what a study writes for people, and of its checkpoints."""
+        """Return the folder of a study's files: `best.yaml`, checkpoints, lock."""
         return study_folder(self.root, study)
 
     @contextlib.contextmanager
     def lock(self, study: str) -> Iterator[None]:
-        """Hold the one right to drive a study; the system takes it back when the process ends, however it ends.
+        """Hold the exclusive lock of a study; the system releases it when the process ends, even by SIGKILL.
 
         Raises:
-            StudyBusy: Another process holds it.
+            StudyBusy: Another process holds the lock.
             StorageError: The folder cannot be written.
         """
         path = self.folder(study) / LOCK
@@ -234,13 +235,13 @@ class Store:
             yield
 
     def _names(self) -> set[str]:
-        """Return the names in the database that are taken, by other programs' studies too."""
+        """Return the study names in use in the database, including other programs' studies."""
         return {summary.study_name for summary in self._summaries() if not self._is_abandoned(summary)}
 
     def _is_abandoned(self, study: StudySummary) -> bool:
-        """Say whether the search that created a study was killed before it described it.
+        """Return whether a search created a study and was killed before it stored the header.
 
-        A search holds its study's lock before it creates it, so then the study's folder is there.
+        The folder of such a study exists, since a search takes the lock before it creates the study.
         """
         bare = HEADER not in study.user_attrs and study.n_trials == 0
         return bare and self.folder(study.study_name).exists()
@@ -253,7 +254,7 @@ class Store:
             return optuna.get_all_study_summaries(storage)
 
     def _storage(self, *, create: bool = False) -> RDBStorage:
-        """Open the database, in the journal mode that lets people read it while a search writes."""
+        """Open the database; create it in the journal mode in which others can read while a search writes."""
         with _readable(self.database):
             if create:
                 create_whole(self.database, _build_database)
@@ -269,7 +270,7 @@ def _build_database(database: Path) -> None:
 
 @contextlib.contextmanager
 def _readable(database: Path) -> Iterator[None]:
-    """Say of a database that cannot be opened what to do."""
+    """Turn an error of opening a database into an InvalidInput with a remedy."""
     try:
         with storage_errors("opening"):
             yield
@@ -279,7 +280,7 @@ def _readable(database: Path) -> Iterator[None]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield each place in which two documents differ."""
+    """Yield a problem for each place at which two documents differ."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     for place in [*before, *(place for place in after if place not in before)]:
         if before.get(place) != after.get(place):

@@ -1,8 +1,8 @@
-"""The study: Optuna proposes, `optuna.db` remembers. Only this file, `store` and `sampling` import Optuna.
+"""The study: Optuna proposes trials, `optuna.db` stores them. Only this file, `store` and `samplers` import Optuna.
 
-An in-memory Optuna study decides, since one trial through a database costs it hundreds of milliseconds. It is made
-anew for each group of trials, from the ended ones: so a group's proposals are a function of the space, the seed and
-the trials before the group, and a resumed search is the search that it would have been.
+An in-memory Optuna study proposes, since asking for a trial through a database takes hundreds of milliseconds. It is
+built for each group from the ended trials. Therefore a group's proposals are a function of the space, the seed and the
+trials before the group, and a resumed search proposes the same trials as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from pipeline.study.samplers import build_sampler, distributions
 _OPTUNA_STATES = {
     TrialState.COMPLETE: OptunaState.COMPLETE,
     TrialState.PRUNED: OptunaState.PRUNED,
-    # TPE ignores FAIL and proposes the cliff again; a pruned trial without a value is the worst there is.
+    # TPE ignores FAIL and would propose the same values again; it ranks a pruned trial without a value last.
     TrialState.DIVERGED: OptunaState.PRUNED,
     TrialState.FAILED: OptunaState.FAIL,
 }
 
-# Its warnings are about parameters that only some trials have, which is what one optimizer per trial means.
+# Optuna warns of parameters that only some trials have, as is normal with one optimizer per trial.
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 HEADER = "pipeline"
-"""User attribute of an Optuna study that holds what we store about the study."""
+"""User attribute of an Optuna study that holds the fields of its `StudyHeader`."""
 _GROUP = "pipeline.group."
-"""Beginning of the user attributes that hold the groups, followed by the first trial's number."""
+"""Prefix of the user attributes that hold the groups; the number of the first trial follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +55,18 @@ class AskedGroup:
     size: int
     """Number of trials."""
     known: int
-    """Number of trials, from 0 on, whose results were known then."""
+    """Number of trials, from 0 on, whose results the sampler knew."""
 
 
 class Study:
-    """One study: its space, its ended trials, and what to try next.
+    """One study: proposes groups of trials, judges running trials, and stores ended trials.
 
     Args:
-        space: What is searched.
-        name: Of the study in the storage.
-        identity: Of this study and no other, even one of the same name in a new database.
-        group_size: How many trials are proposed at a time.
-        storage: Where ended trials go.
+        space: The search space.
+        name: Name of the study in the storage.
+        identity: Differs from the identity of a study of the same name in a new database.
+        group_size: Number of trials that are proposed at a time.
+        storage: Storage of the ended trials.
     """
 
     def __init__(self, space: SearchSpace, *, name: str, identity: str, group_size: int, storage: RDBStorage) -> None:
@@ -76,20 +76,19 @@ class Study:
         self.group_size = group_size
         self._stored = optuna.load_study(study_name=name, storage=storage)
         self._frozen = self._stored.get_trials(deepcopy=False)
-        self.ended = [_thaw(trial) for trial in self._frozen]
+        self.ended = [_from_optuna(trial) for trial in self._frozen]
         attrs = self._stored.user_attrs
         self.rules = PlacementRules(**attrs[HEADER]["placement"])
-        """What the placement of its trials depends on."""
+        """Rules of the placement of the trials."""
         self._groups = [AskedGroup(**attrs[key]) for key in sorted(attrs) if key.startswith(_GROUP)]
 
     def next_group(self, trials: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose the next group of a search of `trials` trials in total.
 
-        A group that was cut short is proposed again, from what was known when it was asked for, with its trials that
-        have ended.
+        An unfinished group is proposed again, ended trials included, from the results known when it was first proposed.
 
         Returns:
-            Trial number to its config and to the parameters that the sampler chose; empty when all have ended.
+            Trial number to config and to the parameters that the sampler chose; empty if all trials have ended.
 
         Raises:
             StorageError: A new group cannot be stored.
@@ -110,10 +109,10 @@ class Study:
         return proposals
 
     def keep_rules(self, rules: PlacementRules) -> None:
-        """Store what placement depends on, if it has changed.
+        """Store the placement rules if they have changed.
 
         Raises:
-            StorageError: The storage cannot take it.
+            StorageError: The storage cannot be written.
         """
         if rules == self.rules:
             return
@@ -123,7 +122,7 @@ class Study:
         self.rules = rules
 
     def stops(self, epoch: int, running: Mapping[int, EpochMetrics]) -> set[int]:
-        """Return which of a group's running trials stop after an epoch: the pruner's verdict on all at once."""
+        """Return which running trials of a group stop after an epoch, by the pruner's verdict on the whole group."""
         asked = self._group_of(min(running))
         assert asked is not None
         group = {number: self._score(metrics) for number, metrics in running.items()}
@@ -132,13 +131,13 @@ class Study:
         return self.space.pruner.stops(epoch, group, earlier) & running.keys()
 
     def add(self, trial: EndedTrial) -> None:
-        """Store an ended trial: the next in number order. When this returns, it is on the disk.
+        """Store an ended trial, the next in number order, synced to the disk.
 
         Raises:
-            StorageError: The storage cannot take it.
+            StorageError: The storage cannot be written.
         """
         assert trial.number == len(self.ended)
-        frozen = _freeze(trial, self.space)
+        frozen = _to_optuna(trial, self.space)
         with storage_errors("storing trial " + str(trial.number)):
             self._stored.add_trial(frozen)
         self._frozen.append(frozen)
@@ -150,11 +149,11 @@ class Study:
         return sorted(complete, key=lambda trial: (self._score(trial.epochs[-1]), trial.number))[:count]
 
     def _group_of(self, number: int) -> AskedGroup | None:
-        """Return the group that a trial was asked for in."""
+        """Return the group in which a trial was proposed."""
         return next((g for g in self._groups if g.first <= number < g.first + g.size), None)
 
     def _ask_for_group(self, trials: int) -> AskedGroup:
-        """Store a new group, which begins with the next trial."""
+        """Store and return a new group that begins with the next trial."""
         first = len(self.ended)
         group = AskedGroup(first=first, size=min(self.group_size, trials - first), known=first)
         with storage_errors(f"storing the group of trial {first}"):
@@ -174,10 +173,10 @@ class Study:
 
 
 def group_size(trials: int) -> int:
-    """Return how many trials of a search are proposed at a time: 13 of 50, a quarter, and at most 64.
+    """Return how many of a search's trials are proposed at a time: a quarter, such as 13 of 50, and at most 64.
 
-    A larger group trains faster, since its last trials have more company, and its sampler knows less: on the digits 13
-    at a time found a loss 6 ± 4 % higher than 8 at a time did in as many trials, in three quarters of the time
+    A larger group trains faster, since more trials share a matrix, but its sampler knows fewer results. On the digits,
+    groups of 13 found in as many trials a loss 6 ± 4 % higher than groups of 8, in three quarters of the time
     (benchmarks/NOTES.md).
     """
     return min(64, -(-trials // 4))
@@ -185,16 +184,12 @@ def group_size(trials: int) -> int:
 
 @contextlib.contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Put what a storage raises into plain words.
-
-    Raises:
-        StorageError: The storage raised.
-    """
+    """Turn any error of a storage into a StorageError."""
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise StorageError(f"{doing}: {_root_cause(error)}") from error
-    except AssertionError as error:  # Optuna's own `finally` hides the cause behind one
+    except AssertionError as error:  # an assertion in Optuna's `finally` hides the cause
         raise StorageError(f"{doing}: {_root_cause(error)}") from error
 
 
@@ -204,8 +199,8 @@ def _root_cause(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _freeze(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
-    """Return a trial as Optuna stores it; a diverged one without values, so that no sampler likes its beginning."""
+def _to_optuna(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
+    """Return a trial as Optuna stores it; a diverged trial has no values, so that no sampler ranks its early epochs."""
     metric = space.objective.metric
     history = [dict(epoch.metrics) for epoch in trial.epochs if epoch.finished]
     reached = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
@@ -231,8 +226,12 @@ def _freeze(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
     return frozen
 
 
-def _thaw(frozen: FrozenTrial) -> EndedTrial:
-    """Return a stored trial; its learning rates are MLflow's to keep."""
+def _from_optuna(frozen: FrozenTrial) -> EndedTrial:
+    """Return a stored trial, without the learning rates, which only MLflow records.
+
+    Raises:
+        StorageError: Another program added the trial.
+    """
     attrs = frozen.user_attrs
     if "history" not in attrs:
         remedy = "delete it there, or go on under another --study"

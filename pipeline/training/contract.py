@@ -1,4 +1,4 @@
-"""The contracts of training: groups of trials, what builds them, and trainers that advance step by step."""
+"""The contracts of training: groups of trials, the executor that builds groups, and trainers that advance by steps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-"""Inputs (sample, …) and targets (sample, …), as the model sees them."""
+"""Inputs (sample, …) and targets (sample, …) of each batch, as the model takes them."""
 
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
-"""Calls a function on each item and returns the results in order, perhaps at the same time."""
+"""Calls a function on each item, perhaps concurrently, and returns the results in order."""
 
 
 class GroupLost(Exception):
-    """A group lost its state in mid-epoch. It must be loaded from its last checkpoint, then goes on.
+    """A group lost its state in mid-epoch; the group must be loaded from its last checkpoint.
 
     Args:
-        message: What happened, for people.
-        repeats: Whether the epochs since the checkpoint will be trained to the same bits.
+        message: The cause, for people.
+        repeats: Whether training the epochs since the checkpoint again gives bit-identical metrics.
     """
 
     def __init__(self, message: str, *, repeats: bool) -> None:
@@ -38,7 +38,7 @@ class TrialGroup(Protocol):
     """Trials that train together, one epoch at a time, keyed by trial number. One trial is a group of one."""
 
     def train_epoch(self) -> Mapping[int, EpochMetrics]:
-        """Train every trial for one epoch and evaluate it; a diverged or failed trial has left the group.
+        """Train every trial for one epoch and evaluate it; a diverged or failed trial leaves the group.
 
         Raises:
             GroupLost: The group must be loaded from its last checkpoint.
@@ -46,11 +46,11 @@ class TrialGroup(Protocol):
         ...
 
     def drop(self, number: int) -> None:
-        """Stop training a trial, if it still trains."""
+        """Stop training a trial; do nothing if the trial has left the group."""
         ...
 
     def test(self) -> Mapping[int, Mapping[str, float]]:
-        """Return each trial's `test/…` metrics: never used for choosing."""
+        """Return each trial's `test/…` metrics; never choose by them."""
         ...
 
     def model_state(self, number: int) -> dict[str, Any]:
@@ -58,39 +58,40 @@ class TrialGroup(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next epoch depends on, as tensors and plain values."""
+        """Return everything that the next epoch depends on, as tensors and plain values."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that a group of the same trials returned; trials that it does not hold are dropped."""
+        """Continue from a state of a group of the same trials, and drop the trials that are not in the state."""
         ...
 
 
 class Executor(Protocol):
-    """Where groups train: processes of this machine, later also workers of several machines."""
+    """Builds groups and trains them: in processes of this machine, later also on workers of several machines."""
 
     def build(self, configs: Mapping[int, TrialConfig], *, placement: Sequence[Placement] | None = None) -> TrialGroup:
-        """Build a group of trials at the beginning of their training.
+        """Build a group of untrained trials.
 
         Args:
             configs: Trial number to config.
-            placement: Of the one trial in each epoch: it trains as it did in a search. None: as the executor places it.
+            placement: Placement of a single trial in each epoch, to train it as a search did; None: the executor
+                places the trials.
         """
         ...
 
     def close(self) -> None:
-        """End what trains elsewhere."""
+        """End the processes that train."""
         ...
 
 
 class Stepwise(Protocol):
-    """One epoch of some trials, step by step: begin, train on each batch, evaluate on each, end."""
+    """Trains some trials for an epoch, step by step: begin, train on each batch, evaluate on each batch, end."""
 
     configs: dict[int, TrialConfig]
-    """Configs of the trials that are left, by number."""
+    """Trial number to config of each remaining trial."""
 
     def training_batches(self) -> Batches:
-        """Yield the batches of the epoch that comes next."""
+        """Yield the training batches of the next epoch."""
         ...
 
     def evaluation_batches(self, name: str) -> Batches:
@@ -98,7 +99,7 @@ class Stepwise(Protocol):
         ...
 
     def begin_epoch(self) -> None:
-        """Make ready for the batches of an epoch."""
+        """Begin an epoch, before its first batch."""
         ...
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> None:
@@ -110,7 +111,7 @@ class Stepwise(Protocol):
         ...
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
-        """Return the epoch's metrics, once all batches of the split `val` were evaluated."""
+        """Return the epoch's metrics, after the last batch of the split `val`."""
         ...
 
 
@@ -124,35 +125,35 @@ def train_epoch_of(trainer: Stepwise) -> dict[int, EpochMetrics]:
     return trainer.end_epoch()
 
 
-def train_epoch_together(trainers: Sequence[Stepwise], each_of: Map) -> list[dict[int, EpochMetrics] | Exception]:
-    """Train and evaluate several trainers for an epoch on batches that are read once.
+def train_epoch_together(trainers: Sequence[Stepwise], map_trainers: Map) -> list[dict[int, EpochMetrics] | Exception]:
+    """Train and evaluate several trainers for an epoch, reading each batch once.
 
     Args:
-        trainers: Of trials with the same data, order and batch size, in the same epoch.
-        each_of: Calls a function on each of some trainers.
+        trainers: Trainers with the same data, order and batch size, in the same epoch.
+        map_trainers: Calls a function on each of some trainers.
 
     Returns:
-        Each trainer's metrics, or the exception that it raised: it then took no further part.
+        Each trainer's metrics, or the exception that the trainer raised; such a trainer skips the rest of the epoch.
     """
     outcomes: list[Any] = [None] * len(trainers)
 
     def each(function: Callable[[Stepwise], Any]) -> None:
-        going = [place for place, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
-        values = each_of(functools.partial(_attempt, function), [trainers[place] for place in going])
-        for place, value in zip(going, values, strict=True):
-            outcomes[place] = value
+        running = [index for index, outcome in enumerate(outcomes) if not isinstance(outcome, Exception)]
+        values = map_trainers(functools.partial(_attempt, function), [trainers[index] for index in running])
+        for index, value in zip(running, values, strict=True):
+            outcomes[index] = value
 
     each(lambda trainer: trainer.begin_epoch())
     for batch in trainers[0].training_batches():
-        each(functools.partial(_on_own_batch, "train_step", batch))
+        each(functools.partial(_step_on_copy, "train_step", batch))
     for batch in trainers[0].evaluation_batches("val"):
-        each(functools.partial(_on_own_batch, "evaluate_step", batch))
+        each(functools.partial(_step_on_copy, "evaluate_step", batch))
     each(lambda trainer: trainer.end_epoch())
     return outcomes
 
 
-def _on_own_batch(step: str, batch: tuple[Tensor, Tensor], trainer: Stepwise) -> None:
-    """Make a step on a copy of a batch, which a model may change in place."""
+def _step_on_copy(step: str, batch: tuple[Tensor, Tensor], trainer: Stepwise) -> None:
+    """Make a step on a copy of a batch, since a model may change the batch in place."""
     getattr(trainer, step)(*(values.clone() for values in batch))
 
 
@@ -164,7 +165,7 @@ def _attempt(function: Callable[[Stepwise], Any], trainer: Stepwise) -> Any:
 
 
 def trial_error(error: Exception) -> Exception:
-    """Return what a trainer raised, if its trials may have caused it.
+    """Return an exception that a trial may have caused; raise any other.
 
     Raises:
         PipelineError: The data or the device failed, which no trial causes.
@@ -173,4 +174,4 @@ def trial_error(error: Exception) -> Exception:
         raise error
     if isinstance(error, torch.AcceleratorError):
         raise DeviceError(f"the device failed: {first_line(error)}") from error
-    return error.with_traceback(None)  # which would keep the memory of what was being computed
+    return error.with_traceback(None)  # a traceback would keep the tensors of the failed computation alive

@@ -1,7 +1,7 @@
-"""The executor of this machine: builds trainers where they train, and trains them at the same time.
+"""The executor of this machine: builds trainers in their processes, and trains them at the same time.
 
-On a CPU each matrix, or plain trial, trains with one thread, in as many processes as the placement rules say: a sum
-whose parts are split between threads depends on how it is split. Which process trains a shard changes no number.
+On a CPU each matrix, or plain trial, trains with one thread, because the rounding of a sum depends on the number of
+threads. The placement rules give the number of processes. Which process trains a shard does not affect any number.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class LocalExecutor:
 
     Args:
         workload: Data, model, loss and metrics.
-        config: Config of any trial, to try the workload with.
+        config: Config of any trial, to probe the workload with.
         device: Where to train.
         dtype: Type of parameters and floating-point data.
-        rows: Most trials in a matrix; None: as many as there are for each process, and fit into memory.
+        rows: Most trials in a matrix; None: the trials divided by the processes, as far as memory allows.
         processes: On a CPU, number of processes that train at once, this one included.
     """
 
@@ -65,32 +65,32 @@ class LocalExecutor:
         self._findings: dict[str, Finding] = {}
         self._processes: list[TrainingProcess] = []
         self._tried_rows = 0
-        """Rows of the largest matrix whose memory was tried."""
+        """Rows of the largest matrix for which `try_memory` succeeded."""
         on_cpu = device.type == "cpu"
         forks = on_cpu and can_fork() and not is_streamed(self.workload)
         self.rules = PlacementRules(device=device.type, processes=processes if forks else 1, rows=rows, row_limit=rows)
         finding = self._probed(config)
         self._seeded = finding.draws_random_numbers
-        # Threads share PyTorch's random numbers.
+        # Threads share PyTorch's random state, so trials that draw random numbers train one after another.
         self._threads = 1 if not on_cpu or self._seeded else torch.get_num_threads()
-        if on_cpu:  # which has no error for too little memory: the process would be killed
+        if on_cpu:  # without memory a CPU raises no error: the system kills the process
             at_once = max(self._threads, self.rules.processes)
             fitting = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / at_once))
             self.rules = dataclasses.replace(self.rules, row_limit=min(fitting, rows or fitting))
 
     def adopt(self, rules: PlacementRules) -> None:
-        """Place trials by the rules of a study that goes on, if the study was begun on such a device."""
+        """Place trials by the rules of a resumed study, if the study began on the same kind of device."""
         if rules.device == self.device.type:
             self.rules = rules
         self._probed(self._config)
 
     @property
     def plain_because(self) -> str | None:
-        """Why trials like the first config train plain, whatever their optimizer; None if they can be rows."""
+        """Why trials like the first config train plain with any optimizer; None if such trials can be rows."""
         return self.rules.plain_because[frozen_groups(self._config)]
 
     def why_plain(self, config: TrialConfig) -> str | None:
-        """Return why a trial trains plain; None if it is a row."""
+        """Return why a trial trains plain; None if the trial is a row."""
         self._probed(config)
         return why_plain(config, self.rules)
 
@@ -110,7 +110,7 @@ class LocalExecutor:
         return other
 
     def close(self) -> None:
-        """End the processes, and with them what they train."""
+        """End the processes, and with them their trainers."""
         for process in self._processes:
             process.end()
 
@@ -129,10 +129,10 @@ class LocalExecutor:
         return describe(self.place(configs))
 
     def lower_row_limit(self, rows: int) -> None:
-        """Halve the most rows of a matrix, after so many were too many.
+        """Lower the row limit to half of `rows`, which did not fit into memory.
 
         Raises:
-            PipelineError: One row was too many.
+            PipelineError: A single row did not fit.
         """
         if rows == 1:
             raise PipelineError(f"{self.device}: no memory is left for even one trial")
@@ -141,23 +141,23 @@ class LocalExecutor:
             torch.cuda.empty_cache()
 
     def start_processes(self, shards: int) -> int:
-        """Start as many processes as so many shards need, and return how many train then, this one included."""
+        """Start the processes that a number of shards needs; return the number of processes, this one included."""
         self._processes = [process for process in self._processes if not process.ended]
         while len(self._processes) < min(self.rules.processes, shards) - 1:
-            with self.precision():  # in which a fork stays
+            with self.precision():  # a fork inherits these settings
                 try:
                     self._processes.append(TrainingProcess(self.build_here))
-                except OSError:  # no more processes are to be had; fewer train the same
+                except OSError:  # the system allows no more processes; fewer processes train the same numbers
                     break
         return 1 + len(self._processes)
 
     def process_of(self, trainer: ShardTrainer) -> int:
-        """Return which process holds a trainer: 0 for this one."""
+        """Return the index of the process that holds a trainer; 0 is this process."""
         remote = isinstance(trainer, RemoteTrials) and trainer.process in self._processes
         return 1 + self._processes.index(cast(RemoteTrials, trainer).process) if remote else 0
 
     def build_shard(self, configs: Mapping[int, TrialConfig], *, plain: bool, process: int = 0) -> ShardTrainer:
-        """Build the trainer of a shard in a process.
+        """Build the trainer of a shard in a process; 0 is this process.
 
         Raises:
             torch.OutOfMemoryError: A training or evaluation batch does not fit into the device's memory.
@@ -178,7 +178,7 @@ class LocalExecutor:
         return trainer(configs, self.workload, device=self.device, dtype=self._dtype, seeded=self._seeded)
 
     def train(self, trainers: Sequence[ShardTrainer]) -> list[dict[int, EpochMetrics] | Exception]:
-        """Train each shard for an epoch, at the same time where possible; return its metrics, or what was raised."""
+        """Train shards for an epoch, at the same time where possible; return the metrics or the exception of each."""
         if is_streamed(self.workload) and len(trainers) > 1:
             assert not self._processes
             with self._map(len(trainers)) as each:
@@ -193,7 +193,7 @@ class LocalExecutor:
         return [outcomes[id(trainer)] for trainer in trainers]
 
     def _probed(self, config: TrialConfig) -> Finding:
-        """Try trials that freeze what this one does, once, and note the verdict in the rules."""
+        """Probe trials that freeze the same groups, once, and store the verdict in the rules."""
         groups = frozen_groups(config)
         if groups not in self._findings:
             with self.precision():
@@ -206,18 +206,18 @@ class LocalExecutor:
 
     @contextlib.contextmanager
     def _map(self, calls: int) -> Iterator[Map]:
-        """Yield a `map` that makes so many calls at once: to processes, or in as many threads as train here."""
+        """Yield a `map` that makes `calls` calls at once: to processes, or in the threads that train here."""
         threads = calls if self._processes else min(calls, self._threads)
         with self.precision():
             if threads <= 1:
                 yield lambda function, items: [function(item) for item in items]
                 return
             with ThreadPoolExecutor(threads) as pool:
-                yield functools.partial(_at_once, pool)
+                yield functools.partial(_map_threads, pool)
 
 
-def _at_once(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Call a function on all items at once, on the first in this thread: a new thread has none of oneDNN's kernels."""
+def _map_threads(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Call a function on all items at once, on the first in this thread, which has oneDNN's kernels in its cache."""
     others = [pool.submit(function, item) for item in items[1:]]
     return [function(items[0]), *(other.result() for other in others)]
 

@@ -1,9 +1,8 @@
 """Build the torch optimizers and schedulers of a config, and step them together as one strategy.
 
-The trainer of rows builds the same objects over placeholder parameters and reads the rates from their groups. So both
-trainers use PyTorch's own schedules.
-
-A schedule that PyTorch lacks is a function here, which the schedule's `torch_class` names.
+The trainer of rows builds the same objects over placeholder parameters, and reads the rates from their groups.
+Therefore both trainers use PyTorch's own schedules. A schedule that PyTorch lacks is a function in this module; the
+schedule's `torch_class` names it.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from pipeline.space.trial import EpochMetrics
 
 
 class Strategy:
-    """The optimizers and schedulers of one config: one of each, or two with Muon, which needs AdamW besides.
+    """The optimizers and schedulers of one config: one of each, or two with Muon, which needs AdamW too.
 
     Args:
         config: The trial's config.
-        parameters: Group name to (name, tensor) pairs, for every group of the config; frozen groups are left alone.
+        parameters: Group name to (name, tensor) pairs, for every group of the config; frozen groups are skipped.
         steps_per_epoch: Optimizer updates in one epoch.
         directions: Metric name to "minimize" or "maximize", for ReduceLROnPlateau.
         hidden_matrices: Names of the parameters that Muon takes.
@@ -53,19 +52,19 @@ class Strategy:
         self.per_step = config.scheduler.interval == "step"
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the rate of each group's next update; the rate of a frozen group is 0."""
+        """Return group name to the learning rate of the next update; the rate of a frozen group is 0."""
         rates = dict.fromkeys(self.config.param_groups, 0.0)
         for optimizer in self.optimizers:
             rates.update({group["group"]: float(group["lr"]) for group in optimizer.param_groups})
         return rates
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
     def step(self) -> None:
-        """Update the parameters once; move the schedule if it moves every step."""
+        """Update the parameters once; step the schedule if the schedule moves every step."""
         for optimizer in self.optimizers:
             optimizer.step()
         if self.per_step:
@@ -73,7 +72,7 @@ class Strategy:
                 scheduler.step()
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Move the schedule if it moves every epoch; ReduceLROnPlateau reads the epoch's `metrics`."""
+        """Step the schedule if the schedule moves every epoch; ReduceLROnPlateau reads the epoch's `metrics`."""
         if self.per_step:
             return
         for scheduler in self.schedulers:
@@ -103,7 +102,7 @@ def over_placeholders(config: TrialConfig, *, steps_per_epoch: int, directions: 
     placeholders = {name: [(name, torch.zeros(1))] for name in config.param_groups}
     strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
     for optimizer in strategy.optimizers:
-        optimizer.step()  # without gradients nothing moves; a scheduler warns unless its optimizer has stepped
+        optimizer.step()  # changes nothing without gradients; a scheduler warns unless its optimizer has stepped
     return strategy
 
 
@@ -125,7 +124,7 @@ def replay_rates(
                 for scheduler in strategy.schedulers:
                     scheduler.step()
         strategy.end_epoch(epoch.metrics)
-        lr = {name: tuple(of_group) for name, of_group in points.items()}
+        lr = {name: tuple(group_points) for name, group_points in points.items()}
         replayed.append(dataclasses.replace(epoch, lr=lr))
     return tuple(replayed)
 
@@ -135,15 +134,15 @@ def build_optimizers(
     parameters: Mapping[str, Sequence[tuple[str, Tensor]]],
     hidden_matrices: frozenset[str] = frozenset(),
 ) -> list[torch.optim.Optimizer]:
-    """Build the config's optimizer, one torch parameter group per group that is not frozen.
+    """Build the config's optimizer, with one torch parameter group per group that is not frozen.
 
     Each torch group carries its name under the key `group`. Muon is two optimizers: Muon for `hidden_matrices`, and
     AdamW for the rest.
     """
     if not isinstance(config.optimizer, Muon):
         return [_build_optimizer(config.optimizer, _torch_groups(config, parameters))]
-    hidden = {group: [p for p in some if p[0] in hidden_matrices] for group, some in parameters.items()}
-    rest = {group: [p for p in some if p[0] not in hidden_matrices] for group, some in parameters.items()}
+    hidden = {group: [p for p in pairs if p[0] in hidden_matrices] for group, pairs in parameters.items()}
+    rest = {group: [p for p in pairs if p[0] not in hidden_matrices] for group, pairs in parameters.items()}
     parts = ((config.optimizer, _torch_groups(config, hidden)), (config.optimizer.adamw(), _torch_groups(config, rest)))
     return [_build_optimizer(optimizer, groups) for optimizer, groups in parts if groups]
 
@@ -151,9 +150,9 @@ def build_optimizers(
 def build_scheduler(
     config: TrialConfig, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int, directions: Mapping[str, str]
 ) -> lr_scheduler.LRScheduler:
-    """Build the config's scheduler over an optimizer, behind its warm-up if it has one.
+    """Build the config's scheduler over an optimizer, after a warm-up if the schedule has one.
 
-    Counts are in the schedule's `interval`.
+    Counts are in the schedule's `interval`, epochs or steps.
     """
     schedule = config.scheduler
     total = config.epochs * (steps_per_epoch if schedule.interval == "step" else 1)
@@ -168,9 +167,9 @@ def build_scheduler(
 
 
 def hidden_matrices(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that Muon takes: matrices, but no embedding and not the output layer's.
+    """Return the names of the parameters that Muon updates: matrices, except embeddings and the output layer.
 
-    The output layer is taken to be the last matrix in order of registration.
+    The output layer is assumed to be the last matrix in order of registration.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices = [name for name, p in model.named_parameters() if p.ndim == 2 and id(p) not in embeddings]
@@ -195,6 +194,6 @@ def _build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torc
 
 
 def _find(name: str, module: ModuleType) -> Any:
-    """Return a class of a module by name, or a class or function from elsewhere by its dotted path."""
+    """Return a class of a module by its name, or any class or function by its dotted path."""
     path, _, name = name.rpartition(".")
     return getattr(importlib.import_module(path) if path else module, name)

@@ -1,8 +1,8 @@
-"""Where each trial trains in an epoch: a pure function, recomputed before every epoch.
+"""Placement: a pure function, recomputed before every epoch, decides where each trial trains.
 
-On one kind of machine a trial's metrics are decided, to the bit, by its config and its placement: plain or a row, the
-number of rows of its matrix, its place there, and the number of threads. What the other rows hold does not matter. So
-a search that is resumed, and a trial that is trained again, repeat every metric if they repeat the placement.
+On one kind of machine, config and placement decide a trial's metrics to the bit. A placement is plain or row, the
+number of rows of the matrix, the trial's place in the matrix, and the number of threads; the values of other rows do
+not matter. Therefore a resumed search and a replayed trial repeat every metric if they repeat the placement.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pipeline.training.rows.update_rules import has_rule
 
 @dataclass(frozen=True)
 class Shard:
-    """Trials that train together."""
+    """Trials that one trainer trains."""
 
     numbers: tuple[int, ...]
-    """The rows of one matrix, in order; or one plain trial."""
+    """Trial numbers: the rows of one matrix, in order, or one plain trial."""
     plain: bool
 
 
 def place(configs: Mapping[int, TrialConfig], rules: PlacementRules) -> list[Shard]:
     """Divide the running trials of a group into matrices and plain trials.
 
-    Trials that freeze the same groups share matrices: as many as there are processes, or more where the row limit asks
-    for it, as equal as can be. Within them, rows are in `row_order`.
+    Trials that freeze the same groups share matrices: one per process, or more if the row limit requires. Matrices
+    differ by at most one row; their rows are in `row_order`.
     """
     by_frozen: dict[str, list[int]] = {}
     plain = []
@@ -46,7 +46,7 @@ def place(configs: Mapping[int, TrialConfig], rules: PlacementRules) -> list[Sha
 
 
 def why_plain(config: TrialConfig, rules: PlacementRules) -> str | None:
-    """Return why a trial trains plain; None if it is a row."""
+    """Return why a trial trains plain; None if the trial is a row."""
     if not has_rule(type(config.optimizer)):
         return f"{config.optimizer.name} has no update rule for rows"
     return rules.plain_because[frozen_groups(config)]
@@ -61,7 +61,7 @@ def describe(shards: Sequence[Shard]) -> str:
 
 
 def split(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Yield parts of at most `size` numbers, as equal as can be."""
+    """Yield parts of at most `size` numbers; the sizes of the parts differ by at most one."""
     count = -(-len(numbers) // size)
     for index in range(count):
         yield numbers[index * len(numbers) // count : (index + 1) * len(numbers) // count]

@@ -24,18 +24,18 @@ from pipeline.workloads.workload import Workload
 
 
 class PlainTrials:
-    """A group of plain trials that advance epoch by epoch together; see `TrialGroup` for the contract.
+    """A group of plain trials; see `TrialGroup` for the contract.
 
     Args:
-        configs: Trial number to what it trains.
-        workload: Data, model, loss and metrics of all of them; its data are on the device.
-        device: Where data and models live.
-        dtype: Of parameters and floating-point data.
-        seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
+        configs: Trial number to config.
+        workload: Data, model, loss and metrics; the data are on the device.
+        device: Device of the data and the models.
+        dtype: Type of parameters and floating-point data.
+        seeded: Whether to seed random numbers before each step; False only if the model draws none.
     """
 
     plain = True
-    """Whether its trials train by themselves."""
+    """Whether each trial trains by itself."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class PlainTrials:
         self._failed: dict[int, EpochMetrics] = {}
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
-        """Train every trial for one epoch and evaluate it; a diverged or failed trial has left the group."""
+        """Train every trial for one epoch and evaluate it; a diverged or failed trial leaves the group."""
         return train_epoch_of(self)
 
     def training_batches(self) -> Batches:
-        """Yield the batches of the epoch that comes next; see `Stepwise` for this and what follows."""
+        """Yield the training batches of the next epoch; see `Stepwise`."""
         return training_batches(self._workload, self._config, epoch=self._epoch, device=self._device, dtype=self._dtype)
 
     def evaluation_batches(self, name: str) -> Batches:
@@ -70,20 +70,21 @@ class PlainTrials:
         return evaluation_batches(self._workload, name, self._config, dtype=self._dtype)
 
     def begin_epoch(self) -> None:
-        """Make ready for the batches of an epoch."""
+        """Begin an epoch of every trial."""
         self._failed = {}
         self._each(PlainTrial.begin_epoch)
 
     def train_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Update every trial on one batch."""
-        self._each(lambda trial: trial.train_step(inputs.clone(), targets.clone()))  # a model may change them in place
+        # Clones, since a model may change a batch in place.
+        self._each(lambda trial: trial.train_step(inputs.clone(), targets.clone()))
 
     def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Evaluate every trial on one batch."""
         self._each(lambda trial: trial.evaluate_step(inputs, targets))
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
-        """Return what the epoch came to."""
+        """Return the metrics of the epoch; a diverged trial leaves the group."""
         self._epoch += 1
         results: dict[int, EpochMetrics] = {}
         self._each(lambda trial: trial.end_epoch(), results)
@@ -92,7 +93,7 @@ class PlainTrials:
         return dict(sorted((results | self._failed).items()))
 
     def _each(self, function: Callable[[PlainTrial], Any], results: dict[int, Any] | None = None) -> None:
-        """Call a function of every trial; one that raises has failed, whatever a person's model raises."""
+        """Call a function of every trial; a trial that raises anything has failed and leaves the group."""
         for number, trial in list(self._trials.items()):
             try:
                 value = function(trial)
@@ -128,7 +129,7 @@ class PlainTrials:
         return {str(number): trial.state_dict() for number, trial in self._trials.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; trials that it does not hold were dropped."""
+        """Continue from a state, and drop the trials that are not in the state."""
         for number in [number for number in self._trials if str(number) not in state]:
             self.drop(number)
         for number, trial in self._trials.items():
@@ -137,7 +138,7 @@ class PlainTrials:
 
 
 class PlainTrial:
-    """One trial; its steps read as a person would write them."""
+    """One trial, trained by a plain PyTorch loop."""
 
     def __init__(
         self, config: TrialConfig, workload: Workload, *, device: torch.device, dtype: torch.dtype, seeded: bool
@@ -172,7 +173,7 @@ class PlainTrial:
         self.pooling = Pooling(device, channels_last=config.channels_last)
 
     def begin_epoch(self) -> None:
-        """Make ready for the batches of an epoch."""
+        """Begin an epoch: clear the record."""
         self.record = Record()
         self.model.train()
 
@@ -193,7 +194,7 @@ class PlainTrial:
 
     @torch.no_grad()
     def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
-        """Note the model's outputs for one batch of a split."""
+        """Record the model's outputs for one batch of a split."""
         record = self.record
         self.model.eval()
         with (
@@ -205,7 +206,7 @@ class PlainTrial:
         record.targets.append(targets)
 
     def end_epoch(self) -> EpochMetrics:
-        """Return what the epoch came to, and move a schedule that moves every epoch."""
+        """Return the epoch's metrics, and step a schedule that moves every epoch."""
         record = self.record
         first = self.step + 1
         self.step += len(record.sizes)
@@ -216,7 +217,7 @@ class PlainTrial:
         if diverged is None:
             self.strategy.end_epoch(metrics)
         points = {name: [(first + n, r[name]) for n, r in enumerate(record.rates)] for name in record.rates[0]}
-        lr = {name: tuple(some if self.strategy.per_step else some[-1:]) for name, some in points.items()}
+        lr = {name: tuple(rates if self.strategy.per_step else rates[-1:]) for name, rates in points.items()}
         self.record = Record()
         placement = Placement(trainer="plain", threads=torch.get_num_threads())
         return EpochMetrics(
@@ -225,17 +226,17 @@ class PlainTrial:
 
     @torch.no_grad()
     def evaluated(self, name: str) -> dict[str, float]:
-        """Return the loss and every metric of what was noted of a split, named after it."""
+        """Return the loss and every metric on the recorded outputs of a split, named after the split."""
         outputs, targets = torch.cat(self.record.outputs), torch.cat(self.record.targets)
         outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
         values = {f"{name}/loss": float(self.workload.loss(outputs, targets))}
-        finite = bool(torch.isfinite(outputs).all())  # a metric may raise on what a diverged model puts out
+        finite = bool(torch.isfinite(outputs).all())  # a metric may raise on the outputs of a diverged model
         for metric, measure in self.workload.metrics.items():
             values[f"{name}/{metric}"] = float(measure.function(outputs, targets)) if finite else math.nan
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next epoch depends on."""
+        """Return everything that the next epoch depends on."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -244,45 +245,45 @@ class PlainTrial:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that a trial of the same config returned."""
+        """Continue from a state that a trial of the same config returned."""
         self.epoch, self.step = state["epoch"], state["step"]
-        here = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
-        check_shapes(here, state["model"])
-        for name, value in here.items():
-            value.data.copy_(state["model"][name])  # also the buffers that `load_state_dict` leaves out
+        tensors = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        check_shapes(tensors, state["model"])
+        for name, value in tensors.items():
+            value.data.copy_(state["model"][name])  # unlike `load_state_dict`, also into non-persistent buffers
         self.strategy.load_state_dict(state["strategy"])
 
 
 @dataclass
 class Record:
-    """What an epoch has come to so far."""
+    """Values recorded in an epoch so far."""
 
     losses: list[Tensor] = field(default_factory=list)
-    """Of each step: scalars, or (row,)."""
+    """Loss of each step: a scalar, or (row,)."""
     sizes: list[int] = field(default_factory=list)
     """Samples of each step."""
     rates: list[dict[str, float]] = field(default_factory=list)
-    """Learning rates of each step by group."""
+    """Group name to learning rate of each step."""
     outputs: list[Tensor] = field(default_factory=list)
-    """Of each batch of an evaluation: (sample, …), or (row, sample, …)."""
+    """Outputs for each evaluated batch: (sample, …), or (row, sample, …)."""
     targets: list[Tensor] = field(default_factory=list)
 
 
-def check_shapes(here: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Compare the names and shapes of a model's tensors with those of a state.
+def check_shapes(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of a model's tensors with the names and shapes in a state.
 
     Raises:
-        ValueError: They differ.
+        ValueError: A name or a shape differs.
     """
-    ours, theirs = ({name: tuple(value.shape) for name, value in some.items()} for some in (here, saved))
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(f"{name} is {ours.get(name, 'absent')} here and was {theirs.get(name, 'absent')}")
+    now, before = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (present, saved))
+    for name in [*now, *before]:
+        if now.get(name) != before.get(name):
+            raise ValueError(f"{name} is {now.get(name, 'absent')} here and was {before.get(name, 'absent')}")
 
 
 @contextlib.contextmanager
 def seeded_step(seeded: bool, device: torch.device, seed: int, *purpose: str | int) -> Iterator[None]:
-    """Seed torch's global random states for a step, and leave them as they were; do nothing unless `seeded`."""
+    """Seed torch's global random states for a step, and restore them afterwards; do nothing unless `seeded`."""
     if not seeded:
         yield
         return
@@ -297,17 +298,17 @@ def autocast(config: TrialConfig, device: torch.device) -> contextlib.AbstractCo
 
 
 def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context that leaves torch's global random states as they were, the CPU's and the device's."""
+    """Return a context that restores torch's global random states, of the CPU and of the device."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def mean_loss(losses: list[float], sizes: list[int]) -> float:
-    """Return the mean over an epoch's samples of the losses of its steps."""
+    """Return the mean of an epoch's losses, weighted by the number of samples of each step."""
     return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
 def why_diverged(losses: list[float], metrics: Mapping[str, float], *, first_step: int, epoch: int) -> str | None:
-    """Say where a trial's numbers stopped being finite, or None while they are."""
+    """Return where a trial's numbers stopped being finite; None if all are finite."""
     for step, loss in enumerate(losses, start=first_step):
         if not math.isfinite(loss):
             return f"the loss became {loss} at step {step}, in epoch {epoch}"

@@ -1,4 +1,4 @@
-"""How numbers are computed while trials train: PyTorch's global settings, set as a config asks and put back after."""
+"""PyTorch's global settings of arithmetic: set as a config asks while trials train, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pipeline.space.config import TrialConfig
 
 _CUDNN: Any = torch.backends.cudnn
 PRODUCTS: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn)
-"""What a CUDA device may compute from rounded factors; https://docs.pytorch.org/docs/stable/notes/cuda.html.
-PyTorch's own default rounds those of convolutions."""
+"""Operations that a CUDA device may compute from rounded factors, https://docs.pytorch.org/docs/stable/notes/cuda.html;
+by default PyTorch rounds the factors of convolutions."""
 
 
 @contextlib.contextmanager
 def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) -> Iterator[None]:
-    """Set PyTorch's global settings as a config asks, and put them back.
+    """Set PyTorch's global settings as a config asks, and restore them afterwards.
 
     bfloat16 is no global setting; see `pipeline.training.plain.autocast`.
 
     Args:
-        config: Says precision and whether only deterministic algorithms are used.
+        config: Gives the precision, and whether only deterministic algorithms are used.
         device: Where trials train.
-        threads: On a CPU, number of threads. A sum that several threads share is rounded by their number.
+        threads: Number of threads on a CPU; the rounding of a sum depends on it.
     """
     threads_before = torch.get_num_threads()
     products = [product.fp32_precision for product in PRODUCTS]
@@ -38,7 +38,7 @@ def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) ->
         if device.type == "cuda":
             _set_products(["tf32" if config.precision == "tf32" else "ieee"] * len(PRODUCTS))
         if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by cuBLAS, which reads it once
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         yield
@@ -49,12 +49,12 @@ def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) ->
         torch.backends.cudnn.benchmark = benchmark
 
 
-def in_force(device: torch.device) -> dict[str, Any]:
-    """Return the settings that numbers depend on now."""
+def current_settings(device: torch.device) -> dict[str, Any]:
+    """Return PyTorch's present global settings that results depend on."""
     if device.type == "cpu":
         return {"threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled()}
-    of_cuda = {"fp32_precision": PRODUCTS[0].fp32_precision} if device.type == "cuda" else {}
-    return {**of_cuda, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    cuda_settings = {"fp32_precision": PRODUCTS[0].fp32_precision} if device.type == "cuda" else {}
+    return {**cuda_settings, "deterministic": torch.are_deterministic_algorithms_enabled()}
 
 
 def _set_products(precisions: list[str]) -> None:

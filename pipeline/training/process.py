@@ -1,9 +1,9 @@
-"""A process that trains trials on a core of its own, for a CPU: a fork on this machine.
+"""A training process: a fork on this machine that trains trials on a CPU core of its own.
 
 Threads would wait for each other: PyTorch needs the interpreter's lock between any two operations, and two threads with
-half of the rows each took as long as one with all of them. A fork has the workload, the model's code and all settings
-of its parent, and takes hundredths of a second to start. The process ends with its parent, however the parent ends; if
-the process is stopped at that moment, it ends as soon as it continues.
+half of the rows each took as long as one with all of them. A fork inherits the workload, the model's code and all
+settings, and starts in hundredths of a second. The process ends when its parent ends, even by SIGKILL; a stopped
+process ends as soon as it continues.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
 
 Build = Callable[[Mapping[int, TrialConfig], bool], Any]
-"""Builds a trainer of trials: from their configs, and whether they train plain."""
+"""Builds a trainer from configs by trial number, and whether the trials train plain."""
 
 
 class ProcessDied(Exception):
-    """A training process was ended by something else; its trainers are lost."""
+    """A training process died; its trainers are lost."""
 
 
 def can_fork() -> bool:
-    """Say whether this process may be forked: autograd, if it has threads for another device, does not survive it."""
+    """Return whether this process may be forked: the autograd threads of an accelerator do not survive a fork."""
     return sys.platform == "linux" and not torch.accelerator.is_available()
 
 
@@ -52,19 +52,19 @@ class TrainingProcess:
     """A process that holds trainers and calls their methods, one call at a time.
 
     Args:
-        build: Builds a trainer; called in the process.
+        build: Builds a trainer; called in the training process.
     """
 
     def __init__(self, build: Build) -> None:
         self._connection, theirs = multiprocessing.Pipe()
         self._lock = threading.Lock()
         self._keys = 0
-        self._forgotten: collections.deque[int] = collections.deque()
-        self._why = "a process that trained trials has ended"
+        self._released: collections.deque[int] = collections.deque()
+        self._end_reason = "a process that trained trials has ended"
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # else the child writes it once more
+            stream.flush()  # else the child writes the buffer once more
         with warnings.catch_warnings(), signals_blocked():
-            # It warns of threads: a lock that one holds now stays held in the child, as in a DataLoader's children.
+            # `os.fork` warns of locks that other threads hold; forked workers of a DataLoader have the same risk.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
             if pid == 0:
@@ -74,12 +74,12 @@ class TrainingProcess:
         self._end = weakref.finalize(self, _end, self._connection, pid, os.getpid())
 
     def end(self) -> None:
-        """End the process, with all that it holds."""
+        """End the process, and with it its trainers."""
         self._end()
 
     @property
     def ended(self) -> bool:
-        """Whether the process was found to have ended."""
+        """Whether a call found that the process has ended, or `end` was called."""
         return not self._end.alive
 
     def build(self, configs: Mapping[int, TrialConfig], *, plain: bool) -> RemoteTrials:
@@ -87,25 +87,25 @@ class TrainingProcess:
         self._keys += 1
         trials = RemoteTrials(self, self._keys, plain=plain)
         trials.call("build", dict(configs), plain)
-        weakref.finalize(trials, self._forgotten.append, self._keys).atexit = False
+        weakref.finalize(trials, self._released.append, self._keys).atexit = False
         return trials
 
     def call(self, key: int, method: str, *arguments: Any) -> tuple[Any, dict[int, TrialConfig]]:
-        """Call a trainer's method; return its value and the configs of the trials that are left.
+        """Call a trainer's method; return its value and the configs of the remaining trials.
 
         Raises:
             ProcessDied: The process has ended.
         """
         with self._lock:
-            forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+            released = [self._released.popleft() for _ in range(len(self._released))]
             try:
-                self._connection.send_bytes(pickle.dumps((key, method, arguments, forgotten)))
+                self._connection.send_bytes(pickle.dumps((key, method, arguments, released)))
                 value, configs, error = pickle.loads(self._connection.recv_bytes())
             except (EOFError, OSError):
                 if status := self._end():
-                    self._why += f", killed by signal {-status}" if status < 0 else f", with status {status}"
-                raise ProcessDied(self._why) from None
-            except BaseException:  # the answer may come yet, and must not be the next question's
+                    self._end_reason += f", killed by signal {-status}" if status < 0 else f", with status {status}"
+                raise ProcessDied(self._end_reason) from None
+            except BaseException:  # the next call must not read this call's answer
                 self._end()
                 raise
         if error is not None:
@@ -123,7 +123,7 @@ class RemoteTrials:
         self._key = key
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the trainer there."""
+        """Call a method of the trainer in its process."""
         value, self.configs = self.process.call(self._key, method, *arguments)
         return value
 
@@ -152,27 +152,27 @@ class RemoteTrials:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; trials that it does not hold were dropped."""
+        """Continue from a state, and drop the trials that are not in the state."""
         self.call(
             "load_state_dict", {str(number): state[str(number)] for number in self.configs if str(number) in state}
         )
 
 
 def _serve(connection: Connection, build: Build) -> NoReturn:
-    """Answer the parent's calls until its end of the connection is closed."""
+    """Answer the parent's calls until the parent closes the connection."""
     status = 1
     try:
         for number in STOPS:  # the parent decides when to stop
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        gc.freeze()  # no object of the parent may be finalized here
+        gc.freeze()  # no object of the parent may be finalized in the child
         _close_inherited(but=connection.fileno())
         threading.Thread(target=_end_with_parent, args=(connection.fileno(),), daemon=True).start()
         trainers: dict[int, Any] = {}
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                key, method, arguments, forgotten = pickle.loads(connection.recv_bytes())
-                for old in forgotten:
+                key, method, arguments, released = pickle.loads(connection.recv_bytes())
+                for old in released:
                     trainers.pop(old, None)
                 answer = _answer(trainers, key, method, arguments, build)
                 sys.stdout.flush()
@@ -185,7 +185,7 @@ def _serve(connection: Connection, build: Build) -> NoReturn:
 
 
 def _answer(trainers: dict[int, Any], key: int, method: str, arguments: tuple[Any, ...], build: Build) -> bytes:
-    """Return a value, the configs of the trials that are left, and what was raised in place of a value; pickled."""
+    """Return, pickled, a value, the configs of the remaining trials, and the exception raised in place of a value."""
     try:
         if method == "build":
             trainers[key] = build(*arguments)
@@ -197,7 +197,7 @@ def _answer(trainers: dict[int, Any], key: int, method: str, arguments: tuple[An
 
 
 def _portable(error: Exception) -> Exception:
-    """Return an exception that another process can read, of the same name and text."""
+    """Return an exception of the same name and text that can be unpickled in another process."""
     with contextlib.suppress(Exception):
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
@@ -213,7 +213,7 @@ def _portable(error: Exception) -> Exception:
 def _close_inherited(*, but: int) -> None:
     """Close inherited sockets, pipes and the study lock: while a child holds them, the parent seems alive."""
     for descriptor in [int(link.name) for link in Path("/proc/self/fd").iterdir()]:
-        with contextlib.suppress(OSError):  # the list's own
+        with contextlib.suppress(OSError):  # the descriptor of `/proc/self/fd` itself, closed by now
             mode = os.fstat(descriptor).st_mode
             is_lock = Path(f"/proc/self/fd/{descriptor}").readlink().name == LOCK
             if descriptor > 2 and descriptor != but and (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode) or is_lock):
@@ -221,7 +221,7 @@ def _close_inherited(*, but: int) -> None:
 
 
 def _end_with_parent(descriptor: int) -> None:
-    """End as soon as the other side of a connection is closed, in the middle of an epoch too."""
+    """End the process as soon as the parent's side of the connection is closed, even in mid-epoch."""
     hung_up = select.poll()
     hung_up.register(descriptor, select.POLLRDHUP)
     hung_up.poll()
@@ -230,11 +230,11 @@ def _end_with_parent(descriptor: int) -> None:
 
 def _end(connection: Connection, pid: int, parent: int) -> int | None:
     """Close the connection, kill the process, and return its exit status as `subprocess` would."""
-    if os.getpid() != parent:  # in another child, which inherits this finalizer
+    if os.getpid() != parent:  # another child inherits this finalizer
         return None
     connection.close()
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)  # it has nothing to save, and may be stopped
+        os.kill(pid, signal.SIGKILL)  # nothing to save; SIGKILL also ends a stopped process
     with contextlib.suppress(ChildProcessError):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return None

@@ -1,4 +1,4 @@
-"""One trial, trained again in the places that it had in a search, among copies of itself."""
+"""Replay: train one trial again among copies of itself, with the placement that it had in a search."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Trainer = FusedTrials | PlainTrials
 class ReplayedTrial:
     """A group of one trial; see `TrialGroup` for the contract.
 
-    What other rows of its matrix held does not matter, so copies of the trial stand there.
+    The other rows of the matrix are copies of the trial, since their values do not affect the trial's row.
 
     Args:
         number: Number of the trial.
         config: Config of the trial.
-        placements: Placement in each epoch; the last also holds for later epochs.
+        placements: Placement in each epoch; later epochs repeat the last.
         device: Where the trial trains.
-        build: Builds a trainer from configs by number, and whether they train plain.
+        build: Builds a trainer from configs by number, and whether the trials train plain.
     """
 
     def __init__(
@@ -45,64 +45,66 @@ class ReplayedTrial:
         self._device = device
         self._build = build
         self._trainer: Trainer | None = None
-        self._trained = placements[0]
+        self._built_for = placements[0]
+        """Placement of the trainer."""
         self._epoch = 0
-        self._left = False
+        self._dropped = False
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
         """Train the trial for one epoch and evaluate it."""
-        if self._left:
+        if self._dropped:
             return {}
         with precision(self._config, self._device, threads=self._placement.threads):
-            metrics = self._placed().train_epoch()[self._place]
+            metrics = self._placed_trainer().train_epoch()[self._row]
         self._epoch += 1
-        self._left = not metrics.finished
+        self._dropped = not metrics.finished
         return {self._number: metrics}
 
     def drop(self, number: int) -> None:
         """Stop training the trial."""
-        self._left = True
+        self._dropped = True
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return the trial's `test/…` metrics."""
-        if self._left:
+        if self._dropped:
             return {}
         with precision(self._config, self._device, threads=self._placement.threads):
-            return {self._number: self._placed().test()[self._place]}
+            return {self._number: self._placed_trainer().test()[self._row]}
 
     def model_state(self, number: int) -> dict[str, Any]:
         """Return the trial's parameters and buffers by name, on the CPU."""
-        return self._placed().model_state(self._place)
+        return self._placed_trainer().model_state(self._row)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the trial."""
-        if self._left:
+        if self._dropped:
             return {"epochs": self._epoch, "trials": {}}
-        return {"epochs": self._epoch, "trials": {str(self._number): self._placed().state_dict()[str(self._place)]}}
+        state = self._placed_trainer().state_dict()[str(self._row)]
+        return {"epochs": self._epoch, "trials": {str(self._number): state}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the trial."""
+        """Continue from a state of the trial."""
         self._epoch = state["epochs"]
-        self._trainer = self._of_copies(state["trials"][str(self._number)])
+        self._trainer = self._build_copies(state["trials"][str(self._number)])
 
     @property
     def _placement(self) -> Placement:
         return self._placements[min(self._epoch, len(self._placements) - 1)]
 
     @property
-    def _place(self) -> int:
+    def _row(self) -> int:
         return self._placement.place or 0
 
-    def _placed(self) -> Trainer:
-        """Return the trainer of the next epoch: the last epoch's, or another one that goes on from its state."""
+    def _placed_trainer(self) -> Trainer:
+        """Return the trainer of the next epoch, rebuilt from the trial's state if the placement has changed."""
         if self._trainer is None:
-            self._trainer = self._of_copies(None)
-        elif self._trained != self._placement or len(self._trainer.configs) != (self._placement.rows or 1):
-            self._trainer = self._of_copies(self._trainer.state_dict()[str(self._trained.place or 0)])
+            self._trainer = self._build_copies(None)
+        elif self._built_for != self._placement or len(self._trainer.configs) != (self._placement.rows or 1):
+            self._trainer = self._build_copies(self._trainer.state_dict()[str(self._built_for.place or 0)])
         return self._trainer
 
-    def _of_copies(self, state: Mapping[str, Any] | None) -> Trainer:
-        self._trained = self._placement
+    def _build_copies(self, state: Mapping[str, Any] | None) -> Trainer:
+        self._built_for = self._placement
         rows = self._placement.rows
         trainer = self._build(dict.fromkeys(range(rows or 1), self._config), rows is None)
         if state is not None:

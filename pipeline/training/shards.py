@@ -26,7 +26,7 @@ Answer = TypeVar("Answer")
 
 
 class ShardedTrials:
-    """A group of trials, placed anew before each epoch; see `TrialGroup` for the contract.
+    """A group of trials, placed before each epoch; see `TrialGroup` for the contract.
 
     Args:
         executor: Places shards, builds and trains them.
@@ -39,9 +39,9 @@ class ShardedTrials:
         self._died_at: set[int] = set()
         """Epochs in which a process has died."""
         self._suspects: dict[int, list[tuple[int, ...]]] = {}
-        """Epoch to the rows of matrices that raised in it; to be found is which of them raise alone."""
+        """Epoch to the trials of each matrix that raised in the epoch, until `_find_raising` has found the cause."""
         self._lost: str | None = None
-        """Why the group must be loaded from a state, if it must."""
+        """Why the group must be loaded from a state; None if it need not be."""
         self.configs = dict(configs)
         """Configs of the running trials."""
         self._epoch = 0
@@ -53,7 +53,7 @@ class ShardedTrials:
         """Train every trial for one epoch; a trial that raises, alone or in a matrix, has failed.
 
         Raises:
-            GroupLost: Memory ran out, a process died, or a matrix raised. After `load_state_dict` the group goes on:
+            GroupLost: Memory ran out, a process died, or a matrix raised. After `load_state_dict` the group continues
                 with fewer rows in a matrix, in a new process, or without the trials that raise.
         """
         failed = self._call(self._find_raising) if self._epoch in self._suspects else {}
@@ -68,7 +68,7 @@ class ShardedTrials:
             else:
                 failed |= {number: self._failed(outcome) for number in trainer.configs}
         if lost:
-            raise self._lose(lost)
+            raise self._group_lost(lost)
         self._trainers = [trainer for trainer in self._trainers if trainer.configs.keys() - failed.keys()]
         self._epoch += 1
         results |= failed
@@ -76,14 +76,14 @@ class ShardedTrials:
         return dict(sorted(results.items()))
 
     def drop(self, number: int) -> None:
-        """Stop training a trial, if it still trains: it leaves its matrix before the next epoch."""
+        """Stop training a trial; a running trial leaves its matrix before the next epoch."""
         self.configs.pop(number, None)
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
         self._call(self._arrange)
         with self._executor.precision():
-            return self._call(lambda: {n: of for trainer in self._trainers for n, of in trainer.test().items()})
+            return self._call(lambda: {n: values for trainer in self._trainers for n, values in trainer.test().items()})
 
     def model_state(self, number: int) -> dict[str, Any]:
         """Return a trial's parameters and buffers by name, on the CPU."""
@@ -93,13 +93,13 @@ class ShardedTrials:
         return self._call(lambda: trainer.model_state(number))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every trial; their placement is no part of it."""
+        """Return the state of every trial, without the placement."""
         self._call(self._arrange)
-        trials = self._call(lambda: {n: of for trainer in self._trainers for n, of in trainer.state_dict().items()})
+        trials = self._call(lambda: _states_of(self._trainers))
         return {"epochs": self._epoch, "trials": trials}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; without one, from the beginning. Trials that the state does not hold are dropped."""
+        """Continue from a state, and drop the trials that are not in the state; an empty state is the beginning."""
         states = state.get("trials")
         configs = self._all if states is None else {n: c for n, c in self._all.items() if str(n) in states}
         self._begin(configs, epoch=state.get("epochs", 0), states=states or {})
@@ -110,7 +110,7 @@ class ShardedTrials:
         self._lost = None
 
     def _arrange(self) -> None:
-        """Place the running trials, and rebuild from their states those whose shard has changed."""
+        """Place the running trials, and rebuild the trainer of each shard that has changed from its trials' states."""
         for trainer in self._trainers:
             for number in [number for number in trainer.configs if number not in self.configs]:
                 trainer.drop(number)
@@ -134,7 +134,7 @@ class ShardedTrials:
                 return
 
     def _build(self, shard: Shard, process: int) -> ShardTrainer:
-        """Build the trainer of a shard, and load its trials' states."""
+        """Build the trainer of a shard, and load the states of its trials."""
         configs = {number: self.configs[number] for number in shard.numbers}
         trainer = self._executor.build_shard(configs, plain=shard.plain, process=process)
         if self._states:
@@ -142,14 +142,14 @@ class ShardedTrials:
         return trainer
 
     def _take_states(self, *, but: Collection[Shard]) -> None:
-        """Take the states of trials out of their trainers, and let go of the trainers, except of some shards."""
+        """Keep the states of the trials, and release their trainers; trainers of some shards stay."""
         leaving = [trainer for trainer in self._trainers if _shard(trainer) not in but]
         if self._epoch > 0:
-            self._states = {**self._states, **{n: of for trainer in leaving for n, of in trainer.state_dict().items()}}
+            self._states = {**self._states, **_states_of(leaving)}
         self._trainers = [trainer for trainer in self._trainers if _shard(trainer) in but]
 
-    def _lose(self, lost: Sequence[tuple[ShardTrainer, Exception]]) -> GroupLost:
-        """Note why trainers were lost, and what to do about it before the epoch is trained again."""
+    def _group_lost(self, lost: Sequence[tuple[ShardTrainer, Exception]]) -> GroupLost:
+        """Return the error for trainers that raised, and prepare for training the epoch again."""
         rows = max(len(trainer.configs) for trainer, _ in lost)
         error = next((e for _, e in lost if isinstance(e, torch.OutOfMemoryError)), lost[0][1])
         if isinstance(error, torch.OutOfMemoryError):
@@ -165,9 +165,9 @@ class ShardedTrials:
         return GroupLost(f"{type(error).__name__}: {error}; finding which trial raises it", repeats=True)
 
     def _find_raising(self) -> dict[int, EpochMetrics]:
-        """Train halves of what raised, and halves of these, until each trial that raises is alone; these have failed.
+        """Find by repeated halving which trials of the suspects raise alone; return each as failed.
 
-        If no trial raises alone, fewer are the rows of a matrix from now on.
+        If no trial raises alone, lower the row limit.
         """
         self._arrange()
         self._take_states(but=())
@@ -177,7 +177,7 @@ class ShardedTrials:
         while waiting:
             numbers = waiting.pop()
             plain = self._executor.why_plain(self.configs[numbers[0]]) is not None
-            last = self._executor.start_processes(len(self._all)) - 1  # this process would die of what kills a process
+            last = self._executor.start_processes(len(self._all)) - 1  # a suspect may kill the process that trains it
             trainer = self._build(Shard(tuple(numbers), plain=plain), last)
             (outcome,) = self._executor.train([trainer])
             if isinstance(outcome, dict):
@@ -196,10 +196,10 @@ class ShardedTrials:
         return EpochMetrics(epoch=self._epoch, step=0, metrics={}, lr={}, failed=text)
 
     def _call(self, function: Callable[[], Answer]) -> Answer:
-        """Call a function that asks trainers.
+        """Call a function that uses trainers.
 
         Raises:
-            GroupLost: The process of one has died, now or in an earlier call.
+            GroupLost: A training process has died, now or in an earlier call.
         """
         try:
             if self._lost is None:
@@ -209,19 +209,23 @@ class ShardedTrials:
         raise GroupLost(str(self._lost), repeats=True)
 
 
+def _states_of(trainers: Sequence[ShardTrainer]) -> dict[str, Any]:
+    return {number: state for trainer in trainers for number, state in trainer.state_dict().items()}
+
+
 def _shard(trainer: ShardTrainer) -> Shard:
     return Shard(tuple(trainer.configs), plain=trainer.plain)
 
 
 def _assign(shards: Sequence[Shard], present: Mapping[Shard, int], processes: int) -> dict[Shard, int]:
-    """Assign each shard to a process: where it is, unless another assignment takes work from the fullest process."""
-    stay, fullest = _greedy(shards, {shard: present[shard] for shard in shards if shard in present}, processes)
-    anew, least = _greedy(shards, {}, processes)
-    return stay if fullest <= least else anew
+    """Assign each shard to a process: to its present process, unless that leaves the fullest process more trials."""
+    staying, load = _greedy(shards, {shard: present[shard] for shard in shards if shard in present}, processes)
+    moving, least_load = _greedy(shards, {}, processes)
+    return staying if load <= least_load else moving
 
 
 def _greedy(shards: Sequence[Shard], fixed: Mapping[Shard, int], processes: int) -> tuple[dict[Shard, int], int]:
-    """Assign the largest shard first, each to the emptiest process; return also the trials of the fullest process."""
+    """Assign the largest shard first, each to the emptiest process; also return the trials of the fullest process."""
     loads = [0] * processes
     for shard, process in fixed.items():
         loads[process] += len(shard.numbers)

@@ -12,22 +12,22 @@ from pipeline.training.pooling import Pooling
 
 Function = Callable[[Callable[[Tensor], Tensor]], Tensor]
 """Computes something of a model."""
-_Place = tuple[dict[str, Tensor | None], str, str]
-"""A module's parameters or buffers, a tensor's name there, and the tensor's name in the model."""
+_Slot = tuple[dict[str, Tensor | None], str, str]
+"""A module's dict of parameters or buffers, the key of a tensor in the dict, and the tensor's name in the model."""
 
 
 class RowModel:
     """Computes a function of a model for each row; all rows draw the same random numbers.
 
     Args:
-        model: Its parameters and buffers are replaced by those of rows while it computes.
-        names: Parameters and buffers that each row has for itself; the others are shared.
+        model: Computes with the tensors of rows in place of its own parameters and buffers.
+        names: Parameters and buffers that differ between rows; rows share the others.
         pooling: Context of forward passes.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], pooling: Pooling) -> None:
         self._model = model
-        self._places = [place for place in _places(model) if place[2] in names]
+        self._slots = [slot for slot in _slots(model) if slot[2] in names]
         self._pooling = pooling
 
     def __call__(
@@ -36,54 +36,54 @@ class RowModel:
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
     ) -> Tensor:
-        """Return what a function makes of each row's model, (row, …).
+        """Return the value of a function of each row's model, (row, …).
 
         Args:
             function: Takes the model.
-            parameters: By name, (row, *shape).
-            buffers: By name, (row, *shape); changed as the model changes them.
+            parameters: Name to (row, *shape).
+            buffers: Name to (row, *shape); the model updates them in place.
         """
         rows = len(next(iter(parameters.values())))
-        if rows == 1:  # which `vmap` would only make slower
-            lone = {name: tensor.view(tensor.shape[1:]) for name, tensor in {**parameters, **buffers}.items()}
-            return self._computed(function, lone).unsqueeze(0)
+        if rows == 1:  # `vmap` would only be slower
+            tensors = {name: tensor.view(tensor.shape[1:]) for name, tensor in {**parameters, **buffers}.items()}
+            return self._compute(function, tensors).unsqueeze(0)
 
         def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
-            return self._computed(function, {**parameters, **buffers})
+            return self._compute(function, {**parameters, **buffers})
 
         values: Tensor = vmap(one, randomness="same")(parameters, buffers)
         return values
 
-    def _computed(self, function: Function, tensors: Mapping[str, Tensor]) -> Tensor:
-        with _holding(self._places, tensors), self._pooling():
+    def _compute(self, function: Function, tensors: Mapping[str, Tensor]) -> Tensor:
+        with _replaced(self._slots, tensors), self._pooling():
             return function(self._model)
 
 
-def _places(model: nn.Module) -> list[_Place]:
-    """Return every place in which the modules of a model hold a parameter or buffer; some are held in several."""
+def _slots(model: nn.Module) -> list[_Slot]:
+    """Return every slot of a parameter or buffer in the modules of a model; a shared tensor has several."""
     names: dict[int, str] = {}
-    places = []
+    slots = []
     for prefix, module in model.named_modules():
         for held in (module._parameters, module._buffers):
-            for own, tensor in held.items():
+            for key, tensor in held.items():
                 if tensor is not None:
-                    name = names.setdefault(id(tensor), f"{prefix}.{own}" if prefix else own)
-                    places.append((held, own, name))
-    return places
+                    name = names.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
+                    slots.append((held, key, name))
+    return slots
 
 
 @contextlib.contextmanager
-def _holding(places: Sequence[_Place], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a model compute with other tensors than its own.
+def _replaced(slots: Sequence[_Slot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Replace the tensors of a model, and restore them afterwards.
 
-    `torch.func.functional_call` takes ten times longer, and leaves the tensors in a module that is registered under
-    two names.
+    `torch.func.functional_call` takes ten times longer, and does not restore the tensors of a module that is registered
+    under two names.
     """
-    kept = [(held, own, held[own]) for held, own, _ in places]
+    originals = [(held, key, held[key]) for held, key, _ in slots]
     try:
-        for held, own, name in places:
-            held[own] = tensors[name]
+        for held, key, name in slots:
+            held[key] = tensors[name]
         yield
     finally:
-        for held, own, tensor in kept:
-            held[own] = tensor
+        for held, key, tensor in originals:
+            held[key] = tensor

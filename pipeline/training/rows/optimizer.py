@@ -1,4 +1,4 @@
-"""The optimizers and schedulers of all rows of a matrix: real ones say the rates, rules make the updates."""
+"""The optimizers and schedulers of all rows of a matrix: torch objects give the rates, update rules move the rows."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from pipeline.training.optim import Strategy, over_placeholders
 from pipeline.training.rows.update_rules import RULES, Carry, Coefficients, Rule
 
 CLIP_EPS = 1e-6
-"""As in `torch.nn.utils.clip_grad_norm_`."""
+"""Added to a norm before dividing, as in `torch.nn.utils.clip_grad_norm_`."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The coefficients of a block's epoch, on the device; see `Coefficients`."""
+    """The coefficients of an epoch of a block, on the device; see `Coefficients`."""
 
     rate: Tensor
     """(step, group, row, 1)"""
     direction: Tensor
     """(step, coefficient, row, 1)"""
     l2: Tensor | None
-    """(step, group, row, 1), as is `shrink`."""
+    """(step, group, row, 1)"""
     shrink: Tensor | None
+    """(step, group, row, 1)"""
 
 
 @dataclass
@@ -44,14 +45,14 @@ class _Block:
 
 
 class MatrixOptimizer:
-    """Updates a matrix with one trial per row, each by its own optimizer and schedule.
+    """Updates a matrix with one trial per row; each trial has its own optimizer and schedule.
 
-    Rates, and momenta that a schedule moves, are read from a real `Strategy` per trial over placeholder parameters.
+    Rates and scheduled momenta come from one `Strategy` per trial over placeholder parameters.
 
     Args:
-        configs: Trial number to config, in the order of the rows, which is `row_order`'s.
-        groups: Name to columns of each group that is trained.
-        matrix: (row, parameter); says shape, dtype and device.
+        configs: Trial number to config, in the order of `row_order`.
+        groups: Name to columns of each trained group.
+        matrix: (row, parameter); gives shape, dtype and device.
         steps_per_epoch: Updates in one epoch.
         directions: Metric name to "minimize" or "maximize".
     """
@@ -80,10 +81,10 @@ class MatrixOptimizer:
         self._plans: list[_Plan] = []
 
     def plan_epoch(self) -> dict[int, dict[str, list[float]]]:
-        """Ask every trial's schedulers for a whole epoch, and turn the answers into coefficients.
+        """Read the rates of a whole epoch from every trial's schedulers, and compute the coefficients.
 
         Returns:
-            Trial number to group name to the rate of each step; a frozen group is not among them.
+            Trial number to group name to the rate of each step, without frozen groups.
         """
         steps = self._steps_per_epoch
         settings = {number: list(self._settings(strategy)) for number, strategy in self._strategies.items()}
@@ -99,7 +100,7 @@ class MatrixOptimizer:
             self._plans.append(self._to_plan(block.rule.coefficients(hyper, numbers, block.carry)))
         self._steps += steps
         return {
-            number: {name: [of[name]["lr"] for of in _each_step(row, steps)] for name in names}
+            number: {name: [values[name]["lr"] for values in _each_step(row, steps)] for name in names}
             for number, row in settings.items()
         }
 
@@ -110,13 +111,13 @@ class MatrixOptimizer:
         Args:
             matrix: (row, parameter)
             gradients: (row, parameter); overwritten.
-            step: Within the epoch that was planned, counted from 0.
+            step: Number of the step in the planned epoch, counted from 0.
         """
         groups = self._groups.values()
         if self._clips:
             norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
             factors = (self._norm_limits / (norms + CLIP_EPS)).clamp_(max=1.0)
-            # A norm may overflow, which must not make a NaN of a row that has no limit.
+            # Without a limit the factor is inf / norm, which is NaN if the norm overflows.
             gradients.mul_(factors.masked_fill_(self._norm_limits.isinf(), 1.0))
         for block, plan in zip(self._blocks, self._plans, strict=True):
             p, g = matrix[block.rows], gradients[block.rows]
@@ -131,15 +132,15 @@ class MatrixOptimizer:
                 p[:, columns].addcmul_(direction[:, columns], rate, value=-1)
 
     def end_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Move a trial's schedule, if it moves every epoch."""
+        """Step a trial's schedule if the schedule moves every epoch."""
         self._strategies[number].end_epoch(metrics)
 
     def moves_every_step(self, number: int) -> bool:
-        """Say whether a trial's schedule moves every step."""
+        """Return whether a trial's schedule moves every step."""
         return self._strategies[number].per_step
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in their order."""
+        """Keep only these rows, which are in ascending order."""
         members = list(self._strategies)
         self._strategies = {members[row]: self._strategies[members[row]] for row in rows}
         self._norm_limits = self._norm_limits[torch.tensor(list(rows), dtype=torch.long, device=self._device)]
@@ -156,36 +157,36 @@ class MatrixOptimizer:
 
     def row_states(self) -> dict[int, dict[str, Any]]:
         """Return the state of each trial's optimizer and scheduler."""
-        members, found = list(self._strategies), {}
+        members, row_states = list(self._strategies), {}
         for block in self._blocks:
             states = [state.cpu() for state in block.states]
             for row, number in enumerate(members[block.rows]):
-                found[number] = {
+                row_states[number] = {
                     "states": [state[row].clone() for state in states],
                     "carry": {name: values[row].clone() for name, values in block.carry.items()},
                     "strategy": self._strategies[number].state_dict(),
                 }
-        return found
+        return row_states
 
     def load_row_state(self, number: int, saved: Mapping[str, Any], *, steps: int) -> None:
-        """Go on from one trial's state, after `steps` updates; every trial of the matrix has made as many."""
+        """Continue from one trial's state after `steps` updates, the same number for every trial of the matrix."""
         block, row = self._locate(number)
         self._steps = steps
-        for state, its in zip(block.states, saved["states"], strict=True):
-            state[row] = its
+        for state, saved_row in zip(block.states, saved["states"], strict=True):
+            state[row] = saved_row
         rows = block.rows.stop - block.rows.start
-        for name, its in saved["carry"].items():
-            block.carry.setdefault(name, its.cpu().repeat(rows, 1))[row] = its
+        for name, saved_row in saved["carry"].items():
+            block.carry.setdefault(name, saved_row.cpu().repeat(rows, 1))[row] = saved_row
         self._strategies[number].load_state_dict(saved["strategy"])
 
     def _locate(self, number: int) -> tuple[_Block, int]:
-        """Return a trial's block and its row within it."""
+        """Return a trial's block, and the trial's row within the block."""
         row = list(self._strategies).index(number)
         block = next(block for block in self._blocks if block.rows.start <= row < block.rows.stop)
         return block, row - block.rows.start
 
     def _settings(self, strategy: Strategy) -> Iterator[dict[str, dict[str, float]]]:
-        """Yield group name to hyperparameters, for each step if the schedule moves every step, else once."""
+        """Yield group name to hyperparameters: for each step if the schedule moves every step, else once."""
         (optimizer,) = strategy.optimizers
         for _ in range(self._steps_per_epoch if strategy.per_step else 1):
             yield {group["group"]: _numbers(group, optimizer.defaults) for group in optimizer.param_groups}
@@ -199,22 +200,22 @@ class MatrixOptimizer:
             return on_host.to(self._device, non_blocking=True)
 
         rate, l2, shrink = coefficients.rate, coefficients.l2, coefficients.shrink
-        alike = [values[:, :, 0].expand(rate.shape[:2]) for values in coefficients.direction]
+        direction = [values[:, :, 0].expand(rate.shape[:2]) for values in coefficients.direction]  # equal in all groups
         return _Plan(
             rate=columns(rate),
-            direction=columns(torch.stack(alike, dim=-1) if alike else rate[:, :, :0]),
+            direction=columns(torch.stack(direction, dim=-1) if direction else rate[:, :, :0]),
             l2=columns(l2) if l2 is not None and bool(l2.any()) else None,
             shrink=columns(shrink) if shrink is not None and bool((shrink != 1).any()) else None,
         )
 
 
 def row_order(configs: Mapping[int, TrialConfig]) -> dict[int, TrialConfig]:
-    """Return trials in the order of rows: those of one optimizer beside each other, by number."""
+    """Return trials in the order of rows: by optimizer, then by number."""
     return dict(sorted(configs.items(), key=lambda item: (_block_key(item[1]), item[0])))
 
 
 def _block_key(config: TrialConfig) -> tuple[str, tuple[tuple[str, bool], ...]]:
-    """Return what rows of one block have in common: the optimizer and its boolean options."""
+    """Return the optimizer and its boolean options, which the rows of a block share."""
     options = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if isinstance(value, bool)}
     return type(config.optimizer).__name__, tuple(sorted(options.items()))
 
@@ -237,11 +238,11 @@ def _each_step(settings: list[dict[str, dict[str, float]]], steps: int) -> list[
 
 def _table(settings: Sequence[Mapping[str, Mapping[str, float]]], name: str, groups: Sequence[str]) -> Tensor:
     """Return one hyperparameter of one trial as (step, group), float64."""
-    return torch.tensor([[of_group[group][name] for group in groups] for of_group in settings], dtype=torch.float64)
+    return torch.tensor([[values[group][name] for group in groups] for values in settings], dtype=torch.float64)
 
 
 def _numbers(group: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, float]:
-    """Return the optimizer's own hyperparameters, `names`, of one of torch's parameter groups as numbers."""
+    """Return the hyperparameters `names` of a torch parameter group as floats."""
     values = {name: group[name] for name in names if isinstance(group[name], int | float)}
     if "betas" in names:
         values["beta1"], values["beta2"] = group["betas"]

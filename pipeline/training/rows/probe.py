@@ -1,4 +1,4 @@
-"""Whether a workload's trials can train as rows: tried, on a few samples, against the plain trainer."""
+"""The probe: find out whether trials of a workload can train as rows, by comparing both trainers on a few samples."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.data import first_samples, model_inputs, samples_of, to_device
 from pipeline.workloads.workload import Workload
 
-COPIES = 6
-"""Of the parameters that a trial holds while it trains: values, gradients, two states, and two on the way."""
+PARAMETER_COPIES = 6
+"""Copies of the parameters per training trial: value, gradient, two optimizer states, two temporaries."""
 SAMPLES, BATCH = 32, 16
-RATES = {0: 0.01, 1: 0.02}
-"""Trial number to base rate: rows that differ."""
+BASE_LRS = {0: 0.01, 1: 0.02}
+"""Trial number to `base_lr`: two rows that differ."""
 MAX_STEP_FLOPS = 64e6
-"""Of a trial's training step as a row on a CPU. What rows save is Python's work, half a millisecond or so per step;
-larger products are slower side by side than alone (benchmarks/NOTES.md)."""
+"""Largest training step of a trial that trains as a row on a CPU. Rows save the time of Python, about half a
+millisecond per step; larger products are slower in parallel than alone (benchmarks/NOTES.md)."""
 TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
-"""By precision: largest difference of a parameter, as a part of the parameters' largest change; likewise of a buffer
-and of a loss. What rounding to float32 leaves of two steps, also behind BatchNorm over few samples, is below a
-thousandth, to bfloat16 below a tenth, and a wrong step is off by all of it."""
+"""Precision to the largest difference of a parameter, as a fraction of the parameters' largest change; the same for
+buffers and losses. Over two steps, float32 rounding makes a difference below 0.001, also after BatchNorm over few
+samples; bfloat16 rounding below 0.1; a wrong step about 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What is known of a workload once it was tried."""
+    """The result of probing a workload."""
 
     plain_because: str | None = None
-    """Why its trials train plain; None if they are rows."""
+    """Why the trials train plain; None if the trials are rows."""
     draws_random_numbers: bool
-    """Whether its model or loss draws random numbers in training, as dropout does."""
+    """Whether the model or the loss draws random numbers in training, as dropout does."""
     trial_bytes: int
-    """Memory that a trial takes in a training step, roughly."""
+    """Approximate memory of a trial in a training step, in bytes."""
 
 
 def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtype: torch.dtype) -> Finding:
     """Train two trials for two steps as rows and plain, every parameter that is not frozen at the same rate.
 
-    A model that `torch.func.vmap` cannot take is found by its error; one that it would take wrongly, by the result.
+    An error shows a model that `torch.func.vmap` cannot compute; a different result shows one that `vmap` computes
+    wrongly.
     """
     tolerance = TOLERANCE[config.precision]
     workload = to_device(workload, device=device, dtype=dtype)
@@ -60,7 +61,7 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
     configs = _configs(dataclasses.replace(config, batch_size=min(config.batch_size, BATCH)))
     with fork_rng(device):
         model = workload.build_model().to(device, dtype)
-    finding = _tried_alone(model, small, config, device, dtype)
+    finding = _measure_step(model, small, config, device, dtype)
     if finding.plain_because:
         return finding
     plain = _train(PlainTrials, configs, small, device, dtype)
@@ -70,37 +71,37 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
     try:
         same = _same(_train(FusedTrials, configs, small, device, dtype), plain, model, tolerance)
         if not same and dtype != torch.float64:
-            # Behind many layers that switch, such as ReLU, rounding alone moves much; in double precision it does not.
+            # After many layers such as ReLU, rounding in float32 alone may exceed the tolerance, in float64 not.
             fused, plain = (_train(cls, configs, small, device, torch.float64) for cls in (FusedTrials, PlainTrials))
             same = _same(fused, plain, model, tolerance)
         if not same:
             return _cannot_fuse(finding, "as rows it trains to other numbers")
-        if keeper := _keeper_of_state(workload, small, config, device, dtype):
-            return _cannot_fuse(finding, f"its {keeper} changes in training and is no buffer")
+        if name := _changed_state(workload, small, config, device, dtype):
+            return _cannot_fuse(finding, f"its {name} changes in training and is no buffer")
         return finding
-    except Exception as error:  # whatever a model does that a row cannot
-        return _cannot_fuse(finding, _what_vmap_lacks(error) or f"{type(error).__name__}, {first_line(error)}")
+    except Exception as error:  # a model may raise anything
+        return _cannot_fuse(finding, _missing_vmap_rule(error) or f"{type(error).__name__}, {first_line(error)}")
 
 
 def _cannot_fuse(finding: Finding, why: str) -> Finding:
     return dataclasses.replace(finding, plain_because=f"the model cannot be rows of a matrix: {why}")
 
 
-def _what_vmap_lacks(error: Exception) -> str | None:
-    """Say in fewer words than PyTorch which operation `torch.func.vmap` cannot compute for rows, if that is it."""
-    lacking = re.match(r"Batching rule not implemented for aten::(\w+)", str(error))
-    return f"PyTorch's vmap has no rule for {lacking[1]}" if lacking else None
+def _missing_vmap_rule(error: Exception) -> str | None:
+    """Return which operation `torch.func.vmap` has no rule for; None if the error has another cause."""
+    missing = re.match(r"Batching rule not implemented for aten::(\w+)", str(error))
+    return f"PyTorch's vmap has no rule for {missing[1]}" if missing else None
 
 
 @dataclass(frozen=True)
 class _Trained:
-    """What came of an epoch of some trials."""
+    """The result of training some trials for an epoch."""
 
     start: Mapping[str, Tensor]
-    """The state with which they began."""
+    """Initial model state, the same for every trial."""
     metrics: Mapping[int, EpochMetrics]
     states: Mapping[int, Mapping[str, Tensor]]
-    """Of those that finished."""
+    """Model state of each trial that finished the epoch."""
 
 
 def _train(
@@ -112,26 +113,26 @@ def _train(
 ) -> _Trained:
     group = cls(configs, workload, device=device, dtype=dtype)
     start, metrics = group.model_state(0), group.train_epoch()
-    return _Trained(start, metrics, {n: group.model_state(n) for n, its in metrics.items() if its.finished})
+    return _Trained(start, metrics, {n: group.model_state(n) for n, epoch in metrics.items() if epoch.finished})
 
 
 def _same(fused: _Trained, plain: _Trained, model: nn.Module, tolerance: float) -> bool:
-    """Say whether rows have trained as plain trials have, as far as rounding goes."""
+    """Return whether rows and plain trials trained to the same numbers within the tolerance."""
     return all(
         _same_losses(fused.metrics[number], plain.metrics[number], tolerance)
         and _same_states(fused.states[number], plain.states[number], plain.start, dict(tensors), tolerance)
-        for number in RATES
+        for number in BASE_LRS
         for tensors in (model.named_parameters(), model.named_buffers())
     )
 
 
 def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
-    """Return two trials of a workload that differ, and freeze what a config does; how fast it trains says nothing."""
+    """Return two trials with different rates that freeze the groups that a config freezes; every other ratio is 1."""
     groups = {
         name: dataclasses.replace(group, lr_ratio=float(group.lr_ratio != 0))
         for name, group in config.param_groups.items()
     }
-    optimizers = {number: SGD(base_lr=rate) for number, rate in RATES.items()}
+    optimizers = {number: SGD(base_lr=base_lr) for number, base_lr in BASE_LRS.items()}
     return {
         number: dataclasses.replace(config, optimizer=optimizer, scheduler=Constant(), param_groups=groups)
         for number, optimizer in optimizers.items()
@@ -139,15 +140,15 @@ def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
 
 
 def _with_samples(workload: Workload, count: int) -> Workload:
-    """Return a workload with the first samples of its splits."""
+    """Return a workload with the first `count` samples of each split."""
     train, val = (first_samples(samples_of(workload, name), count) for name in ("train", "val"))
     return dataclasses.replace(workload, train=train, val=val, test=None)
 
 
-def _tried_alone(
+def _measure_step(
     model: nn.Module, workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
 ) -> Finding:
-    """Make one training step's forward pass, to see what it draws, keeps and computes."""
+    """Measure a training step by one forward pass: random numbers, memory and FLOPs."""
     batch = first_samples(samples_of(workload, "train"), BATCH)
     inputs = model_inputs(workload, batch.inputs, dtype)
     saved, counter = _SavedTensors(model), FlopCounterMode(display=False)
@@ -163,27 +164,27 @@ def _tried_alone(
         except Exception:
             draws = True
     steps = config.batch_size / len(inputs)
-    flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many
+    flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many as the forward pass
     why = f"a step of {flops / 1e9:.2g} GFLOP gains nothing as a row on a CPU"
     return Finding(
         plain_because=why if device.type == "cpu" and flops > MAX_STEP_FLOPS else None,
         draws_random_numbers=draws,
-        trial_bytes=int(saved.bytes * steps) + COPIES * sum(p.nbytes for p in model.parameters()),
+        trial_bytes=int(saved.bytes * steps) + PARAMETER_COPIES * sum(p.nbytes for p in model.parameters()),
     )
 
 
-def _keeper_of_state(
+def _changed_state(
     workload: Workload, small: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """Return what a forward pass in training changes in a module and is no buffer: rows would share it.
+    """Return the name of state other than a buffer that a training forward pass changes; rows would share this state.
 
-    That is an attribute such as a counter, or a parameter, perhaps a frozen one that follows another slowly.
+    Examples are a counter in an attribute, and a frozen parameter that is a moving average of a trained one.
     """
     with fork_rng(device), torch.no_grad():
         model = workload.build_model().to(device, dtype).train()
         inputs = model_inputs(workload, first_samples(samples_of(small, "train"), BATCH).inputs, dtype)
         before = _plain_attributes(model)
-        versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts what writes
+        versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts in-place writes
         model(inputs)
     if written := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
         return f"parameter {written[0]}"
@@ -221,7 +222,7 @@ def _same_states(
     names: Container[str],
     tolerance: float,
 ) -> bool:
-    """Say whether parameters, or buffers, are the same as far as rounding goes, measured by how far they have moved."""
+    """Return whether parameters, or buffers, differ by at most `tolerance` times their largest change."""
     saved = [name for name in plain if name in names]
     floats = [name for name in saved if plain[name].is_floating_point()]
     moved = max((float((plain[name] - start[name]).abs().max()) for name in floats), default=0.0)
@@ -231,7 +232,7 @@ def _same_states(
 
 
 class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """A context that counts the bytes which a forward pass keeps for the backward pass, parameters left out."""
+    """A context that counts the bytes that a forward pass saves for the backward pass, without the parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -240,7 +241,7 @@ class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
     @property
     def bytes(self) -> int:
-        """What is kept by now."""
+        """Bytes saved so far."""
         return sum(self._sizes.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The fast trainer: many trials as the rows of one matrix (row, parameter), equal to training each alone.
+"""The fast trainer: many trials as the rows of one matrix (row, parameter), equal to training each trial alone.
 
-One `torch.func.vmap` runs the forward pass of all rows, so their gradients come back as a matrix of the same shape; the
-optimizers are the arithmetic of `update_rules` on that matrix. Rates and momenta are read from real torch optimizers
-and schedulers, one `Strategy` per trial over placeholder parameters.
+One `torch.func.vmap` runs the forward pass of all rows, so the gradients are a matrix of the same shape. `update_rules`
+updates the matrix with rates and momenta from real torch optimizers and schedulers: one `Strategy` per trial over
+placeholder parameters.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from pipeline.workloads.data import (
 from pipeline.workloads.workload import Workload
 
 IGNORED = -100
-"""The class that `F.cross_entropy` leaves out by default."""
+"""Target that `F.cross_entropy` ignores by default."""
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each parameter lies in a row: group after group, in a group as the model has them."""
+    """The position of each parameter in a row: group after group, and in the model's order within a group."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
     sizes: tuple[int, ...]
     groups: Mapping[str, slice]
-    """Columns of each group that is trained."""
+    """Name to columns of each trained group."""
 
     def described(self) -> list[str]:
         """Return each parameter's name and shape, in order."""
@@ -66,15 +66,12 @@ class FusedTrials:
     All configs agree in everything but the strategy, and freeze the same groups.
 
     Args:
-        configs: Trial number to what it trains; every optimizer has an update rule.
-        workload: Data, model, loss and metrics of all of them; its data are on the device.
-        device: Where data and matrix live.
-        dtype: Of parameters and floating-point data.
-        seeded: Whether the model draws random numbers, such as dropout's, and needs them seeded before each step.
+        configs: Trial number to config; every optimizer has an update rule.
+        workload, device, dtype, seeded: As `PlainTrials` takes them.
     """
 
     plain = False
-    """Whether its trials train by themselves."""
+    """Whether each trial trains by itself."""
 
     def __init__(
         self,
@@ -120,10 +117,10 @@ class FusedTrials:
         )
 
     def try_memory(self) -> None:
-        """Compute a training and an evaluation batch, and change nothing.
+        """Compute a training and an evaluation batch; the state of the group does not change.
 
         Raises:
-            torch.OutOfMemoryError: They do not fit into the device's memory.
+            torch.OutOfMemoryError: A batch does not fit into the device's memory.
         """
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         for name in ("train", "val"):
@@ -133,7 +130,7 @@ class FusedTrials:
             inputs = model_inputs(self._workload, batch.inputs, self._dtype)
             if name == "train":
                 _, gradients = self.gradients(inputs, batch.targets)
-                _on_the_way = [torch.empty_like(gradients) for _ in range(2)]  # as many as an update holds
+                _temporaries = [torch.empty_like(gradients) for _ in range(2)]  # as many as an update allocates
             else:
                 self.evaluate_step(inputs, batch.targets)
         self._record, self._buffers = Record(), buffers
@@ -143,7 +140,7 @@ class FusedTrials:
         return train_epoch_of(self) if self.configs else {}
 
     def training_batches(self) -> Batches:
-        """Yield the batches of the epoch that comes next; see `Stepwise` for this and what follows."""
+        """Yield the training batches of the next epoch; see `Stepwise`."""
         return training_batches(self._workload, self._config, epoch=self._epoch, device=self._device, dtype=self._dtype)
 
     def evaluation_batches(self, name: str) -> Batches:
@@ -151,7 +148,7 @@ class FusedTrials:
         return evaluation_batches(self._workload, name, self._config, dtype=self._dtype)
 
     def begin_epoch(self) -> None:
-        """Make ready for the batches of an epoch."""
+        """Begin an epoch: compute its rates, and clear the record."""
         self._record = Record()
         self._rates = self._optimizer.plan_epoch()
         self._model.train()
@@ -164,8 +161,8 @@ class FusedTrials:
         """Return each row's loss (row,) and gradients (row, parameter) on the next batch of the epoch.
 
         Raises:
-            RuntimeError: The loss does not depend on a parameter. PyTorch's optimizers leave such a parameter as it
-                is, without weight decay and without counting the step, which a row cannot.
+            RuntimeError: The loss does not depend on a parameter. PyTorch's optimizers skip such a parameter, without
+                weight decay and without counting the step, which a row cannot do.
         """
         parameters = {name: p.detach().requires_grad_() for name, p in self._layout.views(self._matrix).items()}
         step = len(self._record.sizes)
@@ -178,14 +175,14 @@ class FusedTrials:
         return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
 
     def update(self, losses: Tensor, gradients: Tensor, *, samples: int) -> None:
-        """Move every row by its gradients (row, parameter), which are overwritten, on a batch of so many samples."""
+        """Update every row by its gradients (row, parameter), which are overwritten; record the losses (row,)."""
         self._optimizer.update(self._matrix, gradients, step=len(self._record.sizes))
         self._record.losses.append(losses)
         self._record.sizes.append(samples)
 
     @torch.no_grad()
     def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
-        """Note every row's outputs for one batch of a split."""
+        """Record every row's outputs for one batch of a split."""
         record = self._record
         self._model.eval()
         parameters = self._layout.views(self._matrix)
@@ -198,7 +195,7 @@ class FusedTrials:
         record.targets.append(targets)
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
-        """Return what the epoch came to, and move the schedules that move every epoch; diverged rows leave."""
+        """Return the epoch's metrics, step the schedules that move every epoch, and remove diverged rows."""
         record = self._record
         first = self._step + 1
         self._epoch += 1
@@ -225,11 +222,11 @@ class FusedTrials:
         return dict(sorted(results.items()))
 
     def drop(self, number: int) -> None:
-        """Stop training a trial: its row leaves the matrix."""
+        """Stop training a trial: remove its row from the matrix."""
         self._keep([other for other in self.configs if other != number])
 
     def outputs(self, name: str) -> Tensor:
-        """Return what each trial's model puts out for a split, (row, sample, …)."""
+        """Return the outputs of each trial's model for a split, (row, sample, …)."""
         self._record = Record()
         for inputs, targets in self.evaluation_batches(name):
             self.evaluate_step(inputs, targets)
@@ -256,7 +253,7 @@ class FusedTrials:
         return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return, by trial, its row and all else that its next epoch depends on."""
+        """Return each trial's row and everything else that the trial's next epoch depends on."""
         matrix, optimizers = self._matrix.cpu(), self._optimizer.row_states()
         buffers = {name: buffer.cpu() for name, buffer in self._buffers.items()}
         return {
@@ -272,7 +269,7 @@ class FusedTrials:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; trials that it does not hold were dropped."""
+        """Continue from a state, and drop the trials that are not in the state."""
         self._keep([number for number in self.configs if str(number) in state])
         for row, number in enumerate(self.configs):
             saved = state[str(number)]
@@ -284,7 +281,7 @@ class FusedTrials:
             self._optimizer.load_row_state(number, saved["optimizer"], steps=self._step)
 
     def _check_layout(self, saved: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless a row's state has the parameters and buffers of this model, in their order."""
+        """Raise a ValueError if a row's state has other parameters or buffers than the model, or another order."""
         if self._layout.described() != saved["layout"]:
             raise ValueError("its parameters have other names, shapes or another order")
         check_shapes({name: buffer[0] for name, buffer in self._buffers.items()}, saved["buffers"])
@@ -300,27 +297,27 @@ class FusedTrials:
         return self._each_row(lambda model: loss(model(inputs), targets), parameters, self._buffers)
 
     def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
-        """Return the rates that a trial used in the epoch, by group; a frozen group's are 0."""
+        """Return group name to points (step, rate) of a trial in the epoch; the rate of a frozen group is 0."""
         sizes, rates = self._record.sizes, self._rates[number]
-        of_groups = {name: rates.get(name, [0.0] * len(sizes)) for name in self._config.param_groups}
+        all_rates = {name: rates.get(name, [0.0] * len(sizes)) for name in self._config.param_groups}
         first = self._step - len(sizes) + 1
-        points = {name: tuple(enumerate(values, start=first)) for name, values in of_groups.items()}
+        points = {name: tuple(enumerate(values, start=first)) for name, values in all_rates.items()}
         if self._optimizer.moves_every_step(number):
             return points
-        return {name: some[-1:] for name, some in points.items()}
+        return {name: group_points[-1:] for name, group_points in points.items()}
 
     @torch.no_grad()
     def _evaluated(self, name: str) -> dict[int, dict[str, float]]:
-        """Return each trial's loss and metrics of what was noted of a split, named after it."""
+        """Return each trial's loss and metrics on the recorded outputs of a split, named after the split."""
         outputs, targets = torch.cat(self._record.outputs, dim=1), torch.cat(self._record.targets)
         outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
         values = {f"{name}/loss": [self._workload.loss(row, targets) for row in outputs]}
-        # A metric may raise on what a diverged row puts out.
+        # A metric may raise on the outputs of a diverged row.
         finite = torch.isfinite(outputs).flatten(1).all(dim=1).tolist()
         for metric, measure in self._workload.metrics.items():
             values[f"{name}/{metric}"] = [
-                measure.function(row, targets) if fine else row.new_tensor(math.nan)
-                for row, fine in zip(outputs, finite, strict=True)
+                measure.function(row, targets) if is_finite else row.new_tensor(math.nan)
+                for row, is_finite in zip(outputs, finite, strict=True)
             ]
         numbers = {measure: _floats(rows) for measure, rows in values.items()}
         return {
@@ -328,7 +325,7 @@ class FusedTrials:
         }
 
     def _keep(self, numbers: Sequence[int]) -> None:
-        """Keep the rows of these trials, in their order."""
+        """Keep only the rows of these trials; the order of rows stays."""
         if len(numbers) == len(self.configs):
             return
         staying = [row for row, number in enumerate(self.configs) if number in numbers]
@@ -342,22 +339,22 @@ class FusedTrials:
 def cross_entropy_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
     """Return `F.cross_entropy` of each row (row,), from logits (row, sample, class) and classes (sample,).
 
-    `torch.func.vmap` would compute the loss in many small operations, a fifth of a small network's step.
+    `torch.func.vmap` would compute the loss in many small operations, which take a fifth of a small network's step.
     """
     rows, samples, _ = logits.shape
-    each = F.cross_entropy(logits.flatten(0, 1), targets.repeat(rows), reduction="none", ignore_index=IGNORED)
-    return each.view(rows, samples).sum(dim=1) / (targets != IGNORED).sum()
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(rows), reduction="none", ignore_index=IGNORED)
+    return losses.view(rows, samples).sum(dim=1) / (targets != IGNORED).sum()
 
 
 def _floats(values: list[Tensor]) -> list[float]:
-    """Return scalars as Python's, fetched from their device all at once if they are on one."""
+    """Return scalar tensors as floats, in one transfer if all have the same device and type."""
     if len({(value.device, value.dtype) for value in values}) == 1:
         return [float(value) for value in torch.stack(values).tolist()]
     return [float(value) for value in values]
 
 
 def _lay_out(model: nn.Module, config: TrialConfig) -> _Layout:
-    """Lay out the parameters that train: those of groups that are not frozen."""
+    """Lay out the trained parameters: the parameters of groups that are not frozen."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     patterns = {name: group.pattern for name, group in config.param_groups.items()}
     assigned, problems = assign_groups(parameters, patterns)

@@ -1,13 +1,17 @@
 """Update rules of optimizers on a matrix with one trial per row, each equal to its `torch.optim` twin.
 
-Every optimizer here makes the same step: add the weight decay to the gradient, turn the gradient into a direction,
-shrink the parameters, and move them along the direction:
+Every rule makes the same step: add weight decay to the gradient, turn the gradient into a direction, shrink the
+parameters, and move the parameters along the direction:
 
     g = g + l2 * p        d = direction(g)        p = shrink * p - rate * d
 
-Rules differ in the direction and in what these numbers are. `coefficients` computes the numbers for a whole epoch, on
-the CPU, in float64, as PyTorch does with Python floats; `direction` is elementwise arithmetic once per step. So rows
-do not affect each other, and on a GPU nothing waits for the host.
+A rule defines the direction and the coefficients. Its docstring gives `d`, and `rate` where the rate is not `lr`. There
+`t` counts updates from 1, and the state matrices begin as zeros. Weight decay is `l2 = weight_decay`, or if decoupled
+`shrink = 1 - lr * weight_decay` (Loshchilov and Hutter (2019), https://arxiv.org/abs/1711.05101).
+
+`coefficients` computes the coefficients of a whole epoch on the CPU in float64, as PyTorch does with Python floats.
+`direction` is elementwise arithmetic, once per step. Therefore rows do not affect each other, and a GPU never waits for
+the host.
 """
 
 from __future__ import annotations
@@ -25,61 +29,67 @@ from pipeline.space.optimizers import Optimizer
 Hyper = Mapping[str, Tensor]
 """Hyperparameter name to (step, row, group), float64; named and valued as in PyTorch's `param_groups`."""
 Carry = dict[str, Tensor]
-"""Name to (row, group): what `coefficients` needs from one epoch to the next."""
+"""Name to (row, group): values that `coefficients` carries from one epoch to the next."""
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The numbers of an epoch's steps, float64."""
+    """The coefficients of an epoch's steps, float64."""
 
     rate: Tensor
     """(step, row, group)"""
     direction: Sequence[Tensor]
-    """What `direction` takes, each (step, row, group), alike in all groups."""
+    """Coefficients that `direction` takes, each (step, row, group), equal in all groups."""
     l2: Tensor | None = None
-    """(step, row, group); None: no weight decay in the gradient."""
+    """(step, row, group); None: the gradient has no weight decay."""
     shrink: Tensor | None = None
-    """(step, row, group); None: parameters are not shrunk."""
+    """(step, row, group); None: parameters do not shrink."""
 
 
 class Rule(Protocol):
-    """One optimizer, with its boolean options decided."""
+    """The update rule of one optimizer with fixed boolean options."""
 
     states: tuple[str, ...]
-    """Names of its state matrices (row, parameter), which begin as zeros."""
+    """Names of the state matrices (row, parameter), which begin as zeros."""
 
     def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
-        """Return an epoch's numbers.
+        """Return the coefficients of an epoch.
 
         Args:
-            hyper: Of each step.
-            steps: (step, 1, 1), numbers of the updates, counted from 1 over the run.
-            carry: Read and written.
+            hyper: Hyperparameters of each step.
+            steps: (step, 1, 1), number of each update, counted from 1 over the run.
+            carry: Values of the epoch before; overwritten with the values of this epoch.
         """
         ...
 
     def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
-        """Return the direction (row, parameter) of a step and update `states` in place.
+        """Return the direction (row, parameter) of a step, and update `states` in place.
 
         Args:
-            g: Gradients (row, parameter), which may be overwritten.
-            states: As `self.states` names them.
+            g: Gradients (row, parameter); may be overwritten.
+            states: State matrices (row, parameter), in the order of `self.states`.
             c: The step's `Coefficients.direction`, each (row, 1).
         """
         ...
 
 
 class SGD:
-    """`torch.optim.SGD`; a momentum of 0 is a buffer that forgets at once."""
+    """`torch.optim.SGD`.
+
+        b = momentum * b + (1 - dampening) * g
+        d = b, with nesterov d = g + momentum * b
+
+    At t = 1, and at a momentum of 0, b = g. Sutskever et al. (2013), https://proceedings.mlr.press/v28/sutskever13.html.
+    """
 
     def __init__(self, *, nesterov: bool) -> None:
         self.states: tuple[str, ...] = ("momentum_buffer",)
         self.nesterov = nesterov
 
     def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
-        """See `Rule`; the gradient counts in full at the first step and without momentum."""
-        in_full = (steps == 1) | (hyper["momentum"] == 0)
-        weight = torch.where(in_full, 1.0, 1 - hyper["dampening"])
+        """See `Rule`."""
+        undampened = (steps == 1) | (hyper["momentum"] == 0)
+        weight = torch.where(undampened, 1.0, 1 - hyper["dampening"])
         return Coefficients(hyper["lr"], (hyper["momentum"], weight), l2=hyper["weight_decay"])
 
     def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
@@ -90,7 +100,15 @@ class SGD:
 
 
 class Adam:
-    """`torch.optim.Adam` and, with `decoupled` weight decay, `torch.optim.AdamW`."""
+    """`torch.optim.Adam` and, with `decoupled` weight decay, `torch.optim.AdamW`.
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        d = m / (sqrt(v / (1 - beta2^t)) + eps)        rate = lr / (1 - beta1^t)
+
+    With amsgrad, the largest v so far takes the place of v in d. Kingma and Ba (2015), https://arxiv.org/abs/1412.6980;
+    Reddi et al. (2018), https://openreview.net/forum?id=ryQu7f-RZ.
+    """
 
     def __init__(self, *, amsgrad: bool, decoupled: bool) -> None:
         self.states: tuple[str, ...] = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
@@ -113,7 +131,13 @@ class Adam:
 
 
 class NAdam:
-    """`torch.optim.NAdam`; the product of its momenta is carried along in float32, as PyTorch does."""
+    """`torch.optim.NAdam`.
+
+        m, v as in Adam        mu_t = beta1 * (1 - 0.5 * 0.96^(t * momentum_decay))        P = mu_1 * … * mu_t
+        d = ((1 - mu_t) / (1 - P) * g + mu_(t+1) / (1 - P * mu_(t+1)) * m) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    P is carried in float32, as in PyTorch. Dozat (2016), https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
+    """
 
     def __init__(self, *, decoupled: bool) -> None:
         self.states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
@@ -132,20 +156,28 @@ class NAdam:
             products.append(product.double())
         carry["mu_product"] = product
         through = torch.stack(products)
-        of_gradient, of_moment = (1 - mu) / (1 - through), mu_next / (1 - through * mu_next)
-        direction = (1 - beta1, beta2, 1 - beta2, 1 - _power(beta2, steps), hyper["eps"], of_gradient, of_moment)
+        g_weight, m_weight = (1 - mu) / (1 - through), mu_next / (1 - through * mu_next)
+        direction = (1 - beta1, beta2, 1 - beta2, 1 - _power(beta2, steps), hyper["eps"], g_weight, m_weight)
         return Coefficients(hyper["lr"], direction, **_decay(hyper, self.decoupled))
 
     def direction(self, g: Tensor, states: Sequence[Tensor], c: Sequence[Tensor]) -> Tensor:
         """See `Rule`."""
-        weight1, beta2, weight2, correction2, eps, of_gradient, of_moment = c
+        weight1, beta2, weight2, correction2, eps, g_weight, m_weight = c
         _moments(g, states, weight1, beta2, weight2)
         denominator = states[1].div(correction2).sqrt_().add_(eps)
-        return g.mul_(of_gradient).addcmul_(states[0], of_moment).div_(denominator)
+        return g.mul_(g_weight).addcmul_(states[0], m_weight).div_(denominator)
 
 
 class RAdam:
-    """`torch.optim.RAdam`: without the second moment until its variance is tractable."""
+    """`torch.optim.RAdam`.
+
+        m, v as in Adam        rho_inf = 2 / (1 - beta2) - 1        rho = rho_inf - 2 * t * beta2^t / (1 - beta2^t)
+        r = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+        rho > 5:   d = m / (sqrt(v) + eps)        rate = lr * r * sqrt(1 - beta2^t) / (1 - beta1^t)
+        else:      d = m                          rate = lr / (1 - beta1^t)
+
+    Liu et al. (2020), https://arxiv.org/abs/1908.03265.
+    """
 
     def __init__(self, *, decoupled: bool) -> None:
         self.states: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
@@ -173,7 +205,14 @@ class RAdam:
 
 
 class Adamax:
-    """`torch.optim.Adamax`."""
+    """`torch.optim.Adamax`.
+
+        m = beta1 * m + (1 - beta1) * g
+        u = max(beta2 * u, |g| + eps)
+        d = m / u        rate = lr / (1 - beta1^t)
+
+    Kingma and Ba (2015), section 7.1, https://arxiv.org/abs/1412.6980.
+    """
 
     states: tuple[str, ...] = ("exp_avg", "exp_inf")
 
@@ -193,7 +232,16 @@ class Adamax:
 
 
 class RMSprop:
-    """`torch.optim.RMSprop`; a momentum of 0 is a buffer that forgets at once."""
+    """`torch.optim.RMSprop`.
+
+        v = alpha * v + (1 - alpha) * g^2
+        centered:   a = alpha * a + (1 - alpha) * g        s = sqrt(v - a^2) + eps
+        else:       s = sqrt(v) + eps
+        d = b = momentum * b + g / s
+
+    Hinton (2012), https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf; centered: Graves (2013),
+    https://arxiv.org/abs/1308.0850.
+    """
 
     def __init__(self, *, centered: bool) -> None:
         self.states: tuple[str, ...] = ("square_avg", "momentum_buffer", *(("grad_avg",) if centered else ()))
@@ -219,7 +267,13 @@ class RMSprop:
 
 
 class Adagrad:
-    """`torch.optim.Adagrad`; its sum begins at `initial_accumulator_value`."""
+    """`torch.optim.Adagrad`.
+
+        s = s + g^2, begins at initial_accumulator_value
+        d = g / (sqrt(s) + eps)        rate = lr / (1 + (t - 1) * lr_decay)
+
+    Duchi et al. (2011), https://jmlr.org/papers/v12/duchi11a.html.
+    """
 
     states: tuple[str, ...] = ("sum",)
 
@@ -237,7 +291,14 @@ class Adagrad:
 
 
 class Adadelta:
-    """`torch.optim.Adadelta`."""
+    """`torch.optim.Adadelta`.
+
+        v = rho * v + (1 - rho) * g^2
+        d = sqrt(u + eps) / sqrt(v + eps) * g
+        u = rho * u + (1 - rho) * d^2
+
+    Zeiler (2012), https://arxiv.org/abs/1212.5701.
+    """
 
     states: tuple[str, ...] = ("square_avg", "acc_delta")
 
@@ -258,7 +319,10 @@ class Adadelta:
 class ASGD:
     """`torch.optim.ASGD`, without the average of the parameters, which training does not read.
 
-    Its own rate, `eta`, follows from the rate of the step before.
+        d = g        rate = eta_t        shrink = 1 - lambd * eta_t
+        eta_1 = lr        eta_(t+1) = lr / (1 + lambd * lr * t)^alpha, with the lr of step t
+
+    Weight decay is in the gradient. Polyak and Juditsky (1992), https://doi.org/10.1137/0330046.
     """
 
     states: tuple[str, ...] = ()
@@ -266,7 +330,7 @@ class ASGD:
     def coefficients(self, hyper: Hyper, steps: Tensor, carry: Carry) -> Coefficients:
         """See `Rule`."""
         lr, lambd, alpha = hyper["lr"], hyper["lambd"], hyper["alpha"]
-        scalar = torch.get_default_dtype()  # of PyTorch's own eta
+        scalar = torch.get_default_dtype()  # the dtype of PyTorch's eta
         following = (lr / _power(1 + lambd * lr * steps, alpha)).to(scalar)
         first = carry.get("eta", lr[0].to(scalar))
         carry["eta"] = following[-1]
@@ -290,16 +354,16 @@ RULES: Mapping[str, Callable[[Mapping[str, bool]], Rule]] = {
     "Adadelta": lambda options: Adadelta(),
     "ASGD": lambda options: ASGD(),
 }
-"""Class of `pipeline.space.optimizers` to what makes its rule from its boolean options."""
+"""Name of a class of `pipeline.space.optimizers` to a function that builds its rule from its boolean options."""
 
 
 def has_rule(optimizer: type[Optimizer]) -> bool:
-    """Say whether trials of an optimizer can be rows."""
+    """Return whether trials of an optimizer can be rows."""
     return optimizer.__name__ in RULES
 
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:
-    """Return base ** exponent as Python computes it, and so `torch.optim`; a tensor's power rounds by its size."""
+    """Return base ** exponent as Python and `torch.optim` compute it; a tensor's power rounds depending on its size."""
 
     def power(base: float, exponent: float) -> float:
         try:
@@ -315,11 +379,11 @@ def _power(base: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _decay(hyper: Hyper, decoupled: bool) -> dict[str, Tensor]:
-    """Return the weight decay where it belongs: decoupled from the gradient or in it."""
+    """Return the coefficient of weight decay: `shrink` if decoupled from the gradient, else `l2`."""
     return {"shrink": 1 - hyper["lr"] * hyper["weight_decay"]} if decoupled else {"l2": hyper["weight_decay"]}
 
 
 def _moments(g: Tensor, states: Sequence[Tensor], weight1: Tensor, beta2: Tensor, weight2: Tensor) -> None:
-    """Move both moving averages of Adam and its kin."""
+    """Update both moving averages of Adam and its variants."""
     states[0].lerp_(g, weight1)
     states[1].mul_(beta2).addcmul_(g, g * weight2)
