@@ -350,10 +350,6 @@ def templates(page: str) -> list[str]:
     return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "-> Workload" in block]
 
 
-def test_the_template_of_the_readme_is_that_of_the_page_on_own_workloads() -> None:
-    assert templates("README.md") in ([], templates("docs/own-workloads.md"))
-
-
 def test_the_template_of_a_workload_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = templates("docs/own-workloads.md")
     name = code.splitlines()[0].removeprefix("# ")

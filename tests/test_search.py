@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ import pipeline.search
 import pipeline.train
 from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput, StudyBusy
+from pipeline.files import strict_yaml
 from pipeline.files.locks import folder_locked
 from pipeline.space.load import load_config
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
@@ -278,6 +279,54 @@ def test_a_training_that_differs_says_in_what(found: Found, tmp_path: Path, caps
     assert pipeline.train.main([str(changed), "--device", "cpu", "--out", str(tmp_path / "model.pt")]) == 0
     printed = capsys.readouterr().out
     assert re.search(rf"^ +val/accuracy {accuracy!r}, the search had 0.5: [0-9.e-]+ apart$", printed, re.MULTILINE)
+
+
+def changed_config(found: Found, path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Write best.yaml with a changed section `found`."""
+    data = strict_yaml.load(found.best_yaml)
+    change(data["found"])
+    path.write_text(strict_yaml.dumps(data))
+    return path
+
+
+def test_training_on_another_kind_of_machine_says_so_first(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = changed_config(found, tmp_path / "c.yaml", lambda noted: noted["environment"].update(cpu="Zilog Z80"))
+    assert pipeline.train.main([str(config), "--device", "cpu", "--out", str(tmp_path / "model.pt")]) == 0
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("note          cpu was Zilog Z80 and is ")
+    assert second == "note          so metrics are repeated to rounding"
+    assert third.startswith("epoch   1/3")
+
+
+def test_fast_training_is_alone_and_says_how_close_it_came(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change: Callable[[dict[str, Any]], None] = lambda noted: noted["metrics"].update({"val/accuracy": 0.5})  # noqa: E731
+    config = changed_config(found, tmp_path / "c.yaml", change)
+    assert pipeline.train.main([str(config), "--fast", "--device", "cpu", "--out", str(tmp_path / "model.pt")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^compared      train/loss \S+, the search had \S+: \S+ apart \(alone\)$", printed, re.MULTILINE)
+    assert re.search(r"^ +val/accuracy \S+, the search had 0.5: \S+ apart$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda noted: noted.pop("environment"), "must be as a search wrote it, got KeyError: 'environment'"),
+        (lambda noted: noted.update(metrics=3), "must be as a search wrote it, got TypeError"),
+        (lambda noted: noted["environment"].update(placement=[{"epochs": 3, "trainer": "rows"}]), "got TypeError"),
+        (lambda noted: noted["environment"]["placement"][0].update(place=99), "got ValueError: rows at place 99 of"),
+    ],
+)
+def test_a_record_that_no_search_wrote_is_refused(
+    found: Found, tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    config = changed_config(found, tmp_path / "c.yaml", change)
+    with pytest.raises(InvalidInput, match=rf"c\.yaml: 1 problem\n  found: .*{re.escape(words)}"):
+        pipeline.train.main([str(config), "--device", "cpu", "--out", str(tmp_path / "model.pt")])
+    assert not (tmp_path / "model.pt").exists()
 
 
 def test_a_diverging_config_ends_with_its_reason(

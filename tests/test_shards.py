@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from pipeline.space.trial import EpochMetrics
 from pipeline.training import executor as executors
 from pipeline.training.contract import GroupLost
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.process import RemoteTrials, can_fork
+from pipeline.training.process import ProcessDied, RemoteTrials, can_fork
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.shards import ShardedTrials
 
@@ -334,3 +334,24 @@ def test_a_trial_whose_process_dies_each_time_fails_alone(monkeypatch: pytest.Mo
     assert failed == {7: "a process that trained trials has ended, killed by signal 9"}
     assert sorted(group.train_epoch()) == list(range(7))
     executor.close()
+
+
+def test_processes_that_keep_dying_though_no_trial_alone_does_it_end_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def dies(self: LocalExecutor, trainers: Sequence[Any]) -> list[Exception]:
+        return [ProcessDied("a process that trained trials has ended") for _ in trainers]
+
+    def finds_nothing(self: ShardedTrials) -> dict[int, EpochMetrics]:
+        self._suspects.clear()
+        return {}
+
+    monkeypatch.setattr(LocalExecutor, "train", dies)
+    monkeypatch.setattr(ShardedTrials, "_find_raising", finds_nothing)
+    group = build(executor_of(), similar(2))
+    for _ in range(4):
+        with pytest.raises(GroupLost, match="a process that trained trials has ended"):
+            group.train_epoch()
+        group.load_state_dict({})
+    with pytest.raises(PipelineError, match=r"has ended, 5 times in one epoch; perhaps memory is short$"):
+        group.train_epoch()

@@ -176,12 +176,17 @@ def environment(executor: LocalExecutor) -> dict[str, Any]:
     with executor.precision():
         settings = current_settings(device)
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         **settings,
         **machine(),
         "python": platform.python_version(),
         "pipeline": __version__,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a CUDA device; of another device, its kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def machine() -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from pipeline.app.prepare import machine, prepare
+from pipeline.app.prepare import device_name, machine, prepare
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.placement import Placement, from_run_lengths
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EpochMetrics, number
 from pipeline.training.contract import TrialGroup
 
-ENVIRONMENT = ("cpu", "cpu_capability", "torch")
+SAME_MACHINE = {"cpu": ("device", "cpu", "cpu_capability", "torch"), "cuda": ("device", "torch")}
 """Keys that are equal on machines of one kind, where a CPU repeats a trial to the bit."""
 
 
@@ -106,11 +106,8 @@ def _epoch_line(epoch: EpochMetrics, epochs: int) -> str:
 
 def _differences(found: Found, device: torch.device) -> list[str]:
     """Return lines that say why metrics will be repeated only to rounding; none if they will be repeated to the bit."""
-    here = machine()
-    names = list(ENVIRONMENT)
-    if device.type == "cuda":
-        here["device"] = torch.cuda.get_device_name(device)
-        names = ["device", "torch"]
+    here = {**machine(), "device": device_name(device)}
+    names = SAME_MACHINE.get(device.type, ("device", "torch"))
     changed = [name for name in names if found.environment.get(name) != here[name]]
     lines = [f"note          {name} was {found.environment.get(name)} and is {here[name]}" for name in changed]
     if any(placement.broken for placement in found.placements):

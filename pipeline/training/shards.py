@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from pipeline.errors import PipelineError
 from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import GroupLost
@@ -18,6 +20,8 @@ from pipeline.training.rows.trainer import FusedTrials
 if TYPE_CHECKING:
     from pipeline.training.executor import LocalExecutor
 
+MAX_DEATHS = 4
+"""Times that processes may die in one epoch before the search stops."""
 ShardTrainer = FusedTrials | PlainTrials | RemoteTrials
 """Trains the rows of one matrix, or one plain trial, in this process or another."""
 States = Mapping[str, Any]
@@ -36,8 +40,8 @@ class ShardedTrials:
     def __init__(self, executor: LocalExecutor, configs: Mapping[int, TrialConfig]) -> None:
         self._executor = executor
         self._all = dict(configs)
-        self._died_at: set[int] = set()
-        """Epochs in which a process has died."""
+        self._deaths = Counter[int]()
+        """Epoch to the number of times that a process has died in it."""
         self._suspects: dict[int, list[tuple[int, ...]]] = {}
         """Epoch to the trials of each matrix that raised in the epoch, until `_find_raising` has found the cause."""
         self._lost: str | None = None
@@ -158,8 +162,10 @@ class ShardedTrials:
             return GroupLost(
                 f"memory ran out with {rows} trials in a matrix; from now on there are at most {limit}", repeats=False
             )
-        if isinstance(error, ProcessDied) and self._epoch not in self._died_at:
-            self._died_at.add(self._epoch)
+        self._deaths[self._epoch] += isinstance(error, ProcessDied)
+        if self._deaths[self._epoch] > MAX_DEATHS:
+            raise PipelineError(f"{error}, {MAX_DEATHS + 1} times in one epoch; perhaps memory is short")
+        if isinstance(error, ProcessDied) and self._deaths[self._epoch] == 1:
             return GroupLost(f"{error}; its trials go on from their last checkpoint", repeats=True)
         self._suspects[self._epoch] = [tuple(trainer.configs) for trainer, _ in lost]
         return GroupLost(f"{type(error).__name__}: {error}; finding which trial raises it", repeats=True)
@@ -171,8 +177,8 @@ class ShardedTrials:
         """
         self._arrange()
         self._take_states(but=())
-        suspects = self._suspects.pop(self._epoch)
-        waiting = [half for numbers in suspects for half in split(numbers, -(-len(numbers) // 2))]
+        suspects = [[n for n in numbers if n in self.configs] for numbers in self._suspects.pop(self._epoch)]
+        waiting = [half for numbers in suspects if numbers for half in split(numbers, -(-len(numbers) // 2))]
         failed: dict[int, EpochMetrics] = {}
         while waiting:
             numbers = waiting.pop()
@@ -187,7 +193,9 @@ class ShardedTrials:
             else:
                 waiting += split(numbers, -(-len(numbers) // 2))
         if not failed:
-            self._executor.lower_row_limit(max(map(len, suspects)))
+            rows = max(map(len, suspects))
+            if rows > 1:
+                self._executor.lower_row_limit(rows)
         self.configs = {number: config for number, config in self.configs.items() if number not in failed}
         return failed
 
