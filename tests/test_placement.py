@@ -100,6 +100,13 @@ def test_placements_are_coded_by_their_runs_and_back() -> None:
         ),
         ({"epochs": 1, "trainer": "rows", "threads": 1}, ValueError, "rows at place None of None rows"),
         ({"epochs": 1, "trainer": "alone", "threads": 1}, ValueError, "alone at place None of None rows"),
+        ({"epochs": 1, "trainer": "rows", "rows": 10**9, "place": 0, "threads": 1}, ValueError, "rows must be a whole"),
+        (
+            {"epochs": 1, "trainer": "plain", "threads": "1"},
+            ValueError,
+            "threads must be a whole number from 1",
+        ),
+        ({"epochs": 10**9, "trainer": "plain", "threads": 1}, ValueError, "epochs must be a whole number from 1 to"),
         ({"epochs": 1, "trainer": "plain", "threads": 1, "lane": 2}, TypeError, "unexpected keyword argument 'lane'"),
     ],
 )

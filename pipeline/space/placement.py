@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from pipeline.space.config import TrialConfig
 
+MAX_ROWS, MAX_THREADS, MAX_EPOCHS = 1 << 12, 1 << 12, 10**6
+"""Largest numbers that a recorded placement may have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -31,8 +34,11 @@ class Placement:
         """Check that trainer, rows and place fit each other.
 
         Raises:
-            ValueError: They do not fit, or the place is outside the matrix.
+            ValueError: They do not fit, the place is outside the matrix, or a number is no count.
         """
+        for name, count, most in (("rows", self.rows, MAX_ROWS), ("threads", self.threads, MAX_THREADS)):
+            if count is not None and (type(count) is not int or not 1 <= count <= most):
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, got {count!r}")
         fits = self.place is None if self.rows is None else self.place in range(self.rows)
         if self.trainer not in ("rows", "plain") or (self.trainer == "rows") == (self.rows is None) or not fits:
             raise ValueError(f"{self.trainer} at place {self.place} of {self.rows} rows")
@@ -82,5 +88,7 @@ def from_run_lengths(runs: Sequence[Mapping[str, Any]]) -> list[Placement]:
     for run in runs:
         values = dict(run)
         epochs = values.pop("epochs")
+        if type(epochs) is not int or not 1 <= epochs <= MAX_EPOCHS:
+            raise ValueError(f"epochs must be a whole number from 1 to {MAX_EPOCHS}, got {epochs!r}")
         placements += [Placement(**values)] * epochs
     return placements
