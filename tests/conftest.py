@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.files.strict_yaml import dumps
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for `make test &`, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL: dict[str, Any] = {
     "workload": {"name": "digits", "model": "mlp"},
