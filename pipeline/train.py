@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
 
     overrides = cli.overrides_of(arguments)
     cli.refuse_out(arguments.out)
+    if arguments.out.resolve() == arguments.config.resolve():
+        raise InvalidInput("--out", [Problem(str(arguments.out), "is the config itself; name another file")])
     space, _, found = load_config(arguments.config, overrides)
 
     import torch

@@ -270,6 +270,7 @@ def search(
             environment=environment,
             on_epoch=trained.append,
             interrupted=lambda: len(trained) == epochs,
+            rules=lambda: study.rules,
         ):
             study.add(trial)
             if len(study.ended) == stored:

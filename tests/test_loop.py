@@ -16,7 +16,7 @@ from tiny import on_device, tiny_workload
 from torch import Tensor
 
 from pipeline.space.load import space_from_document
-from pipeline.space.placement import Placement, from_run_lengths
+from pipeline.space.placement import Placement, PlacementRules, from_run_lengths
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import run_group
@@ -87,7 +87,6 @@ def search(
 
     def on_epoch(results: Mapping[int, EpochMetrics]) -> None:
         found.told.append(results)
-        found.study.keep_rules(executor.rules)
         after_epoch(len(found.told), group)
 
     for trial in run_group(
@@ -98,6 +97,7 @@ def search(
         environment={"device": device.type},
         on_epoch=on_epoch,
         interrupted=lambda: False,
+        rules=lambda: executor.rules,
     ):
         found.study.add(trial)
     executor.close()
@@ -204,3 +204,56 @@ def test_a_trial_that_raises_in_a_matrix_fails_and_the_others_end_as_they_would(
 
 def metrics_of(trial: EndedTrial, epochs: int) -> list[Mapping[str, float]]:
     return [metrics.metrics for metrics in trial.epochs[:epochs]]
+
+
+def test_a_row_limit_that_fell_is_in_a_checkpoint_before_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "FusedTrials", Limited)
+
+    def fill(epoch: int, group: ShardedTrials) -> None:
+        if epoch == 3:
+            Limited.fits = 2
+
+    def die(self: Study, rules: PlacementRules) -> None:
+        if rules.row_limit != self.rules.row_limit:
+            raise KeyboardInterrupt
+
+    keep_rules = Study.keep_rules
+    monkeypatch.setattr(Study, "keep_rules", die)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path, after_epoch=fill)
+        monkeypatch.setattr(Study, "keep_rules", keep_rules)
+        checkpoints = Checkpoints(Store(tmp_path).folder("mine") / "checkpoints", warn=pytest.fail)
+        _, content = next(checkpoints.load())
+        study = Store(tmp_path).open("mine")
+    finally:
+        Limited.fits = 1_000
+    assert content["epoch"] == 4
+    assert content["row_limit"] < (study.rules.row_limit or 1_000)
+
+
+def test_a_trial_that_raises_as_epochs_are_trained_again_has_failed_with_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unlucky(FusedTrials):
+        bad = False
+
+        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            if Unlucky.bad and self._epoch == 1:
+                raise OSError("gone")
+            return super().gradients(inputs, targets)
+
+    monkeypatch.setattr(executors, "FusedTrials", Unlucky)
+
+    def lose(epoch: int, group: ShardedTrials) -> None:
+        if epoch == 3:
+            group._lost = "a process has died"
+            Unlucky.bad = True
+
+    found = search(tmp_path, after_epoch=lose)
+    failed = [trial for trial in found.study.ended if trial.state is TrialState.FAILED]
+    assert failed
+    assert {trial.reason for trial in failed} == {"OSError: gone"}
+    assert not [trial for trial in found.study.ended if trial.state is TrialState.DIVERGED]

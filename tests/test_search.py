@@ -311,6 +311,18 @@ def test_fast_training_is_alone_and_says_how_close_it_came(
     assert re.search(r"^ +val/accuracy \S+, the search had 0.5: \S+ apart$", printed, re.MULTILINE)
 
 
+def test_a_trial_that_failed_in_its_first_epoch_trains_alone(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(noted: dict[str, Any]) -> None:
+        noted["environment"]["placement"] = []
+        noted.update(epochs=1, metrics={})
+
+    config = changed_config(found, tmp_path / "c.yaml", failed)
+    assert pipeline.train.main([str(config), "--device", "cpu", "--out", str(tmp_path / "model.pt")]) == 0
+    assert "epoch   3/3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -318,6 +330,9 @@ def test_fast_training_is_alone_and_says_how_close_it_came(
         (lambda noted: noted.update(metrics=3), "must be as a search wrote it, got TypeError"),
         (lambda noted: noted["environment"].update(placement=[{"epochs": 3, "trainer": "rows"}]), "got TypeError"),
         (lambda noted: noted["environment"]["placement"][0].update(place=99), "got ValueError: rows at place 99 of"),
+        (lambda noted: noted["environment"]["placement"][0].update(threads=None), "got ValueError: threads must be"),
+        (lambda noted: noted.update(epochs="12"), "got ValueError: epochs '12' for 3 placements"),
+        (lambda noted: noted["metrics"].update({"val/loss": "x"}), "got ValueError: val/loss 'x'"),
     ],
 )
 def test_a_record_that_no_search_wrote_is_refused(
@@ -358,6 +373,7 @@ def search_until(store: Store, study: Study, trainer: LocalExecutor, *, epochs: 
             environment={},
             on_epoch=trained.append,
             interrupted=interrupted,
+            rules=lambda: trainer.rules,
         ):
             study.add(trial)
     return len(trained)

@@ -170,26 +170,56 @@ def test_memory_that_runs_out_halves_the_row_limit_and_the_group_goes_on_from_it
     state = copy.deepcopy(group.state_dict())
     group.train_epoch()
     memory.rows = 4
-    with pytest.raises(
-        GroupLost, match=r"memory ran out with 7 trials in a matrix; from now on there are at most 4$"
-    ) as lost:
+    with pytest.raises(GroupLost, match=r"memory ran out with 7 trials in a matrix; from now on there are at most 4$"):
         group.train_epoch()
-    assert not lost.value.repeats
     assert executor.rules.row_limit == 4
-    group.load_state_dict(state)
+    group.load_state_dict(copy.deepcopy(state))
     placements = [metrics.placement for metrics in group.train_epoch().values()]
     assert [placement.rows for placement in placements if placement] == [3, 3, 3, 4, 4, 4, 4]
 
 
-def test_a_row_that_runs_out_of_memory_alone_fails_and_the_plain_trials_go_on(memory: Memory) -> None:
+@pytest.mark.parametrize("times", [1, 4])
+def test_memory_that_runs_out_for_one_trial_is_tried_again_and_no_trial_fails(memory: Memory, times: int) -> None:
     group = build(executor_of(rows=1), various())
-    group.train_epoch()
+    first = group.train_epoch()
+    state = copy.deepcopy(group.state_dict())
+    expected = group.train_epoch()
+    group.load_state_dict(copy.deepcopy(state))
     memory.rows = 0
-    results = group.train_epoch()
-    plain = {2, 6, 10}
-    failed = {results[number].failed for number in results.keys() - plain}
-    assert failed == {"OutOfMemoryError: 1 rows do not fit"}
-    assert group.train_epoch().keys() == plain
+    for _ in range(times):
+        with pytest.raises(GroupLost, match=r"^1 rows do not fit; its trials go on from their last checkpoint$"):
+            group.train_epoch()
+        group.load_state_dict(copy.deepcopy(state))
+    memory.rows = 1
+    assert group.train_epoch() == expected
+    assert first.keys() == expected.keys()
+
+
+def test_memory_that_is_too_small_for_one_trial_ends_the_search(memory: Memory) -> None:
+    group = build(executor_of(rows=1), various())
+    memory.rows = 0
+    for _ in range(4):
+        with pytest.raises(GroupLost, match="1 rows do not fit"):
+            group.train_epoch()
+        group.load_state_dict({})
+    with pytest.raises(PipelineError, match=r"^1 rows do not fit, 5 times in one epoch; perhaps memory is short$"):
+        group.train_epoch()
+
+
+def test_a_cpu_that_cannot_allocate_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(FusedTrials):
+        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            if len(self.configs) > 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+            return super().gradients(inputs, targets)
+
+    monkeypatch.setattr(executors, "FusedTrials", Large)
+    executor = executor_of()
+    group = build(executor, similar(6))
+    with pytest.raises(GroupLost, match=r"^memory ran out with 6 trials in a matrix; from now on there are at most 3$"):
+        group.train_epoch()
+    group.load_state_dict({})
+    assert sorted(group.train_epoch()) == list(range(6))
 
 
 def test_a_row_limit_of_one_that_is_too_many_is_an_error() -> None:
@@ -218,10 +248,9 @@ def test_rows_that_raise_are_found_by_halving_and_end_alone(bad: set[int], monke
     group = build(executor_of(), similar(6))
     group.train_epoch()
     state = copy.deepcopy(group.state_dict())
-    with pytest.raises(GroupLost, match=r"^ValueError: poison in 6; finding which trial raises it$") as lost:
+    with pytest.raises(GroupLost, match=r"^ValueError: poison in 6; finding which trial raises it$"):
         group.train_epoch()
-    assert lost.value.repeats
-    group.load_state_dict(state)
+    group.load_state_dict(copy.deepcopy(state))
     results = group.train_epoch()
     assert {number: metrics.failed for number, metrics in results.items() if metrics.failed} == dict.fromkeys(
         bad, "ValueError: poison in 1"
@@ -274,12 +303,9 @@ def test_a_process_that_died_is_replaced_and_its_group_repeats_to_the_bit(rows: 
     state = copy.deepcopy(group.state_dict())
     group.train_epoch()
     kill(group)
-    with pytest.raises(
-        GroupLost, match=r"^a process that trained trials has ended, killed by signal 9; its trials"
-    ) as lost:
+    with pytest.raises(GroupLost, match=r"^a process that trained trials has ended, killed by signal 9; its trials"):
         group.train_epoch()
-    assert lost.value.repeats
-    group.load_state_dict(state)
+    group.load_state_dict(copy.deepcopy(state))
     history += [group.train_epoch() for _ in range(3)]
     assert any(isinstance(trainer, RemoteTrials) for trainer in group._trainers)
     tests = group.test()
@@ -328,7 +354,7 @@ def test_a_trial_whose_process_dies_each_time_fails_alone(monkeypatch: pytest.Mo
     for words in ("its trials go on from their last checkpoint", "finding which trial raises it"):
         with pytest.raises(GroupLost, match=words):
             group.train_epoch()
-        group.load_state_dict(state)
+        group.load_state_dict(copy.deepcopy(state))
     results = group.train_epoch()
     failed = {number: metrics.failed for number, metrics in results.items() if metrics.failed}
     assert failed == {7: "a process that trained trials has ended, killed by signal 9"}

@@ -118,6 +118,7 @@ def search(study: Study, trials: int, *, stop_at: int | None = None) -> None:
             environment={"device": "curves"},
             on_epoch=lambda _: None,
             interrupted=lambda: False,
+            rules=lambda: study.rules,
         ):
             study.add(trial)
             if len(study.ended) == stop_at:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import OPTIMIZERS
-from pipeline.space.trial import EndedTrial, EpochMetrics
+from pipeline.space.trial import EndedTrial
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
@@ -112,10 +112,6 @@ def _run(
         epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
         tracker.end(dataclasses.replace(trial, epochs=epochs))
 
-    def on_epoch(results: Mapping[int, EpochMetrics]) -> None:
-        progress.epoch(results)
-        study.keep_rules(executor.rules)
-
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
         while not interrupts.reason and (proposals := study.next_group(trials)):
             configs = {number: config for number, (config, _) in proposals.items()}
@@ -127,8 +123,9 @@ def _run(
                 study,
                 checkpoints=checkpoints,
                 environment=environment(executor),
-                on_epoch=on_epoch,
+                on_epoch=progress.epoch,
                 interrupted=interrupts.asked,
+                rules=lambda: executor.rules,
             ):
                 study.add(trial)
                 tracker.end(trial)

@@ -42,7 +42,12 @@ class Found:
             return None
         try:
             placements = from_run_lengths(found["environment"]["placement"])
-            return cls(found["epochs"], {**found["metrics"]}, found["environment"], placements)
+            epochs, metrics = found["epochs"], {**found["metrics"]}
+            if type(epochs) is not int or epochs < len(placements):
+                raise ValueError(f"epochs {epochs!r} for {len(placements)} placements")
+            if wrong := [name for name, value in metrics.items() if type(value) not in (int, float)]:
+                raise ValueError(f"{wrong[0]} {metrics[wrong[0]]!r}")
+            return cls(epochs, metrics, found["environment"], placements)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             remedy = "restore it, or remove `found` to train the config without comparing"
             message = f"must be as a search wrote it, got {type(error).__name__}: {error}; {remedy}"
@@ -78,7 +83,8 @@ def train_config(
     if test and executor.workload.test is None:
         raise InvalidInput("--test", [Problem("", f"{executor.workload.name} has no test split; leave --test away")])
     repeats = executor.device.type == "cpu" or config.deterministic
-    replays = found is not None and repeats and not fast
+    replays = found is not None and bool(found.placements) and repeats and not fast
+    compared: list[str] = []
     for line in _differences(found, executor.device) if found and replays else []:
         say(line)
     alone = Placement(trainer="plain", threads=torch.get_num_threads())
@@ -91,7 +97,7 @@ def train_config(
             return group, False
         if found and epoch.epoch == found.epochs:
             compared = _comparison(epoch, found, "in the places that it had" if replays else "alone")
-    for line in compared if found and config.epochs >= found.epochs else []:
+    for line in compared:
         say(line)
     if test:
         say("test          " + "  ".join(f"{name} {number(value)}" for name, value in group.test()[0].items()))

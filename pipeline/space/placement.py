@@ -36,10 +36,13 @@ class Placement:
         Raises:
             ValueError: They do not fit, the place is outside the matrix, or a number is no count.
         """
-        for name, count, most in (("rows", self.rows, MAX_ROWS), ("threads", self.threads, MAX_THREADS)):
-            if count is not None and (type(count) is not int or not 1 <= count <= most):
+        rows = 1 if self.rows is None else self.rows
+        for name, count, most in (("rows", rows, MAX_ROWS), ("threads", self.threads, MAX_THREADS)):
+            if type(count) is not int or not 1 <= count <= most:
                 raise ValueError(f"{name} must be a whole number from 1 to {most}, got {count!r}")
-        fits = self.place is None if self.rows is None else self.place in range(self.rows)
+        if self.broken not in (None, True, False):
+            raise ValueError(f"broken must be true or false, got {self.broken!r}")
+        fits = self.place is None if self.rows is None else type(self.place) is int and self.place in range(rows)
         if self.trainer not in ("rows", "plain") or (self.trainer == "rows") == (self.rows is None) or not fits:
             raise ValueError(f"{self.trainer} at place {self.place} of {self.rows} rows")
 

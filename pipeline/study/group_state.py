@@ -27,6 +27,7 @@ class GroupState:
         study: Identity of the study.
         metric: Name of the objective.
         environment: Recorded with each trial: device, machine, versions.
+        row_limit: Most rows of a matrix as the group begins.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class GroupState:
         study: str,
         metric: str,
         environment: Mapping[str, Any],
+        row_limit: int | None,
     ) -> None:
         self.proposals = proposals
+        self.row_limit = row_limit
         self.epoch = 0
         """Number of epochs with metrics."""
         self._study = study

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InvalidInput, Problem
+from pipeline.space.placement import PlacementRules
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.group_state import GroupState, Proposals
@@ -25,6 +27,7 @@ def run_group(
     environment: Mapping[str, Any],
     on_epoch: Callable[[Mapping[int, EpochMetrics]], None],
     interrupted: Callable[[], bool],
+    rules: Callable[[], PlacementRules],
 ) -> Iterator[EndedTrial]:
     """Train a group, from its last checkpoint if there is one; yield finished trials in number order.
 
@@ -39,6 +42,8 @@ def run_group(
         environment: Recorded with each trial: device, machine, versions.
         on_epoch: Takes the metrics of each epoch.
         interrupted: Called after each epoch; on True, a checkpoint is saved and the iterator ends.
+        rules: Returns what placement depends on now. After the row limit has fallen, a checkpoint is saved at once, and
+            then the rules are stored: epochs before are trained again only by the rules that they were trained by.
 
     Raises:
         InvalidInput: The checkpoint belongs to these trials, but does not fit their model.
@@ -46,11 +51,19 @@ def run_group(
     """
     metric = study.space.objective.metric
     ended = {number: study.ended[number] for number in proposals if number < len(study.ended)}
-    state = GroupState(proposals, ended, study=study.identity, metric=metric, environment=environment)
+    study.keep_rules(rules())
+    state = GroupState(
+        proposals,
+        ended,
+        study=study.identity,
+        metric=metric,
+        environment=environment,
+        row_limit=study.rules.row_limit,
+    )
     _resume(group, state, checkpoints)
     yield from state.pop_ended()
     while state.running:
-        results = _train_epoch(group, state, checkpoints)
+        results = _train_epoch(group, state, checkpoints, rules)
         on_epoch(results)
         state.add(results)
         for number, (outcome, reason) in _outcomes(results, proposals, study).items():
@@ -58,8 +71,10 @@ def run_group(
             group.drop(number)
         yield from state.pop_ended()
         stop = interrupted()
-        if state.running and (stop or checkpoints.due()):
-            _save(group, state, checkpoints)
+        row_limit_fell = rules().row_limit != study.rules.row_limit
+        if state.running and (stop or row_limit_fell or checkpoints.due()):
+            _save(group, state, checkpoints, row_limit=rules().row_limit)
+        study.keep_rules(rules())
         if stop:
             break
     if not state.running:
@@ -74,48 +89,49 @@ def forget_ended(checkpoints: Checkpoints, study: Study) -> None:
             return
 
 
-def _train_epoch(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> dict[int, EpochMetrics]:
+def _train_epoch(
+    group: TrialGroup, state: GroupState, checkpoints: Checkpoints, rules: Callable[[], PlacementRules]
+) -> dict[int, EpochMetrics]:
     """Train every running trial for an epoch.
 
     A lost group returns to its last checkpoint and trains again up to this epoch. Metrics and verdicts of the epochs in
-    between stay: an ended trial leaves after the same epoch.
+    between stay: an ended trial leaves after the same epoch. If the row limit has fallen since the checkpoint, these
+    epochs are trained in other places, and the trials are broken.
     """
     epoch: int | None = state.epoch
+    unfinished: dict[int, EpochMetrics] = {}  # of trials that left as epochs were trained again
     while True:
         try:
             if epoch is None:
-                epoch = _load_newest(group, checkpoints)
+                epoch, row_limit = _load_newest(group, state, checkpoints)
+                if epoch < state.epoch and row_limit != rules().row_limit:
+                    state.mark_broken()
             for number in state.left_by(epoch):
                 group.drop(number)
             results = group.train_epoch()
         except GroupLost as lost:
             checkpoints.warn(str(lost))
-            if not lost.repeats and epoch is not None:
-                state.mark_broken()
             epoch = None
             continue
         epoch += 1
         if epoch > state.epoch:
-            missing = state.running - results.keys()
-            why = "its numbers were no longer finite when epochs were trained again"
-            diverged = EpochMetrics(epoch=epoch, step=0, metrics={}, lr={}, diverged=why)
-            return {**{n: results[n] for n in state.running & results.keys()}, **dict.fromkeys(missing, diverged)}
+            return {n: results[n] if n in results else unfinished[n] for n in sorted(state.running)}
+        unfinished |= {n: dataclasses.replace(m, placement=None) for n, m in results.items() if not m.finished}
 
 
-def _load_newest(group: TrialGroup, checkpoints: Checkpoints) -> int:
-    """Load a running group's newest checkpoint, or its beginning if there is none; return the epochs it has trained."""
+def _load_newest(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> tuple[int, int | None]:
+    """Load a running group's newest checkpoint, or its beginning; return its number of epochs and its row limit."""
     for _, content in checkpoints.load():
         group.load_state_dict(content["state"])
-        epoch: int = content["epoch"]
-        return epoch
+        return content["epoch"], content["row_limit"]
     group.load_state_dict({})
-    return 0
+    return 0, state.row_limit
 
 
-def _save(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> None:
+def _save(group: TrialGroup, state: GroupState, checkpoints: Checkpoints, *, row_limit: int | None) -> None:
     name = f"trials-to-{max(state.proposals):06}-epoch-{state.epoch:06}.pt"
     with contextlib.suppress(GroupLost):  # the next epoch raises it again
-        checkpoints.save(name, lambda: {**state.to_dict(), "state": group.state_dict()})
+        checkpoints.save(name, lambda: {**state.to_dict(), "row_limit": row_limit, "state": group.state_dict()})
 
 
 def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> None:
@@ -129,7 +145,8 @@ def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> N
             continue
         state.load_dict(content)
         try:
-            group.load_state_dict(content["state"])
+            with contextlib.suppress(GroupLost):  # the next epoch raises it again
+                group.load_state_dict(content["state"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise _does_not_fit(path, error) from error
         checkpoints.clear(but=path)

@@ -26,12 +26,7 @@ class GroupLost(Exception):
 
     Args:
         message: The cause, for people.
-        repeats: Whether training the epochs since the checkpoint again gives bit-identical metrics.
     """
-
-    def __init__(self, message: str, *, repeats: bool) -> None:
-        super().__init__(message)
-        self.repeats = repeats
 
 
 class TrialGroup(Protocol):
@@ -172,6 +167,8 @@ def trial_error(error: Exception) -> Exception:
     """
     if isinstance(error, PipelineError):
         raise error
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # as a CPU's allocator has it
+        return torch.OutOfMemoryError(first_line(error))
     if isinstance(error, torch.AcceleratorError):
         raise DeviceError(f"the device failed: {first_line(error)}") from error
     return error.with_traceback(None)  # a traceback would keep the tensors of the failed computation alive

@@ -67,8 +67,10 @@ class LocalExecutor:
         self._tried_rows = 0
         """Rows of the largest matrix for which `try_memory` succeeded."""
         on_cpu = device.type == "cpu"
-        forks = on_cpu and can_fork() and not is_streamed(self.workload)
-        self.rules = PlacementRules(device=device.type, processes=processes if forks else 1, rows=rows, row_limit=rows)
+        self._forks = on_cpu and can_fork() and not is_streamed(self.workload)
+        self.rules = PlacementRules(
+            device=device.type, processes=processes if self._forks else 1, rows=rows, row_limit=rows
+        )
         finding = self._probed(config)
         self._seeded = finding.draws_random_numbers
         # Threads share PyTorch's random state, so trials that draw random numbers train one after another.
@@ -79,9 +81,12 @@ class LocalExecutor:
             self.rules = dataclasses.replace(self.rules, row_limit=min(fitting, rows or fitting))
 
     def adopt(self, rules: PlacementRules) -> None:
-        """Place trials by the rules of a resumed study, if the study began on the same kind of device."""
+        """Place trials by the rules of a resumed study; on another kind of device, only its `--rows` stays."""
         if rules.device == self.device.type:
             self.rules = rules
+        else:
+            limits = [limit for limit in (self.rules.row_limit, rules.rows) if limit is not None]
+            self.rules = dataclasses.replace(self.rules, rows=rules.rows, row_limit=min(limits, default=None))
         self._probed(self._config)
 
     @property
@@ -143,7 +148,7 @@ class LocalExecutor:
     def start_processes(self, shards: int) -> int:
         """Start the processes that a number of shards needs; return the number of processes, this one included."""
         self._processes = [process for process in self._processes if not process.ended]
-        while len(self._processes) < min(self.rules.processes, shards) - 1:
+        while self._forks and len(self._processes) < min(self.rules.processes, shards) - 1:
             with self.precision():  # a fork inherits these settings
                 try:
                     self._processes.append(TrainingProcess(self.build_here))

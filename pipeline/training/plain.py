@@ -97,8 +97,10 @@ class PlainTrials:
         for number, trial in list(self._trials.items()):
             try:
                 value = function(trial)
-            except Exception as error:
-                trial_error(error)
+            except Exception as raised:
+                error = trial_error(raised)
+                if isinstance(error, torch.OutOfMemoryError):  # which no trial causes alone
+                    raise error from None
                 failed = f"{type(error).__name__}: {error}"
                 self._failed[number] = EpochMetrics(
                     epoch=trial.epoch, step=trial.step, metrics={}, lr={}, failed=failed

@@ -38,7 +38,8 @@ def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) ->
         if device.type == "cuda":
             _set_products(["tf32" if config.precision == "tf32" else "ieee"] * len(PRODUCTS))
         if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+            if device.type == "cuda":
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         yield

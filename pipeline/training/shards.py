@@ -20,8 +20,8 @@ from pipeline.training.rows.trainer import FusedTrials
 if TYPE_CHECKING:
     from pipeline.training.executor import LocalExecutor
 
-MAX_DEATHS = 4
-"""Times that processes may die in one epoch before the search stops."""
+MAX_LOSSES = 4
+"""Times that processes may die, or memory run out for one trial, in one epoch before the search stops."""
 ShardTrainer = FusedTrials | PlainTrials | RemoteTrials
 """Trains the rows of one matrix, or one plain trial, in this process or another."""
 States = Mapping[str, Any]
@@ -40,8 +40,8 @@ class ShardedTrials:
     def __init__(self, executor: LocalExecutor, configs: Mapping[int, TrialConfig]) -> None:
         self._executor = executor
         self._all = dict(configs)
-        self._deaths = Counter[int]()
-        """Epoch to the number of times that a process has died in it."""
+        self._losses = Counter[int]()
+        """Epoch to the number of times that a process has died in it, or memory ran out for one trial."""
         self._suspects: dict[int, list[tuple[int, ...]]] = {}
         """Epoch to the trials of each matrix that raised in the epoch, until `_find_raising` has found the cause."""
         self._lost: str | None = None
@@ -67,7 +67,7 @@ class ShardedTrials:
         for trainer, outcome in zip(self._trainers, self._executor.train(self._trainers), strict=True):
             if isinstance(outcome, dict):
                 results |= outcome
-            elif isinstance(outcome, ProcessDied) or len(trainer.configs) > 1:
+            elif isinstance(outcome, ProcessDied | torch.OutOfMemoryError) or len(trainer.configs) > 1:
                 lost.append((trainer, outcome))
             else:
                 failed |= {number: self._failed(outcome) for number in trainer.configs}
@@ -154,21 +154,30 @@ class ShardedTrials:
 
     def _group_lost(self, lost: Sequence[tuple[ShardTrainer, Exception]]) -> GroupLost:
         """Return the error for trainers that raised, and prepare for training the epoch again."""
-        rows = max(len(trainer.configs) for trainer, _ in lost)
-        error = next((e for _, e in lost if isinstance(e, torch.OutOfMemoryError)), lost[0][1])
-        if isinstance(error, torch.OutOfMemoryError):
-            self._executor.lower_row_limit(rows)
+        full = [len(trainer.configs) for trainer, error in lost if isinstance(error, torch.OutOfMemoryError)]
+        if full and max(full) > 1:
+            self._executor.lower_row_limit(max(full))
             limit = self._executor.rules.row_limit
             return GroupLost(
-                f"memory ran out with {rows} trials in a matrix; from now on there are at most {limit}", repeats=False
+                f"memory ran out with {max(full)} trials in a matrix; from now on there are at most {limit}"
             )
-        self._deaths[self._epoch] += isinstance(error, ProcessDied)
-        if self._deaths[self._epoch] > MAX_DEATHS:
-            raise PipelineError(f"{error}, {MAX_DEATHS + 1} times in one epoch; perhaps memory is short")
-        if isinstance(error, ProcessDied) and self._deaths[self._epoch] == 1:
-            return GroupLost(f"{error}; its trials go on from their last checkpoint", repeats=True)
+        error = lost[0][1]
+        if full or isinstance(error, ProcessDied):
+            self._count_loss(error)
+        if full or (isinstance(error, ProcessDied) and self._losses[self._epoch] == 1):
+            return GroupLost(f"{error}; its trials go on from their last checkpoint")
         self._suspects[self._epoch] = [tuple(trainer.configs) for trainer, _ in lost]
-        return GroupLost(f"{type(error).__name__}: {error}; finding which trial raises it", repeats=True)
+        return GroupLost(f"{type(error).__name__}: {error}; finding which trial raises it")
+
+    def _count_loss(self, error: Exception) -> None:
+        """Count a process that died, or memory that ran out for one trial, in this epoch.
+
+        Raises:
+            PipelineError: It has happened too often.
+        """
+        self._losses[self._epoch] += 1
+        if self._losses[self._epoch] > MAX_LOSSES:
+            raise PipelineError(f"{error}, {MAX_LOSSES + 1} times in one epoch; perhaps memory is short")
 
     def _find_raising(self) -> dict[int, EpochMetrics]:
         """Find by repeated halving which trials of the suspects raise alone; return each as failed.
@@ -186,7 +195,7 @@ class ShardedTrials:
             last = self._executor.start_processes(len(self._all)) - 1  # a suspect may kill the process that trains it
             trainer = self._build(Shard(tuple(numbers), plain=plain), last)
             (outcome,) = self._executor.train([trainer])
-            if isinstance(outcome, dict):
+            if isinstance(outcome, dict) or (isinstance(outcome, torch.OutOfMemoryError) and len(numbers) == 1):
                 continue
             if len(numbers) == 1:
                 failed[numbers[0]] = self._failed(outcome)
@@ -214,7 +223,8 @@ class ShardedTrials:
                 return function()
         except ProcessDied as error:
             self._lost = f"{error}; its trials go on from their last checkpoint"
-        raise GroupLost(str(self._lost), repeats=True)
+            self._count_loss(error)
+        raise GroupLost(str(self._lost))
 
 
 def _states_of(trainers: Sequence[ShardTrainer]) -> dict[str, Any]:
