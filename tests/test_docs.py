@@ -102,7 +102,8 @@ def _legal(annotation: Any) -> Iterator[str]:
             bounds = dataclasses.asdict(interval).items()
             yield from (f"{signs[name]} {bound:g}" for name, bound in bounds if bound is not None)
         wholes = {"run": "the run", "rate": "the smallest rate"}
-        yield from (f"or a share of {wholes[item.whole]}" for item in arguments[1:] if isinstance(item, ShareOf))
+        for share in (item for item in arguments[1:] if isinstance(item, ShareOf)):
+            yield f"or a share of {wholes[share.whole]}" + ("" if share.may_be_whole else " below 100%")
     elif origin is Literal:
         yield ", ".join(f"`{value}`" for value in arguments)
     elif origin in (Union, types.UnionType):

@@ -107,7 +107,9 @@ def test_a_share_of_the_run_is_a_whole_number_once_the_space_is_read(
         ("step", {"step_size": "150%"}, f"step_size: {NO_SHARE} the text '150%'"),
         ("step", {"step_size": "0%"}, f"step_size: {NO_SHARE} the text '0%'"),
         ("step", {"step_size": "5"}, "step_size: must be a whole number, got the text '5'"),
-        ("constant", {"warmup": "5 %"}, "warmup: must be a share of the run such as 10%, from 0% to 100%, got"),
+        ("constant", {"warmup": "5 %"}, "warmup: must be a share of the run such as 10%, from 0% to below 100%, got"),
+        ("constant", {"warmup": "100%"}, "warmup: must be a share of the run such as 10%, from 0% to below 100%, got"),
+        ("constant", {"warmup": {"low": "0%", "high": "100.0%"}}, "warmup.high: must be a share of the run such"),
         ("multistep", {"milestones": ["50%", "7x%"]}, "milestones.1: must be a share of the run such as 10%"),
         ("multistep", {"milestones": ["75%", "50%"]}, "milestones: must not decrease, got [3, 2]; put them in order"),
         ("step", {"step_size": {"low": "9%", "high": "x%"}}, "step_size.high: must be a share of the run such as 10%"),
@@ -225,8 +227,30 @@ def test_an_enqueued_config_may_be_in_percent_too(space_file: SpaceFile) -> None
     enqueue = [{"scheduler": {"step": {"step_size": "25%"}}}]
     assert [dict(e) for e in load_space(space_file(**space, enqueue=enqueue)).enqueue] == [{"step.step_size": 5}]
     enqueue = [{"scheduler": {"step": {"step_size": "75%"}}}]
-    with pytest.raises(InvalidInput, match=r"step_size: must be within \[2, 10\], as in this space, got 15"):
+    with pytest.raises(
+        InvalidInput, match=r"step_size: must be within \[2, 10\], as in this space, got 75%, which is 15"
+    ):
         load_space(space_file(**space, enqueue=enqueue))
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"step_size": "130%"}, f"step_size: {NO_SHARE} the text '130%'"),
+        ({"step_size": "0%"}, f"step_size: {NO_SHARE} the text '0%'"),
+        ({"step_size": "12x%"}, f"step_size: {NO_SHARE} the text '12x%'"),
+        ({"warmup": "100%"}, "warmup: must be a share of the run such as 10%, from 0% to below 100%, got"),
+        ({"gamma": "10%"}, "gamma: must be a finite number, got the text '10%'"),
+    ],
+)
+def test_what_is_no_share_is_refused_in_an_enqueued_config_as_in_the_space(
+    space_file: SpaceFile, values: dict[str, Any], problem: str
+) -> None:
+    scheduler = {"step": {"step_size": {"low": 1, "high": 4}, "warmup": {"low": 0, "high": 2}}}
+    path = space_file(epochs=9, scheduler=scheduler, enqueue=[{"scheduler": {"step": values}}])
+    with pytest.raises(InvalidInput, match="1 problem\n") as caught:
+        load_space(path)
+    assert f"enqueue.0.scheduler.step.{problem}" in str(caught.value)
 
 
 def test_a_config_by_hand_may_be_in_percent_of_its_steps(

@@ -148,6 +148,11 @@ def _share_kind(data: Any) -> str:
     return _SHARES if in_percent and "choices" not in data else _number_kind(data)
 
 
+def in_percent(value: Any) -> bool:
+    """Say whether a value, or an item of a list, is written in percent, legal or not."""
+    return any(map(in_percent, value)) if isinstance(value, list) else isinstance(value, str) and "%" in value
+
+
 def _end_kind(data: Any) -> str:
     return _SHARE if isinstance(data, Share) or (isinstance(data, str) and "%" in data) else _VALUE
 
@@ -186,20 +191,23 @@ def _share_of(annotation: Any) -> Any:
     """Return the type of a number in percent, if a field may be written so; else None."""
     whole = next((item.whole for item in get_args(annotation)[1:] if isinstance(item, ShareOf)), None)
     may_be_zero = any(isinstance(item, Interval) and item.ge == 0 for item in get_args(annotation))
-    return _share_type(whole, may_be_zero=may_be_zero) if whole else None
+    may_be_whole = all(item.may_be_whole for item in get_args(annotation)[1:] if isinstance(item, ShareOf))
+    return _share_type(whole, may_be_zero=may_be_zero, may_be_whole=may_be_whole) if whole else None
 
 
 @functools.cache
-def _share_type(whole: str, *, may_be_zero: bool) -> Any:
+def _share_type(whole: str, *, may_be_zero: bool, may_be_whole: bool) -> Any:
     """Return the pydantic type of a share; made once, so that the schema says it once."""
-    pattern = ("" if may_be_zero else r"(?!0+(\.0+)?%)") + r"(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)%"
+    pattern = r"(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)%" if may_be_whole else r"[0-9]{1,2}(\.[0-9]+)?%"
+    pattern = ("" if may_be_zero else r"(?!0+(\.0+)?%)") + pattern
     of, limits = {"run": "run", "rate": "smallest rate"}[whole], "from 0%" if may_be_zero else "above 0%"
+    limits += " to 100%" if may_be_whole else " to below 100%"
 
     def read(value: Any) -> Share:
         if isinstance(value, str) and re.fullmatch(pattern, value):
             return Share(value.removesuffix("%"))
         both = "" if isinstance(value, str) else "; write both ends of a range in percent, or neither"
-        raise ValueError(f"must be a share of the {of} such as 10%, {limits} to 100%, got {_shown(value)}{both}")
+        raise ValueError(f"must be a share of the {of} such as 10%, {limits}, got {_shown(value)}{both}")
 
     schema_type = Annotated[str, Field(pattern=f"^{pattern}$")]
     return Annotated[Share, PlainValidator(read, json_schema_input_type=schema_type), PlainSerializer(str)]

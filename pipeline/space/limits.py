@@ -27,6 +27,8 @@ class ShareOf:
     """
 
     whole: Literal["run", "rate"]
+    may_be_whole: bool = True
+    """Whether 100% is legal."""
 
 
 class Share(float):
@@ -62,6 +64,8 @@ Length = Annotated[int, Interval(ge=1), ShareOf("run")]
 """A count in the schedule's `interval`, or a share of the run."""
 Pause = Annotated[int, Interval(ge=0), ShareOf("run")]
 """A `Length` that may be 0."""
+Warmup = Annotated[int, Interval(ge=0), ShareOf("run", may_be_whole=False)]
+"""A `Pause` that is shorter than the run."""
 Floor = Annotated[float, Interval(ge=0), ShareOf("rate")]
 """A learning rate that a schedule does not go below, or a share of the trial's smallest rate."""
 

@@ -25,14 +25,14 @@ from pipeline.space.config import (
     TrialConfig,
 )
 from pipeline.space.distributions import contains, describe, extremes, is_searched, label
-from pipeline.space.file_format import FORM, MAX_COUNT, check, fields_of, form_of, named_union, one_or_more
+from pipeline.space.file_format import FORM, MAX_COUNT, check, fields_of, form_of, in_percent, named_union, one_or_more
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.pruners import PRUNERS
 from pipeline.space.schedules import SCHEDULERS
 from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
-from pipeline.space.shares import read_shares, resolve_lengths
+from pipeline.space.shares import resolve_lengths
 
 
 def schema_text() -> str:
@@ -217,7 +217,7 @@ def _enqueued(
     parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
     for key, value in entry.items():
         if key in SEARCHABLE_SETTINGS:
-            yield from _enqueued_value(key, space.settings[key], value, f"{place}.{key}", problems)
+            yield from _enqueued_value(key, space.settings[key], value, f"{place}.{key}", problems, got=repr(value))
             continue
         if key not in parts:
             known = (*parts, *SEARCHABLE_SETTINGS)
@@ -236,24 +236,35 @@ def _enqueued(
                 continue
             if key != "param_groups" and len(parts[key]) > 1:
                 yield key, owner
-            if key == "scheduler":
-                values = _in_numbers(space, owner, values)
+            shares, wrong = _shares(space, owner, values) if key == "scheduler" else ({}, [])
+            problems += [Problem(f"{here}.{problem.place}", problem.message) for problem in wrong]
+            if wrong:
+                continue
             if isinstance(values.get("pattern"), str):
                 values = values | {"pattern": [values["pattern"]]}  # as a file may say it
-            yield from _enqueued_values(parts[key][owner], values, key, owner, place, problems)
+            yield from _enqueued_values(parts[key][owner], values, shares, key, owner, place, problems)
 
 
-def _in_numbers(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolve the shares of an enqueued schedule to this space's epochs or steps."""
+def _shares(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the numbers, in this space's epochs or steps, for what an enqueued schedule has in percent."""
     distributions = space.schedulers[schedule]
-    shares = {name: read_shares(value) for name, value in values.items() if name in distributions}
+    written = {name: value for name, value in values.items() if name in distributions and in_percent(value)}
+    fields = fields_of(SCHEDULERS[schedule], searchable=False)
+    form, problems = check(create_model("Shares", **{name: fields[name] for name in written}), written)
+    shares = {name: getattr(form, name) for name in written} if form else {}
     warmup = max(extremes(distributions.get("warmup", 0)))
     total = _run_length(space, distributions)
-    return {**values, **resolve_lengths(SCHEDULERS[schedule], shares, total=total, warmup=warmup)}
+    return resolve_lengths(SCHEDULERS[schedule], shares, total=total, warmup=warmup), problems
 
 
 def _enqueued_values(
-    domains: Domains, values: Mapping[str, Any], key: str, owner: str, place: str, problems: list[Problem]
+    domains: Domains,
+    values: Mapping[str, Any],
+    shares: Mapping[str, Any],
+    key: str,
+    owner: str,
+    place: str,
+    problems: list[Problem],
 ) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         here = f"{place}.{key}.{owner}.{name}"
@@ -261,14 +272,16 @@ def _enqueued_values(
             problems.append(Problem(here, f"unknown key; {did_you_mean(name, domains)}"))
         else:
             parameter = f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"
-            yield from _enqueued_value(parameter, domains[name], value, here, problems)
+            number = shares.get(name, value)
+            got = f"{value}, which is {label(number)}" if name in shares else repr(value)
+            yield from _enqueued_value(parameter, domains[name], number, here, problems, got=got)
 
 
 def _enqueued_value(
-    parameter: str, domain: Any, value: Any, place: str, problems: list[Problem]
+    parameter: str, domain: Any, value: Any, place: str, problems: list[Problem], *, got: str
 ) -> Iterator[tuple[str, Any]]:
     if not contains(domain, value):
-        problems.append(Problem(place, f"must be {describe(domain)}, as in this space, got {value!r}"))
+        problems.append(Problem(place, f"must be {describe(domain)}, as in this space, got {got}"))
     elif is_searched(domain):
         yield parameter, label(value)
 

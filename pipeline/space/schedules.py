@@ -1,7 +1,8 @@
 """Every learning-rate schedule: its hyperparameters, its rules, its words, and how PyTorch is called for it.
 
 Each class is one entry of a search-space file, `scheduler: {step: {step_size: 25%, gamma: 0.1}}`. The fields are the
-hyperparameters, under PyTorch's argument names. A `Length`, a `Pause` or a `Floor` may be written in percent.
+hyperparameters, under PyTorch's argument names. A `Length`, a `Pause`, a `Warmup` or
+a `Floor` may be written in percent.
 
 To add a schedule, write its class here and list the class in `SCHEDULERS`. A schedule that PyTorch lacks needs a
 function besides, in `pipeline.training.optim`, that `torch_class` names.
@@ -16,7 +17,19 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.errors import Problem
-from pipeline.space.limits import Count, Floor, Fraction, Gamma, Interval, Length, NonNegative, Pause, Positive, by_name
+from pipeline.space.limits import (
+    Count,
+    Floor,
+    Fraction,
+    Gamma,
+    Interval,
+    Length,
+    NonNegative,
+    Pause,
+    Positive,
+    Warmup,
+    by_name,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +79,7 @@ class Scheduler:
 class WarmedScheduler(Scheduler):
     """A schedule that a linear warm-up may precede: `SequentialLR` of `LinearLR` and the schedule."""
 
-    warmup: Pause = 0
+    warmup: Warmup = 0
     """Length of the warm-up in `interval` units; 0 for none. The schedule's own counts begin after the warm-up."""
     warmup_start_factor: Gamma = 0.1
     """Multiple of the rate at which the warm-up starts."""

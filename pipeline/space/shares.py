@@ -6,7 +6,6 @@ smallest rate is resolved when a trial's config is sampled.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -50,14 +49,6 @@ def resolve_floors(schedule: type[Any], values: Mapping[str, Any], *, rate: floa
         name: _map_shares(value, lambda s: s.of_rate(rate)) if name in floors else value
         for name, value in values.items()
     }
-
-
-def read_shares(value: Any) -> Any:
-    """Return a value, or a list of values, with shares for texts such as `10%`."""
-    if isinstance(value, list):
-        return [read_shares(item) for item in value]
-    in_percent = isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?%", value)
-    return Share(value.removesuffix("%")) if in_percent else value
 
 
 def _map_shares(distribution: Any, number: Callable[[Share], Any]) -> Any:
