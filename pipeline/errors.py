@@ -42,12 +42,21 @@ class InvalidInput(PipelineError):
 
     exit_status = 2
 
-    def __init__(self, source: str, problems: Iterable[Problem]) -> None:
-        """Collect every problem of `source`, a file name or an option."""
+    def __init__(self, source: str, problems: Iterable[Problem], *, remedy: str = "", show: int | None = None) -> None:
+        """Collect every problem of `source`, a file name or an option.
+
+        Args:
+            source: What has the problems.
+            problems: All of them.
+            remedy: The last line of the message, for a remedy that all problems share.
+            show: The message lists at most so many problems, and says how many more there are; None: all.
+        """
         self.source = source
         self.problems = tuple(problems)
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
+        count = counted(len(self.problems), "problem")
+        shown = self.problems[:show]
+        more = f"… ({len(self.problems) - len(shown)} more)" if len(shown) < len(self.problems) else ""
+        super().__init__("\n  ".join([f"{source}: {count}", *map(str, shown), *filter(None, (more, remedy))]))
 
 
 class StudyBusy(PipelineError):
@@ -86,6 +95,11 @@ def listed(names: Sequence[str], *, show: int = 8) -> str:
     """Return the first names as text, and how many more there are."""
     more = f", … ({len(names) - show} more)" if len(names) > show else ""
     return ", ".join(names[:show]) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 epoch`, `2 epochs`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def first_line(error: BaseException) -> str:

@@ -126,7 +126,7 @@ def test_a_function_in_a_package_makes_a_workload() -> None:
         ("subprocess:getoutput", "getoutput must say that it returns a workload: def getoutput(…) -> Workload"),
         ("{folder}/leaves.py:leaves", "{folder}/leaves.py:leaves raised SystemExit: 0, in {folder}/leaves.py, line 4"),
         ("{task}:raises", "{task}:raises raised OSError: no such data, in {task}, line 19"),
-        ("{task}:other", "{task}:other must return a pipeline.workloads.Workload, got dict"),
+        ("{task}:other", "{task}:other must return a pipeline.workloads.workload.Workload, got dict"),
         ("{folder}/broken.py:line", "{folder}/broken.py raised ZeroDivisionError: division by zero, in "),
         ("{folder}/syntax.py:line", "{folder}/syntax.py raised SyntaxError: "),
         ("{folder}/exits.py:line", "{folder}/exits.py raised SystemExit: 3, in {folder}/exits.py, line 1"),
@@ -405,6 +405,7 @@ def test_a_search_from_python_makes_its_root_and_returns_its_result(
         ({"device": "tpu"}, "device: must be auto"),
         ({"root": __file__}, "root: must be a folder, got the file "),
         ({"space": 7}, "space: must be a file or a mapping, got int"),
+        ({"workload": 3}, "workload: must be a Workload, a function that returns one, or a name, got int"),
         ({"overrides": [1]}, "must be a mapping from places, such as epochs, to values"),
         ({"workload": "", "rows": 0}, "workload: unknown workload ''; known: digits, mnist,"),
     ],
@@ -431,7 +432,7 @@ def test_a_metric_that_is_undefined_ends_no_trial_unless_it_decides(tmp_path: Pa
 def test_a_search_from_python_takes_a_function_and_refuses_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="must be at most the 37 training samples, got 64"):
         search(workload=tiny_workload, root=tmp_path / "new")
-    with pytest.raises(InvalidInput, match=re.escape("must return a pipeline.workloads.Workload, got int")):
+    with pytest.raises(InvalidInput, match=re.escape("must return a pipeline.workloads.workload.Workload, got int")):
         search(workload=lambda: 3, root=tmp_path)  # type: ignore[arg-type, return-value]
     assert list(tmp_path.iterdir()) == []
 

@@ -46,6 +46,15 @@ def test_write_without_a_file_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     assert "--write needs --space FILE, the file to put the bounds into" in capsys.readouterr().err
 
 
+def test_a_config_of_one_trial_is_refused_with_the_command_that_trains_it(
+    space_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = space_file(found={"study": "default-1", "trial": 3})
+    message = "found: makes this file a config of one trial, which `python -m pipeline.train` trains"
+    with pytest.raises(InvalidInput, match=message):
+        lr_range.main(["--space", str(path), "--root", str(tmp_path)])
+
+
 def test_a_space_that_does_not_fit_its_model_is_refused_and_nothing_written(
     space_file: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -149,6 +149,26 @@ def test_a_named_study_of_another_space_is_refused_with_every_difference(store: 
     assert "sgd.base_lr.high" not in message
 
 
+def test_the_remedy_of_a_refused_study_is_no_problem_of_its_own_and_long_lists_are_cut(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8)
+    with pytest.raises(InvalidInput) as refused:
+        store.choose(space_with(seed=7), trials=8, name="mine")
+    seed = space_with().seed
+    assert str(refused.value).splitlines() == [
+        "--study mine: 1 problem",
+        f"  seed: the study has {seed}, this search 7",
+        f"  a study keeps its seed; choose another --study, or --seed {seed}",
+    ]
+    groups = {f"g{number}": {"pattern": f"layer{number}.*"} for number in range(9)}
+    with pytest.raises(InvalidInput) as refused:
+        store.choose(space_with(param_groups={**groups, "rest": {"pattern": "*"}}), trials=8, name="mine")
+    first, *shown, more, remedy = str(refused.value).splitlines()
+    count = len(refused.value.problems)
+    assert first == f"--study mine: {count} problems"
+    assert (len(shown), more) == (8, f"  … ({count - 8} more)")
+    assert remedy.startswith("  a study keeps its space; ")
+
+
 def test_opening_a_study_that_is_not_there_names_the_nearest(store: Store) -> None:
     with pytest.raises(InvalidInput, match=r"holds no study; run `python -m pipeline\.search`, or name another --root"):
         store.open(None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.app import cli
-from pipeline.errors import InvalidInput, Problem
+from pipeline.errors import InvalidInput, Problem, counted
 from pipeline.files import strict_yaml
 from pipeline.files.atomic import write_atomic
 from pipeline.space.load import FOUND
@@ -82,4 +82,4 @@ def _score_line(study: Study, trial: EndedTrial) -> str:
     metric = study.space.objective.metric
     if metric not in trial.metrics:
         return f"{trial.state.value}, {trial.reason}"
-    return f"{metric} {number(trial.metrics[metric])} after {len(trial.epochs)} epochs, {trial.state.value}"
+    return f"{metric} {number(trial.metrics[metric])} after {counted(len(trial.epochs), 'epoch')}, {trial.state.value}"

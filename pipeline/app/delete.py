@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.errors import InvalidInput, Problem, StorageError
+from pipeline.errors import InvalidInput, Problem, StorageError, counted
 from pipeline.files.locks import folder_locked
 from pipeline.study.store import Store
 from pipeline.tracking.process import TRACKERS
@@ -29,7 +29,7 @@ def delete(root: Path, name: str, *, sure: bool) -> int:
     trackers = [build(root) for build in TRACKERS]
     header = store.header(name, option="--delete")
     records = " and ".join(map(str, trackers))
-    what = f"study {name}: {header.ended} trials, {store.folder(name)}, and the study's record, {records}"
+    what = f"study {name}: {counted(header.ended, 'trial')}, {store.folder(name)}, and the study's record, {records}"
     if not sure and not _agreed(name, what):
         print("nothing was deleted")
         return 1

@@ -192,9 +192,16 @@ def _with_workload(
     if isinstance(workload, str):
         return {"workload": cli.workload_choice(workload), **overrides}, None
     from pipeline.workloads import custom  # imports torch, as has the caller who made a workload
+    from pipeline.workloads.workload import Workload
 
     place = _place_of(workload)
-    made = custom.call(workload, place or "workload") if callable(workload) else custom.check_form(workload, "workload")
+    if callable(workload):
+        made = custom.call(workload, place or "workload")
+    elif isinstance(workload, Workload):
+        made = custom.check_form(workload, "workload")
+    else:
+        message = f"must be a Workload, a function that returns one, or a name, got {type(workload).__name__}"
+        raise InvalidInput("search", [Problem("workload", message)])
     return {"workload": {"name": "own", "function": place or f"python:{made.name}"}, **overrides}, made
 
 

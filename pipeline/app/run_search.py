@@ -16,7 +16,7 @@ from pipeline.app.best_yaml import config_file
 from pipeline.app.display import Progress, best_table, strategy_line
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import environment, prepare
-from pipeline.errors import DataError, DeviceError, StorageError
+from pipeline.errors import DataError, DeviceError, StorageError, counted
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
@@ -174,7 +174,9 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
     best = study.best()
     path = _best_file(study, store)
     if not best:
-        ended = f"each of the {len(study.ended)} that have ended was pruned, diverged or failed"
+        count = len(study.ended)
+        those = "the one that has ended" if count == 1 else f"each of the {count} that have ended"
+        ended = f"{those} was pruned, diverged or failed"
         console.print(f"no trial is complete: {ended if study.ended else 'none has ended yet'}", soft_wrap=True)
         for trial in study.ended[-3:]:
             console.print(f"  trial {trial.number} {trial.state}: {trial.reason}", soft_wrap=True)
@@ -184,7 +186,7 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
         console.width = max(console.width, TABLE_WIDTH)
         console.print(best_table(study), crop=False)
         console.print()
-        note = f"Best of {len(study.ended)} trials: #{best[0].number}, {study.space.objective.metric} "
+        note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {study.space.objective.metric} "
         note += f"{best[0].score}, {strategy_line(best[0].config)}. "
         note += "Train it again: `python -m pipeline.train best.yaml`."
         try:
@@ -207,10 +209,11 @@ def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
         together += f", each alone, since {executor.plain_because}"
     elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
         together += f", those of {' and '.join(alone)} each alone"
-    what = f"{executor.workload.name} · {space.epochs} epochs · {executor.device}, {together}"
+    what = f"{executor.workload.name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if len(study.ended) >= trials:
-        resumed = f": all of its {len(study.ended)} trials have ended; ask for more with --trials"
+        those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
+        resumed = f": {those} ended; ask for more with --trials"
     return f"{what}   study {study.name}, seed {space.seed}{resumed}"
 
 

@@ -72,6 +72,9 @@ def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: b
     Raises:
         InvalidInput: With every problem of the data.
     """
+    if FOUND in data:
+        message = "makes this file a config of one trial, which `python -m pipeline.train` trains; name a search space"
+        raise InvalidInput(source, [Problem(FOUND, message)])
     space, problems = _read(data, name=study_name(name))
     if searching and space is not None and not problems and not any(map(is_searched, space.parameters().values())):
         problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))

@@ -107,7 +107,7 @@ class Store:
             The study's name, and whether the study exists.
 
         Raises:
-            InvalidInput: The named study has another space or other rows; the message shows each difference.
+            InvalidInput: The named study has another space or other rows; the message shows the differences.
         """
         known = {header.name: header for header in self.headers()}
         if name is None:
@@ -128,8 +128,10 @@ class Store:
                 raise InvalidInput("--study", [Problem(name, message)])
             return name, False
         if differences := list(_differences(known[name].document, space.document)):
-            remedy = Problem("", "a study keeps its space; choose another --study, or the space that it was made with")
-            raise InvalidInput(f"--study {name}", [*differences, remedy])
+            remedy = "a study keeps its space; choose another --study, or the space that it was made with"
+            if [problem.place for problem in differences] == ["seed"]:
+                remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
+            raise InvalidInput(f"--study {name}", differences, remedy=remedy, show=8)
         if rows not in (None, stored := known[name].placement["rows"]):
             kept = f"the study trains with {'auto' if stored is None else stored}, on which its numbers depend"
             raise InvalidInput("--rows", [Problem(str(rows), f"{kept}; leave --rows away, or choose another --study")])

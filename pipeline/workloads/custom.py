@@ -71,7 +71,7 @@ def check_form(workload: Any, name: str) -> Workload:
         InvalidInput: With every member of another kind.
     """
     if not isinstance(workload, Workload):
-        _refuse(f"{name} must return a pipeline.workloads.Workload, got {type(workload).__name__}")
+        _refuse(f"{name} must return a pipeline.workloads.workload.Workload, got {type(workload).__name__}")
     if problems := [Problem(PLACE, f"{name} returns a Workload whose {problem}") for problem in _misfits(workload)]:
         raise InvalidInput("workload", problems)
     return workload
