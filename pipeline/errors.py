@@ -1,7 +1,7 @@
 """Every deliberate error of the pipeline.
 
     PipelineError            the command line prints one message and exits with `exit_status`
-    ├── InvalidInput         a file, an option or a workload cannot be used: all problems at once, exit status 2
+    ├── InvalidInput         a file, option or workload cannot be used: all problems of a stage at once, exit status 2
     ├── StudyBusy            another process runs the study, exit status 1
     ├── StorageError         a store cannot be read or written, exit status 1
     ├── DataError            a data set raised during training, exit status 1

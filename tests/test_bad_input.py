@@ -375,7 +375,11 @@ def pruned_trial(number: int) -> EndedTrial:
     [
         (
             "search --study mine-1 --seed 3",
-            ["--study mine-1", "seed: the study has 0, this search 3", "keeps its space"],
+            [
+                "--study mine-1",
+                "seed: the study has 0, this search 3",
+                "keeps its seed; choose another --study, or --seed 0",
+            ],
         ),
         (
             "search --study mine-1 --space other.yaml",

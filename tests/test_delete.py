@@ -62,7 +62,7 @@ def test_a_deleted_study_is_gone_with_all_that_belongs_to_it_and_no_other(
     assert delete(root, "mine", "--yes") == 0
     folder = root / "mlruns" / "studies"
     assert capsys.readouterr().out == (
-        f"deleted study mine: 1 trials, {folder / 'mine'}, and the study's record, MLflow in {root}\n"
+        f"deleted study mine: 1 trial, {folder / 'mine'}, and the study's record, MLflow in {root}\n"
     )
     assert names(root) == ["other"]
     assert [path.name for path in folder.iterdir()] == ["other"]
