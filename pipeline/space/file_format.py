@@ -85,8 +85,9 @@ def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
         return None, [_problem(form, details) for details in found]
 
 
+@functools.cache
 def distribution_of(annotation: Any) -> Any:
-    """Return the type of a searchable field: a value, choices, or a range."""
+    """Return the type of a searchable field: a value, choices, or a range; made once, as `_share_type` is."""
     value = _strict(annotation)
     element = _strict(_without_none(annotation))
     kinds: list[Any] = [Annotated[value, Tag(_VALUE)], Annotated[Choices[element], Tag(_CHOICES)]]  # type: ignore[valid-type]
