@@ -39,8 +39,8 @@ from pipeline.space.param_groups import ParamGroup
 from pipeline.space.pruners import Score, SuccessiveHalving, score
 from pipeline.space.schedules import Step
 from pipeline.space.trial import EpochMetrics
+from pipeline.training.epoch import autocast
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.plain import autocast
 from pipeline.training.precision import precision
 from pipeline.workloads.images import Normalization, shift_and_flip
 from pipeline.workloads.models import ResNet9

@@ -16,8 +16,9 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import OPTIMIZERS, Adafactor
 from pipeline.space.schedules import Cosine, OneCycle, Plateau, Step
 from pipeline.training.contract import TrialGroup
+from pipeline.training.epoch import Record
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.plain import PlainTrials, Record
+from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.rows.update_rules import has_rule
 from pipeline.workloads.workload import Workload

@@ -21,7 +21,7 @@ by default PyTorch rounds the factors of convolutions."""
 def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) -> Iterator[None]:
     """Set PyTorch's global settings as a config asks, and restore them afterwards.
 
-    bfloat16 is no global setting; see `pipeline.training.plain.autocast`.
+    bfloat16 is no global setting; see `pipeline.training.epoch.autocast`.
 
     Args:
         config: Gives the precision, and whether only deterministic algorithms are used.

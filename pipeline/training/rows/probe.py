@@ -18,7 +18,8 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.plain import PlainTrials, fork_rng
+from pipeline.training.epoch import fork_rng
+from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.data import first_samples, model_inputs, samples_of, to_device
 from pipeline.workloads.workload import Workload

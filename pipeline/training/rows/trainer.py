@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
 from pipeline.space.config import TrialConfig, derive_seed
-from pipeline.space.param_groups import assign_groups
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, train_epoch_of
-from pipeline.training.plain import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
+from pipeline.training.epoch import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
 from pipeline.training.pooling import Pooling
+from pipeline.training.rows.layout import lay_out
 from pipeline.training.rows.model import RowModel
 from pipeline.training.rows.optimizer import MatrixOptimizer, row_order
 from pipeline.workloads.data import (
@@ -38,26 +37,6 @@ from pipeline.workloads.workload import Workload
 
 IGNORED = -100
 """Target that `F.cross_entropy` ignores by default."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The position of each parameter in a row: group after group, and in the model's order within a group."""
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-    sizes: tuple[int, ...]
-    groups: Mapping[str, slice]
-    """Name to columns of each trained group."""
-
-    def described(self) -> list[str]:
-        """Return each parameter's name and shape, in order."""
-        return [f"{name} {tuple(shape)}" for name, shape in zip(self.names, self.shapes, strict=True)]
-
-    def views(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Return each parameter of all rows, (row, *shape), as a view of the matrix."""
-        rows, parts = len(matrix), matrix.split(self.sizes, dim=1)
-        return {name: part.view(rows, *shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
 
 class FusedTrials:
@@ -92,7 +71,7 @@ class FusedTrials:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._config.seed, "weights"))
             self._model = workload.build_model().to(device, dtype)
-        self._layout = _lay_out(self._model, self._config)
+        self._layout = lay_out(self._model, self._config)
         trained = {name: p.detach() for name, p in self._model.named_parameters() if name in self._layout.names}
         row = torch.cat([trained[name].reshape(-1) for name in self._layout.names])
         rows = len(self.configs)
@@ -351,20 +330,3 @@ def _floats(values: list[Tensor]) -> list[float]:
     if len({(value.device, value.dtype) for value in values}) == 1:
         return [float(value) for value in torch.stack(values).tolist()]
     return [float(value) for value in values]
-
-
-def _lay_out(model: nn.Module, config: TrialConfig) -> _Layout:
-    """Lay out the trained parameters: the parameters of groups that are not frozen."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    patterns = {name: group.pattern for name, group in config.param_groups.items()}
-    assigned, problems = assign_groups(parameters, patterns)
-    assert not problems, problems
-    trained = {name: names for name, names in assigned.items() if config.param_groups[name].lr_ratio != 0}
-    names = [name for group in trained.values() for name in group]
-    groups, start = {}, 0
-    for group, members in trained.items():
-        size = sum(parameters[name].numel() for name in members)
-        groups[group] = slice(start, start + size)
-        start += size
-    shapes = tuple(parameters[name].shape for name in names)
-    return _Layout(tuple(names), shapes, tuple(shape.numel() for shape in shapes), groups)
