@@ -359,7 +359,7 @@ def test_the_template_of_a_workload_runs_as_printed(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text(code)
     for number, command in enumerate(commands, 1):
-        status, printed = run(*shlex.split(command), "--trials", "6", "--set", "epochs=10")
+        status, printed = run(*shlex.split(command), "--trials", "4", "--set", "epochs=4")
         assert status == 0
         assert "each alone" not in printed  # its trials are rows
         study = Store(tmp_path).open(f"my_task-sine-{number}")
