@@ -12,13 +12,13 @@ from torch import nn
 
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
-from pipeline.space.config import derive_seed
 from pipeline.space.load import with_steps
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.precision import current_settings
+from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
 from pipeline.workloads.data import to_device
@@ -64,7 +64,7 @@ def prepare(
     problems = [*problems_with_model(space, workload, model)]
     problems += objective_problems(space, workload) if searching else ()
     problems += _precision_problems(space, chosen)
-    problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
+    problems += workload_problems(workload, batch_size=space.batch_size, seed=space.seed) if not problems else []
     if problems:
         raise InvalidInput(source, problems)
     processes = torch.get_num_threads()
@@ -112,9 +112,8 @@ def _placed(workload: Workload, device: torch.device) -> Workload:
 
 def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "weights"))
-            model, second = workload.build_model(), workload.build_model()
+        cpu = torch.device("cpu")
+        model, second = (built_model(workload, seed=seed, device=cpu, dtype=torch.float32) for _ in range(2))
     except InvalidInput:
         raise
     except (Exception, SystemExit) as error:
@@ -126,8 +125,6 @@ def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
 
 def _model_problem(model: Any, second: Any) -> str | None:
     """Return what is wrong with a model, given a second one from the same function; None if nothing is."""
-    if not isinstance(model, torch.nn.Module):
-        return f"build_model must return a torch.nn.Module, got {type(model).__name__}"
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]:
         return (
             f"build_model must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
@@ -138,6 +135,20 @@ def _model_problem(model: Any, second: Any) -> str | None:
         )
     if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         return f"the model begins with a NaN or an infinity in {broken[0]}; mend its weights"
+    if other := _difference(model, second):
+        remedy = "draw weights from the random state of torch, Python or NumPy"
+        return f"build_model must give the same model from the same seed, got {other} twice otherwise; {remedy}"
+    return None
+
+
+def _difference(model: nn.Module, second: nn.Module) -> str | None:
+    """Return the name of a parameter or buffer in which two models differ."""
+    one, other = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, second))
+    for name in {**one, **other}:
+        if name not in one or name not in other or one[name].shape != other[name].shape:
+            return name
+        if not torch.equal(one[name].nan_to_num(), other[name].nan_to_num()):
+            return name
     return None
 
 

@@ -72,9 +72,9 @@ class LocalExecutor:
             device=device.type, processes=processes if self._forks else 1, rows=rows, row_limit=rows
         )
         finding = self._probed(config)
-        self._seeded = finding.draws_random_numbers
-        # Threads share PyTorch's random state, so trials that draw random numbers train one after another.
-        self._threads = 1 if not on_cpu or self._seeded else torch.get_num_threads()
+        self._draws, self._output_size, self._unsaved = finding.draws, finding.output_size, finding.unsaved is not None
+        # Threads share the global random states, so trials that draw random numbers train one after another.
+        self._threads = 1 if not on_cpu or self._draws else torch.get_num_threads()
         if on_cpu:  # without memory a CPU raises no error: the system kills the process
             at_once = max(self._threads, self.rules.processes)
             fitting = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / at_once))
@@ -179,8 +179,11 @@ class LocalExecutor:
 
     def build_here(self, configs: Mapping[int, TrialConfig], plain: bool) -> FusedTrials | PlainTrials:
         """Build a trainer in this process."""
-        trainer = PlainTrials if plain else FusedTrials
-        return trainer(configs, self.workload, device=self.device, dtype=self._dtype, seeded=self._seeded)
+        options: dict[str, Any] = {"device": self.device, "dtype": self._dtype}
+        options |= {"draws": self._draws, "output_size": self._output_size}
+        if plain:
+            return PlainTrials(configs, self.workload, unsaved=self._unsaved, **options)
+        return FusedTrials(configs, self.workload, **options)
 
     def train(self, trainers: Sequence[ShardTrainer]) -> list[dict[int, EpochMetrics] | Exception]:
         """Train shards for an epoch, at the same time where possible; return the metrics or the exception of each."""
@@ -232,5 +235,5 @@ def _attempt(trainer: ShardTrainer) -> dict[int, EpochMetrics] | Exception:
         return trainer.train_epoch()
     except ProcessDied as error:
         return error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return trial_error(error)
