@@ -17,7 +17,7 @@ from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.precision import current_settings
+from pipeline.training.precision import current_settings, dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
@@ -56,19 +56,23 @@ def prepare(
     """
     chosen = choose_device(device)
     try:
-        workload = _placed(workload or load_workload(space.workload), chosen)
-        model = _first_model(workload, space.seed)
+        dtype = dtype_of(space.precision)
+        workload = _placed(workload or load_workload(space.workload), chosen, dtype)
+        model = _first_model(workload, space.seed, dtype)
         space = with_steps(space, -(-len(workload.train) // space.batch_size))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
     problems = [*problems_with_model(space, workload, model)]
     problems += objective_problems(space, workload) if searching else ()
     problems += _precision_problems(space, chosen)
-    problems += workload_problems(workload, batch_size=space.batch_size, seed=space.seed) if not problems else []
+    problems += (
+        workload_problems(workload, batch_size=space.batch_size, seed=space.seed, dtype=dtype) if not problems else []
+    )
     if problems:
         raise InvalidInput(source, problems)
     processes = torch.get_num_threads()
-    return space, LocalExecutor(workload, space.example(), device=chosen, rows=rows, processes=processes)
+    executor = LocalExecutor(workload, space.example(), device=chosen, dtype=dtype, rows=rows, processes=processes)
+    return space, executor
 
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
@@ -102,18 +106,18 @@ def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Probl
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
 
 
-def _placed(workload: Workload, device: torch.device) -> Workload:
+def _placed(workload: Workload, device: torch.device, dtype: torch.dtype) -> Workload:
     try:
-        return to_device(workload, device=device, dtype=torch.float32)
+        return to_device(workload, device=device, dtype=dtype)
     except DataError as error:
         split, _, why = str(error).partition(": ")
         raise InvalidInput("workload", [Problem(f"workload.{split}", why)]) from None
 
 
-def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
+def _first_model(workload: Workload, seed: int, dtype: torch.dtype) -> torch.nn.Module:
     try:
         cpu = torch.device("cpu")
-        model, second = (built_model(workload, seed=seed, device=cpu, dtype=torch.float32) for _ in range(2))
+        model, second = (built_model(workload, seed=seed, device=cpu, dtype=dtype) for _ in range(2))
     except InvalidInput:
         raise
     except (Exception, SystemExit) as error:
@@ -173,6 +177,8 @@ def choose_device(name: str) -> torch.device:
 def _precision_problems(space: SearchSpace, device: torch.device) -> list[Problem]:
     """Return the problem of a precision that the device lacks; PyTorch would silently use another."""
     remedy = "set precision to fp32" + ("" if device.type == "mps" else " or bf16")
+    if space.precision == "fp64" and device.type == "mps":
+        return [Problem("precision", f"fp64 is more than Metal devices compute; {remedy}, or use --device cpu")]
     if space.precision == "tf32" and device.type != "cuda":
         return [Problem("precision", f"tf32 needs a CUDA device, and trials train on {device.type}; {remedy}")]
     if space.precision == "tf32" and torch.cuda.get_device_capability(device) < TF32_CAPABILITY:

@@ -18,7 +18,7 @@ from pipeline.space.optimizers import OPTIMIZERS, Optimizer
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import SCHEDULERS, Scheduler
 
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +147,17 @@ class Settings:
     """Decides proposals, initial weights, data order and dropout; the same for every trial of a search."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward passes: "tf32" lets a CUDA device round the factors of products to 10 bits,
-    "bf16" is `torch.autocast`; parameters stay float32."""
+    "bf16" is `torch.autocast`; parameters stay float32. "fp64" makes data, parameters and arithmetic double."""
     deterministic: bool = False
     """Whether a CUDA device uses only algorithms that give the same numbers each time; a CPU always does."""
     channels_last: bool = False
     """Whether images, and the convolution weights of plain trials, are stored with the channels last; see
     https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html."""
+    accumulate: Count = 1
+    """Batches whose gradients are averaged for one optimizer step; the last step of an epoch takes the rest."""
+    ema: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    """Decay per optimizer step of an exponential average of the parameters, which is validated, tested and saved in
+    place of the last parameters."""
     clip_grad_norm: Positive | None = field(default=None, metadata=SEARCHABLE)
     """Largest norm of the gradient of all trained parameters together; a longer gradient is scaled down to it."""
 

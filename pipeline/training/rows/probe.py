@@ -37,7 +37,7 @@ BASE_LRS = {0: 0.01, 1: 0.02}
 MAX_STEP_FLOPS = 64e6
 """Largest training step of a trial that trains as a row on a CPU. Rows save the time of Python, about half a
 millisecond per step; larger products are slower in parallel than alone (benchmarks/NOTES.md)."""
-TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
+TOLERANCE = {"fp64": 0.01, "fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
 """Precision to the largest difference of a parameter, as a fraction of the parameters' largest change; the same for
 buffers and losses. Over two steps, float32 rounding makes a difference below 0.001, also after BatchNorm over few
 samples; bfloat16 rounding below 0.1; a wrong step about 1."""
@@ -187,11 +187,12 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
             unsaved = "state is more than parameters and buffers"
     steps = config.batch_size / batch.size
     flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many as the forward pass
+    copies = PARAMETER_COPIES + (config.accumulate > 1) + (config.ema is not None)
     finding = Finding(
         draws=draws,
         unsaved=unsaved,
         output_size=output_size,
-        trial_bytes=int(saved.bytes * steps) + PARAMETER_COPIES * sum(p.nbytes for p in model.parameters()),
+        trial_bytes=int(saved.bytes * steps) + copies * sum(p.nbytes for p in model.parameters()),
     )
     if unsaved:
         return _cannot_fuse(finding, f"its {unsaved}, and a trial that is resumed begins anew")
