@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -119,9 +120,13 @@ class LocalExecutor:
         for process in self._processes:
             process.end()
 
-    def precision(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
         """Return the context in which all trials of a search train."""
-        return precision(self._config, self.device)
+        with precision(self._config, self.device), warnings.catch_warnings():
+            # Of operations that `vmap` computes row by row; the probe has let PyTorch say so once.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            yield
 
     def place(self, configs: Mapping[int, TrialConfig]) -> list[Shard]:
         """Divide running trials into shards."""
@@ -204,7 +209,7 @@ class LocalExecutor:
         """Probe trials that freeze the same groups, once, and store the verdict in the rules."""
         groups = frozen_groups(config)
         if groups not in self._findings:
-            with self.precision():
+            with precision(self._config, self.device):
                 self._findings[groups] = probe(self.workload, config, device=self.device, dtype=self._dtype)
         finding = self._findings[groups]
         if groups not in self.rules.plain_because:
