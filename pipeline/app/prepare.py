@@ -13,7 +13,7 @@ from torch import nn
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
 from pipeline.space.config import derive_seed
-from pipeline.space.load import with_steps
+from pipeline.space.load import with_layers, with_steps
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
@@ -58,6 +58,7 @@ def prepare(
     try:
         workload = _placed(workload or load_workload(space.workload), chosen)
         model = _first_model(workload, space.seed)
+        space = with_layers(space, dict(model.named_parameters()))
         space = with_steps(space, -(-len(workload.train) // space.batch_size))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
@@ -73,11 +74,12 @@ def prepare(
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
     """Yield the problems of a space with its model and data."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not names:
+    dims = {name: parameter.ndim for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not dims:
         yield Problem("workload.model", "has no parameter to train")
         return
-    yield from assign_groups(names, {name: group["pattern"] for name, group in space.param_groups.items()})[1]
+    config = space.example()
+    yield from assign_groups(dims, config.param_groups, config.no_weight_decay, tied=_tied_names(model))[1]
     if space.batch_size > len(workload.train):
         message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
         yield Problem("batch_size", message)
@@ -89,6 +91,13 @@ def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module
     for name, scheduler in space.schedulers.items():
         if scheduler["interval"] == "step":
             yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Return each further name of a parameter that several modules share, and the name in `named_parameters()`."""
+    listed = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: listed[id(p)] for name, p in every if listed.get(id(p), name) != name}
 
 
 def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
