@@ -58,7 +58,7 @@ def prepare(
     try:
         workload = _placed(workload or load_workload(space.workload), chosen)
         model = _first_model(workload, space.seed)
-        space = with_layers(space, dict(model.named_parameters()))
+        space = with_layers(space, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
         space = with_steps(space, -(-len(workload.train) // space.batch_size))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
@@ -93,13 +93,6 @@ def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module
             yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
 
 
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Return each further name of a parameter that several modules share, and the name in `named_parameters()`."""
-    listed = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: listed[id(p)] for name, p in every if listed.get(id(p), name) != name}
-
-
 def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
     """Yield the problems of a space's objective with its workload."""
     directions = workload.directions
@@ -109,6 +102,13 @@ def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Probl
         yield Problem("objective.metric", f"unknown metric {metric!r}; {did_you_mean(metric, known)}")
     elif direction != directions[metric]:
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Return each further name of a parameter that several modules share, and the name in `named_parameters()`."""
+    listed = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: listed[id(p)] for name, p in every if listed.get(id(p), name) != name}
 
 
 def _placed(workload: Workload, device: torch.device) -> Workload:

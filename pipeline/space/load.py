@@ -129,7 +129,7 @@ def with_layers(space: SearchSpace, names: Iterable[str]) -> SearchSpace:
 
     Args:
         space: The search space.
-        names: The model's parameter names.
+        names: Names of the model's parameters that are trained.
 
     Raises:
         InvalidInput: A rule does not hold for the layers that the model has.
@@ -194,7 +194,10 @@ def file_form() -> type[BaseModel]:
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
         "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
         "param_groups": (dict[group_name, form_of(ParamGroup, searchable=True)], Field(min_length=1)),  # type: ignore[misc]
-        "no_weight_decay": (one_or_list(form_of(ParameterRule, searchable=False)) | None, None),
+        "no_weight_decay": (
+            one_or_list(form_of(ParameterRule, searchable=False)) | None,
+            Field(None, description="Parameters without weight decay, whatever their group."),
+        ),
         "sampler": (form_of(Sampler, searchable=False), defaults),
         "pruner": (named_union(*PRUNERS.values()), no_pruner),
         "enqueue": (list[dict[str, Any]], Field(default=[], description="Configs to try first, in a file's words.")),
