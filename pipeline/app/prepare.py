@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
-from pipeline.space.load import with_steps
+from pipeline.space.load import with_layers, with_steps
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
@@ -59,6 +59,7 @@ def prepare(
         dtype = dtype_of(space.precision)
         workload = _placed(workload or load_workload(space.workload), chosen, dtype)
         model = _first_model(workload, space.seed, dtype)
+        space = with_layers(space, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
         space = with_steps(space, -(-len(workload.train) // space.batch_size))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
@@ -77,11 +78,12 @@ def prepare(
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
     """Yield the problems of a space with its model and data."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not names:
+    dims = {name: parameter.ndim for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not dims:
         yield Problem("workload.model", "has no parameter to train")
         return
-    yield from assign_groups(names, {name: group["pattern"] for name, group in space.param_groups.items()})[1]
+    config = space.example()
+    yield from assign_groups(dims, config.param_groups, config.no_weight_decay, tied=_tied_names(model))[1]
     if space.batch_size > len(workload.train):
         message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
         yield Problem("batch_size", message)
@@ -104,6 +106,13 @@ def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Probl
         yield Problem("objective.metric", f"unknown metric {metric!r}; {did_you_mean(metric, known)}")
     elif direction != directions[metric]:
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Return each further name of a parameter that several modules share, and the name in `named_parameters()`."""
+    listed = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: listed[id(p)] for name, p in every if listed.get(id(p), name) != name}
 
 
 def _placed(workload: Workload, device: torch.device, dtype: torch.dtype) -> Workload:

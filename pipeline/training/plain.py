@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.param_groups import assign_groups
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, copied, ended_by, train_epoch_of, trial_error
@@ -27,7 +26,7 @@ from pipeline.training.epoch import (
     without_bf16,
 )
 from pipeline.training.evaluation import Evaluation
-from pipeline.training.optim import Strategy, hidden_matrices
+from pipeline.training.optim import Strategy, group_parameters, hidden_matrices
 from pipeline.training.pooling import Pooling
 from pipeline.workloads.build import built_model, run_model
 from pipeline.workloads.data import epoch_length, evaluation_batches, training_batches
@@ -198,17 +197,14 @@ class PlainTrial:
         """Averages of the trained parameters with `ema`; empty before the first step."""
         for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        patterns = {name: group.pattern for name, group in config.param_groups.items()}
-        groups, problems = assign_groups(parameters, patterns)
-        assert not problems, problems
-        for name, group in config.param_groups.items():
-            for parameter in groups[name]:
-                parameters[parameter].requires_grad_(group.lr_ratio != 0)
-        self.trained = [p for p in parameters.values() if p.requires_grad]
+        groups = group_parameters(config, self.model)
+        for name, group in config.torch_groups().items():
+            for _, parameter in groups[name]:
+                parameter.requires_grad_(group.lr_ratio != 0)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.strategy = Strategy(
             config,
-            {group: [(name, parameters[name]) for name in names] for group, names in groups.items()},
+            groups,
             steps_per_epoch=self.accumulation.steps,
             directions=workload.directions,
             hidden_matrices=hidden_matrices(self.model),
