@@ -14,8 +14,8 @@ from rich.text import Text
 
 from pipeline.files.signals import Interrupts
 from pipeline.space.config import TrialConfig
-from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EpochMetrics
+from pipeline.space.search_space import Objective, SearchSpace
+from pipeline.space.trial import EndedTrial, EpochMetrics
 from pipeline.study.study import Study
 
 
@@ -92,7 +92,7 @@ class Progress:
 
     def _best_strategy(self) -> str:
         best = self._study.best()
-        return strategy_line(best[0].config) if best else ""
+        return strategy_line(best[0].config, self._study.space) if best else ""
 
     def _line_of_counts(self) -> str:
         counts = Counter(trial.state for trial in self._study.ended)
@@ -110,33 +110,49 @@ class Progress:
 
 
 def best_table(study: Study, *, count: int = 5) -> Table:
-    """Return a table of the best complete trials, with a column per group whose `lr_ratio` is searched."""
-    metric = study.space.objective.metric
-    groups = _searched_groups(study.space)
+    """Return a table of the best complete trials, with columns for what is searched."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
-    for column in ("#", metric, "optimizer", "base_lr", "schedule", *(f"{group} ratio" for group in groups)):
+    rows = [_cells(trial, study.space) for trial in study.best(count)]
+    for column in rows[0] if rows else ():
         table.add_column(column, no_wrap=True)
-    for trial in study.best(count):
-        config = trial.config
-        ratios = [f"{config.param_groups[group].lr_ratio:.3g}" for group in groups]
-        rate = f"{config.optimizer.base_lr:.2e}"
-        table.add_row(str(trial.number), trial.score, config.optimizer.name, rate, schedule_line(config), *ratios)
+    for row in rows:
+        table.add_row(*row.values())
     return table
 
 
-def strategy_line(config: TrialConfig) -> str:
-    """Return a strategy in a few words: `adamw 3.1e-03, step 6 × 0.21, head ×2.4`."""
+def _cells(trial: EndedTrial, space: SearchSpace) -> dict[str, str]:
+    """Return the row of a trial, by the titles of its columns."""
+    config, objective = trial.config, space.objective
+    cells = {"#": str(trial.number), objective.metric: trial.score}
+    if objective.of == "best":
+        cells["epoch"] = f"{objective.deciding(trial.epochs).epoch} of {len(trial.epochs)}"
+    cells |= {"optimizer": config.optimizer.name, "base_lr": f"{config.optimizer.base_lr:.2e}"}
+    if len(space.batch_sizes) > 1:
+        cells["batch_size"] = str(config.batch_size)
+    cells["schedule"] = schedule_line(config)
+    groups = [name.split(".", 1)[1] for name in space.searched_hyperparameters() if name.startswith("lr_ratio.")]
+    return cells | {f"{group} ratio": f"{config.param_groups[group].lr_ratio:.3g}" for group in groups}
+
+
+def score_line(trial: EndedTrial, objective: Objective) -> str:
+    """Return the score of a complete trial and the epoch of a best: `0.9963`, or `0.9963 at epoch 17 of 20`."""
+    at = f" at epoch {objective.deciding(trial.epochs).epoch} of {len(trial.epochs)}"
+    return trial.score + (at if objective.of == "best" else "")
+
+
+def strategy_line(config: TrialConfig, space: SearchSpace) -> str:
+    """Return a strategy in a few words: `adamw 3.1e-03, batch 64, step 6 × 0.21, head ×2.4`.
+
+    The batch size is left out unless the space searches it.
+    """
     ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in config.param_groups.items() if group.lr_ratio != 1]
     rate = f"{config.optimizer.name} {config.optimizer.base_lr:.1e}"
     clip = [f"clip {config.clip_grad_norm:.2g}"] if config.clip_grad_norm is not None else []
-    return ", ".join([rate, schedule_line(config), *ratios, *clip])
+    batch = [f"batch {config.batch_size}"] if len(space.batch_sizes) > 1 else []
+    return ", ".join([rate, *batch, schedule_line(config), *ratios, *clip])
 
 
 def schedule_line(config: TrialConfig) -> str:
     """Return a schedule in a few words: `step 6 × 0.21, warm-up 2`."""
     warmup = getattr(config.scheduler, "warmup", 0)
     return f"{config.scheduler}, warm-up {warmup}" if warmup else str(config.scheduler)
-
-
-def _searched_groups(space: SearchSpace) -> list[str]:
-    return [name.split(".", 1)[1] for name in space.searched_hyperparameters() if name.startswith("lr_ratio.")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +46,7 @@ def prepare(
         space: The space of a search, or a config as a space of one point.
         source: Name of the space's file, for messages.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA if there is a CUDA device, else the CPU.
-        searching: Whether to check the objective.
+        searching: Whether to check the objective; one that chooses the best epoch is always checked.
         rows: Most trials in a matrix; None: the trials divided by the processes, as far as memory allows.
         workload: Replaces the workload that the space names.
 
@@ -58,17 +60,20 @@ def prepare(
     try:
         workload = _placed(workload or load_workload(space.workload), chosen)
         model = _first_model(workload, space.seed)
-        space = with_steps(space, -(-len(workload.train) // space.batch_size))
+        space = with_steps(space, len(workload.train))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
     problems = [*problems_with_model(space, workload, model)]
-    problems += objective_problems(space, workload) if searching else ()
+    problems += objective_problems(space, workload) if searching or space.objective.of == "best" else ()
     problems += _precision_problems(space, chosen)
-    problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
+    if not problems:
+        tried = (workload_problems(workload, model, batch_size=size) for size in space.batch_sizes)
+        problems = list(dict.fromkeys(itertools.chain.from_iterable(tried)))
     if problems:
         raise InvalidInput(source, problems)
     processes = torch.get_num_threads()
-    return space, LocalExecutor(workload, space.example(), device=chosen, rows=rows, processes=processes)
+    config = dataclasses.replace(space.example(), batch_size=max(space.batch_sizes))
+    return space, LocalExecutor(workload, config, device=chosen, rows=rows, processes=processes)
 
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
@@ -78,17 +83,17 @@ def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module
         yield Problem("workload.model", "has no parameter to train")
         return
     yield from assign_groups(names, {name: group["pattern"] for name, group in space.param_groups.items()})[1]
-    if space.batch_size > len(workload.train):
-        message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
-        yield Problem("batch_size", message)
+    for size in space.batch_sizes:
+        if size > len(workload.train):
+            yield Problem("batch_size", f"must be at most the {len(workload.train)} training samples, got {size}")
     plateau = space.schedulers.get("plateau")
     if plateau and plateau["metric"] not in workload.directions:
         message = f"unknown metric {plateau['metric']!r}; {did_you_mean(plateau['metric'], workload.directions)}"
         yield Problem("scheduler.plateau.metric", message)
-    steps_per_epoch = -(-len(workload.train) // space.batch_size)
-    for name, scheduler in space.schedulers.items():
-        if scheduler["interval"] == "step":
-            yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
+    for name in (name for name, scheduler in space.schedulers.items() if scheduler["interval"] == "step"):
+        for size in space.batch_sizes:
+            named = size if len(space.batch_sizes) > 1 else None
+            yield from length_problems(space, name, steps_per_epoch=-(-len(workload.train) // size), batch_size=named)
 
 
 def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
