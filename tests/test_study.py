@@ -419,6 +419,8 @@ def test_with_the_best_epoch_as_objective_pruning_and_the_sampler_see_the_best_s
         {1: 0.3, 2: 0.5},
         {1: 0.6, 2: 0.6},
     ]
+    unmeasured = epoch_metrics(2, math.nan, 0.5)
     study.next_group(12)
-    running = {n: [epoch_metrics(1, first, 0.5), epoch_metrics(2, 0.4, 0.5)] for n, first in ((3, 0.7), (4, 0.3))}
-    assert study.stops(2, running) == {4}  # two of five go on: 0.9 and 0.7
+    study.add(ended_trial(3, state=TrialState.DIVERGED, value=None, epochs=(epoch_metrics(1, 0.8, 0.5), unmeasured)))
+    running = {n: [epoch_metrics(1, first, 0.5), epoch_metrics(2, 0.4, 0.5)] for n, first in ((4, 0.7), (5, 0.3))}
+    assert study.stops(2, running) == {5}  # two of five go on: 0.9 and 0.7

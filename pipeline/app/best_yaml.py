@@ -82,12 +82,10 @@ def choose_trial(study: Study, number: int | None) -> EndedTrial:
 
 
 def _value(study: Study, trial: EndedTrial) -> dict[str, Any]:
-    """Return the objective of a trial, complete or not, and the epoch that decided; empty if no epoch is finished."""
-    finished = [epoch for epoch in trial.epochs if epoch.finished]
-    if not finished:
-        return {}
+    """Return the objective of a trial, complete or not, and the epoch that decided; empty if no epoch can."""
     objective = study.space.objective
-    return {"value": objective.value(finished), "epoch": objective.deciding(finished).epoch}
+    epochs = objective.measured(trial.epochs)
+    return {"value": objective.value(epochs), "epoch": objective.deciding(epochs).epoch} if epochs else {}
 
 
 def _score_line(study: Study, trial: EndedTrial) -> str:

@@ -218,13 +218,12 @@ def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
 def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
     """Return in words which trials train plain, and why."""
     config = space.example()
-    sizes = {n: executor.plain_with_any_optimizer(dataclasses.replace(config, batch_size=n)) for n in space.batch_sizes}
-    plain = {str(size): why for size, why in sizes.items() if why is not None}
-    if len(plain) == len(sizes):
-        return f", each alone, since {next(iter(plain.values()))}"
-    words = (
-        f", those of batch_size {' and '.join(plain)} each alone, since {next(iter(plain.values()))}" if plain else ""
-    )
+    sized = [dataclasses.replace(config, batch_size=size) for size in space.batch_sizes]
+    plain = {str(c.batch_size): why for c in sized if (why := executor.plain_with_any_optimizer(c)) is not None}
+    why = next(iter(plain.values()), "")
+    if len(plain) == len(sized):
+        return f", each alone, since {why}"
+    words = f", those of batch_size {' and '.join(plain)} each alone, since {why}" if plain else ""
     alone = [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]
     return words + (f", those of {' and '.join(alone)} each alone" if alone else "")
 

@@ -106,7 +106,8 @@ def train_config(
             say(f"ended: {epoch.diverged or epoch.failed}")
             return group, False
         history.append(epoch)
-        if objective.of == "best" and objective.deciding(history) is epoch:
+        measured = objective.measured(history) if objective.of == "best" else []
+        if measured and objective.deciding(measured) is epoch:
             best = copy.deepcopy(group.state_dict())
         if found and epoch.epoch == found.epochs:
             compared = _comparison(epoch, found, "in the places that it had" if replays else "alone")
@@ -114,7 +115,7 @@ def train_config(
         say(line)
     if best:
         group.load_state_dict(best)
-        say(_best_line(objective, history, found))
+        say(_best_line(objective, objective.measured(history), found, config.epochs))
     if test:
         say("test          " + "  ".join(f"{name} {number(value)}" for name, value in group.test()[0].items()))
     return group, True
@@ -126,10 +127,10 @@ def _epoch_line(epoch: EpochMetrics, epochs: int) -> str:
     return f"epoch {epoch.epoch:>3}/{epochs}  {metrics}  {rates}"
 
 
-def _best_line(objective: Objective, history: Sequence[EpochMetrics], found: Found | None) -> str:
+def _best_line(objective: Objective, measured: Sequence[EpochMetrics], found: Found | None, epochs: int) -> str:
     """Return a line that says which epoch was the best, and whether the search said the same."""
-    epoch, value = objective.deciding(history).epoch, objective.value(history)
-    line = f"best          {objective.metric} {number(value)} at epoch {epoch} of {len(history)}, whose model this is"
+    epoch, value = objective.deciding(measured).epoch, objective.value(measured)
+    line = f"best          {objective.metric} {number(value)} at epoch {epoch} of {epochs}, whose model this is"
     if found is None or found.value is None:
         return line
     if found.value == (value, epoch):

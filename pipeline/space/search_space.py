@@ -5,6 +5,7 @@ A config is a space of one point, so `load_config` reads it by the same rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -32,6 +33,10 @@ class Objective:
     of: Literal["last", "best"] = "last"
     """The epoch whose metric is a trial's value. The best of many noisy epochs is biased: the more epochs, the better
     it looks."""
+
+    def measured(self, epochs: Sequence[EpochMetrics]) -> list[EpochMetrics]:
+        """Return the epochs that were completed with a finite metric; only such epochs can decide."""
+        return [epoch for epoch in epochs if epoch.finished and math.isfinite(epoch.metrics[self.metric])]
 
     def deciding(self, epochs: Sequence[EpochMetrics]) -> EpochMetrics:
         """Return which of a trial's epochs gives its value; of equally good ones, the earliest."""

@@ -168,8 +168,8 @@ class Study:
 
     def _scores_at(self, epoch: int, numbers: Iterable[int]) -> Iterator[tuple[int, Score]]:
         for number in numbers:
-            epochs = self.ended[number].epochs
-            if len(epochs) >= epoch and epochs[epoch - 1].finished:
+            epochs = self.space.objective.measured(self.ended[number].epochs)
+            if len(epochs) >= epoch:
                 yield number, self.space.objective.score(epochs[:epoch])
 
 

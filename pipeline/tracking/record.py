@@ -77,9 +77,8 @@ def objective_name(objective: Objective) -> str:
 
 def objective_points(trial: EndedTrial, objective: Objective) -> list[tuple[str, int, float]]:
     """Return the points of the best value so far, which is no metric of an epoch; none if the last epoch's counts."""
-    finished = [epoch for epoch in trial.epochs if epoch.finished]
-    name = objective_name(objective)
-    points = [(name, e.step, objective.value(finished[:n])) for n, e in enumerate(finished, 1)]
+    epochs, name = objective.measured(trial.epochs), objective_name(objective)
+    points = [(name, epoch.step, objective.value(epochs[:n])) for n, epoch in enumerate(epochs, 1)]
     return points if objective.of == "best" else []
 
 
