@@ -24,6 +24,7 @@ from pipeline.space.search_space import Objective
 from pipeline.space.trial import EpochMetrics
 from pipeline.study.store import Store
 from pipeline.study.study import Study
+from pipeline.training.rows import probe
 from pipeline.workloads.workload import Metric, Workload
 
 # MLflow's own use of SQLAlchemy 2.1.
@@ -78,7 +79,8 @@ def _surroundings() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     root, printed = tmp_path_factory.mktemp("search"), io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "MAX_STEP_FLOPS", 12 * 3 * 2 * (6 * 8 + 8 * 3))  # a step of 12 samples
         result = search(SPACE, trials=4, root=root, device="cpu")
     assert result.config_file is not None
     return Found(root, printed.getvalue(), result.config_file)
@@ -101,6 +103,11 @@ def test_a_trials_value_is_its_best_epochs_and_the_search_says_which(found: Foun
     assert re.search(r"# +val/closeness +epoch +optimizer +base_lr +batch_size +schedule\n", found.printed)
     assert re.search(rf"\S+ +{epoch} of {EPOCHS} +sgd +\S+ +{size} +constant", found.printed)
     assert f", batch {size}, constant" in found.printed
+
+
+def test_the_first_line_says_which_batch_sizes_train_plain(found: Found) -> None:
+    first, *_ = found.printed.splitlines()[1:]
+    assert ", those of batch_size 16 each alone, since a step of 6.9e-06 GFLOP gains nothing" in first
 
 
 def test_best_yaml_has_the_objective_and_what_it_chose(found: Found) -> None:

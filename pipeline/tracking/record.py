@@ -77,9 +77,10 @@ def objective_name(objective: Objective) -> str:
 
 def objective_points(trial: EndedTrial, objective: Objective) -> list[tuple[str, int, float]]:
     """Return the points of the best value so far, which is no metric of an epoch; none if the last epoch's counts."""
+    if objective.of == "last":
+        return []
     epochs, name = objective.measured(trial.epochs), objective_name(objective)
-    points = [(name, epoch.step, objective.value(epochs[:n])) for n, epoch in enumerate(epochs, 1)]
-    return points if objective.of == "best" else []
+    return [(name, epoch.step, objective.value(epochs[:n])) for n, epoch in enumerate(epochs, 1)]
 
 
 def _lr_history(trial: EndedTrial) -> dict[str, list[tuple[int, float]]]:

@@ -117,7 +117,7 @@ class LocalExecutor:
     def on(self, workload: Workload) -> LocalExecutor:
         """Return an executor like this one for other samples of the same data."""
         other = copy.copy(self)
-        other.workload, other._processes = workload, []
+        other.workload, other._processes, other._tried_rows = workload, [], Counter()
         return other
 
     def close(self) -> None:
