@@ -211,6 +211,28 @@ REFUSED = [
     space("model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"),
     space("epochs: 4", "epochs: 0", "epochs: must be >= 1, got 0"),
     space("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("size: 64", "size: {choices: [64, 1258]}", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("size: 64", "size: {low: 8, high: 64}", "batch_size: must be one value or `{choices: […]}`, got a range"),
+    space("size: 64", "size: {choices: [64, 0]}", "batch_size.choices.1: must be >= 1, got 0"),
+    space(
+        "size: 64",
+        "size: {choices: [64, 32]}\nenqueue: [{batch_size: 16}]",
+        "enqueue.0.batch_size: must be one of 64, 32, as in this space, got 16",
+    ),
+    space(
+        "size: 64", "size: {choices: [64, 32]}\nsteps_per_epoch: 20", "must be one number for each batch_size, 2, got 1"
+    ),
+    space(
+        "name: digits, model: mlp",
+        "name: own, function: a.py:f, arguments: {width: {choices: [8, 16]}}",
+        "workload.arguments.width: arguments of a workload cannot be searched, got {'choices': [8, 16]}",
+    ),
+    space(
+        "name: digits, model: mlp",
+        "name: own, function: a.py:f, arguments: {net: {width: {low: 8, high: 16}}}",
+        "workload.arguments.net.width: arguments of a workload cannot be searched, got {'low': 8, 'high': 16}",
+    ),
+    space("epochs: 4", "epochs: 4\nobjective: {of: bets}", "objective.of: must be one of last, best", "mean best?"),
     space("epochs: 4", "epochs: 4\nobjective: {metric: val/acuracy}", "unknown metric", "did you mean val/accuracy?"),
     space(
         "epochs: 4", "epochs: 4\nobjective: {metric: val/loss}", "objective.direction: must be minimize for val/loss"
@@ -252,6 +274,10 @@ REFUSED = [
         "model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"
     ),
     config("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    config("size: 64", "size: {choices: [64, 32]}", "batch_size: must be one value in a config, got a choice"),
+    config(
+        "epochs: 4", "epochs: 4\nobjective: {metric: val/f1, of: best}", "objective.metric: unknown metric 'val/f1'"
+    ),
     config("epochs: 4", "epochs: 4\nfound: lost", "found: must be a mapping, got 'lost'"),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "line 4, column 9: could not find expected ':'"), CONFIG[:70]),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "must be UTF-8 text, got byte 0x80"), bytes(range(256))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def run_range_test(options: RangeTestOptions) -> int:
 def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapping[str, RateCurve]:
     """Test every optimizer of a space, and show the losses and the bounds that they suggest."""
     what = f"{executor.workload.name} · at least {MIN_STEPS} steps at each of {len(RATES)} rates · {executor.device}"
-    if executor.plain_because is not None:
-        what += f", one after another, since {executor.plain_because}"
+    if len(space.batch_sizes) > 1:
+        what += f", batch_size {min(space.batch_sizes)}, the smallest"
+    config = dataclasses.replace(space.example(), batch_size=min(space.batch_sizes))
+    if (why := executor.plain_with_any_optimizer(config)) is not None:
+        what += f", one after another, since {why}"
     elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
         what += f", those of {' and '.join(alone)} one after another"
     console.print(f"{what}   seed {space.seed}", soft_wrap=True)
