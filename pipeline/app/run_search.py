@@ -16,7 +16,7 @@ from pipeline.app.best_yaml import config_file
 from pipeline.app.display import Progress, best_table, strategy_line
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import environment, prepare
-from pipeline.errors import DataError, DeviceError, StorageError, counted
+from pipeline.errors import DataError, DeviceError, StorageError, counted, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
@@ -209,7 +209,8 @@ def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
         together += f", each alone, since {executor.plain_because}"
     elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
         together += f", those of {' and '.join(alone)} each alone"
-    what = f"{executor.workload.name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
+    name = printable(executor.workload.name)
+    what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if len(study.ended) >= trials:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
