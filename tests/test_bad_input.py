@@ -201,6 +201,7 @@ REFUSED = [
         "mine.yaml with --set epochs --set seed: 1 problem",
         "epochs: must be",
     ),
+    option("search --set \x1b[31m=[", "argument --set: \\x1b[31m: expected the node", "got '['"),
     option("search --set \x1b[31m=1", "default.yaml with --set \\x1b[31m: 1 problem", "\\x1b[31m: unknown key"),
     option(f"search --set {'x' * 9999}=1", "default.yaml with --set xxx", "xxx… (9799 more) …xxx", "xxx: unknown key"),
     option("search --workload task.py", "--workload: must name a function, task.py:function, got 'task.py'"),
