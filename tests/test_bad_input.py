@@ -242,6 +242,7 @@ REFUSED = [
     space("{name: digits, model: mlp}", "{name: mnist, modell: resnet9}", "workload.modell: unknown", "model?"),
     space("{name: digits, model: mlp}", "{name: image_folder, folder: photos}", "there is no folder 'photos'"),
     space("{name: digits, model: mlp}", "{name: image_folder}", "workload.folder: is missing"),
+    space("{name: digits, model: mlp}", '{name: image_folder, folder: "\\e]0;x\\a"}', "is no folder '\\x1b]0;x\\x07';"),
     space("{name: digits, model: mlp}", "{name: image_folder, folder: a, image_size: 4}", "must be >= 8, got 4"),
     # A config to train.
     option("train", "the following arguments are required: CONFIG"),
@@ -258,6 +259,9 @@ REFUSED = [
         "mine.yaml with --set epochs --set seed: 1 problem",
         "epochs: must be",
     ),
+    option("search --set \x1b[31m=[", "argument --set: \\x1b[31m: expected the node", "got '['"),
+    option("search --set \x1b[31m=1", "default.yaml with --set \\x1b[31m: 1 problem", "\\x1b[31m: unknown key"),
+    option(f"search --set {'x' * 9999}=1", "default.yaml with --set xxx", "xxx… (9799 more) …xxx", "xxx: unknown key"),
     option("search --workload task.py", "--workload: must name a function, task.py:function, got 'task.py'"),
     option("search --workload own", "argument --workload: unknown workload 'own'; known: digits, "),
     option("search --set workload=mnist", "own.yaml with --set workload: 1 problem", "workload: must be a mapping"),
@@ -316,6 +320,27 @@ def test_a_bad_input_is_refused_in_plain_words_and_nothing_is_written(
     Path("mine.yaml").write_bytes(case.content if isinstance(case.content, bytes) else case.content.encode())
     said = refuse(case.command, capsys)
     assert [word for word in case.words if word not in said] == [], said
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SPACE + "".join(f"key{n}: 1\n" for n in range(3000)),
+        SPACE + "a" * 50_000 + ": 1\n",
+        SPACE.replace("name: digits", f"name: {'d' * 50_000}"),
+        SPACE.replace(RANGE, f"{{choices: [{', '.join('a' for _ in range(9000))}]}}"),
+        SPACE + f"objective: {{metric: {'loss' * 9000}}}\n",
+    ],
+    ids=["many keys", "a long key", "a long name", "many choices", "a long metric"],
+)
+def test_a_message_is_short_however_long_the_values_are(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(content)
+    said = refuse("search --space mine.yaml", capsys)
+    assert "mine.yaml: " in said
+    assert len(said) < 5000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -16,7 +16,7 @@ from pipeline.app.best_yaml import config_file
 from pipeline.app.display import Progress, best_table, score_line, strategy_line
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import environment, prepare
-from pipeline.errors import DataError, DeviceError, StorageError, counted
+from pipeline.errors import DataError, DeviceError, StorageError, counted, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
@@ -208,7 +208,8 @@ def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
     space, size = study.space, min(study.group_size, trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
     together += _which_alone(space, executor)
-    what = f"{executor.workload.name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
+    name = printable(executor.workload.name)
+    what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if len(study.ended) >= trials:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
