@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.app import cli
+from pipeline.app.found import record
 from pipeline.errors import InvalidInput, Problem, counted
 from pipeline.files import strict_yaml
 from pipeline.files.atomic import write_atomic
@@ -51,10 +52,8 @@ def config_file(study: Study, trial: EndedTrial) -> str:
         "trial": trial.number,
         "state": trial.state.value,
         "objective": {"metric": study.space.objective.metric, "direction": study.space.objective.direction},
-        "epochs": len(trial.epochs),
-        "metrics": dict(trial.metrics),
         "date": datetime.datetime.fromtimestamp(trial.ended).isoformat(timespec="seconds"),
-        "environment": dict(trial.environment),
+        **record(trial),
     }
     comment = f"Trial {trial.number} of study {study.name}: {_score_line(study, trial)}."
     return strict_yaml.dumps({**trial.config.to_dict(), FOUND: found}, comment=comment)
