@@ -217,6 +217,11 @@ REFUSED = [
     ),
     config("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
     config("epochs: 4", "epochs: 4\nfound: lost", "found: must be a mapping, got 'lost'"),
+    config(
+        "{name: digits, model: mlp}",
+        "{name: own, function: 'python:sine'}",
+        "workload.function: python:sine was made in Python; train it there, with train(…, workload=…)",
+    ),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "line 4, column 9: could not find expected ':'"), CONFIG[:70]),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "must be UTF-8 text, got byte 0x80"), bytes(range(256))),
     # No study.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 REFRESHES_PER_SECOND = 4
 TABLE_WIDTH = 200
 """Characters per line of the table of best trials; a narrow terminal wraps a line instead of cutting off numbers."""
+MAX_REASON = 200
+"""Most characters of a reason in a line."""
 BEST = 5
 """Trials in the table of the best."""
 
@@ -219,8 +221,9 @@ def failure_line(trials: Sequence[EndedTrial]) -> str:
     failed = [trial for trial in trials if trial.state is TrialState.FAILED]
     if not failed:
         return ""
-    (first, *_), count = failed, f"; {len(failed)} trials failed" if len(failed) > 1 else ""
-    return f"trial {first.number} failed: {(first.reason or '').strip().partition(chr(10))[0]}{count}"
+    (reason, *_) = (failed[0].reason or "").strip().splitlines() or [""]
+    count = f"; {len(failed)} trials failed" if len(failed) > 1 else ""
+    return f"trial {failed[0].number} failed: {reason[:MAX_REASON]}{count}"
 
 
 def counts_of_states(trials: Sequence[EndedTrial]) -> str:

@@ -51,7 +51,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     store = Store(options.root)
     name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows)
     resume = options.resume(name)
-    interrupts = Interrupts(options.timeout, exit_message=f"ended at once; go on with: {resume}")
+    message = f"ended at once; go on with: {resume}"
+    interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
     with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
         # Another search may have begun the study meanwhile.
         _, exists = store.choose(space, trials=trials, name=name, rows=options.rows)
