@@ -179,7 +179,7 @@ class _TerminalDisplay:
 class _NotebookDisplay:
     """Replaces one output of a notebook's cell, which a saved notebook keeps in its last state.
 
-    Unlike rich's own display for notebooks this needs no ipywidgets, whose outputs few viewers of notebooks show.
+    Unlike rich's own display for notebooks, this needs no ipywidgets, and an exported notebook shows it.
     """
 
     def __init__(self, render: Callable[[], Constrain]) -> None:

@@ -170,11 +170,12 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
         console.width = max(console.width, TABLE_WIDTH)
         console.print(best_table(study.best(len(study.ended)), study.space), crop=False)
         console.print()
-        if failure := failure_line(study.ended):
-            console.print(failure, soft_wrap=True)
         note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {study.space.objective.metric} "
         note += f"{best[0].score}, {strategy_line(best[0].config)}. "
         note += f"Train it again: `{options.train_again(Path('best.yaml'))}`."
+    if failure := failure_line(study.ended):
+        console.print(failure, soft_wrap=True)
+    if best:
         try:
             write_atomic(path, config_file(study, best[0]))
         except OSError as error:

@@ -85,6 +85,8 @@ class Interrupts:
         if self.exit_status and not self._exits:
             raise KeyboardInterrupt(self._exit_message)
         if self.exit_status:  # stored trials are on the disk, and the tracker process ends after this one
+            for stop in STOPS:
+                signal.signal(stop, signal.SIG_IGN)  # else the next one repeats the message
             with contextlib.suppress(OSError):
                 cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # the progress display hides the cursor
                 os.write(2, f"{cursor}{self._exit_message}\n".encode())
