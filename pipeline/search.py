@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipeline.app import cli
 
 if TYPE_CHECKING:
-    from pipeline.app.run_search import SearchResult
+    from pipeline.app.result import SearchResult
     from pipeline.space.overrides import Overrides
     from pipeline.workloads.workload import Workload
 
@@ -27,8 +27,12 @@ def main(argv: list[str] | None = None) -> int:
         from pipeline.app.delete import delete
 
         return delete(arguments.root, arguments.delete, sure=arguments.yes)
-    return search(
-        arguments.space,
+
+    from pipeline.app.start_search import start_search
+
+    return start_search(
+        space=arguments.space,
+        workload=None,
         overrides=cli.overrides_of(arguments),
         trials=arguments.trials,
         timeout=arguments.timeout,
@@ -36,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         root=arguments.root,
         device=arguments.device,
         rows=arguments.rows,
+        from_python=False,
     ).exit_status
 
 
@@ -81,6 +86,7 @@ def search(
         root=root,
         device=device,
         rows=rows,
+        from_python=True,
         quiet=quiet,
     )
 
