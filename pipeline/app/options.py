@@ -74,6 +74,8 @@ class SearchOptions:
     root: Path
     device: str
     rows: int | None
+    changed_code: bool
+    """Whether a study goes on although its code, data or model has changed."""
     from_python: bool
     """Whether the search was called from Python, so that messages name calls in place of commands."""
     workload_name: str | None
@@ -149,6 +151,7 @@ def read_search(
     space: Path | str | Mapping[str, Any] | None,
     workload: Callable[[], Workload] | Workload | str | None,
     overrides: Overrides,
+    changed_code: bool,
     from_python: bool,
     **options: Any,
 ) -> SearchOptions:
@@ -178,6 +181,7 @@ def read_search(
         space=found.space,
         source=found.source,
         workload=made,
+        changed_code=changed_code,
         from_python=from_python,
         workload_name=None if made is None else _name_of(workload),
         **read,

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from pipeline.app import cli
@@ -31,6 +32,8 @@ from pipeline.tracking.tracker import StudyInfo, StudySummary
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
+from pipeline.workloads.build import built_model
+from pipeline.workloads.fingerprint import fingerprint
 
 
 def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console) -> SearchResult:
@@ -50,18 +53,21 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         workload=options.workload,
     )
     store = Store(options.root)
-    name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows)
+    model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
+    trained = fingerprint(executor.workload, model)
+    compared = None if options.changed_code else trained
+    name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
     resume = options.resume(name)
     message = f"ended at once; go on with: {resume}"
     interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
     with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
         # Another search may have begun the study meanwhile.
-        _, exists = store.choose(space, trials=trials, name=name, rows=options.rows)
+        _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
         if exists:
-            study = store.open(name, trials=trials)
+            study = store.open(name, trials=trials, fingerprint=trained)
             executor.adopt(study.rules)
         else:
-            study = store.create(space, name=name, trials=trials, rules=executor.rules)
+            study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
         console.print(_headline(study, executor, options), soft_wrap=True)
         with _tracked(study, tracker), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
