@@ -179,7 +179,7 @@ def children(pid: int) -> list[tuple[int, str]]:
     """Return a process's children and their kinds: a fork that trains trials has its parent's command line."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     rows = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
-    return [(int(pid), "mlflow" if "pipeline.tracking.process" in args else "worker") for pid, args in rows]
+    return [(int(pid), "mlflow" if "pipeline.tracking.server" in args else "worker") for pid, args in rows]
 
 
 def finish(one: Round) -> None:

@@ -1,5 +1,6 @@
 import base64
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -16,17 +17,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.files.strict_yaml import loads
 from pipeline.space.config import Digits, TrialConfig
 from pipeline.space.optimizers import AdamW
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import OneCycle, Scheduler, Step
 from pipeline.space.search_space import Objective
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 from pipeline.tracking.mlflow import MLflowTracker
 from pipeline.tracking.paths import relocate
-from pipeline.tracking.process import Server, TrackerProcess
+from pipeline.tracking.process import TrackerProcess
 from pipeline.tracking.record import lr_metric, thin
+from pipeline.tracking.server import Server
 from pipeline.tracking.tracker import StudyInfo, StudySummary
 from pipeline.tracking.view import TAG_PREFIX, mlflow_name, saved_view
 
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 
 CLOSE_S = 600.0
 """Ends a test that hangs."""
-DONE = StudySummary(finished=True, note="done")
+DONE = StudySummary(finished=True, note="done", ended=1_700_000_100.0)
 
 
 def study(
@@ -59,6 +60,8 @@ def study(
         shared=("optimizer", "base_lr", "step_size", "lr_ratio.head"),
         space="epochs: 2\n",
         seed=0,
+        started=1_700_000_000.0,
+        environment={"device": "cpu"},
     )
 
 
@@ -86,7 +89,7 @@ def ended(
         state=state,
         reason=reason,
         value=0.9 if state is TrialState.COMPLETE else None,
-        epochs=epochs,
+        epochs=epochs or (epoch(1),),
         started=1_700_000_000.0,
         ended=1_700_000_010.0,
         environment={"device": "cpu"},
@@ -96,8 +99,18 @@ def ended(
 def epoch(
     number: int, *, lr: Mapping[str, tuple[tuple[int, float], ...]] | None = None, **metrics: float
 ) -> EpochMetrics:
-    values = {f"val/{name}": value for name, value in metrics.items()}
+    values = {f"val/{name}": value for name, value in {"accuracy": 0.9, "loss": 0.5, **metrics}.items()}
     return EpochMetrics(epoch=number, step=10 * number, metrics=values, lr=lr or {})
+
+
+def many_rates(number: int = 0) -> EndedTrial:
+    """A trial with 1,200 rates of three groups; 3 × 500 points are more than one call to MLflow takes."""
+    rates = tuple((step, 1 / (3 * step)) for step in range(1, 1201))
+    epochs = tuple(
+        EpochMetrics(epoch=n, step=600 * n, metrics=epoch(n).metrics, lr=dict.fromkeys("abc", half))
+        for n, half in enumerate((rates[:600], rates[600:]), start=1)
+    )
+    return ended(number, epochs=epochs, scheduler=OneCycle(), groups=("a", "b", "c"))
 
 
 def opened(root: Path, study: StudyInfo) -> MLflowTracker:
@@ -116,7 +129,7 @@ def background_tracker(root: Path, study: StudyInfo) -> TrackerProcess:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables, which take seconds to create."""
     root = tmp_path_factory.mktemp("template")
-    background_tracker(root, study(workload="template")).close(CLOSE_S)
+    background_tracker(root, study("template", workload="template")).close(stalled_s=CLOSE_S)
     return root / "mlflow.db"
 
 
@@ -163,20 +176,20 @@ def test_a_trial_is_a_child_run_with_its_params_tags_and_curves(root: Path) -> N
     (parent,) = runs(root, "study")
     (run,) = runs(root, "trial")
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert run.info.run_name == "#007 adamw · step"
+    assert run.info.run_name == "#007 adamw 1.0e-02 · step 1 × 0.1 · head ×0.3 · body ×0.3"
     assert (run.info.start_time, run.info.end_time) == (1_700_000_000_000, 1_700_000_010_000)
     assert run.data.params["base_lr"] == "0.01"
     assert run.data.params["log10_base_lr"] == "-2.0"
     assert run.data.params["lr_ratio.head"] == "0.30000000000000004"
     assert run.data.params["epochs"] == "2"
-    assert run.data.tags["scheduler"] == "step"
-    assert run.data.tags["environment.device"] == "cpu"
+    assert run.data.params["scheduler"] == "step"
+    assert parent.data.tags["environment.device"] == "cpu"
     assert history(root, run, "val/accuracy") == [(10, 0.8), (20, 0.9)]
     assert history(root, run, "lr/head") == [(10, 0.003), (20, 0.0003)]
     assert history(root, run, "lr/body") == [(10, 0.01), (20, 0.001)]
     (_, last) = connect(root).get_metric_history(run.info.run_id, "val/accuracy")
     assert last.timestamp == run.info.end_time
-    assert TrialConfig.from_dict(loads(artifact(root, run, "config.yaml"), source="config.yaml")) == ended().config
+    assert connect(root).list_artifacts(run.info.run_id) == []
 
 
 def test_every_way_to_end_has_its_status_state_and_reason(root: Path) -> None:
@@ -195,16 +208,10 @@ def test_every_way_to_end_has_its_status_state_and_reason(root: Path) -> None:
 
 
 def test_a_schedule_of_steps_is_thinned_in_charts_and_whole_in_its_table(root: Path) -> None:
-    groups = ("a", "b", "c")  # 3 × 500 points are more than one call to MLflow takes
-    rates = tuple((step, 1 / (3 * step)) for step in range(1, 1201))
-    halves = (rates[:600], rates[600:])
-    epochs = tuple(
-        EpochMetrics(epoch=number, step=600 * number, metrics={}, lr=dict.fromkeys(groups, half))
-        for number, half in enumerate(halves, start=1)
-    )
-    opened(root, study()).end(ended(epochs=epochs, scheduler=OneCycle(), groups=groups))
+    opened(root, study()).end(many_rates())
     (run,) = runs(root, "trial")
-    for group in groups:
+    rates = tuple((step, 1 / (3 * step)) for step in range(1, 1201))
+    for group in "abc":
         shown = history(root, run, f"lr/{group}")
         assert len(shown) == 500
         assert (shown[0], shown[-1]) == (rates[0], rates[-1])
@@ -241,16 +248,147 @@ def test_logging_a_trial_again_changes_nothing_even_after_reopening(root: Path) 
     assert len(runs(root, "study")) == 1
 
 
-def test_what_a_crash_left_of_a_trial_is_replaced(root: Path) -> None:
-    opened(root, study())
-    (parent,) = runs(root, "study")
-    tags = {"hpo.kind": "trial", "hpo.study": "default-1", "hpo.trial": "0", "mlflow.parentRunId": parent.info.run_id}
-    half = connect(root).create_run(parent.info.experiment_id, tags=tags)
-    connect(root).log_metric(half.info.run_id, "val/accuracy", 0.8, step=10, timestamp=1)
-    opened(root, study()).end(ended(epochs=(epoch(1, accuracy=0.8), epoch(2, accuracy=0.9))))
+def begun(number: int = 0, *, epochs: tuple[EpochMetrics, ...] = (), base_lr: float = 0.01) -> BegunTrial:
+    config = ended().config
+    config = dataclasses.replace(config, optimizer=AdamW(base_lr=base_lr))
+    return BegunTrial(number=number, config=config, started=1_700_000_000.0, epochs=epochs)
+
+
+def test_a_run_begins_with_its_trial_and_has_each_epoch_after_the_next_flush(root: Path) -> None:
+    tracker = opened(root, study())
+    tracker.begin(begun(3))
+    tracker.flush()
     (run,) = runs(root, "trial")
-    assert run.info.run_id != half.info.run_id
-    assert history(root, run, "val/accuracy") == [(10, 0.8), (20, 0.9)]
+    assert (run.info.status, run.data.tags["hpo.state"]) == ("RUNNING", "running")
+    assert run.data.params["base_lr"] == "0.01"
+    for number in (1, 2):
+        tracker.epochs({3: epoch(number, accuracy=0.7 + 0.1 * number)}, at=1_700_000_000.0 + 7 * number)
+        tracker.flush()
+        assert history(root, run, "val/accuracy") == [(10, 0.7 + 0.1), (20, 0.7 + 0.2)][:number]
+    times = [point.timestamp for point in connect(root).get_metric_history(run.info.run_id, "val/loss")]
+    assert times == [1_700_000_007_000, 1_700_000_014_000]
+    tracker.end(ended(3, epochs=(epoch(1, accuracy=0.8), epoch(2, accuracy=0.9), epoch(3))))
+    (again,) = runs(root, "trial")
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
+    assert again.data.tags["hpo.state"] == "complete"
+    assert [step for step, _ in history(root, run, "val/accuracy")] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(of="best")])
+def test_a_trial_that_goes_on_from_a_checkpoint_goes_on_as_the_same_run_without_gap_or_duplicate(
+    root: Path, objective: Objective
+) -> None:
+    told = [epoch(number, accuracy=number / 10) for number in range(1, 6)]
+    tracker = opened(root, study(objective=objective))
+    tracker.begin(begun())
+    for metrics in told[:3]:  # one epoch further than the checkpoint
+        tracker.epochs({0: metrics}, at=1_700_000_001.0)
+    tracker.flush()
+    before = runs(root, "trial")[0].info.run_id
+    tracker = opened(root, study(objective=objective))  # the process was killed
+    tracker.begin(begun(epochs=tuple(told[:2])))
+    for metrics in told[2:4]:
+        tracker.epochs({0: metrics}, at=1_700_000_002.0)
+    tracker.flush()
+    tracker.end(ended(epochs=tuple(told)))
+    (run,) = runs(root, "trial")
+    assert (run.info.run_id, run.data.tags["hpo.resumed_after_epoch"]) == (before, "2")
+    names = {"val/accuracy", "val/loss"} | ({"val/accuracy.best"} if objective.of == "best" else set())
+    assert set(run.data.metrics) == names
+    for name in names - {"val/loss"}:
+        assert history(root, run, name) == [(10 * number, number / 10) for number in range(1, 6)]
+
+
+def test_a_run_of_another_config_or_of_more_steps_is_superseded(root: Path) -> None:
+    tracker = opened(root, study())
+    tracker.begin(begun(0, base_lr=0.5))
+    tracker.begin(begun(1, epochs=(epoch(1), epoch(2))))
+    tracker.flush()
+    tracker = opened(root, study())
+    tracker.begin(begun(0))
+    tracker.flush()
+    tracker.end(ended(0))
+    tracker.end(ended(1, epochs=(epoch(1),)))
+    assert [(run.data.tags["hpo.trial"], run.info.status) for run in runs(root, "superseded")] == [
+        ("0", "KILLED"),
+        ("1", "KILLED"),
+    ]
+    assert [run.data.params["base_lr"] for run in runs(root, "trial")] == ["0.01", "0.01"]
+    assert [history(root, run, "val/accuracy") for run in runs(root, "trial")] == [[(10, 0.9)], [(10, 0.9)]]
+
+
+def test_a_search_that_was_interrupted_or_killed_leaves_no_run_running(root: Path) -> None:
+    for end in (lambda tracker: tracker.finish(dataclasses.replace(DONE, finished=False)), MLflowTracker.close):
+        tracker = opened(root, study())
+        tracker.begin(begun())
+        tracker.flush()
+        assert runs(root, "trial")[0].info.status == "RUNNING"
+        end(tracker)
+        (run,) = runs(root, "trial")
+        assert (run.info.status, run.data.tags["hpo.state"]) == ("KILLED", "interrupted")
+        assert runs(root, "study")[0].info.status == "KILLED"
+
+
+def test_trials_are_found_whatever_became_of_the_study_s_run(root: Path) -> None:
+    opened(root, study()).end(ended())
+    (parent,) = runs(root, "study")
+    connect(root).delete_run(parent.info.run_id)
+    opened(root, study()).end(ended())
+    assert runs(root, "study")[0].info.run_id == parent.info.run_id
+    connect(root).set_tag(parent.info.run_id, "hpo.study_id", "a run that is gone for ever")
+    connect(root).rename_experiment(experiment(root).experiment_id, "digits-cnn")
+    opened(root, study()).end(ended())
+    (run,) = runs(root, "trial")
+    assert run.data.tags["mlflow.parentRunId"] not in ("", parent.info.run_id)
+
+
+def test_a_trial_s_run_that_a_person_deletes_stays_deleted(root: Path) -> None:
+    tracker = opened(root, study())
+    tracker.begin(begun(0))
+    tracker.begin(begun(1))
+    tracker.flush()
+    connect(root).delete_run(runs(root, "trial")[0].info.run_id)
+    for again in (tracker, opened(root, study())):
+        again.epochs({0: epoch(1), 1: epoch(1)}, at=1_700_000_001.0)
+        again.flush()
+        again.end(ended(0))
+        again.end(ended(1))
+        again.finish(DONE)
+        assert [run.data.tags["hpo.trial"] for run in runs(root, "trial")] == ["1"]
+
+
+def test_the_winner_is_marked_and_ranks_break_ties_as_the_search_does(root: Path) -> None:
+    losses = (0.5, 0.2, 0.3)
+    trials = [ended(n, epochs=(epoch(1, accuracy=0.9, loss=loss),)) for n, loss in enumerate(losses)]
+    tracker = opened(root, study())
+    for trial in (*trials, ended(3, state=TrialState.PRUNED, reason="late")):
+        tracker.end(trial)
+    tracker.finish(dataclasses.replace(DONE, best=trials[1]))
+    found = runs(root, "trial")
+    assert [run.data.metrics.get("rank") for run in found] == [3, 1, 2, None]
+    assert [run.data.tags.get("hpo.winner") for run in found] == [None, "yes", None, None]
+    better = ended(4, epochs=(epoch(1, accuracy=0.9, loss=0.1),))
+    tracker = opened(root, study())
+    for trial in (*trials, better):
+        tracker.end(trial)
+    tracker.finish(dataclasses.replace(DONE, best=better))
+    found = runs(root, "trial")
+    assert [run.data.metrics.get("rank") for run in found] == [4, 2, 3, None, 1]
+    assert [run.data.tags.get("hpo.winner") for run in found] == [None, None, None, None, "yes"]
+
+
+def test_the_study_s_run_has_the_search_s_times_counts_and_best_value(root: Path) -> None:
+    tracker = opened(root, study())
+    tracker.end(ended(0, state=TrialState.DIVERGED, reason="why"))
+    tracker.flush()
+    tracker.end(ended(1))
+    tracker.end(ended(2, state=TrialState.PRUNED, reason="why"))
+    tracker.finish(DONE)
+    (run,) = runs(root, "study")
+    assert (run.info.start_time, run.info.end_time) == (1_700_000_000_000, 1_700_000_100_000)
+    assert history(root, run, "study/diverged") == [(1, 1), (3, 1)]
+    assert history(root, run, "study/complete") == [(1, 0), (3, 1)]
+    assert history(root, run, "study/best") == [(3, 0.9)]
 
 
 def test_two_studies_share_an_experiment_and_nothing_else(root: Path) -> None:
@@ -265,18 +403,19 @@ def test_two_studies_share_an_experiment_and_nothing_else(root: Path) -> None:
 def test_a_finished_study_has_its_note_winner_and_files(root: Path) -> None:
     best = root / "best.yaml"
     best.write_text("epochs: 2\n")
-    opened(root, study()).finish(StudySummary(finished=True, note="It **won**.", best=ended(3), files=(best,)))
+    opened(root, study()).finish(
+        StudySummary(finished=True, note="It **won**.", ended=1_700_000_100.0, best=ended(3), files=(best,))
+    )
     (run,) = runs(root, "study")
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.note.content"] == "It **won**."
     assert (run.data.tags["hpo.best_trial"], run.data.tags["hpo.best_value"]) == ("3", "0.9")
     assert artifact(root, run, "best.yaml") == "epochs: 2\n"
     assert artifact(root, run, "space.yaml") == "epochs: 2\n"
-    assert not run.data.metrics
 
 
 def test_an_interrupted_study_is_killed_and_runs_again_when_reopened(root: Path) -> None:
-    opened(root, study()).finish(StudySummary(finished=False, note="stopped after 3 trials"))
+    opened(root, study()).finish(StudySummary(finished=False, note="stopped after 3 trials", ended=1_700_000_100.0))
     (run,) = runs(root, "study")
     assert (run.info.status, run.data.tags["mlflow.note.content"]) == ("KILLED", "stopped after 3 trials")
     opened(root, study())
@@ -304,7 +443,6 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
         identity="7.5",
         metric="val/loss",
         ranking="val/loss.best",
-        direction="minimize",
         columns=["optimizer"],
         axes=["optimizer"],
         lr_metrics=["lr/head", "lr/body"],
@@ -314,11 +452,22 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
     packed = json.loads(value)["state"].removeprefix("deflate;")
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
     assert state["searchFilter"] == "tags.`hpo.kind` = 'trial' and tags.`hpo.study_id` = '7.5'"
-    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/loss.best`", True)
-    assert state["selectedColumns"][:2] == ["metrics.`val/loss.best`", "params.`optimizer`"]
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`rank`", True)
+    assert state["selectedColumns"][:4] == [
+        "metrics.`rank`",
+        "metrics.`val/loss.best`",
+        "metrics.`val/loss`",
+        "tags.`hpo.state`",
+    ]
     parallel, *lines = state["compareRunCharts"]
     assert (parallel["selectedParams"], parallel["selectedMetrics"]) == (["optimizer"], ["val/loss.best"])
-    assert [line["metricKey"] for line in lines] == ["lr/head", "lr/body", "val/loss.best", "val/loss", "train/loss"]
+    assert [line["selectedMetricKeys"] for line in lines] == [
+        ["lr/head", "lr/body"],
+        ["val/loss.best"],
+        ["val/loss"],
+        ["train/loss"],
+    ]
+    assert [line["runsCountToCompare"] for line in lines] == [5, 100, 100, 100]
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
         section["uuid"] for section in state["compareRunSections"]
     }
@@ -338,8 +487,8 @@ def test_artifacts_of_a_root_that_was_moved_or_copied_are_found_below_it(
 ) -> None:
     def log_a_trial(root: Path) -> None:  # in a process of its own: MLflow remembers where a run's artifacts are
         tracker = background_tracker(root, study())
-        tracker.end(ended())
-        assert tracker.close(CLOSE_S) == []
+        tracker.end(many_rates())
+        assert tracker.close(stalled_s=CLOSE_S) == []
 
     log_a_trial(root)
     here = tmp_path / "elsewhere"
@@ -350,8 +499,8 @@ def test_artifacts_of_a_root_that_was_moved_or_copied_are_found_below_it(
         relocate(here / "mlflow.db")
     (run,) = runs(here, "trial")
     assert run.info.artifact_uri.startswith(here.as_uri())
-    assert [file.path for file in connect(here).list_artifacts(run.info.run_id)] == ["config.yaml"]
-    assert artifact(here, run, "config.yaml")
+    assert [file.path for file in connect(here).list_artifacts(run.info.run_id)] == ["lr_history.csv"]
+    assert artifact(here, run, "lr_history.csv")
     assert experiment(here).artifact_location.startswith(here.as_uri())
     assert root.exists() == (moved is shutil.copytree)
     if root.exists():
@@ -387,7 +536,7 @@ def test_nothing_is_made_outside_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(elsewhere)
     tracker = background_tracker(tmp_path / "new", study())
     tracker.end(ended())
-    assert tracker.close(CLOSE_S) == []
+    assert tracker.close(stalled_s=CLOSE_S) == []
     assert [path.name for path in tmp_path.iterdir() if path != elsewhere] == ["new"]
     assert list(elsewhere.iterdir()) == []
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["mlflow.db", "mlruns"]
@@ -399,7 +548,7 @@ def test_nothing_is_made_outside_the_root(tmp_path: Path, monkeypatch: pytest.Mo
 def background(root: Path) -> Iterator[TrackerProcess]:
     tracker = background_tracker(root, study())
     yield tracker
-    tracker.close(CLOSE_S)
+    tracker.close(stalled_s=CLOSE_S)
 
 
 def test_the_background_process_writes_everything_whatever_signals_come(root: Path, background: TrackerProcess) -> None:
@@ -413,8 +562,8 @@ def test_the_background_process_writes_everything_whatever_signals_come(root: Pa
         os.kill(background.pid, number)
     for trial in (ended(0), ended(1), ended(2)):
         background.end(trial)
-    background.finish(StudySummary(finished=True, note="done", best=ended(1)))
-    assert background.close(CLOSE_S) == []
+    background.finish(StudySummary(finished=True, note="done", ended=1_700_000_100.0, best=ended(1)))
+    assert background.close(stalled_s=CLOSE_S) == []
     assert [run.info.status for run in runs(root, "trial")] == ["FINISHED"] * 3
     assert runs(root, "study")[0].data.tags["hpo.best_trial"] == "1"
 
@@ -453,7 +602,7 @@ def test_a_process_that_the_caller_forked_keeps_nothing_waiting(root: Path) -> N
     try:
         tracker.open(study())
         tracker.end(ended())
-        assert tracker.close(CLOSE_S) == []
+        assert tracker.close(stalled_s=CLOSE_S) == []
     finally:
         os.kill(forked, signal.SIGKILL)
         os.waitpid(forked, 0)
@@ -465,18 +614,38 @@ def test_a_store_that_the_environment_names_after_the_process_began_is_the_one(
     tracker = TrackerProcess(root)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     tracker.open(study())
-    assert tracker.close(CLOSE_S) == []
+    assert tracker.close(stalled_s=CLOSE_S) == []
     assert (tmp_path / "other.db").exists()
     assert connect(root).get_experiment_by_name("digits-cnn") is None
 
 
-def test_a_killed_process_is_a_warning(root: Path, background: TrackerProcess) -> None:
+def test_a_killed_process_begins_again_and_records_what_was_under_way(root: Path, background: TrackerProcess) -> None:
+    background.begin(begun(0))
+    background.epoch({0: epoch(1)})
+    assert background.links()
     os.kill(background.pid, signal.SIGKILL)
-    background.end(ended(0))
+    background.epoch({0: epoch(2)})
+    background.end(ended(0, epochs=(epoch(1), epoch(2), epoch(3))))
     background.end(ended(1))
-    assert background.close(CLOSE_S) == [
+    background.finish(DONE)
+    assert background.close(stalled_s=CLOSE_S) == []
+    assert not background.incomplete
+    first, second = runs(root, "trial")
+    assert [step for step, _ in history(root, first, "val/loss")] == [10, 20, 30]
+    assert (first.info.status, second.info.status) == ("FINISHED", "FINISHED")
+    assert runs(root, "study")[0].info.status == "FINISHED"
+
+
+def test_a_process_that_is_killed_each_time_is_a_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tracking.process.MAX_RESTARTS", 0)
+    tracker = background_tracker(root, study())
+    os.kill(tracker.pid, signal.SIGKILL)
+    tracker.end(ended(0))
+    tracker.end(ended(1))
+    assert tracker.close(stalled_s=CLOSE_S) == [
         f"MLflow in {root}: its process ended with signal SIGKILL; 2 trials are not recorded"
     ]
+    assert tracker.incomplete
 
 
 def test_a_store_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,7 +655,7 @@ def test_a_store_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch
     tracker.end(ended())
     tracker.finish(DONE)
     assert tracker.links() == []
-    assert tracker.close(CLOSE_S) == [
+    assert tracker.close(stalled_s=CLOSE_S) == [
         f"MLflow in {tmp_path / 'file'}: File exists; 1 trial and the summary are not recorded"
     ]
 
@@ -496,9 +665,9 @@ def test_trials_that_fail_for_one_reason_are_one_warning(root: Path, background:
     blocked = root / "mlruns" / "artifacts" / "digits-cnn"
     shutil.rmtree(blocked)  # made for the study's space.yaml
     blocked.touch()
-    background.end(ended(0))
-    background.end(ended(1))
-    assert background.close(CLOSE_S) == [f"MLflow in {root}: Not a directory; 2 trials are not recorded"]
+    background.end(many_rates(0))
+    background.end(many_rates(1))
+    assert background.close(stalled_s=CLOSE_S) == [f"MLflow in {root}: Not a directory; 2 trials are not recorded"]
 
 
 def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> None:
@@ -508,7 +677,7 @@ def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> No
     blocked = root / "mlruns" / "artifacts" / "digits-cnn"
     shutil.rmtree(blocked)
     blocked.touch()
-    server.do("end", ended(0))
+    server.do("end", many_rates(0))
     assert [run.info.status for run in runs(root, "trial")] == ["RUNNING"]
     blocked.unlink()
     server.do("end", ended(1))
@@ -519,11 +688,11 @@ def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> No
     ]
     answers.seek(0)
     said = [pickle.load(answers) for _ in range(4)]
-    assert [(verb, cause) for _, verb, _, cause in said] == [
-        ("open", None),
-        ("end", None),
-        ("end", None),
-        ("finish", None),
+    assert [(verb, number, cause) for _, verb, number, _, cause in said] == [
+        ("open", None, None),
+        ("end", 1, None),
+        ("end", 0, None),
+        ("finish", None, None),
     ]
 
 
@@ -532,7 +701,9 @@ def test_a_server_that_is_away_is_a_warning(root: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker = background_tracker(root, study())
     tracker.end(ended())
-    assert tracker.close(CLOSE_S) == ["MLflow at MLFLOW_TRACKING_URI: Connection refused; 1 trial is not recorded"]
+    assert tracker.close(stalled_s=CLOSE_S) == [
+        "MLflow at MLFLOW_TRACKING_URI: Connection refused; 1 trial is not recorded"
+    ]
 
 
 def test_a_store_named_by_the_environment_takes_the_place_of_the_root(
@@ -548,7 +719,9 @@ def test_a_store_named_by_the_environment_takes_the_place_of_the_root(
 def test_a_process_that_takes_too_long_is_ended_with_a_warning(root: Path, background: TrackerProcess) -> None:
     os.kill(background.pid, signal.SIGSTOP)
     background.end(ended())
-    assert background.close(0.1) == [f"MLflow in {root}: it was not done after 0.1 s; 1 trial is not recorded"]
+    assert background.close(stalled_s=0.1) == [
+        f"MLflow in {root}: nothing was recorded for 0.1 s; 1 trial is not recorded"
+    ]
 
 
 def test_importing_and_starting_cost_the_caller_no_mlflow() -> None:

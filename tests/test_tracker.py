@@ -1,11 +1,12 @@
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from test_mlflow import CLOSE_S, DONE, ended, study
 
 from pipeline.errors import InvalidInput, Problem
-from pipeline.space.trial import EndedTrial
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.tracking.process import TrackerProcess
 from pipeline.tracking.tracker import StudyInfo, StudySummary
 
@@ -24,6 +25,12 @@ class Table:
     def open(self, study: StudyInfo) -> str:
         self.path = self.root / f"{study.name}.csv"
         return f"open {self.path}"
+
+    def begin(self, trial: BegunTrial) -> None: ...
+
+    def epochs(self, metrics: Mapping[int, EpochMetrics], at: float) -> None: ...
+
+    def flush(self) -> None: ...
 
     def end(self, trial: EndedTrial) -> None:
         if str(trial.number) not in [row[0] for row in self.rows()]:
@@ -70,7 +77,7 @@ def record(root: Path, *trackers: type[Table]) -> tuple[list[str], list[str]]:
     for number in (0, 1, 2, 1):
         process.end(ended(number))
     process.finish(DONE)
-    return process.links(), process.close(CLOSE_S)
+    return process.links(), process.close(stalled_s=CLOSE_S)
 
 
 def test_a_second_tracker_records_every_trial_once(tmp_path: Path) -> None:
@@ -84,7 +91,7 @@ def test_a_second_tracker_records_every_trial_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("failing", "warning"),
     [
-        (Closed, "Permission denied; 4 trials and the summary are not recorded"),
+        (Closed, "Permission denied; 3 trials and the summary are not recorded"),
         (Unfinished, "an even number; 2 trials are not recorded"),
     ],
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich import get_console
@@ -12,18 +13,23 @@ from rich.console import Console, Group
 from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import counted
 from pipeline.files.signals import Interrupts
 from pipeline.space.config import TrialConfig
 from pipeline.space.search_space import Objective, SearchSpace
+from pipeline.space.strategy import schedule_line, strategy_words
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 
 if TYPE_CHECKING:
     from pipeline.study.study import Study
 
 REFRESHES_PER_SECOND = 4
+SAY_EVERY_S = 10.0
+"""In a pipe, seconds between two lines that say the same."""
 TABLE_WIDTH = 200
 """Characters per line of the table of best trials; a narrow terminal wraps a line instead of cutting off numbers."""
 MAX_REASON = 200
@@ -201,6 +207,27 @@ class _NotebookDisplay:
         self._handle.update(self._render())
 
 
+@contextlib.contextmanager
+def waiting_line(console: Console) -> Iterator[Callable[[int], None]]:
+    """Yield a function that says how many trials MLflow still lacks: in one line on a terminal, else now and then."""
+    with contextlib.ExitStack() as shown:
+        status: Status | None = None
+        said = time.monotonic()
+
+        def waiting(trials: int) -> None:
+            nonlocal status, said
+            line = f"MLflow is being told of {counted(trials, 'more trial')}" if trials else "MLflow is being told"
+            if console.is_terminal and status is None:
+                status = shown.enter_context(console.status(line))
+            elif status is not None:
+                status.update(line)
+            elif time.monotonic() - said >= SAY_EVERY_S:
+                said = time.monotonic()
+                console.print(line)
+
+        yield waiting
+
+
 def best_table(ranking: Sequence[EndedTrial], space: SearchSpace) -> Table:
     """Return a table of the first trials of a ranking, with columns for what is searched."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
@@ -253,19 +280,7 @@ def strategy_line(config: TrialConfig, space: SearchSpace) -> str:
 
     The batch size is left out unless the space searches it.
     """
-    groups = config.param_groups.items()
-    ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in groups if group.lr_ratio != 1]
-    decays = [f"{name} layers ×{group.layer_decay:.2g}" for name, group in groups if group.layer_decay is not None]
-    rate = f"{config.optimizer.name} {config.optimizer.base_lr:.1e}"
-    clip = [f"clip {config.clip_grad_norm:.2g}"] if config.clip_grad_norm is not None else []
-    batch = [f"batch {config.batch_size}"] if len(space.batch_sizes) > 1 else []
-    return ", ".join([rate, *batch, schedule_line(config), *ratios, *decays, *clip])
-
-
-def schedule_line(config: TrialConfig) -> str:
-    """Return a schedule in a few words: `step 6 × 0.21, warm-up 2`."""
-    warmup = getattr(config.scheduler, "warmup", 0)
-    return f"{config.scheduler}, warm-up {warmup}" if warmup else str(config.scheduler)
+    return ", ".join(strategy_words(config, batch=len(space.batch_sizes) > 1))
 
 
 def _group_columns(space: SearchSpace) -> dict[str, str]:

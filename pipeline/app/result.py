@@ -28,7 +28,7 @@ class SearchResult:
     config_file: Path | None
     """`best.yaml`, the config of the best trial."""
     exit_status: int
-    """Exit status of the command line: 0 if every trial has ended and at least one is complete."""
+    """Exit status of the command line: 0 if every trial has ended, at least one is complete, and MLflow has all."""
 
     @property
     def best(self) -> EndedTrial | None:

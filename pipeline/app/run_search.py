@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,15 @@ from rich.console import Console
 
 from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
-from pipeline.app.display import TABLE_WIDTH, Progress, best_table, failure_line, score_line, strategy_line
+from pipeline.app.display import (
+    TABLE_WIDTH,
+    Progress,
+    best_table,
+    failure_line,
+    score_line,
+    strategy_line,
+    waiting_line,
+)
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import environment, prepare
 from pipeline.app.result import SearchResult
@@ -23,6 +32,7 @@ from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.search_space import SearchSpace
+from pipeline.space.trial import EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
@@ -69,7 +79,7 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         else:
             study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
         console.print(_headline(study, executor, options), soft_wrap=True)
-        with _tracked(study, tracker), _stopped_by_errors(tracker, resume):
+        with _tracked(study, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, executor, checkpoints, tracker, interrupts, console)
             _finish(study, store, tracker, console, options)
@@ -79,6 +89,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     status = 0 if ranking else 1
     if len(study.ended) < trials:
         status = interrupts.exit_status
+    if tracker.incomplete:
+        status = status or 1
     return SearchResult(
         study=study.name,
         space=study.space,
@@ -99,11 +111,16 @@ def _run(
     console: Console,
 ) -> None:
     """Train group after group until `trials` trials have ended."""
-    for trial in study.ended:  # after a crash MLflow may lack some; trials that MLflow has are skipped
+    for trial in study.ended:  # MLflow may lack some; trials that MLflow has are skipped
         epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
         tracker.end(dataclasses.replace(trial, epochs=epochs))
 
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
+
+        def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
+            progress.epoch(metrics)
+            tracker.epoch(metrics)
+
         while not interrupts.reason and (proposals := study.next_group(trials)):
             configs = {number: config for number, (config, _) in proposals.items()}
             group = executor.build(configs)
@@ -114,19 +131,20 @@ def _run(
                 study,
                 checkpoints=checkpoints,
                 environment=environment(executor),
-                on_epoch=progress.epoch,
+                on_epoch=on_epoch,
                 interrupted=interrupts.asked,
                 rules=lambda: executor.rules,
+                on_begin=tracker.begin,
+                on_end=tracker.end,
             ):
                 study.add(trial)
-                tracker.end(trial)
             progress.group_ended()
     forget_ended(checkpoints, study)
 
 
 @contextlib.contextmanager
-def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
-    """Have MLflow record a study; a failure of MLflow is only a warning."""
+def _tracked(study: Study, executor: LocalExecutor, tracker: TrackerProcess, console: Console) -> Iterator[None]:
+    """Have MLflow record a study; a failure of MLflow is a warning, and in the end the exit status."""
     space = study.space
     charted = {name.partition(".")[0]: name for name in space.example().group_names}  # the last of a group's layers
     info = StudyInfo(
@@ -139,13 +157,19 @@ def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
         shared=space.shared_hyperparameters(),
         space=dumps(space.document),
         seed=space.seed,
+        started=study.ended[0].started if study.ended else time.time(),
+        environment=environment(executor),
     )
     tracker.open(info)
     try:
         yield
     finally:
-        for warning in tracker.close():
+        with waiting_line(console) as waiting:
+            warnings = tracker.close(waiting=waiting)
+        for warning in warnings:
             cli.warn(warning)
+        if tracker.incomplete:
+            cli.warn("what is missing is recorded when the search goes on: run the same command again")
 
 
 @contextlib.contextmanager
@@ -154,7 +178,7 @@ def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        tracker.finish(StudySummary(finished=False, note=f"Stopped: {error}"))
+        tracker.finish(StudySummary(finished=False, note=f"Stopped: {error}", ended=time.time()))
         if isinstance(error, StorageError | DataError | DeviceError):
             raise type(error)(f"{error}\nonce that is mended, go on with: {command}") from error
         raise
@@ -191,7 +215,7 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
         console.print(f"best config   {path}   train it again: {options.train_again(path)}", soft_wrap=True)
     winner, files = (best[0], (path.absolute(),)) if best else (None, ())
     finished = len(study.ended) >= options.trials
-    tracker.finish(StudySummary(finished=finished, note=note, best=winner, files=files))
+    tracker.finish(StudySummary(finished=finished, note=note, best=winner, ended=time.time(), files=files))
     if best:
         for link in tracker.links():
             console.print(f"compare       {link}", soft_wrap=True)

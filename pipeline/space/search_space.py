@@ -18,7 +18,7 @@ from pipeline.space.param_groups import ParameterRule, ParamGroup
 from pipeline.space.pruners import Pruner, Score, score
 from pipeline.space.schedules import SCHEDULERS
 from pipeline.space.shares import resolve_floors, resolve_lengths
-from pipeline.space.trial import EpochMetrics
+from pipeline.space.trial import EndedTrial, EpochMetrics
 
 Domains = Mapping[str, Any]
 """Hyperparameter name to a value or to a distribution, `Choices` or `Range`, that a search draws from."""
@@ -49,6 +49,10 @@ class Objective:
     def score(self, epochs: Sequence[EpochMetrics]) -> Score:
         """Return the score of a trial with these epochs, by which trials are ranked."""
         return self._score_after(self.deciding(epochs))
+
+    def order(self, trial: EndedTrial) -> tuple[Score, int]:
+        """Return what sorts complete trials, best first: value, then validation loss, then number."""
+        return self.score(trial.epochs), trial.number
 
     def _score_after(self, epoch: EpochMetrics) -> Score:
         return score(epoch.metrics[self.metric], epoch.metrics["val/loss"], direction=self.direction)

@@ -50,6 +50,19 @@ class TrialState(StrEnum):
     """Its model, loss or metric raised."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BegunTrial:
+    """A trial that begins to train, or that goes on from a checkpoint."""
+
+    number: int
+    """Counts from 0 in the study."""
+    config: TrialConfig = field(repr=False)
+    started: float
+    """Seconds since 1970; of a trial that goes on, when it first began."""
+    epochs: tuple[EpochMetrics, ...] = field(default=(), repr=False)
+    """Results of the epochs before the checkpoint; empty for a trial that trains from its beginning."""
+
+
 def number(value: float) -> str:
     """Return a metric for people to read: four decimals, or three digits of a very small or large value."""
     return f"{value:.4f}" if value == 0 or 1e-2 <= abs(value) < 1e6 else f"{value:.2e}"

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement, from_run_lengths, run_lengths
 from pipeline.space.search_space import Objective
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 
 Proposals = Mapping[int, tuple[TrialConfig, dict[str, Any]]]
 """Trial number to config and to the parameters that the sampler chose."""
@@ -63,6 +63,22 @@ class GroupState:
         """Numbers of the trials that have not ended."""
         return self.proposals.keys() - self._left_after.keys()
 
+    def begun(self) -> list[BegunTrial]:
+        """Return the trials that have not ended, with the epochs that they have trained."""
+        return [
+            BegunTrial(
+                number=number,
+                config=self.proposals[number][0],
+                started=self._started,
+                epochs=tuple(self._epochs[number]),
+            )
+            for number in sorted(self.running)
+        ]
+
+    def not_stored(self) -> list[EndedTrial]:
+        """Return the trials that have ended and wait for lower numbers to be stored."""
+        return [self._ended(number) for number in self._waiting if number in self._verdicts]
+
     def left_by(self, epoch: int) -> list[int]:
         """Return the trials that had left the group by the end of an epoch."""
         return [number for number, last in self._left_after.items() if last <= epoch]
@@ -84,10 +100,11 @@ class GroupState:
         """Mark the placements from now on as broken: epochs with metrics were trained again in other places."""
         self._broken = True
 
-    def end(self, number: int, state: TrialState, reason: str | None) -> None:
-        """Record how a trial has ended."""
+    def end(self, number: int, state: TrialState, reason: str | None) -> EndedTrial:
+        """Record how a trial has ended, and return its record."""
         self._verdicts[number] = state, reason, time.time()
         self._left_after[number] = len(self._placements(number))
+        return self._ended(number)
 
     def pop_ended(self) -> Iterator[EndedTrial]:
         """Yield ended trials in number order, each once; a trial waits for all lower numbers."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.placement import PlacementRules
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.group_state import GroupState, Proposals
 from pipeline.study.study import Study
@@ -28,6 +28,8 @@ def run_group(
     on_epoch: Callable[[Mapping[int, EpochMetrics]], None],
     interrupted: Callable[[], bool],
     rules: Callable[[], PlacementRules],
+    on_begin: Callable[[BegunTrial], None] = lambda _: None,
+    on_end: Callable[[EndedTrial], None] = lambda _: None,
 ) -> Iterator[EndedTrial]:
     """Train a group, from its last checkpoint if there is one; yield finished trials in number order.
 
@@ -44,6 +46,8 @@ def run_group(
         interrupted: Called after each epoch; on True, a checkpoint is saved and the iterator ends.
         rules: Returns what placement depends on now. After the row limit has fallen, a checkpoint is saved at once, and
             then the rules are stored: epochs before are trained again only by the rules that they were trained by.
+        on_begin: Takes each trial that begins, or goes on from the checkpoint.
+        on_end: Takes each trial as it ends, which is before all lower numbers have ended.
 
     Raises:
         InvalidInput: The checkpoint belongs to these trials, but does not fit their model.
@@ -60,13 +64,17 @@ def run_group(
         row_limit=study.rules.row_limit,
     )
     _resume(group, state, checkpoints)
+    for begun in state.begun():
+        on_begin(begun)
+    for trial in state.not_stored():
+        on_end(trial)
     yield from state.pop_ended()
     while state.running:
         results = _train_epoch(group, state, checkpoints, rules)
         on_epoch(results)
         state.add(results)
         for number, (outcome, reason) in _outcomes(results, state, study).items():
-            state.end(number, outcome, reason)
+            on_end(state.end(number, outcome, reason))
             group.drop(number)
         yield from state.pop_ended()
         stop = interrupted()

@@ -151,7 +151,7 @@ class Study:
     def best(self, count: int = 1) -> list[EndedTrial]:
         """Return the best complete trials, best first: by objective, then validation loss, then number."""
         complete = [trial for trial in self.ended if trial.state is TrialState.COMPLETE]
-        return sorted(complete, key=lambda trial: (self.space.objective.score(trial.epochs), trial.number))[:count]
+        return sorted(complete, key=self.space.objective.order)[:count]
 
     def _group_of(self, number: int) -> AskedGroup | None:
         """Return the group in which a trial was proposed."""

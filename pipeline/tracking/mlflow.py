@@ -1,50 +1,38 @@
-"""Record studies in MLflow: a run per study, a child run per trial, and a view to compare them.
+"""Record studies in MLflow while they run: a run per study, a child run per trial, and a view to compare them.
 
-A search stores a trial in `optuna.db` before MLflow is told, so whatever is missing here can be logged again.
+`optuna.db` is the authority: whatever is missing here is logged when the search goes on.
 """
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.files.strict_yaml import dumps
-from pipeline.space.trial import EndedTrial, TrialState
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.tracking.mlflow_store import (
     collect_garbage,
     find_runs,
     load_mlflow,
+    milliseconds,
     open_store,
     refuse_broken,
     remote_uri,
 )
-from pipeline.tracking.record import (
-    lr_csv,
-    lr_metric,
-    metric_points,
-    objective_name,
-    objective_points,
-    trial_params,
-    trial_tags,
-)
+from pipeline.tracking.record import lr_metric, objective_name
+from pipeline.tracking.standings import Standings
 from pipeline.tracking.tracker import StudyInfo, StudySummary, root_cause
-from pipeline.tracking.view import TAG_PREFIX, mlflow_name, saved_view, view_path
+from pipeline.tracking.trial_runs import TrialRuns
+from pipeline.tracking.view import RANK, TAG_PREFIX, WINNER, mlflow_name, saved_view, view_path
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
 
 
-STATUS = {
-    TrialState.COMPLETE: "FINISHED",
-    TrialState.PRUNED: "KILLED",
-    TrialState.DIVERGED: "KILLED",
-    TrialState.FAILED: "FAILED",
-}
+RANK_EVERY_S = 30.0
+"""Seconds between two updates of the ranks of trials, which the view is sorted by."""
 
 
 class MLflowTracker:
@@ -81,67 +69,68 @@ class MLflowTracker:
         self._study = study
         self._warnings: list[str] = []
         self._client = open_store(self._root.absolute())
-        self._experiment = self._find_or_create_experiment()
         self._is_new = False
-        self._run_id = self._find_or_create_run()
+        self._run = self._find_or_create_run()
         self._client.log_text(self._run_id, study.space, "space.yaml")
-        self._ended: set[int] = set()
-        self._unfinished: defaultdict[int, list[str]] = defaultdict(list)
-        for run in self._search(f"tags.mlflow.parentRunId = '{self._run_id}'"):
-            number = int(run.data.tags["hpo.trial"])
-            if run.info.status == "RUNNING":
-                self._unfinished[number].append(run.info.run_id)
-            else:
-                self._ended.add(number)
+        self._trials = TrialRuns(self._client, study, self._run)
+        self._standings = Standings(study.objective, ranks=self._trials.metric(RANK))
+        self._winners = self._trials.tagged(WINNER)
+        points = self._client.get_metric_history(self._run_id, "study/complete")
+        self._logged = max((point.step for point in points), default=0)
+        """Number of ended trials at the last point of the study's metrics."""
+        self._ranked_at = time.monotonic()
+        self._finished = False
         self._save_view()
         self._monitor = self._start_monitor()
         here = self._root.resolve() == Path.cwd()
         command = "mlflow ui" if here else f"python -m pipeline.ui --root {shlex.quote(str(self._root))}"
-        return f"{command}   then open http://127.0.0.1:5000{self._view_path()}"
+        return f"{command}   then open http://127.0.0.1:5000{self._view_path(self._experiment_id)}"
+
+    def begin(self, trial: BegunTrial) -> None:
+        """Take a trial that begins or goes on; `flush` has its run begin or go on."""
+        self._trials.begin(trial)
+
+    def epochs(self, metrics: Mapping[int, EpochMetrics], at: float) -> None:
+        """Take the metrics of an epoch, for `flush`."""
+        self._standings.epochs(len(metrics))
+        self._trials.epochs(metrics, at)
+
+    def flush(self) -> None:
+        """Log what was taken, one batch per trial, and how the study stands."""
+        self._trials.flush()
+        self._log_standings()
+        if time.monotonic() - self._ranked_at >= RANK_EVERY_S:
+            self._log_ranks()
 
     def end(self, trial: EndedTrial) -> None:
-        """Write a trial as a child run; keep a run that is complete, replace a run that a crash left incomplete."""
-        if trial.number in self._ended:
-            return
-        for run_id in self._unfinished.pop(trial.number, []):
-            self._client.delete_run(run_id)
-        config = trial.config
-        run = self._client.create_run(
-            self._experiment.experiment_id,
-            start_time=_milliseconds(trial.started),
-            run_name=f"#{trial.number:03} {config.optimizer.name} · {config.scheduler.name}",
-            tags={
-                "mlflow.parentRunId": self._run_id,
-                "hpo.study": self._study.name,
-                "hpo.study_id": self._study.identity,
-                **trial_tags(trial),
-            },
-        )
-        run_id = run.info.run_id
-        self._unfinished[trial.number].append(run_id)
-        self._log_values(run_id, trial)
-        self._client.log_text(run_id, dumps(config.to_dict()), "config.yaml")
-        if history := lr_csv(trial):
-            self._client.log_text(run_id, history, "lr_history.csv")
-        self._client.set_terminated(run_id, STATUS[trial.state], end_time=_milliseconds(trial.ended))
-        del self._unfinished[trial.number]
-        self._ended.add(trial.number)
+        """Log what the run of a trial lacks, and end it."""
+        self._trials.end(trial)
+        self._standings.end(trial)
 
     def finish(self, summary: StudySummary) -> None:
-        """End the study's run, with the note as its description; opening the study again makes it run again."""
+        """Log ranks, mark the winner, and end the study's run; opening the study again makes it run again."""
         self._stop_monitor()
+        self._trials.interrupt()
+        self._log_standings()
+        self._log_ranks()
         self._client.set_tag(self._run_id, "mlflow.note.content", summary.note)
-        if summary.best is not None:
-            # Tags and not metrics: a metric that only this run has would make a section of one bar on the page.
-            self._client.set_tag(self._run_id, "hpo.best_trial", str(summary.best.number))
-            self._client.set_tag(self._run_id, "hpo.best_value", repr(summary.best.value))
-        self._client.set_terminated(self._run_id, "FINISHED" if summary.finished else "KILLED")
+        best = summary.best
+        if best is not None:
+            self._client.set_tag(self._run_id, "hpo.best_trial", str(best.number))
+            self._client.set_tag(self._run_id, "hpo.best_value", repr(best.value))
+            self._mark_winner(best.number)
         for path in summary.files:
             self._client.log_artifact(self._run_id, str(path))
+        status = "FINISHED" if summary.finished else "KILLED"
+        self._client.set_terminated(self._run_id, status, end_time=milliseconds(summary.ended))
+        self._finished = True
 
     def close(self) -> list[str]:
-        """Stop recording the machine's load, and return what went wrong without harm to the runs."""
+        """End the runs of a search that has died, and return what went wrong without harm to the runs."""
         self._stop_monitor()
+        if not self._finished:
+            self._trials.interrupt()
+            self._client.set_terminated(self._run_id, "KILLED")
         return self._warnings
 
     def delete(self, study: str, *, identity: str) -> None:
@@ -153,18 +142,52 @@ class MLflowTracker:
 
         deleted: list[Run] = []
         for experiment in client.search_experiments(ViewType.ALL):
-            runs = list(find_runs(client, experiment, f"tags.`hpo.study_id` = '{identity}'", view=ViewType.ALL))
+            experiment_id = experiment.experiment_id
+            runs = list(find_runs(client, [experiment_id], f"tags.`hpo.study_id` = '{identity}'", view=ViewType.ALL))
             deleted += runs
             if runs and TAG_PREFIX + mlflow_name(study) in experiment.tags:
-                client.delete_experiment_tag(experiment.experiment_id, TAG_PREFIX + mlflow_name(study))
+                client.delete_experiment_tag(experiment_id, TAG_PREFIX + mlflow_name(study))
         for run in deleted:
             if run.info.lifecycle_stage == "active":
                 client.delete_run(run.info.run_id)
         if not remote_uri():
             collect_garbage(self._root, deleted)
 
-    def _view_path(self) -> str:
-        return view_path(self._experiment.experiment_id, self._study.name)
+    @property
+    def _run_id(self) -> str:
+        return str(self._run.info.run_id)
+
+    @property
+    def _experiment_id(self) -> str:
+        return str(self._run.info.experiment_id)
+
+    def _view_path(self, experiment_id: str) -> str:
+        return view_path(experiment_id, self._study.name)
+
+    def _find_or_create_run(self) -> Run:
+        """Return the study's run; a run or an experiment that was deleted is restored, wherever it was moved."""
+        from mlflow.entities import ViewType
+
+        experiments = [e.experiment_id for e in self._client.search_experiments(ViewType.ALL)]
+        condition = f"tags.`hpo.kind` = 'study' and tags.`hpo.study_id` = '{self._study.identity}'"
+        found = next(find_runs(self._client, experiments, condition, view=ViewType.ALL), None)
+        if found is None:
+            self._is_new = True
+            experiment_id = self._find_or_create_experiment().experiment_id
+            return self._client.create_run(
+                experiment_id,
+                start_time=milliseconds(self._study.started),
+                run_name=self._study.name,
+                tags=self._tags(experiment_id),
+            )
+        run_id, experiment_id = found.info.run_id, found.info.experiment_id
+        self._restore(self._client.get_experiment(experiment_id))
+        if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
+            self._client.restore_run(run_id)
+        for key, value in self._tags(experiment_id).items():
+            self._client.set_tag(run_id, key, value)
+        self._client.update_run(run_id, status="RUNNING")
+        return found
 
     def _find_or_create_experiment(self) -> Experiment:
         name = self._study.workload
@@ -174,13 +197,16 @@ class MLflowTracker:
             folder = self._root.absolute() / "mlruns" / "artifacts" / mlflow_name(name)
             location = None if remote_uri() else folder.as_uri()
             return self._client.get_experiment(self._client.create_experiment(name, artifact_location=location))
-        if experiment.lifecycle_stage == "deleted":
-            self._client.restore_experiment(experiment.experiment_id)
+        self._restore(experiment)
         return experiment
 
-    def _find_or_create_run(self) -> str:
+    def _restore(self, experiment: Experiment) -> None:
+        if experiment.lifecycle_stage == "deleted":
+            self._client.restore_experiment(experiment.experiment_id)
+
+    def _tags(self, experiment_id: str) -> dict[str, str]:
         study = self._study
-        tags = {
+        return {
             "hpo.kind": "study",
             "hpo.study": study.name,
             "hpo.study_id": study.identity,
@@ -188,24 +214,42 @@ class MLflowTracker:
             "hpo.direction": study.objective.direction,
             "hpo.of": study.objective.of,
             "hpo.seed": str(study.seed),
+            **{f"environment.{mlflow_name(key)}": str(value) for key, value in study.environment.items()},
             "mlflow.note.content": f"Study **{study.name}**, seed {study.seed}: {study.objective.direction} "
             f"`{study.objective.metric}` of a trial's {study.objective.of} epoch.\n\n"
-            f"[Compare its trials]({self._view_path()[1:]})\n\n```yaml\n{study.space.strip()}\n```\n",
+            f"[Compare its trials]({self._view_path(experiment_id)[1:]})\n\n```yaml\n{study.space.strip()}\n```\n",
         }
-        for run in self._search("tags.`hpo.kind` = 'study'"):
-            if run.data.tags.get("hpo.study_id") == study.identity:
-                for key, value in tags.items():
-                    self._client.set_tag(run.info.run_id, key, value)
-                self._client.update_run(run.info.run_id, status="RUNNING")
-                return str(run.info.run_id)
-        self._is_new = True
-        run = self._client.create_run(self._experiment.experiment_id, run_name=study.name, tags=tags)
-        return str(run.info.run_id)
 
-    def _search(self, condition: str) -> Iterator[Run]:
-        from mlflow.entities import ViewType
+    def _log_standings(self) -> None:
+        from mlflow.entities import Metric
 
-        return find_runs(self._client, self._experiment, condition, view=ViewType.ACTIVE_ONLY)
+        count, now = self._standings.count, time.time()
+        if count <= self._logged:
+            return
+        values = self._standings.metrics(now).items()
+        metrics = [Metric(name, value, milliseconds(now), count) for name, value in values]
+        self._client.log_batch(self._run_id, metrics, synchronous=True)
+        self._logged = count
+
+    def _log_ranks(self) -> None:
+        from mlflow.entities import Metric
+
+        now = milliseconds(time.time())
+        for number, rank in self._standings.changed_ranks().items():
+            if run_id := self._trials.ended.get(number):  # none if a person has deleted the run
+                metric = Metric(RANK, rank, now, self._standings.count)
+                self._client.log_batch(run_id, [metric], synchronous=True)
+                self._standings.ranks[number] = rank
+        self._ranked_at = time.monotonic()
+
+    def _mark_winner(self, number: int) -> None:
+        """Mark the run of the winner, and no other."""
+        for former in self._winners:
+            if former != number and former in self._trials.ended:
+                self._client.delete_tag(self._trials.ended[former], WINNER)
+        if number in self._trials.ended:
+            self._client.set_tag(self._trials.ended[number], WINNER, "yes")
+        self._winners = [number]
 
     def _save_view(self) -> None:
         study = self._study
@@ -214,16 +258,16 @@ class MLflowTracker:
             identity=study.identity,
             metric=study.objective.metric,
             ranking=objective_name(study.objective),
-            direction=study.objective.direction,
             columns=[mlflow_name(name) for name in study.searched],
             axes=["log10_base_lr" if name == "base_lr" else mlflow_name(name) for name in study.shared],
             lr_metrics=[lr_metric(group) for group in study.groups],
-            created_ms=_milliseconds(time.time()),
+            created_ms=milliseconds(time.time()),
         )
-        if key in self._experiment.tags and not self._is_new:  # a person may have changed the view
+        tags = self._client.get_experiment(self._experiment_id).tags
+        if key in tags and not self._is_new:  # a person may have changed the view
             return
         try:
-            self._client.set_experiment_tag(self._experiment.experiment_id, key, value)
+            self._client.set_experiment_tag(self._experiment_id, key, value)
         except Exception as error:  # the runs are whole without it
             self._warnings.append(f"the view to compare trials could not be saved: {root_cause(error)}")
 
@@ -247,25 +291,3 @@ class MLflowTracker:
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-
-    def _log_values(self, run_id: str, trial: EndedTrial) -> None:
-        from mlflow.entities import Metric, Param
-
-        points = metric_points(trial) + objective_points(trial, self._study.objective)
-        last_step = max((step for _, step, _ in points), default=1)
-        duration = trial.ended - trial.started
-        self._client.log_batch(  # splits what exceeds MLflow's limits for one call
-            run_id,
-            # Trials that train together share one clock, so a trial's steps are spread evenly over the trial's time.
-            [
-                Metric(name, value, _milliseconds(trial.started + duration * step / last_step), step)
-                for name, step, value in points
-                if math.isfinite(value)  # MLflow would store an infinity as 1.8e308, which ruins every chart
-            ],
-            [Param(key, value) for key, value in trial_params(trial).items()],
-            synchronous=True,
-        )
-
-
-def _milliseconds(seconds: float) -> int:
-    return int(seconds * 1000)

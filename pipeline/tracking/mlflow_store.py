@@ -19,7 +19,7 @@ from pipeline.tracking.paths import relocate
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Run
 
 
 ENVIRONMENT = {
@@ -79,15 +79,20 @@ def open_store(root: Path) -> MlflowClient:
     return MlflowClient(sqlite_uri(database))
 
 
-def find_runs(client: MlflowClient, experiment: Experiment, condition: str, *, view: int) -> Iterator[Run]:
-    """Yield the runs of an experiment that fulfil a condition; `view` says whether deleted runs are included."""
+def find_runs(client: MlflowClient, experiments: Sequence[str], condition: str, *, view: int) -> Iterator[Run]:
+    """Yield the runs of experiments, given by their ids, that fulfil a condition; `view` says whether also deleted."""
     token = None
     while True:
-        page = client.search_runs([experiment.experiment_id], condition, view, page_token=token)
+        page = client.search_runs(list(experiments), condition, view, page_token=token)
         yield from page
         token = page.token
         if not token:
             return
+
+
+def milliseconds(seconds: float) -> int:
+    """Return a time as MLflow takes it."""
+    return int(seconds * 1000)
 
 
 def collect_garbage(root: Path, deleted: Sequence[Run]) -> None:

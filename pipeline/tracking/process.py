@@ -14,18 +14,24 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter, defaultdict
+import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from pipeline.files.locks import folder_locked, study_folder
-from pipeline.space.trial import EndedTrial
+from pipeline.errors import counted
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.tracking.mlflow import MLflowTracker
-from pipeline.tracking.tracker import StudyInfo, StudySummary, Tracker, root_cause
+from pipeline.tracking.tracker import StudyInfo, StudySummary, Tracker
 
 TRACKERS: tuple[Callable[[Path], Tracker], ...] = (MLflowTracker,)
 """Every tracker of a search; each is built with the root folder and may refuse it with `InvalidInput`."""
+MAX_RESTARTS = 10
+"""A killed tracker process is started again so many times in a search."""
+
+_Message = tuple[str, tuple[Any, ...]]
+"""The name of a tracker's method, and its arguments."""
 
 
 class TrackerProcess:
@@ -33,7 +39,8 @@ class TrackerProcess:
 
     The process starts at once and imports what trackers need, while the caller imports PyTorch. No file is touched
     until `open`. Ctrl-C does not reach the process. The process ends with `close`, or when the caller's process has
-    died and everything that was sent is recorded.
+    died and everything that was sent is recorded. A process that is killed is started again, and is told once more of
+    every trial that is not recorded.
     """
 
     def __init__(self, root: Path, *, trackers: Sequence[Callable[[Path], Tracker]] = TRACKERS) -> None:
@@ -42,99 +49,176 @@ class TrackerProcess:
         Raises:
             InvalidInput: A tracker cannot use the root.
         """
-        built = [build(root) for build in trackers]
-        self._records = [_Record(tracker) for tracker in built]
+        self._trackers = [build(root) for build in trackers]
+        self._records = [_Record(tracker) for tracker in self._trackers]
         self._root = root.absolute()
-        self._opened = False
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outbox.put(built)
-        self._sent: Counter[str] = Counter()
+        self._lock = threading.Lock()  # of what a restart reads: the outbox, and the messages to send again
+        self._opening: _Message | None = None
+        self._trials: defaultdict[int, list[_Message]] = defaultdict(list)
+        """Number of each trial that some tracker has not recorded, to its messages."""
+        self._finish: _Message | None = None
+        self._closing = False
+        self._end: str | None = None
+        """Why the process ended, if it did not end by itself."""
         self._ready = threading.Event()
         self._warnings: list[str] | None = None
-        # Not multiprocessing: its new process would import the caller's main module once more.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from pipeline.tracking.process import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            process_group=0,
-        )
+        self._start()
         self._reader = threading.Thread(target=self._read, daemon=True)
-        self._writer = threading.Thread(target=self._write, daemon=True)
         self._reader.start()
-        self._writer.start()
 
     @property
     def pid(self) -> int:
         """The process's id."""
         return self._process.pid
 
+    @property
+    def missing(self) -> int:
+        """Number of trials that some tracker has not recorded."""
+        return len(set().union(*(record.missing for record in self._records)))
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether a tracker has not recorded everything; after `close`, it never will."""
+        return bool(self.missing) or any(record.finish_is_missing for record in self._records)
+
     def open(self, study: StudyInfo) -> None:
         """Have every tracker open a study, with the environment variables of this moment."""
-        self._opened = True
         for record in self._records:
             record.name = str(record.tracker)
-        self._send("open", self._root, study, dict(os.environ))
+        with self._lock:
+            self._opening = "open", (self._root, study, dict(os.environ))
+            self._outbox.put(self._opening)
 
     def links(self) -> list[str]:
         """Return how a person looks at each record, once it is open; wait at most a minute."""
         self._ready.wait(timeout=60)
         return [record.link for record in self._records if record.link is not None]
 
+    def begin(self, trial: BegunTrial) -> None:
+        """Have every tracker take a trial that begins or goes on."""
+        self._send(trial.number, "begin", trial)
+
+    def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
+        """Have every tracker take the metrics of an epoch that has just ended."""
+        now = time.time()
+        with self._lock:
+            for number, epoch in metrics.items():
+                self._trials[number].append(("epochs", ({number: epoch}, now)))
+            self._outbox.put(("epochs", (metrics, now)))
+
     def end(self, trial: EndedTrial) -> None:
         """Have every tracker record a trial that has ended."""
-        self._send("end", trial)
+        for record in self._records:
+            record.missing.add(trial.number)
+        self._send(trial.number, "end", trial)
 
     def finish(self, summary: StudySummary) -> None:
         """Have every tracker record how the search ended."""
-        self._send("finish", summary)
+        with self._lock:
+            for record in self._records:
+                record.finish_is_missing = True
+            self._finish = "finish", (summary,)
+            self._outbox.put(self._finish)
 
-    def close(self, timeout: float = 60.0) -> list[str]:
-        """Wait until everything is recorded, at most `timeout` seconds; return what went wrong, one sentence each."""
+    def close(self, *, stalled_s: float = 60.0, waiting: Callable[[int], None] = lambda _: None) -> list[str]:
+        """Wait until everything is recorded, as long as there is progress; return what went wrong, one sentence each.
+
+        Args:
+            stalled_s: Seconds without an answer after which the process is ended.
+            waiting: Called about once a second with the number of trials that are not recorded.
+        """
         if self._warnings is not None:
             return self._warnings
-        self._outbox.put(None)
-        if not self._opened:
+        with self._lock:
+            self._closing = True
+            self._outbox.put(None)
+        if self._opening is None:
             self._process.kill()
-        self._reader.join(timeout)
-        end = None
-        if self._reader.is_alive():
-            end = f"it was not done after {timeout:g} s"
-            self._process.kill()
-            self._reader.join()
-        status = self._process.wait()
+        answers, since = self._answers(), time.monotonic()
+        while self._reader.is_alive():
+            self._reader.join(min(1.0, stalled_s))
+            if not self._reader.is_alive():
+                break
+            waiting(self.missing)
+            if answers != self._answers():
+                answers, since = self._answers(), time.monotonic()
+            elif time.monotonic() - since >= stalled_s:
+                self._end = f"nothing was recorded for {stalled_s:g} s"
+                self._process.kill()
         self._writer.join()
-        if status and self._opened:
-            end = end or f"its process ended with {_exit(status)}"
-        self._warnings = [line for record in self._records for line in record.warnings(self._sent, end)]
+        opened = [] if self._opening is None else self._records
+        self._warnings = [line for record in opened for line in record.warnings(self._end)]
         return self._warnings
 
-    def _send(self, verb: str, *arguments: Any) -> None:
-        self._sent[verb] += 1
-        self._outbox.put((verb, arguments))
+    def _answers(self) -> int:
+        return sum(record.answers for record in self._records)
 
-    def _write(self) -> None:
-        """Feed the process from the outbox, so that no caller waits for the pipe."""
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            for message in iter(self._outbox.get, None):
-                pickle.dump(message, pipe)
-                pipe.flush()
-            pickle.dump(None, pipe)
+    def _send(self, number: int, verb: str, *arguments: Any) -> None:
+        with self._lock:
+            self._trials[number].append((verb, arguments))
+            self._outbox.put((verb, arguments))
+
+    def _start(self) -> None:
+        """Start the process, and send what is not recorded."""
+        # Not multiprocessing: its new process would import the caller's main module once more.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from pipeline.tracking.server import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # A warning within a library must not become an error, as PYTHONWARNINGS can have it.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"},
+            process_group=0,
+        )
+        again = [message for _, messages in sorted(self._trials.items()) for message in messages]
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for message in filter(None, (self._trackers, self._opening, *again, self._finish)):
+            self._outbox.put(message)
+        if self._closing:
+            self._outbox.put(None)
+        self._writer = threading.Thread(target=_feed, args=[self._process, self._outbox], daemon=True)
+        self._writer.start()
 
     def _read(self) -> None:
-        """Take the process's answers, until it ends."""
-        assert self._process.stdout
+        """Take answers until the process ends; start it again if something killed it."""
         try:
-            with contextlib.suppress(EOFError, pickle.UnpicklingError), self._process.stdout as pipe:
-                while True:
-                    number, *answer = pickle.load(pipe)
-                    self._records[number].take(*answer)
-                    if all(record.answered["open"] for record in self._records):
-                        self._ready.set()
+            for _ in range(MAX_RESTARTS):
+                status = self._take_answers()
+                if status >= 0 or self._opening is None or self._end:
+                    break
+                with self._lock:
+                    self._outbox.put(None)  # ends the thread that feeds the old process
+                    self._start()
+            else:
+                status = self._take_answers()
+            if status:
+                self._end = self._end or f"its process ended with {_exit(status)}"
         finally:
             self._ready.set()
+
+    def _take_answers(self) -> int:
+        """Take the process's answers until it ends; return its status."""
+        assert self._process.stdout
+        with contextlib.suppress(EOFError, pickle.UnpicklingError), self._process.stdout as pipe:
+            while True:
+                index, *answer = pickle.load(pipe)
+                with self._lock:
+                    recorded = self._records[index].take(*answer)
+                    if recorded is not None and not any(recorded in record.missing for record in self._records):
+                        self._trials.pop(recorded, None)
+                if all(record.opened for record in self._records):
+                    self._ready.set()
+        return self._process.wait()
+
+
+def _feed(process: subprocess.Popen[bytes], outbox: queue.SimpleQueue[Any]) -> None:
+    """Feed a process from an outbox, so that no caller waits for the pipe."""
+    assert process.stdin
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        for message in iter(outbox.get, None):
+            pickle.dump(message, pipe)
+            pipe.flush()
+        pickle.dump(None, pipe)
 
 
 class _Record:
@@ -144,130 +228,52 @@ class _Record:
         self.tracker = tracker
         self.name = str(tracker)
         self.link: str | None = None
-        self.answered: Counter[str] = Counter()
-        self._failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.opened = False
+        self.answers = 0
+        self.missing: set[int] = set()
+        """Numbers of the ended trials that are not recorded."""
+        self.finish_is_missing = False
+        self._causes: dict[str | int, str] = {}
+        """Number of a trial, or a method, to why it failed the last time."""
+        self._notes: list[str] = []
 
-    def take(self, verb: str, result: Any, cause: str | None) -> None:
-        """Take an answer: what the tracker returned, or why it failed."""
-        self.answered[verb] += 1
+    def take(self, verb: str, number: int | None, result: Any, cause: str | None) -> int | None:
+        """Take an answer, what the tracker returned or why it failed; return the number of a trial now recorded."""
+        self.answers += 1
+        self.opened = self.opened or verb == "open"
         if cause is not None:
-            self._failures[cause][verb] += 1
-        elif verb == "open":
+            self._causes[verb if number is None else number] = cause
+            return None
+        self._causes.pop(verb if number is None else number, None)
+        if verb == "open":
             self.link = result
         elif verb == "close":
-            self._failures.update({warning: Counter() for warning in result})
+            self._notes += result
+        elif verb == "finish":
+            self.finish_is_missing = False
+        elif number is not None:
+            self.missing.discard(number)
+        return number
 
-    def warnings(self, sent: Counter[str], end: str | None) -> list[str]:
-        """Return what went wrong, given what was sent, and why the process ended if it did not end by itself."""
-        unanswered = sent - self.answered
-        if end or unanswered:
-            self._failures[end or "its process ended too early"] += unanswered
-        return [f"{self.name}: {_sentence(cause, lost)}" for cause, lost in self._failures.items()]
-
-
-def serve() -> None:
-    """Run the trackers of a `TrackerProcess`: read messages from standard input, answer on standard output."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # some hosts signal every process; the caller decides
-        signal.signal(number, signal.SIG_IGN)
-    os.nice(10)  # training comes first; the rest of the processor's time is enough for trackers
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # text that a library prints must not come between the answers
-    with contextlib.suppress(EOFError), contextlib.ExitStack() as lock:
-        servers = [Server(number, tracker, answers) for number, tracker in enumerate(pickle.load(sys.stdin.buffer))]
-        # A thread, because the first message locks the study's folder, which must not wait for imports.
-        threading.Thread(target=_load, args=[servers]).start()
-        with contextlib.suppress(EOFError):
-            # The end of the pipe would not do: it has none while a process that the caller's model forked is alive.
-            while (message := pickle.load(sys.stdin.buffer)) is not None:
-                verb, arguments = message
-                if verb == "open":
-                    arguments = [_prepare(lock, *arguments)]
-                for server in servers:
-                    server.do(verb, *arguments)
-        for server in servers:
-            server.do("close")
-
-
-def _load(servers: Sequence[Server]) -> None:
-    for server in servers:
-        server.load()
-
-
-def _prepare(lock: contextlib.ExitStack, root: Path, study: StudyInfo, environment: Mapping[str, str]) -> StudyInfo:
-    """Take the caller's environment, and lock the study's folder until this process ends.
-
-    If a search is killed, its tracker process records everything that it was sent, and only then the next search's
-    process opens the record: otherwise both would record the same trials.
-    """
-    os.environ.update(environment)
-    with contextlib.suppress(OSError):  # the folder cannot be made, so no other search can use it either
-        lock.enter_context(folder_locked(study_folder(root, study.name)))
-    return study
-
-
-class Server:
-    """Calls one tracker, and answers with its number, the verb, the result, and why the call failed.
-
-    A trial that could not be recorded is not answered yet, and tried once more at the end.
-    """
-
-    def __init__(self, number: int, tracker: Tracker, answers: IO[bytes]) -> None:
-        self._number = number
-        self._tracker = tracker
-        self._answers = answers
-        self._broken: str | None = None
-        self._missed: list[EndedTrial] = []
-
-    def load(self) -> None:
-        """Import what the tracker needs; an error comes again in `open`, which is answered."""
-        with contextlib.suppress(Exception):
-            self._tracker.load()
-
-    def do(self, verb: str, *arguments: Any) -> None:
-        """Call a method of the tracker."""
-        if verb != "end":
-            self._retry()
-        result, cause = self._attempt(verb, *arguments)
-        if verb == "end" and cause and not self._broken:
-            self._missed += arguments
-        else:
-            self._answer(verb, result, cause)
-
-    def _retry(self) -> None:
-        """Record the missed trials, until one fails again."""
-        cause: str | None = None
-        for trial in self._missed:
-            _, cause = (None, cause) if cause else self._attempt("end", trial)
-            self._answer("end", None, cause)
-        self._missed = []
-
-    def _attempt(self, verb: str, *arguments: Any) -> tuple[Any, str | None]:
-        """Return what a method returned, or why it failed."""
-        if self._broken:
-            return None, self._broken
-        try:
-            return getattr(self._tracker, verb)(*arguments), None
-        except Exception as error:
-            cause = root_cause(error)
-            if verb == "open":
-                self._broken = cause
-            return None, cause
-
-    def _answer(self, verb: str, result: Any, cause: str | None) -> None:
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # the caller died: the rest of its messages are recorded all the same
-            pickle.dump((self._number, verb, result, cause), self._answers)
-            self._answers.flush()
+    def warnings(self, end: str | None) -> list[str]:
+        """Return what went wrong, given why the process ended if it did not end by itself."""
+        because = end or "its process ended too early"
+        lost: defaultdict[str, list[str | int]] = defaultdict(list)
+        keys: list[str | int] = [*sorted(self.missing), *(["finish"] if self.finish_is_missing else [])]
+        for key in keys:
+            lost[self._causes.get(key, because)].append(key)
+        for cause in [*self._causes.values(), *([end] if end else []), *self._notes]:
+            lost[cause] += []
+        return [f"{self.name}: {_sentence(cause, keys)}" for cause, keys in lost.items()]
 
 
 def _exit(status: int) -> str:
     return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
 
 
-def _sentence(cause: str, lost: Counter[str]) -> str:
-    trials = lost["end"]
-    missing = [f"{trials} trial{'s' if trials > 1 else ''}"] if trials else []
-    missing += ["the summary"] if lost["finish"] else []
-    verb = "are" if len(missing) > 1 or trials > 1 else "is"
+def _sentence(cause: str, lost: Sequence[str | int]) -> str:
+    trials = sum(key != "finish" for key in lost)
+    missing = [counted(trials, "trial")] if trials else []
+    missing += ["the summary"] if "finish" in lost else []
+    verb = "are" if len(lost) > 1 else "is"
     return f"{cause}; {' and '.join(missing)} {verb} not recorded" if missing else cause

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.space.search_space import Objective
-from pipeline.space.trial import EndedTrial
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,10 @@ class StudyInfo:
     space: str
     """The search space as YAML text."""
     seed: int
+    started: float
+    """When the first trial began, or else the search; seconds since 1970."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Everything but configs that the numbers may depend on: device, machine, versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class StudySummary:
     """Markdown for people."""
     best: EndedTrial | None = None
     """The best complete trial."""
+    ended: float
+    """When the search ended; seconds since 1970."""
     files: tuple[Path, ...] = ()
     """Files to keep with the record, such as `best.yaml`; they must stay until the tracker is closed."""
 
@@ -51,9 +58,11 @@ class Tracker(Protocol):
     """Records studies below a root folder, or wherever the environment says.
 
     `pipeline.tracking.process` runs every tracker in a process of its own, so that a tracker may be slow and may raise
-    anything: a search prints errors as warnings, and tries a trial that could not be recorded once more. A tracker is
-    built in the search's process, where it must cost nothing, and then pickled to its own. `str(tracker)` names the
-    record in messages, such as "MLflow in my/folder".
+    anything: a search prints errors as warnings, and tries a trial that could not be recorded again. The process may be
+    killed and started again; then a new tracker opens the study and is told once more of every trial that is not
+    recorded, so each method must do nothing about what is recorded already. A tracker is built in the search's process,
+    where it must cost nothing, and then pickled to its own. `str(tracker)` names the record in messages, such as
+    "MLflow in my/folder".
     """
 
     def load(self) -> None:
@@ -64,8 +73,20 @@ class Tracker(Protocol):
         """Begin a study's record or go on with it, and return how a person looks at it, such as a command."""
         ...
 
+    def begin(self, trial: BegunTrial) -> None:
+        """Take a trial that begins, or goes on from a checkpoint; `flush` may record it."""
+        ...
+
+    def epochs(self, metrics: Mapping[int, EpochMetrics], at: float) -> None:
+        """Take the metrics of an epoch by trial number, and when it ended; `flush` may record them."""
+        ...
+
+    def flush(self) -> None:
+        """Record what was taken; called every few seconds."""
+        ...
+
     def end(self, trial: EndedTrial) -> None:
-        """Record a trial that has ended; do nothing if it is recorded already, as after a crash."""
+        """Record a trial that has ended, all its epochs included; `begin` and `epochs` may have been called or not."""
         ...
 
     def finish(self, summary: StudySummary) -> None:

@@ -16,6 +16,12 @@ from typing import Any
 from urllib.parse import quote
 
 TAG_PREFIX = "mlflow.sharedViewState."
+RANK = "rank"
+"""The metric that holds the rank of a complete trial, 1 for the best; the view is sorted by it."""
+WINNER = "hpo.winner"
+"""The tag of the winner's run."""
+COMPARED = 5
+"""Trials whose learning rates share a chart: the first of the table."""
 
 
 def mlflow_name(text: str) -> str:
@@ -44,7 +50,6 @@ def saved_view(
     identity: str,
     metric: str,
     ranking: str,
-    direction: str,
     columns: Sequence[str],
     axes: Sequence[str],
     lr_metrics: Sequence[str],
@@ -56,25 +61,25 @@ def saved_view(
         study: Name of the view.
         identity: The value of the tag `hpo.study_id` of the trials to show.
         metric: The metric of the objective.
-        ranking: The metric that holds a trial's value, by which trials are sorted.
-        direction: Direction of the objective, "maximize" or "minimize".
+        ranking: The metric that holds a trial's value.
         columns: Parameters worth a column.
         axes: Parameters worth an axis of the parallel coordinates, which show only trials with all of these.
-        lr_metrics: Metrics that hold learning rates, one chart each.
+        lr_metrics: Metrics that hold learning rates, in one chart of the best trials.
         created_ms: Milliseconds since 1970.
     """
     state = {
         "searchFilter": f"tags.`hpo.kind` = 'trial' and tags.`hpo.study_id` = {_quoted(identity)}",
-        "orderByKey": f"metrics.`{ranking}`",
-        "orderByAsc": direction == "minimize",
+        "orderByKey": f"metrics.`{RANK}`",
+        "orderByAsc": True,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
-            f"metrics.`{ranking}`",
-            *(f"params.`{name}`" for name in columns),
+            *(f"metrics.`{name}`" for name in dict.fromkeys([RANK, ranking, "val/loss"])),
             "tags.`hpo.state`",
+            f"tags.`{WINNER}`",
+            *(f"params.`{name}`" for name in columns),
             "attributes.`Duration`",
         ],
         "columnOrder": [],
@@ -109,7 +114,14 @@ def _charts(metric: str, ranking: str, axes: Sequence[str], lr_metrics: Sequence
             "selectedMetrics": [ranking],
             "showAllRuns": True,
         },
-        *(_line(name, scale="log") for name in lr_metrics),
+        {
+            **_line("lr", scale="log"),
+            "metricSectionId": "section lr",
+            "selectedMetricKeys": list(lr_metrics),
+            "metricKey": lr_metrics[0],
+            "displayName": f"learning rates of the best {COMPARED}",
+            "runsCountToCompare": COMPARED,
+        },
         # A dict, because the objective can be the validation loss itself.
         *(_line(name, scale="linear") for name in dict.fromkeys([ranking, metric, "val/loss", "train/loss"])),
     ]
