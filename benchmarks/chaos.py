@@ -227,9 +227,12 @@ def record(root: Path) -> dict[str, Any]:
             name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
             for name in run.data.metrics
         }
+        # When they were logged depends on the time; only their last values do not.
+        last = {name: curves.pop(name)[-1][1] for name in list(curves) if name == "rank" or name.startswith("study/")}
+        last.pop("study/trial_epochs_per_s", None)
         files = sorted(file.path for file in client.list_artifacts(run.info.run_id))
-        number = run.data.tags.get("hpo.trial")
-        found["runs"].append((number, run.info.status, run.data.params, curves, files))
+        number, kind = run.data.tags.get("hpo.trial"), run.data.tags["hpo.kind"]
+        found["runs"].append((number, kind, run.info.status, run.data.params, curves, last, files))
     return found
 
 
@@ -247,8 +250,8 @@ def check(one: Round, found: dict[str, Any], expected: dict[str, Any], *, trials
     assert found["trials"] == expected["trials"]
     numbers = [number for number, *_ in found["runs"]]
     assert numbers == [None, *(str(number) for number in range(trials))], numbers
-    assert all(status != "RUNNING" for _, status, *_ in found["runs"])
-    for _, _, _, curves, _ in found["runs"]:
+    assert all(status != "RUNNING" for _, _, status, *_ in found["runs"])
+    for *_, curves, _, _ in found["runs"]:
         assert all(len({step for step, _ in points}) == len(points) for points in curves.values())
     assert found["runs"] == expected["runs"]
     left = [path for path in one.root.rglob("*") if path.suffix in (".tmp", ".pt", ".new")]

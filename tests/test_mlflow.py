@@ -461,13 +461,13 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
     ]
     parallel, *lines = state["compareRunCharts"]
     assert (parallel["selectedParams"], parallel["selectedMetrics"]) == (["optimizer"], ["val/loss.best"])
-    assert [line["selectedMetricKeys"] for line in lines] == [
+    assert [line["selectedMetricKeys"] for line in lines if not line["deleted"]] == [
         ["lr/head", "lr/body"],
         ["val/loss.best"],
         ["val/loss"],
         ["train/loss"],
     ]
-    assert [line["runsCountToCompare"] for line in lines] == [5, 100, 100, 100]
+    assert [line["metricKey"] for line in lines if line["deleted"]] == ["lr/body", "rank"]  # have no chart of their own
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
         section["uuid"] for section in state["compareRunSections"]
     }

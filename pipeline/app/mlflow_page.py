@@ -18,7 +18,7 @@ from pathlib import Path
 from pipeline.errors import InvalidInput, Problem
 from pipeline.files.sqlite import open_existing, sqlite_uri
 from pipeline.tracking.paths import relocate
-from pipeline.tracking.view import view_path
+from pipeline.tracking.view import runs_path, view_path
 
 HOST = "127.0.0.1"
 """MLflow has no password: everyone who reaches the port may read and write. From another machine, use `ssh -L`."""
@@ -52,7 +52,9 @@ def serve_page(root: Path, *, port: int) -> int:
     address = f"http://{HOST}:{port}"
     for experiment_id, study in studies:
         print(f"{study:<16} {address}{view_path(experiment_id, study)}")
-    print(f"{'all runs':<16} {address}\nready in about ten seconds; Ctrl-C stops it", flush=True)
+    for path in dict.fromkeys(runs_path(experiment_id) for experiment_id, _ in studies) or [""]:
+        print(f"{'all runs':<16} {address}{path}")
+    print("ready in about ten seconds; Ctrl-C stops it", flush=True)
     return serve(server_command(root, port))
 
 

@@ -20,8 +20,6 @@ RANK = "rank"
 """The metric that holds the rank of a complete trial, 1 for the best; the view is sorted by it."""
 WINNER = "hpo.winner"
 """The tag of the winner's run."""
-COMPARED = 5
-"""Trials whose learning rates share a chart: the first of the table."""
 
 
 def mlflow_name(text: str) -> str:
@@ -35,13 +33,18 @@ def mlflow_name(text: str) -> str:
     return clean if clean == text else f"{clean}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
+def runs_path(experiment_id: str) -> str:
+    """Return what follows `http://host:port` in the link to every run of an experiment.
+
+    Without the last part the page opens on traces of language models, and shows no run.
+    """
+    return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+
+
 def view_path(experiment_id: str, study: str) -> str:
     """Return what follows `http://host:port` in the link to a study's saved view."""
     # Any sort or filter in the link would make the page ignore the view.
-    return (
-        f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-        f"&viewStateShareKey={quote(mlflow_name(study))}&compareRunsMode=CHART"
-    )
+    return f"{runs_path(experiment_id)}&viewStateShareKey={quote(mlflow_name(study))}&compareRunsMode=CHART"
 
 
 def saved_view(
@@ -84,7 +87,7 @@ def saved_view(
         ],
         "columnOrder": [],
         "columnWidths": {},
-        "runsHiddenMode": "SHOW_ALL",
+        "runsHiddenMode": "FIRST_10_RUNS",  # of more trials than the ten best, nobody can tell the curves apart
         "compareRunCharts": _charts(metric, ranking, axes, lr_metrics),
         "compareRunSections": _sections(metric),
         "viewMaximized": False,
@@ -119,9 +122,9 @@ def _charts(metric: str, ranking: str, axes: Sequence[str], lr_metrics: Sequence
             "metricSectionId": "section lr",
             "selectedMetricKeys": list(lr_metrics),
             "metricKey": lr_metrics[0],
-            "displayName": f"learning rates of the best {COMPARED}",
-            "runsCountToCompare": COMPARED,
         },
+        # The page itself would draw a metric that has no chart.
+        *({**_line(name, scale="log"), "deleted": True} for name in [*lr_metrics[1:], RANK]),
         # A dict, because the objective can be the validation loss itself.
         *(_line(name, scale="linear") for name in dict.fromkeys([ranking, metric, "val/loss", "train/loss"])),
     ]
