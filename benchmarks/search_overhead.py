@@ -73,6 +73,8 @@ WRAPPED = (
     ("pipeline.study.study", "Study.stops", "Optuna: prune"),
     ("pipeline.study.study", "Study.add", "Optuna: store"),
     ("pipeline.tracking.process", "TrackerProcess.__init__", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "TrackerProcess.begin", "MLflow in the search's process"),
+    ("pipeline.tracking.process", "TrackerProcess.epoch", "MLflow in the search's process"),
     ("pipeline.tracking.process", "TrackerProcess.end", "MLflow in the search's process"),
     ("pipeline.tracking.process", "TrackerProcess.finish", "MLflow in the search's process"),
     ("pipeline.tracking.process", "TrackerProcess.links", "waiting for MLflow"),

@@ -636,6 +636,16 @@ def test_a_killed_process_begins_again_and_records_what_was_under_way(root: Path
     assert runs(root, "study")[0].info.status == "FINISHED"
 
 
+def test_warnings_that_are_errors_elsewhere_do_not_keep_mlflow_from_recording(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    tracker = background_tracker(root, study())
+    tracker.end(ended())
+    assert tracker.close(stalled_s=CLOSE_S) == []
+    assert len(runs(root, "trial")) == 1
+
+
 def test_a_process_that_is_killed_each_time_is_a_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.process.MAX_RESTARTS", 0)
     tracker = background_tracker(root, study())

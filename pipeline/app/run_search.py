@@ -205,6 +205,13 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
         note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {objective.metric} "
         note += f"{score_line(best[0], objective)}, {strategy_line(best[0].config, study.space)}. "
         note += f"Train it again: `{options.train_again(Path('best.yaml'))}`."
+        if other := _optunas_best(study):
+            line = (
+                f"Optuna's best trial is #{other}, which has the same value: Optuna takes the first, this search the "
+            )
+            line += "lowest validation loss"
+            console.print(line, soft_wrap=True)
+            note += f" {line}."
     if failure := failure_line(study.ended):
         console.print(failure, soft_wrap=True)
     if best:
@@ -219,6 +226,13 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
     if best:
         for link in tracker.links():
             console.print(f"compare       {link}", soft_wrap=True)
+
+
+def _optunas_best(study: Study) -> int | None:
+    """Return the number of Optuna's best trial, the first of equal value, if the winner is another."""
+    (best, *_) = study.best()
+    first = min(trial.number for trial in study.best(len(study.ended)) if trial.value == best.value)
+    return first if first != best.number else None
 
 
 def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> str:

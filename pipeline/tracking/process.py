@@ -162,7 +162,7 @@ class TrackerProcess:
         """Start the process, and send what is not recorded."""
         # Not multiprocessing: its new process would import the caller's main module once more.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from pipeline.tracking.server import serve; serve()"],
+            [sys.executable, "-P", "-c", "from pipeline.tracking.server import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -110,6 +110,7 @@ def _quoted(text: str) -> str:
 
 
 def _charts(metric: str, ranking: str, axes: Sequence[str], lr_metrics: Sequence[str]) -> list[dict[str, Any]]:
+    undrawn = [*lr_metrics[1:], RANK]
     return [
         {
             **_chart("PARALLEL", "parallel", "search space"),
@@ -124,7 +125,7 @@ def _charts(metric: str, ranking: str, axes: Sequence[str], lr_metrics: Sequence
             "metricKey": lr_metrics[0],
         },
         # The page itself would draw a metric that has no chart.
-        *({**_line(name, scale="log"), "deleted": True} for name in [*lr_metrics[1:], RANK]),
+        *(_line(name, scale="log") | {"metricSectionId": "section lr", "deleted": True} for name in undrawn),
         # A dict, because the objective can be the validation loss itself.
         *(_line(name, scale="linear") for name in dict.fromkeys([ranking, metric, "val/loss", "train/loss"])),
     ]
