@@ -21,10 +21,10 @@ from pipeline.tracking.mlflow_store import (
     refuse_broken,
     remote_uri,
 )
+from pipeline.tracking.mlflow_trials import TrialRuns
 from pipeline.tracking.record import lr_metric, objective_name
 from pipeline.tracking.standings import Standings
 from pipeline.tracking.tracker import StudyInfo, StudySummary, root_cause
-from pipeline.tracking.trial_runs import TrialRuns
 from pipeline.tracking.view import RANK, TAG_PREFIX, WINNER, mlflow_name, saved_view, view_path
 
 if TYPE_CHECKING:
