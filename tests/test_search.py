@@ -130,6 +130,24 @@ def test_a_search_leaves_its_record_and_says_where(found: Found) -> None:
     )
 
 
+def test_a_search_that_mlflow_lacks_says_so_and_the_same_command_logs_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--space", str(write_space(tmp_path)), "--trials", "2", "--study", "s", "--root", str(tmp_path)]
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        away.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        assert pipeline.search.main(command) == 1
+    said = capsys.readouterr().err
+    assert "Connection refused; 2 trials and the summary are not recorded" in said
+    assert "run the same command again" in said
+    assert pipeline.search.main(command) == 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert len(client.search_runs(["1"], "tags.`hpo.kind` = 'trial' and attributes.status != 'RUNNING'")) == 2
+
+
 def test_a_search_ends_every_trial_and_prunes_some(found: Found) -> None:
     trials = found.study.ended
     assert [trial.number for trial in trials] == list(range(TRIALS))

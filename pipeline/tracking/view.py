@@ -169,7 +169,7 @@ def _sections(metric: str) -> list[dict[str, Any]]:
             "isReordered": False,
             "deleted": False,
             "isGenerated": False,
-            "columns": 1 if name == "search space" else 2,
+            "columns": 1 if name in ("search space", "lr") else 2,
         }
         for name in names
     ]
