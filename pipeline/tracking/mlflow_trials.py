@@ -222,6 +222,8 @@ class TrialRuns:
             run = self._found[trial.number]
             training.run_id, training.has_params = run.info.run_id, bool(run.data.params)
             if training.trains:
+                if "hpo.reason" in run.data.tags:  # it had ended, and the search was killed before it was stored
+                    self._client.delete_tag(training.run_id, "hpo.reason")
                 self._client.set_tag(training.run_id, "hpo.state", RUNNING)
                 self._client.set_tag(training.run_id, "hpo.resumed_after_epoch", str(len(trial.epochs)))
                 self._client.update_run(training.run_id, status="RUNNING")

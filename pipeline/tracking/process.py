@@ -52,7 +52,7 @@ class TrackerProcess:
         self._trackers = [build(root) for build in trackers]
         self._records = [_Record(tracker) for tracker in self._trackers]
         self._root = root.absolute()
-        self._lock = threading.Lock()  # of what a restart reads: the outbox, and the messages to send again
+        self._lock = threading.Lock()  # of the outbox, of the messages to send again, and of the records
         self._opening: _Message | None = None
         self._trials: defaultdict[int, list[_Message]] = defaultdict(list)
         """Number of each trial that some tracker has not recorded, to its messages."""
@@ -74,7 +74,8 @@ class TrackerProcess:
     @property
     def missing(self) -> int:
         """Number of trials that some tracker has not recorded."""
-        return len(set().union(*(record.missing for record in self._records)))
+        with self._lock:
+            return len(set().union(*(record.missing for record in self._records)))
 
     @property
     def incomplete(self) -> bool:
@@ -108,8 +109,9 @@ class TrackerProcess:
 
     def end(self, trial: EndedTrial) -> None:
         """Have every tracker record a trial that has ended."""
-        for record in self._records:
-            record.missing.add(trial.number)
+        with self._lock:
+            for record in self._records:
+                record.missing.add(trial.number)
         self._send(trial.number, "end", trial)
 
     def finish(self, summary: StudySummary) -> None:
