@@ -545,7 +545,9 @@ def test_nothing_is_made_outside_the_root(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def background(root: Path) -> Iterator[TrackerProcess]:
+def background(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackerProcess]:
+    """A tracker process; that warnings are errors in its environment must not keep MLflow from recording."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
     tracker = background_tracker(root, study())
     yield tracker
     tracker.close(stalled_s=CLOSE_S)
@@ -636,11 +638,10 @@ def test_a_killed_process_begins_again_and_records_what_was_under_way(root: Path
     assert runs(root, "study")[0].info.status == "FINISHED"
 
 
-def test_warnings_that_are_errors_elsewhere_do_not_keep_mlflow_from_recording(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONWARNINGS", "error")
-    tracker = background_tracker(root, study())
+def test_a_process_that_is_killed_before_the_study_is_known_begins_again(root: Path) -> None:
+    tracker = TrackerProcess(root)
+    os.kill(tracker.pid, signal.SIGKILL)
+    tracker.open(study())
     tracker.end(ended())
     assert tracker.close(stalled_s=CLOSE_S) == []
     assert len(runs(root, "trial")) == 1

@@ -242,6 +242,7 @@ class TrialRuns:
             tags={
                 "mlflow.parentRunId": self._parent.info.run_id,
                 "hpo.kind": "trial",
+                "hpo.study": self._study.name,
                 "hpo.study_id": self._study.identity,
                 "hpo.trial": str(trial.number),
                 "hpo.config": config_hash(trial.config),

@@ -186,7 +186,8 @@ class TrackerProcess:
         try:
             for _ in range(MAX_RESTARTS):
                 status = self._take_answers()
-                if status >= 0 or self._opening is None or self._end:
+                unneeded = self._closing and self._opening is None
+                if status >= 0 or unneeded or self._end:
                     break
                 with self._lock:
                     self._outbox.put(None)  # ends the thread that feeds the old process
