@@ -90,7 +90,7 @@ def add_space(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add `--workload` and `--set`, which change the values of a file; `overrides_of` reads both."""
-    help = "path/to/file.py:function or package.module:function that returns a Workload, or a built-in name"
+    help = "path/to/file.py:function or package.module:function that returns a Workload or Epochs, or a built-in name"
     parser.add_argument("--workload", type=workload_choice, metavar="NAME", help=help)
     help = "change a value of the file, such as batch_size=32 or optimizer.sgd.base_lr.high=0.5; null removes it"
     parser.add_argument("--set", type=parse_override, metavar="PLACE=VALUE", action="append", default=[], help=help)

@@ -27,6 +27,7 @@ from pipeline.space.search_space import SearchSpace
 
 if TYPE_CHECKING:
     from pipeline.study.store import StudyHeader
+    from pipeline.workloads.loop import Epochs, Loop
     from pipeline.workloads.workload import Workload
 
 DEFAULT_TRIALS = 50
@@ -50,7 +51,7 @@ class SearchOptions:
     space: SearchSpace
     source: str
     """Names the space in messages."""
-    workload: Workload | None
+    workload: Workload | Loop | None
     """A workload from Python, in place of the one that the space names."""
     trials: int
     timeout: float | None
@@ -113,7 +114,7 @@ def read_space(given: Path | Mapping[str, Any] | None, overrides: Overrides, *, 
 def read_search(
     *,
     space: Path | str | Mapping[str, Any] | None,
-    workload: Callable[[], Workload] | Workload | str | None,
+    workload: Callable[[], Workload] | Callable[..., Epochs] | Workload | str | None,
     overrides: Overrides,
     **options: Any,
 ) -> SearchOptions:
@@ -184,8 +185,8 @@ def _read_options(space: Any, workload: Any, overrides: Any, options: Mapping[st
 
 
 def _with_workload(
-    workload: Callable[[], Workload] | Workload | str | None, overrides: Overrides
-) -> tuple[Overrides, Workload | None]:
+    workload: Callable[[], Workload] | Callable[..., Epochs] | Workload | str | None, overrides: Overrides
+) -> tuple[Overrides, Workload | Loop | None]:
     """Return the changes to the space with the workload among them, and the workload if Python gave one."""
     if workload is None:
         return overrides, None
@@ -195,6 +196,7 @@ def _with_workload(
     from pipeline.workloads.workload import Workload
 
     place = _place_of(workload)
+    made: Workload | Loop
     if callable(workload):
         made = custom.call(workload, place or "workload")
     elif isinstance(workload, Workload):

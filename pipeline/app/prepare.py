@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,21 +13,28 @@ from torch import nn
 
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
+from pipeline.space.config import Settings
 from pipeline.space.load import with_steps
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
+from pipeline.training.loops import ask
 from pipeline.training.precision import current_settings, dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
 from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
+from pipeline.workloads.loop import Loop
 from pipeline.workloads.workload import Workload
 
 TF32_CAPABILITY = (8, 0)
 """Compute capability of the first CUDA devices with tf32, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
+
+
+MADE_BY_LOOPS = ("precision", "channels_last", "accumulate", "ema")
+"""Settings that only trainers of this package carry out; tf32 alone is one of PyTorch's own."""
 
 
 def prepare(
@@ -36,7 +44,7 @@ def prepare(
     device: str,
     searching: bool,
     rows: int | None = None,
-    workload: Workload | None = None,
+    workload: Workload | Loop | None = None,
 ) -> tuple[SearchSpace, LocalExecutor]:
     """Load a space's workload, choose the device, and build the executor.
 
@@ -57,7 +65,10 @@ def prepare(
     chosen = choose_device(device)
     try:
         dtype = dtype_of(space.precision)
-        workload = _placed(workload or load_workload(space.workload), chosen, dtype)
+        workload = workload or load_workload(space.workload)
+        if isinstance(workload, Loop):
+            return _prepare_loop(space, workload, device=chosen, searching=searching, rows=rows)
+        workload = _placed(workload, chosen, dtype)
         model = _first_model(workload, space.seed, dtype)
         space = with_steps(space, -(-len(workload.train) // space.batch_size))
     except InvalidInput as error:
@@ -75,27 +86,66 @@ def prepare(
     return space, executor
 
 
+def _prepare_loop(
+    space: SearchSpace, loop: Loop, *, device: torch.device, searching: bool, rows: int | None
+) -> tuple[SearchSpace, LocalExecutor]:
+    """Run a training loop up to its strategy, and check the space with what it asked for.
+
+    The loop is run twice, since it must build the same model from the same seed.
+
+    Raises:
+        InvalidInput: With every problem.
+    """
+    asked, second = (ask(loop, space.example(), device=device) for _ in range(2))
+    if problem := _model_problem(asked.model, second.model, loop.name):
+        raise InvalidInput("workload", [Problem("workload", problem)])
+    loop = dataclasses.replace(loop, directions=asked.metrics)
+    space = with_steps(space, asked.steps_per_epoch)
+    problems = [*_strategy_problems(space, loop, asked.model, steps_per_epoch=asked.steps_per_epoch)]
+    problems += objective_problems(space, loop) if searching else ()
+    problems += [*_precision_problems(space, device), *_loop_problems(space)]
+    if problems:
+        raise InvalidInput("workload", problems)
+    return space, LocalExecutor(loop, space.example(), device=device, rows=rows, processes=torch.get_num_threads())
+
+
+def _loop_problems(space: SearchSpace) -> Iterator[Problem]:
+    """Yield the settings that a training loop makes itself, and that the space has nevertheless."""
+    for setting in dataclasses.fields(Settings):
+        value = space.settings[setting.name]
+        if setting.name in MADE_BY_LOOPS and value not in (setting.default, "tf32"):
+            message = f"is what a training loop of one's own does itself, got {value}; remove it"
+            yield Problem(setting.name, message)
+
+
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
     """Yield the problems of a space with its model and data."""
+    if space.batch_size > len(workload.train):
+        message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
+        yield Problem("batch_size", message)
+    steps_per_epoch = -(-len(workload.train) // space.batch_size)
+    yield from _strategy_problems(space, workload, model, steps_per_epoch=steps_per_epoch)
+
+
+def _strategy_problems(
+    space: SearchSpace, workload: Workload | Loop, model: nn.Module, *, steps_per_epoch: int
+) -> Iterator[Problem]:
+    """Yield the problems of a space's groups and schedules with its model."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not names:
         yield Problem("workload.model", "has no parameter to train")
         return
     yield from assign_groups(names, {name: group["pattern"] for name, group in space.param_groups.items()})[1]
-    if space.batch_size > len(workload.train):
-        message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
-        yield Problem("batch_size", message)
     plateau = space.schedulers.get("plateau")
     if plateau and plateau["metric"] not in workload.directions:
         message = f"unknown metric {plateau['metric']!r}; {did_you_mean(plateau['metric'], workload.directions)}"
         yield Problem("scheduler.plateau.metric", message)
-    steps_per_epoch = -(-len(workload.train) // space.batch_size)
     for name, scheduler in space.schedulers.items():
         if scheduler["interval"] == "step":
             yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
 
 
-def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
+def objective_problems(space: SearchSpace, workload: Workload | Loop) -> Iterator[Problem]:
     """Yield the problems of a space's objective with its workload."""
     directions = workload.directions
     metric, direction = space.objective.metric, space.objective.direction
@@ -122,26 +172,24 @@ def _first_model(workload: Workload, seed: int, dtype: torch.dtype) -> torch.nn.
         raise
     except (Exception, SystemExit) as error:
         raise InvalidInput("workload", [Problem("workload", f"build_model raised {where(error)}")]) from None
-    if problem := _model_problem(model, second):
+    if problem := _model_problem(model, second, "build_model"):
         raise InvalidInput("workload", [Problem("workload", problem)])
     return model
 
 
-def _model_problem(model: Any, second: Any) -> str | None:
+def _model_problem(model: Any, second: Any, function: str) -> str | None:
     """Return what is wrong with a model, given a second one from the same function; None if nothing is."""
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]:
-        return (
-            f"build_model must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
-        )
+        return f"{function} must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
     if {id(p) for p in model.parameters()} & {id(p) for p in second.parameters()}:
         return (
-            "build_model must make a new model each time, got the same parameters twice; build it within the function"
+            f"{function} must make a new model each time, got the same parameters twice; build it within the function"
         )
     if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         return f"the model begins with a NaN or an infinity in {broken[0]}; mend its weights"
     if other := _difference(model, second):
         remedy = "draw weights from the random state of torch, Python or NumPy"
-        return f"build_model must give the same model from the same seed, got {other} twice otherwise; {remedy}"
+        return f"{function} must give the same model from the same seed, got {other} twice otherwise; {remedy}"
     return None
 
 

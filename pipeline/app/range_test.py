@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.space.schedules import Constant
 from pipeline.workloads.data import with_fewer_samples
+from pipeline.workloads.workload import Workload
 
 if TYPE_CHECKING:
     from pipeline.space.config import TrialConfig
     from pipeline.space.search_space import SearchSpace
     from pipeline.training.executor import LocalExecutor
-    from pipeline.workloads.workload import Workload
 
 from pipeline.training.contract import GroupLost
 
@@ -83,11 +83,13 @@ def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, s
     Args:
         space: Gives everything but the rate; other searched hyperparameters are drawn evenly from their whole ranges.
         optimizer: Name of an optimizer of the space.
-        executor: Trains the workload of the space.
+        executor: Trains the workload of the space, which is no training loop.
         steps: Least number of optimizer steps of a run: whole passes over a random part of the data, or all of it.
     """
-    executor = executor.on(_shortened(executor.workload, steps * space.batch_size, seed=space.seed))
-    epochs = math.ceil(steps * space.batch_size / len(executor.workload.train))
+    assert isinstance(executor.workload, Workload)
+    workload = _shortened(executor.workload, steps * space.batch_size, seed=space.seed)
+    executor = executor.on(workload)
+    epochs = math.ceil(steps * space.batch_size / len(workload.train))
     space = dataclasses.replace(space, optimizers={optimizer: space.optimizers[optimizer]})
     draws = 1 if executor.why_plain(space.example()) else DRAWS
     configs = {

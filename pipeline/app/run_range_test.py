@@ -19,6 +19,7 @@ from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.rows.update_rules import has_rule
+from pipeline.workloads.loop import Loop
 
 TABLE_WIDTH = 100
 """Characters per line of the table; a narrow terminal wraps a line instead of cutting off numbers."""
@@ -28,6 +29,9 @@ def run_range_test(options: RangeTestOptions) -> int:
     """Test every optimizer of a space; return the exit status, 1 if no rate of any optimizer learns."""
     cli.say_own_code(options.space)
     space, executor = prepare(options.space, source=options.source, device=options.device, searching=False)
+    if isinstance(executor.workload, Loop):
+        message = "a range test trains on a part of the data, which only a Workload has; give base_lr a wide range"
+        raise InvalidInput(options.source, [Problem("workload", message)])
     console = Console(highlight=False, markup=False)
     curves = _test(space, executor, console)
     if options.write is not None:

@@ -163,7 +163,8 @@ class Study:
 
     def _score(self, metrics: EpochMetrics) -> Score:
         objective = self.space.objective
-        return score(metrics.metrics[objective.metric], metrics.metrics["val/loss"], direction=objective.direction)
+        loss = metrics.metrics.get("val/loss", 0.0)  # a training loop may have none
+        return score(metrics.metrics[objective.metric], loss, direction=objective.direction)
 
     def _scores_at(self, epoch: int, numbers: Iterable[int]) -> Iterator[tuple[int, Score]]:
         for number in numbers:

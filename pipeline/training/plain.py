@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.param_groups import assign_groups
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, copied, ended_by, train_epoch_of, trial_error
@@ -22,12 +21,13 @@ from pipeline.training.epoch import (
     check_shapes,
     loss_of,
     mean_loss,
+    rate_points,
     seeded_step,
     why_diverged,
     without_bf16,
 )
 from pipeline.training.evaluation import Evaluation
-from pipeline.training.optim import Strategy, hidden_matrices
+from pipeline.training.optim import ModelStrategy
 from pipeline.training.pooling import Pooling
 from pipeline.workloads.build import built_model, run_model
 from pipeline.workloads.data import epoch_length, evaluation_batches, training_batches
@@ -198,21 +198,9 @@ class PlainTrial:
         """Averages of the trained parameters with `ema`; empty before the first step."""
         for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        patterns = {name: group.pattern for name, group in config.param_groups.items()}
-        groups, problems = assign_groups(parameters, patterns)
-        assert not problems, problems
-        for name, group in config.param_groups.items():
-            for parameter in groups[name]:
-                parameters[parameter].requires_grad_(group.lr_ratio != 0)
-        self.trained = [p for p in parameters.values() if p.requires_grad]
-        self.strategy = Strategy(
-            config,
-            {group: [(name, parameters[name]) for name in names] for group, names in groups.items()},
-            steps_per_epoch=self.accumulation.steps,
-            directions=workload.directions,
-            hidden_matrices=hidden_matrices(self.model),
-        )
+        steps = self.accumulation.steps
+        self.strategy = ModelStrategy(config, self.model, steps_per_epoch=steps, directions=workload.directions)
+        self.trained = self.strategy.trained
         self.record = Record()
         self.begin_evaluation()
         self.pooling = Pooling(device, channels_last=config.channels_last)
@@ -244,8 +232,6 @@ class PlainTrial:
         record.sizes.append(batch.size)
 
     def _step(self) -> None:
-        if self.config.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
         self.strategy.step()
         if self.config.ema is None:
             return
@@ -296,8 +282,7 @@ class PlainTrial:
         diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self.epoch)
         if diverged is None:
             self.strategy.end_epoch(metrics)
-        points = {name: [(first + n, r[name]) for n, r in enumerate(record.rates)] for name in record.rates[0]}
-        lr = {name: tuple(rates if self.strategy.per_step else rates[-1:]) for name, rates in points.items()}
+        lr = rate_points(record.rates, first_step=first, per_step=self.strategy.per_step)
         self.record = Record()
         placement = Placement(trainer="plain", threads=torch.get_num_threads())
         return EpochMetrics(

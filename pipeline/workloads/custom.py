@@ -1,4 +1,4 @@
-"""Load custom workloads: a person's function in a file or a package."""
+"""Load custom workloads and training loops: a person's function in a file or a package."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.space.config import Own
+from pipeline.workloads.loop import Epochs, Loop
 from pipeline.workloads.trees import described, leaves, tensors
 from pipeline.workloads.workload import Metric, Split, Workload
 
@@ -24,8 +25,8 @@ PLACE = "workload.function"
 _MEMBERS = {"build_model": "a function", "loss": "a function of (outputs, targets)"}
 
 
-def custom_workload(choice: Own) -> Workload:
-    """Load a function, call it, and return its workload.
+def custom_workload(choice: Own) -> Workload | Loop:
+    """Load a function, and return the workload that it returns, or the training loop that it is.
 
     Raises:
         InvalidInput: The function cannot be loaded, raises, or returns something else.
@@ -36,27 +37,33 @@ def custom_workload(choice: Own) -> Workload:
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
-        known = [key for key, value in vars(module).items() if _makes_workload(value)]
-        hint = did_you_mean(name, known) if known else "none of its functions says `-> Workload`"
+        known = [key for key, value in vars(module).items() if _returns(value, Workload) or _returns(value, Epochs)]
+        hint = did_you_mean(name, known) if known else "none of its functions says `-> Workload` or `-> Epochs`"
         _refuse(f"{place} has no function {name}; {hint}")
-    if not _makes_workload(function):
+    if not (_returns(function, Workload) or _returns(function, Epochs)):
         # Otherwise a file from elsewhere could have any function called, such as one of the standard library.
-        _refuse(f"{name} must say that it returns a workload: def {name}(…) -> Workload")
+        remedy = "-> Workload; a training loop of one's own says -> Epochs"
+        _refuse(f"{name} must say that it returns a workload: def {name}(…) {remedy}")
     return call(function, choice.function, **choice.arguments)
 
 
-def _makes_workload(value: Any) -> bool:
-    """Say whether a value is a function whose annotation says that it returns a `Workload`."""
+def _returns(value: Any, kind: Any) -> bool:
+    """Say whether a value is a function whose annotation says that it returns a `Workload`, or `Epochs`."""
     said = value.__annotations__.get("return", "") if inspect.isfunction(value) else ""
-    return said is Workload or str(said).strip("'\"").rpartition(".")[2] == "Workload"
+    named = "Epochs" if kind is Epochs else "Workload"
+    return said is kind or str(said).strip("'\"").rpartition(".")[2] == named
 
 
-def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload:
-    """Call a function that returns a workload, and check the kinds of the workload's members.
+def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload | Loop:
+    """Call a function that returns a workload, and check the workload's members; a training loop is not called yet.
 
     Raises:
-        InvalidInput: The function raises, or does not return a valid workload.
+        InvalidInput: The function raises, or does not return a valid workload, or is no generator function.
     """
+    if _returns(function, Epochs):
+        if not inspect.isgeneratorfunction(inspect.unwrap(function)):
+            _refuse(f"{name} says `-> Epochs`, so it must be a generator function, which yields each epoch's metrics")
+        return Loop(name=function.__name__, function=function, arguments=arguments)
     try:
         workload = function(**arguments)
     except InvalidInput:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError
 from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.workloads.loop import Loop
 from pipeline.workloads.random_state import random_states_kept, seeded
 from pipeline.workloads.streamed import MAX_READERS, Streamed, checked_call, draws_at_random, read_sample, stacked
 from pipeline.workloads.trees import concatenate, described, leaves, map_leaves, map_tensors, tensors
@@ -68,9 +69,9 @@ def to_device(workload: Workload, *, device: torch.device, dtype: torch.dtype, f
     return dataclasses.replace(workload, **moved)
 
 
-def is_streamed(workload: Workload) -> bool:
-    """Say whether training data are read batch by batch."""
-    return isinstance(workload.train, Streamed)
+def is_streamed(workload: Workload | Loop) -> bool:
+    """Say whether training data are read batch by batch; a loop reads its own."""
+    return isinstance(workload, Workload) and isinstance(workload.train, Streamed)
 
 
 def training_batches(

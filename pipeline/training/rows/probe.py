@@ -56,7 +56,7 @@ class Finding:
     output_size: int
     """The count of numbers in the model's outputs for one sample."""
     trial_bytes: int
-    """Approximate memory of a trial in a training step, in bytes."""
+    """Approximate memory of a trial in a training step, in bytes; 0: not known."""
 
 
 def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtype: torch.dtype) -> Finding:
