@@ -150,7 +150,7 @@ def objective_problems(space: SearchSpace, workload: Workload | Loop) -> Iterato
     directions = workload.directions
     metric, direction = space.objective.metric, space.objective.direction
     if metric not in directions:
-        known = [name for name in directions if name.startswith("val/")]
+        known = [name for name in directions if name.startswith("val/")] or directions
         yield Problem("objective.metric", f"unknown metric {metric!r}; {did_you_mean(metric, known)}")
     elif direction != directions[metric]:
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")

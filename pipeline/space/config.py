@@ -108,7 +108,7 @@ class ImageFolder(WorkloadChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class Own(WorkloadChoice):
-    """A workload that a function of the user returns; see `pipeline.workloads.workload.Workload`."""
+    """A `Workload` that a function of the user returns, or the training loop that the function is."""
 
     loader: ClassVar[str] = "pipeline.workloads.custom:custom_workload"
     name: Literal["own"] = "own"

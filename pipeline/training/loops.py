@@ -182,7 +182,7 @@ class LoopTrial:
         strategy = self._trial.built
         diverged = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
         if diverged is None:
-            strategy.end_epoch(metrics)
+            strategy.advance(metrics)
         return EpochMetrics(
             epoch=self._epoch,
             step=self._epoch * len(rates),
@@ -295,6 +295,13 @@ class _RecordedStrategy(ModelStrategy):
         self.rates.append(self.learning_rates())
         return super().step(closure)
 
+    def end_epoch(self, metrics: Mapping[str, float]) -> None:
+        raise RuntimeError("a loop's schedule moves as the loop yields; leave strategy.end_epoch to scripts without it")
+
+    def advance(self, metrics: Mapping[str, float]) -> None:
+        """Step the schedule if the schedule moves every epoch."""
+        super().end_epoch(metrics)
+
 
 def _numbers(yielded: Any, *, wanted: Mapping[str, Direction]) -> dict[str, float]:
     """Return the metrics that a loop yielded, as floats.
@@ -327,11 +334,10 @@ def _check_kept(thing: Any) -> None:
     kind = type(thing).__name__
     if not all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict")):
         raise TypeError(f"trial.epochs(keep=…) takes things with state_dict and load_state_dict, got {kind}")
-    if other := next((value for value in _values(thing.state_dict()) if not isinstance(value, _PLAIN)), None):
-        raise TypeError(f"a checkpoint holds tensors, numbers and texts, and the state of {kind} has {other!r:.80}")
-
-
-_PLAIN = (Tensor, int, float, str, bytes, type(None))
+    for value in _values(thing.state_dict()):
+        if not isinstance(value, Tensor | int | float | str | bytes | None):
+            shown = type(value).__name__
+            raise TypeError(f"a checkpoint holds tensors, numbers and texts, and the state of {kind} has a {shown}")
 
 
 def _values(state: Any) -> Iterator[Any]:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, get_args
+from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 from torch import nn
@@ -128,7 +128,7 @@ class Loop:
     """Keyword arguments of the function."""
     directions: Mapping[str, Direction] = field(default_factory=lambda: VAL_LOSS)
     """The direction in which each metric of an epoch is better; known once the loop has asked for its strategy."""
-    test: None = None
+    test: ClassVar[None] = None
     """A loop has no test split."""
 
 
