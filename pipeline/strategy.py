@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.space.config import TrialConfig
-from pipeline.space.load import load_config, with_steps
+from pipeline.space.load import load_config, with_layers, with_steps_per_epoch
 from pipeline.space.rules import length_problems
 from pipeline.training.optim import ModelStrategy
 from pipeline.workloads.loop import VAL_LOSS
@@ -48,7 +48,7 @@ def build(
         InvalidInput: With every problem of the file, or the config does not fit the model, the steps or the metrics.
     """
     if not isinstance(config, TrialConfig):
-        config = _read(Path(config), steps_per_epoch)
+        config = _read(Path(config), model, steps_per_epoch)
     metric = getattr(config.scheduler, "metric", None)
     if metric is not None and metric not in metrics:
         message = f"unknown metric {metric!r}; {did_you_mean(metric, metrics)}; see the argument metrics"
@@ -56,8 +56,9 @@ def build(
     return ModelStrategy(config, model, steps_per_epoch=steps_per_epoch, directions=metrics)
 
 
-def _read(path: Path, steps_per_epoch: int) -> TrialConfig:
-    space = with_steps(load_config(path)[0], steps_per_epoch)
+def _read(path: Path, model: nn.Module, steps_per_epoch: int) -> TrialConfig:
+    space = with_layers(load_config(path)[0], [name for name, p in model.named_parameters() if p.requires_grad])
+    space = with_steps_per_epoch(space, dict.fromkeys(space.batch_sizes, steps_per_epoch))
     problems = [p for name in space.schedulers for p in length_problems(space, name, steps_per_epoch=steps_per_epoch)]
     if problems:
         raise InvalidInput(str(path), problems)

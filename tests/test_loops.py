@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import random
 import re
@@ -34,12 +35,14 @@ from pipeline.space.schedules import OneCycle, Plateau, Scheduler, Step
 from pipeline.space.trial import EpochMetrics
 from pipeline.strategy import build
 from pipeline.study.checkpoint import Checkpoints
+from pipeline.train import train
 from pipeline.training.contract import TrialGroup
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
 from pipeline.training.process import can_fork
 from pipeline.workloads.custom import call
 from pipeline.workloads.data import epoch_order, to_device
+from pipeline.workloads.fingerprint import fingerprint
 from pipeline.workloads.loop import Epochs, Loop, Trial
 from pipeline.workloads.workload import Split
 
@@ -483,7 +486,7 @@ def loop(trial: Trial, *, size: int = 2) -> Epochs:
         ),
         (
             [pipeline.train.main, "config.yaml", "--test"],
-            "--test: 1 problem\n  loop has no test split; leave --test away",
+            "loop has no test split; train it without test",
         ),
     ],
 )
@@ -539,7 +542,10 @@ def test_the_walk_of_the_page_is_searched_by_its_reward_from_python(tmp_path: Pa
     result = search(space, workload=reinforce, trials=2, root=tmp_path, device="cpu", quiet=True)
     assert result.best is not None
     assert result.best.value == max(trial.metrics["val/reward"] for trial in result.trials)
-    assert result.config_file is not None
+    again = train(result, workload=reinforce, device="cpu")
+    assert again.metrics == result.best.metrics
+    assert isinstance(again.model, nn.Linear)
+    assert torch.equal(train(result, workload=reinforce, device="cpu").model.weight, again.model.weight)
 
 
 def test_the_series_of_the_page_is_learned() -> None:
@@ -548,6 +554,44 @@ def test_the_series_of_the_page_is_learned() -> None:
         epoch.metrics["val/loss"] for epoch in trained(group_of(functions("my_series.py")["forecast"], config), 4)
     ]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def batches_of_its_size(trial: Trial) -> Epochs:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    steps = 40 // trial.batch_size
+    strategy = trial.strategy(model, steps_per_epoch=steps)
+    for _ in trial.epochs(keep=[]):
+        for _ in range(steps):
+            strategy.step()
+        yield {"val/loss": 0.5}
+
+
+def test_a_loop_takes_its_batch_size_and_groups_of_every_kind_from_the_space() -> None:
+    sections: dict[str, Any] = {
+        "batch_size": {"choices": [8, 20]},
+        "scheduler": {"cosine": {"warmup": "20%", "interval": "step"}},
+        "param_groups": {"all": {"layers": ["{n}.*"], "layer_decay": 0.5}},
+        "no_weight_decay": [{"dims": 1}],
+        "optimizer": {"adamw": {"base_lr": 0.1}},
+    }
+    document = {**SPACE, **sections}
+    space = build_space(document, source="mine.yaml", name="mine")
+    space, executor = prepare(
+        space, source="mine.yaml", device="cpu", searching=True, workload=loop_of(batches_of_its_size)
+    )
+    assert space.steps_per_epoch == {8: 5, 20: 2}
+    for size, steps in ((8, 5), (20, 2)):
+        config = dataclasses.replace(space.example(), batch_size=size)
+        epoch = executor.build({0: config}).train_epoch()[0]
+        assert epoch.failed is None
+        assert epoch.step == steps
+        assert epoch.lr["all.0"][-1][1] == pytest.approx(0.5 * epoch.lr["all.1"][-1][1])
+
+
+def test_a_study_notices_that_the_code_of_its_loop_has_changed() -> None:
+    parts = fingerprint(loop_of(two_models), TinyModel())
+    assert set(parts) == {"code of test_loops.py", "code of tiny.py", "model"}
+    assert parts != fingerprint(loop_of(two_models), TinyModel(batch_norm=True))
 
 
 def test_a_script_of_ones_own_trains_a_config_as_a_search_does(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
 from pipeline.space.config import Settings
-from pipeline.space.load import with_steps
+from pipeline.space.load import with_layers, with_steps_per_epoch
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
@@ -24,15 +24,13 @@ from pipeline.training.precision import current_settings, dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.custom import where
-from pipeline.workloads.data import to_device
+from pipeline.workloads.data import epoch_length, to_device
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.loop import Loop
 from pipeline.workloads.workload import Workload
 
 TF32_CAPABILITY = (8, 0)
 """Compute capability of the first CUDA devices with tf32, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
-
-
 MADE_BY_LOOPS = ("precision", "channels_last", "accumulate", "ema")
 """Settings that only trainers of this package carry out; tf32 alone is one of PyTorch's own."""
 
@@ -52,7 +50,7 @@ def prepare(
         space: The space of a search, or a config as a space of one point.
         source: Name of the space's file, for messages.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA if there is a CUDA device, else the CPU.
-        searching: Whether to check the objective.
+        searching: Whether to check the objective; one that chooses the best epoch is always checked.
         rows: Most trials in a matrix; None: the trials divided by the processes, as far as memory allows.
         workload: Replaces the workload that the space names.
 
@@ -70,20 +68,22 @@ def prepare(
             return _prepare_loop(space, workload, device=chosen, searching=searching, rows=rows)
         workload = _placed(workload, chosen, dtype)
         model = _first_model(workload, space.seed, dtype)
-        space = with_steps(space, -(-len(workload.train) // space.batch_size))
+        space = with_layers(space, _trained_names(model))
+        space = with_steps_per_epoch(space, _steps_per_epoch(space, workload))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
+    except DataError as error:
+        raise InvalidInput(source, [Problem("workload", str(error))]) from None
     problems = [*problems_with_model(space, workload, model)]
-    problems += objective_problems(space, workload) if searching else ()
+    problems += objective_problems(space, workload) if searching or space.objective.of == "best" else ()
     problems += _precision_problems(space, chosen)
-    problems += (
-        workload_problems(workload, batch_size=space.batch_size, seed=space.seed, dtype=dtype) if not problems else []
-    )
+    if not problems:
+        problems = list(workload_problems(workload, batch_sizes=space.batch_sizes, seed=space.seed, dtype=dtype))
     if problems:
         raise InvalidInput(source, problems)
+    config = dataclasses.replace(space.example(), batch_size=max(space.batch_sizes))
     processes = torch.get_num_threads()
-    executor = LocalExecutor(workload, space.example(), device=chosen, dtype=dtype, rows=rows, processes=processes)
-    return space, executor
+    return space, LocalExecutor(workload, config, device=chosen, dtype=dtype, rows=rows, processes=processes)
 
 
 def _prepare_loop(
@@ -91,22 +91,27 @@ def _prepare_loop(
 ) -> tuple[SearchSpace, LocalExecutor]:
     """Run a training loop up to its strategy, and check the space with what it asked for.
 
-    The loop is run twice, since it must build the same model from the same seed.
+    The loop is run once for each batch size, and once more, since it must build the same model from the same seed.
 
     Raises:
         InvalidInput: With every problem.
     """
-    asked, second = (ask(loop, space.example(), device=device) for _ in range(2))
+    config = space.example()
+    by_size = {
+        size: ask(loop, dataclasses.replace(config, batch_size=size), device=device) for size in space.batch_sizes
+    }
+    asked, second = by_size[config.batch_size], ask(loop, config, device=device)
     if problem := _model_problem(asked.model, second.model, loop.name):
         raise InvalidInput("workload", [Problem("workload", problem)])
     loop = dataclasses.replace(loop, directions=asked.metrics)
-    space = with_steps(space, asked.steps_per_epoch)
-    problems = [*_strategy_problems(space, loop, asked.model, steps_per_epoch=asked.steps_per_epoch)]
-    problems += objective_problems(space, loop) if searching else ()
+    steps = {size: other.steps_per_epoch for size, other in by_size.items()}
+    space = with_steps_per_epoch(with_layers(space, _trained_names(asked.model)), steps)
+    problems = [*_strategy_problems(space, loop, asked.model, steps=steps)]
+    problems += objective_problems(space, loop) if searching or space.objective.of == "best" else ()
     problems += [*_precision_problems(space, device), *_loop_problems(space)]
     if problems:
         raise InvalidInput("workload", problems)
-    return space, LocalExecutor(loop, space.example(), device=device, rows=rows, processes=torch.get_num_threads())
+    return space, LocalExecutor(loop, config, device=device, rows=rows, processes=torch.get_num_threads())
 
 
 def _loop_problems(space: SearchSpace) -> Iterator[Problem]:
@@ -120,29 +125,39 @@ def _loop_problems(space: SearchSpace) -> Iterator[Problem]:
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
     """Yield the problems of a space with its model and data."""
-    if space.batch_size > len(workload.train):
-        message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
-        yield Problem("batch_size", message)
-    steps_per_epoch = -(-len(workload.train) // space.batch_size)
-    yield from _strategy_problems(space, workload, model, steps_per_epoch=steps_per_epoch)
+    samples = epoch_length(workload, space.seed)
+    for size in space.batch_sizes:
+        if size > samples:
+            yield Problem("batch_size", f"must be at most the {samples} training samples, got {size}")
+        elif space.accumulate > (batches := -(-samples // size)):
+            yield Problem("accumulate", f"must be at most the {batches} batches of an epoch, got {space.accumulate}")
+    yield from _strategy_problems(space, workload, model, steps=_steps_per_epoch(space, workload))
+
+
+def _steps_per_epoch(space: SearchSpace, workload: Workload) -> dict[int, int]:
+    """Return each batch size to the optimizer steps of an epoch."""
+    samples = epoch_length(workload, space.seed)
+    return {size: -(-samples // (size * space.accumulate)) for size in space.batch_sizes}
 
 
 def _strategy_problems(
-    space: SearchSpace, workload: Workload | Loop, model: nn.Module, *, steps_per_epoch: int
+    space: SearchSpace, workload: Workload | Loop, model: nn.Module, *, steps: Mapping[int, int]
 ) -> Iterator[Problem]:
-    """Yield the problems of a space's groups and schedules with its model."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not names:
+    """Yield the problems of a space's groups and schedules with its model; `steps` is that of `_steps_per_epoch`."""
+    dims = {name: parameter.ndim for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not dims:
         yield Problem("workload.model", "has no parameter to train")
         return
-    yield from assign_groups(names, {name: group["pattern"] for name, group in space.param_groups.items()})[1]
+    config = space.example()
+    yield from assign_groups(dims, config.param_groups, config.no_weight_decay, tied=_tied_names(model))[1]
     plateau = space.schedulers.get("plateau")
     if plateau and plateau["metric"] not in workload.directions:
         message = f"unknown metric {plateau['metric']!r}; {did_you_mean(plateau['metric'], workload.directions)}"
         yield Problem("scheduler.plateau.metric", message)
-    for name, scheduler in space.schedulers.items():
-        if scheduler["interval"] == "step":
-            yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
+    for name in (name for name, scheduler in space.schedulers.items() if scheduler["interval"] == "step"):
+        for size, count in steps.items():
+            named = size if len(steps) > 1 else None
+            yield from length_problems(space, name, steps_per_epoch=count, batch_size=named)
 
 
 def objective_problems(space: SearchSpace, workload: Workload | Loop) -> Iterator[Problem]:
@@ -154,6 +169,17 @@ def objective_problems(space: SearchSpace, workload: Workload | Loop) -> Iterato
         yield Problem("objective.metric", f"unknown metric {metric!r}; {did_you_mean(metric, known)}")
     elif direction != directions[metric]:
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
+
+
+def _trained_names(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Return each further name of a parameter that several modules share, and the name in `named_parameters()`."""
+    listed = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: listed[id(p)] for name, p in every if listed.get(id(p), name) != name}
 
 
 def _placed(workload: Workload, device: torch.device, dtype: torch.dtype) -> Workload:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.space.schedules import Constant
-from pipeline.workloads.data import with_fewer_samples
+from pipeline.workloads.data import epoch_length, with_fewer_samples
 from pipeline.workloads.workload import Workload
 
 if TYPE_CHECKING:
@@ -81,16 +81,20 @@ def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, s
     """Train one of a space's optimizers at every rate of `RATES`, at a constant rate and on the same batches.
 
     Args:
-        space: Gives everything but the rate; other searched hyperparameters are drawn evenly from their whole ranges.
+        space: Gives everything but the rate; other searched hyperparameters are drawn evenly from their whole ranges,
+            but the batch size is the smallest.
         optimizer: Name of an optimizer of the space.
         executor: Trains the workload of the space, which is no training loop.
         steps: Least number of optimizer steps of a run: whole passes over a random part of the data, or all of it.
     """
     assert isinstance(executor.workload, Workload)
-    workload = _shortened(executor.workload, steps * space.batch_size, seed=space.seed)
+    batch_size = min(space.batch_sizes)
+    samples = steps * batch_size * space.accumulate
+    workload = _shortened(executor.workload, samples, seed=space.seed)
     executor = executor.on(workload)
-    epochs = math.ceil(steps * space.batch_size / len(workload.train))
-    space = dataclasses.replace(space, optimizers={optimizer: space.optimizers[optimizer]})
+    epochs = math.ceil(samples / epoch_length(workload, space.seed))
+    settings = {**space.settings, "batch_size": batch_size}
+    space = dataclasses.replace(space, optimizers={optimizer: space.optimizers[optimizer]}, settings=settings)
     draws = 1 if executor.why_plain(space.example()) else DRAWS
     configs = {
         number: dataclasses.replace(_with_rate(config, rate), scheduler=Constant(), epochs=epochs)

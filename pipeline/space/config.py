@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
-from pipeline.space.limits import SEARCHABLE, Count, Interval, Positive
+from pipeline.space.limits import SEARCHABLE, Count, Interval, Positive, as_tuples
 from pipeline.space.optimizers import OPTIMIZERS, Optimizer
-from pipeline.space.param_groups import ParamGroup
+from pipeline.space.param_groups import ParameterRule, ParamGroup, TorchGroup, torch_groups
 from pipeline.space.schedules import SCHEDULERS, Scheduler
 
 Precision = Literal["fp32", "tf32", "bf16", "fp64"]
@@ -141,8 +141,8 @@ class Settings:
 
     epochs: Count
     """Passes over the training data per trial."""
-    batch_size: Count
-    """Samples per optimizer step; the last step of an epoch takes the rest."""
+    batch_size: Count = field(metadata=SEARCHABLE)
+    """Samples per batch; the last batch of an epoch takes the rest. A search may choose among several sizes."""
     seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0
     """Decides proposals, initial weights, data order and dropout; the same for every trial of a search."""
     precision: Precision = "fp32"
@@ -174,7 +174,18 @@ class TrialConfig(Settings):
     optimizer: Optimizer
     scheduler: Scheduler
     param_groups: Mapping[str, ParamGroup]
-    """Group name to group, in the order in which patterns are tried."""
+    """Group name to group, in the order in which they are tried."""
+    no_weight_decay: tuple[ParameterRule, ...] = ()
+    """Parameters that any of the rules takes have no weight decay, in every group."""
+
+    def torch_groups(self) -> dict[str, TorchGroup]:
+        """Return the parameter groups of the torch optimizer by name."""
+        return torch_groups(self.param_groups, self.no_weight_decay)
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The names under which learning rates are recorded: `head`, and `body.0`, `body.1`, … for layers."""
+        return tuple(torch_groups(self.param_groups))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values in the words of a search-space file; `from_dict` gives back an equal config."""
@@ -185,6 +196,7 @@ class TrialConfig(Settings):
             "optimizer": {self.optimizer.name: _plain(self.optimizer)},
             "scheduler": {self.scheduler.name: _plain(self.scheduler)},
             "param_groups": {name: _plain(group) for name, group in self.param_groups.items()},
+            **({"no_weight_decay": list(map(_plain, self.no_weight_decay))} if self.no_weight_decay else {}),
         }
 
     @classmethod
@@ -198,6 +210,7 @@ class TrialConfig(Settings):
             optimizer=OPTIMIZERS[optimizer](**_frozen(optimizer_values)),
             scheduler=SCHEDULERS[scheduler](**_frozen(scheduler_values)),
             param_groups={name: ParamGroup(**_frozen(group)) for name, group in data["param_groups"].items()},
+            no_weight_decay=tuple(ParameterRule(**_frozen(rule)) for rule in data.get("no_weight_decay", ())),
         )
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -206,6 +219,8 @@ class TrialConfig(Settings):
         flat |= {"scheduler": self.scheduler.name, **_plain(self.scheduler)}
         for name, group in self.param_groups.items():
             flat[f"lr_ratio.{name}"] = group.lr_ratio
+            if group.layer_decay is not None:
+                flat[f"layer_decay.{name}"] = group.layer_decay
             if group.weight_decay is not None:
                 flat[f"weight_decay.{name}"] = group.weight_decay
         settings = {name: getattr(self, name) for name in SEARCHABLE_SETTINGS}
@@ -215,11 +230,15 @@ class TrialConfig(Settings):
 def _plain(value: Any) -> dict[str, Any]:
     """Return the fields of a value as a file has them: lists for tuples; without None, which is always a default."""
     fields = dataclasses.asdict(value).items()
-    return {key: list(item) if isinstance(item, tuple) else item for key, item in fields if item is not None}
+    return {key: _lists(item) for key, item in fields if item is not None}
 
 
 def _frozen(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
+    return {key: as_tuples(item) for key, item in values.items()}
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:

@@ -33,10 +33,10 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import Problem, did_you_mean
 from pipeline.space.distributions import Choices, Range
-from pipeline.space.limits import Interval, Share, ShareOf
+from pipeline.space.limits import Interval, OrOne, Share, ShareOf
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
+NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern", "dims", "layers")
 """Fields that no search varies: they say what a strategy is, not how large a number is."""
 
 MAX_COUNT = 10**9
@@ -85,6 +85,11 @@ def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
         return None, [_problem(form, details) for details in found]
 
 
+def one_or_list(form: type[BaseModel]) -> Any:
+    """Return the type of a list of mappings, which a file may write as its one mapping."""
+    return _strict(Annotated[tuple[form, ...], OrOne()])  # type: ignore[valid-type]
+
+
 @functools.cache
 def distribution_of(annotation: Any) -> Any:
     """Return the type of a searchable field: a value, choices, or a range; made once, as `_share_type` is."""
@@ -99,6 +104,13 @@ def distribution_of(annotation: Any) -> Any:
         kinds.append(Annotated[Range[share, None], Tag(_SHARES)])  # type: ignore[valid-type]
     kinds.append(Annotated[Range[element, _strict(number)], Tag(_RANGE)])  # type: ignore[misc, valid-type]
     return Annotated[Union[tuple(kinds)], Discriminator(_share_kind if share else _number_kind)]  # noqa: UP007
+
+
+def one_or_several(element: Any) -> Any:
+    """Return the type of a value, or of a list of such values."""
+    several = Annotated[tuple[element, ...], Field(min_length=1), Tag(_CHOICES)]
+    kind = Discriminator(lambda data: _CHOICES if isinstance(data, list | tuple) else _VALUE)
+    return Annotated[Annotated[element, Tag(_VALUE)] | several, kind]
 
 
 def named_union(*classes: type[Any]) -> Any:
@@ -170,17 +182,11 @@ def _strict(annotation: Any) -> Any:
         kinds = Annotated[number, Tag(_VALUE)] | Annotated[share, Tag(_SHARE)]  # type: ignore[valid-type]
         return Annotated[kinds, Discriminator(_end_kind)]
     if origin is Annotated:
-        intervals = [Field(**_bounds(item)) if isinstance(item, Interval) else item for item in arguments[1:]]
-        return Annotated[(_strict(arguments[0]), *intervals)]
+        return Annotated[(_strict(arguments[0]), *(_constraint(item, arguments[0]) for item in arguments[1:]))]
     if origin in (types.UnionType, Union):
         return Union[tuple(_strict(argument) for argument in arguments)]  # noqa: UP007
     if origin is tuple:
-        several = Annotated[tuple[_strict(arguments[0]), ...], Field(min_length=1)]  # type: ignore[misc, valid-type]
-        return (
-            Annotated[several, BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-            if arguments[0] is str
-            else several
-        )
+        return Annotated[tuple[_strict(arguments[0]), ...], Field(min_length=1)]  # type: ignore[misc]
     if annotation is float:
         return Annotated[float, Field(strict=True, allow_inf_nan=False)]
     if annotation is int:
@@ -219,8 +225,20 @@ def _without_share(annotation: Any) -> Any:
     return Annotated[(number, *(item for item in rest if not isinstance(item, ShareOf)))]
 
 
+def _constraint(mark: Any, annotation: Any) -> Any:
+    """Return a mark of an annotation for pydantic."""
+    match mark:
+        case Interval():
+            return Field(**_bounds(mark))
+        case OrOne():
+            item = _strict(get_args(annotation)[0])
+            several = Annotated[list[item], Field(min_length=1)]  # type: ignore[valid-type]
+            return BeforeValidator(_listed, json_schema_input_type=item | several)
+    return mark
+
+
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _bounds(interval: Interval) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -24,15 +24,26 @@ from pipeline.space.config import (
     Settings,
     TrialConfig,
 )
-from pipeline.space.distributions import contains, describe, extremes, is_searched, label
-from pipeline.space.file_format import FORM, MAX_COUNT, check, fields_of, form_of, in_percent, named_union, one_or_more
+from pipeline.space.distributions import as_stored, contains, describe, extremes, is_searched, label
+from pipeline.space.file_format import (
+    FORM,
+    MAX_COUNT,
+    check,
+    fields_of,
+    form_of,
+    in_percent,
+    named_union,
+    one_or_list,
+    one_or_more,
+    one_or_several,
+)
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.overrides import Overrides, override, source_of
-from pipeline.space.param_groups import ParamGroup
+from pipeline.space.param_groups import ParameterRule, ParamGroup, is_numbered, numbered_layers
 from pipeline.space.pruners import PRUNERS
 from pipeline.space.schedules import SCHEDULERS
 from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
-from pipeline.space.shares import resolve_lengths
+from pipeline.space.shares import has_shares_of_run, resolve_lengths
 
 
 def schema_text() -> str:
@@ -100,18 +111,67 @@ def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpac
     return space
 
 
-def with_steps(space: SearchSpace, steps_per_epoch: int) -> SearchSpace:
+def with_steps(space: SearchSpace, samples: int) -> SearchSpace:
     """Resolve the shares of schedules that move every step, once the data says how many steps an epoch has.
+
+    Args:
+        space: The search space.
+        samples: Number of training samples.
 
     Raises:
         InvalidInput: The space was made for another number of steps.
     """
-    if space.steps_per_epoch not in (None, steps_per_epoch):
-        message = f"must be {steps_per_epoch}, as data and batch_size say, got {space.steps_per_epoch}; "
+    return with_steps_per_epoch(space, {size: -(-samples // (size * space.accumulate)) for size in space.batch_sizes})
+
+
+def with_steps_per_epoch(space: SearchSpace, steps: Mapping[int, int]) -> SearchSpace:
+    """Resolve the shares of schedules that move every step.
+
+    Args:
+        space: The search space.
+        steps: Each batch size to the optimizer steps of an epoch.
+
+    Raises:
+        InvalidInput: The space was made for another number of steps.
+    """
+    noted = list(steps.values()) if len(steps) > 1 else steps[space.batch_sizes[0]]
+    if space.steps_per_epoch not in (None, steps):
+        message = f"must be {noted}, as data and batch_size say, got {space.document['steps_per_epoch']}; "
         message += "remove it, or restore the data and batch_size that it was noted for"
         raise InvalidInput(space.name, [Problem("steps_per_epoch", message)])
-    resolved = space_from_document({**space.document, "steps_per_epoch": steps_per_epoch}, name=space.name)
-    return space if resolved.schedulers == space.schedulers else resolved
+    in_steps = {name: values for name, values in space.schedulers.items() if values["interval"] == "step"}
+    if not any(has_shares_of_run(SCHEDULERS[name], values) for name, values in in_steps.items()):
+        return space
+    return space_from_document({**space.document, "steps_per_epoch": noted}, name=space.name)
+
+
+def with_layers(space: SearchSpace, names: Iterable[str]) -> SearchSpace:
+    """Resolve layers that a file numbers, `blocks.{n}.*`, once the model says which numbers there are.
+
+    Args:
+        space: The search space.
+        names: Names of the model's parameters that are trained.
+
+    Raises:
+        InvalidInput: A rule does not hold for the layers that the model has.
+    """
+    names = list(names)
+
+    def numbered(groups: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: {**group, "layers": numbered_layers(group["layers"], names)} if "layers" in group else group
+            for name, group in groups.items()
+        }
+
+    document = {
+        **space.document,
+        "param_groups": numbered(space.document["param_groups"]),
+        "enqueue": [
+            {**entry, "param_groups": numbered(entry["param_groups"])} if "param_groups" in entry else entry
+            for entry in space.document["enqueue"]
+        ],
+    }
+    return space if document == space.document else space_from_document(document, name=space.name)
 
 
 def load_config(
@@ -126,15 +186,32 @@ def load_config(
         InvalidInput: With every problem of the file.
     """
     data = override(strict_yaml.load(path), overrides)
-    found = data.pop(FOUND, {})
-    space, problems = _read(data, name=path.stem)
+    return build_config(data, source=source_of(path, overrides), name=path.stem)
+
+
+def build_config(data: Mapping[str, Any], *, source: str, name: str) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
+    """Build a config from the content of a file.
+
+    Args:
+        data: The content.
+        source: Names the config in messages.
+        name: Names the space.
+
+    Returns:
+        The config as a space of one point, the config, and what a search recorded with it.
+
+    Raises:
+        InvalidInput: With every problem of the data.
+    """
+    found = data.get(FOUND, {})
+    space, problems = _read({key: value for key, value in data.items() if key != FOUND}, name=name)
     if space is not None:
         message = "must be one value in a config, got a choice; search it with `python -m pipeline.search --space`"
         problems += [Problem(place, message) for place in _searched_places(space)]
         if not isinstance(found, dict):
             problems.append(Problem(FOUND, f"must be a mapping, got {found!r}"))
     if problems or space is None:
-        raise InvalidInput(source_of(path, overrides), problems)
+        raise InvalidInput(source, problems)
     return space, space.example(), found
 
 
@@ -148,13 +225,17 @@ def file_form() -> type[BaseModel]:
         "workload": (named_union(*WORKLOAD_CHOICES), ...),
         **fields_of(Settings, searchable=False),
         "steps_per_epoch": (
-            Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)] | None,
-            Field(None, description="A search notes it in its study if a share needs it."),
+            one_or_several(Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]) | None,
+            Field(None, description="A search notes it in its study if a share needs it, for each batch size."),
         ),
         "objective": (form_of(Objective, searchable=False), defaults),
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
         "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
         "param_groups": (dict[group_name, form_of(ParamGroup, searchable=True)], Field(min_length=1)),  # type: ignore[misc]
+        "no_weight_decay": (
+            one_or_list(form_of(ParameterRule, searchable=False)) | None,
+            Field(None, description="Parameters without weight decay, whatever their group."),
+        ),
         "sampler": (form_of(Sampler, searchable=False), defaults),
         "pruner": (named_union(*PRUNERS.values()), no_pruner),
         "enqueue": (list[dict[str, Any]], Field(default=[], description="Configs to try first, in a file's words.")),
@@ -172,31 +253,38 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
         name=name,
         workload=WORKLOADS[values.workload.name](**dict(values.workload)),
         settings={setting: getattr(values, setting) for setting in SETTINGS},
-        steps_per_epoch=values.steps_per_epoch,
+        steps_per_epoch=None,
         objective=Objective(**dict(values.objective)),
         optimizers=_present(values.optimizer),
-        schedulers={
-            schedule: resolve_lengths(SCHEDULERS[schedule], distributions, total=_run_length(values, distributions))
-            for schedule, distributions in _present(values.scheduler).items()
-        },
+        schedulers=_present(values.scheduler),
         param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
+        no_weight_decay=tuple(ParameterRule(**dict(rule)) for rule in values.no_weight_decay or ()),
         sampler=Sampler(**dict(values.sampler)),
         pruner=PRUNERS[values.pruner.name](**dict(values.pruner)),
         enqueue=(),
         document=form.model_dump(mode="json", exclude_none=True),
     )
-    problems = [*rules.problems(space)]
+    space, problems = _with_noted_steps(space, values.steps_per_epoch)
+    problems += rules.problems(space)
     known: list[Mapping[str, Any]] = []
     for index, entry in enumerate(values.enqueue):
         known.append(dict(_enqueued(space, entry, f"enqueue.{index}", problems)))
     return dataclasses.replace(space, enqueue=tuple(known)), problems
 
 
-def _run_length(space: Any, schedule: Mapping[str, Any]) -> int | None:
-    """Return the length of a run in a schedule's unit; None while the number of steps is not known."""
-    if schedule["interval"] == "epoch":
-        return int(space.epochs)
-    return None if space.steps_per_epoch is None else int(space.epochs * space.steps_per_epoch)
+def _with_noted_steps(space: SearchSpace, noted: int | tuple[int, ...] | None) -> tuple[SearchSpace, list[Problem]]:
+    """Add the steps per epoch that a file notes, and resolve the shares of the run whose length is the same for all."""
+    steps = (noted,) if isinstance(noted, int) else noted or ()
+    if steps and len(steps) != len(space.batch_sizes):
+        message = f"must be one number for each batch_size, {len(space.batch_sizes)}, got {len(steps)}; remove it"
+        return space, [Problem("steps_per_epoch", message)]
+    if steps:
+        space = dataclasses.replace(space, steps_per_epoch=dict(zip(space.batch_sizes, steps, strict=True)))
+    schedulers = {
+        name: resolve_lengths(SCHEDULERS[name], values, total=space.run_length(values["interval"]))
+        for name, values in space.schedulers.items()
+    }
+    return dataclasses.replace(space, schedulers=schedulers), []
 
 
 def _present(forms: BaseModel) -> dict[str, dict[str, Any]]:
@@ -243,8 +331,8 @@ def _enqueued(
             problems += [Problem(f"{here}.{problem.place}", problem.message) for problem in wrong]
             if wrong:
                 continue
-            if isinstance(values.get("pattern"), str):
-                values = values | {"pattern": [values["pattern"]]}  # as a file may say it
+            if key == "param_groups":
+                values = _with_lists(values, parts[key][owner])
             yield from _enqueued_values(parts[key][owner], values, shares, key, owner, place, problems)
 
 
@@ -256,8 +344,22 @@ def _shares(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> tup
     form, problems = check(create_model("Shares", **{name: fields[name] for name in written}), written)
     shares = {name: getattr(form, name) for name in written} if form else {}
     warmup = max(extremes(distributions.get("warmup", 0)))
-    total = _run_length(space, distributions)
+    total = space.run_length(distributions["interval"])
     return resolve_lengths(SCHEDULERS[schedule], shares, total=total, warmup=warmup), problems
+
+
+def _with_lists(values: Mapping[str, Any], group: Domains) -> dict[str, Any]:
+    """Return the values of an enqueued group with the lists that the form of a file makes of single items.
+
+    Layers that the model has yet to number are left out, and checked when `with_layers` reads the space again.
+    """
+    made = dict(values)
+    made |= {name: [value] for name, value in values.items() if name in ("pattern", "dims") and type(value) is not list}
+    if group["layers"] is not None and is_numbered(group["layers"]):
+        made.pop("layers", None)
+    elif isinstance(values.get("layers"), list):
+        made["layers"] = [[layer] if isinstance(layer, str) else layer for layer in values["layers"]]
+    return made
 
 
 def _enqueued_values(
@@ -286,7 +388,7 @@ def _enqueued_value(
     if not contains(domain, value):
         problems.append(Problem(place, f"must be {describe(domain)}, as in this space, got {got}"))
     elif is_searched(domain):
-        yield parameter, label(value)
+        yield parameter, as_stored(domain, value)
 
 
 if __name__ == "__main__":  # python -m pipeline.space.load > search_spaces/schema.json

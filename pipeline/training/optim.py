@@ -31,7 +31,7 @@ class Strategy:
 
     Args:
         config: The trial's config.
-        parameters: Group name to (name, tensor) pairs, for every group of the config; frozen groups are skipped.
+        parameters: Torch group to (name, tensor) pairs, for every torch group of the config; frozen ones are skipped.
         steps_per_epoch: Optimizer updates in one epoch.
         directions: Metric name to "minimize" or "maximize", for ReduceLROnPlateau.
         hidden_matrices: Names of the parameters that Muon takes.
@@ -47,6 +47,7 @@ class Strategy:
         hidden_matrices: frozenset[str] = frozenset(),
     ) -> None:
         self.config = config
+        self.torch_groups = config.torch_groups()
         self.optimizers = build_optimizers(config, parameters, hidden_matrices)
         self.schedulers = [
             build_scheduler(config, optimizer, steps_per_epoch=steps_per_epoch, directions=directions)
@@ -56,9 +57,10 @@ class Strategy:
 
     def learning_rates(self) -> dict[str, float]:
         """Return group name to the learning rate of the next update; the rate of a frozen group is 0."""
-        rates = dict.fromkeys(self.config.param_groups, 0.0)
+        rates = {group.name: 0.0 for group in self.torch_groups.values()}
         for optimizer in self.optimizers:
-            rates.update({group["group"]: float(group["lr"]) for group in optimizer.param_groups})
+            for group in optimizer.param_groups:
+                rates[self.torch_groups[group["group"]].name] = float(group["lr"])
         return rates
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -128,18 +130,14 @@ class ModelStrategy(Strategy):
     def __init__(
         self, config: TrialConfig, model: nn.Module, *, steps_per_epoch: int, directions: Mapping[str, str]
     ) -> None:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        patterns = {name: group.pattern for name, group in config.param_groups.items()}
-        groups, problems = assign_groups(parameters, patterns)
-        if problems:
-            raise InvalidInput("param_groups", problems)
-        for name, group in config.param_groups.items():
-            for parameter in groups[name]:
-                parameters[parameter].requires_grad_(group.lr_ratio != 0)
-        self.trained = [p for p in parameters.values() if p.requires_grad]
+        groups = group_parameters(config, model)
+        for name, group in config.torch_groups().items():
+            for _, parameter in groups[name]:
+                parameter.requires_grad_(group.lr_ratio != 0)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         super().__init__(
             config,
-            {group: [(name, parameters[name]) for name in names] for group, names in groups.items()},
+            groups,
             steps_per_epoch=steps_per_epoch,
             directions=directions,
             hidden_matrices=hidden_matrices(model),
@@ -163,8 +161,8 @@ class ModelStrategy(Strategy):
 
 
 def over_placeholders(config: TrialConfig, *, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
-    """Build a config's strategy over one placeholder parameter per group, to read learning rates from."""
-    placeholders = {name: [(name, torch.zeros(1))] for name in config.param_groups}
+    """Build a config's strategy over one placeholder parameter per torch group, to read learning rates from."""
+    placeholders = {name: [(name, torch.zeros(1))] for name in config.torch_groups()}
     strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
     for optimizer in strategy.optimizers:
         optimizer.step()  # changes nothing without gradients; a scheduler warns unless its optimizer has stepped
@@ -181,7 +179,7 @@ def replay_rates(
     strategy = over_placeholders(config, steps_per_epoch=steps, directions=directions)
     replayed = []
     for epoch in epochs:
-        points: dict[str, list[tuple[int, float]]] = {name: [] for name in config.param_groups}
+        points: dict[str, list[tuple[int, float]]] = {name: [] for name in config.group_names}
         for step in range(epoch.step - steps + 1, epoch.step + 1) if strategy.per_step else (epoch.step,):
             for name, rate in strategy.learning_rates().items():
                 points[name].append((step, rate))
@@ -194,12 +192,28 @@ def replay_rates(
     return tuple(replayed)
 
 
+def group_parameters(config: TrialConfig, model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Return torch group to (name, parameter) pairs, for every torch group of the config.
+
+    Parameters that do not require a gradient are left out.
+
+    Raises:
+        InvalidInput: A pattern matches no parameter, or a parameter no pattern.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    dims = {name: p.ndim for name, p in parameters.items()}
+    assigned, problems = assign_groups(dims, config.param_groups, config.no_weight_decay)
+    if problems:
+        raise InvalidInput("param_groups", problems)
+    return {group: [(name, parameters[name]) for name in names] for group, names in assigned.items()}
+
+
 def build_optimizers(
     config: TrialConfig,
     parameters: Mapping[str, Sequence[tuple[str, Tensor]]],
     hidden_matrices: frozenset[str] = frozenset(),
 ) -> list[torch.optim.Optimizer]:
-    """Build the config's optimizer, with one torch parameter group per group that is not frozen.
+    """Build the config's optimizer, without frozen and empty groups.
 
     Each torch group carries its name under the key `group`. Muon is two optimizers: Muon for `hidden_matrices`, and
     AdamW for the rest.
@@ -243,7 +257,7 @@ def hidden_matrices(model: nn.Module) -> frozenset[str]:
 
 def _torch_groups(config: TrialConfig, parameters: Mapping[str, Sequence[tuple[str, Tensor]]]) -> list[dict[str, Any]]:
     groups = []
-    for name, group in config.param_groups.items():
+    for name, group in config.torch_groups().items():
         if group.lr_ratio == 0 or not parameters[name]:
             continue
         rate = config.optimizer.base_lr * group.lr_ratio

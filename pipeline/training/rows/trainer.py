@@ -332,7 +332,7 @@ class FusedTrials:
     def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """Return group name to points (step, rate) of a trial in the epoch; the rate of a frozen group is 0."""
         steps, rates = self._accumulation.steps, self._rates[number]
-        all_rates = {name: rates.get(name, [0.0] * steps) for name in self._config.param_groups}
+        all_rates = {name: rates.get(name, [0.0] * steps) for name in self._config.group_names}
         first = self._step - steps + 1
         points = {name: tuple(enumerate(values, start=first)) for name, values in all_rates.items()}
         if self._optimizer.moves_every_step(number):
