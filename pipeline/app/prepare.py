@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
+from pipeline.files.code import where
 from pipeline.space.config import derive_seed
 from pipeline.space.load import with_steps
 from pipeline.space.param_groups import assign_groups
@@ -20,7 +21,6 @@ from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.precision import current_settings
 from pipeline.workloads.check import workload_problems
-from pipeline.workloads.custom import where
 from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Workload
