@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from pipeline.space import rules
 from pipeline.space.config import Own
 from pipeline.space.load import build_space, study_name
 from pipeline.space.overrides import Overrides, override, source_of
+from pipeline.space.own_code import is_own
 from pipeline.space.ready_made import find_space
 from pipeline.space.search_space import SearchSpace
 
@@ -59,18 +62,38 @@ class SearchOptions:
     root: Path
     device: str
     rows: int | None
+    file: Path | None
+    """The file of the space; None: a mapping from Python, or the space of a stored study."""
+    overrides: Overrides
+    """Changes to the space."""
 
     def command(self, study: str) -> str:
-        """Return the command that continues the search after a stop."""
-        choice = self.space.workload
-        if isinstance(choice, Own) and choice.function.startswith("python:"):
-            call = f"pipeline.search.search(study={study!r}, trials={self.trials}, workload=…)"
-            return f"{call}, with the workload that it had"
-        workload = f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
+        """Return the command that continues the search after a stop; it names the user's code again."""
+        if given := self._only_from_python():
+            again = "".join(f", {name}=…" for name in given)
+            call = f"pipeline.search.search(study={study!r}, trials={self.trials}{again})"
+            return f"{call}, with the {' and the '.join(given)} that it had"
         root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
-        return f"python -m pipeline.search --study {study} --trials {self.trials}{workload}{root}{device}{rows}"
+        return f"python -m pipeline.search --study {study} --trials {self.trials}{self._code()}{root}{device}{rows}"
+
+    def _only_from_python(self) -> list[str]:
+        """Return the arguments with code of the user's that no command line can name."""
+        function = getattr(self.space.workload, "function", "")
+        mapping = self.file is None and bool(self.space.own_code())
+        return ["space"] * mapping + ["workload"] * function.startswith("python:")
+
+    def _code(self) -> str:
+        """Return the options that name the user's code: the space with its changes, or only the workload."""
+        if self.space.own_code():
+            assert self.file is not None
+            changes = [
+                f" --set {shlex.quote(f'{place}={json.dumps(value)}')}" for place, value in self.overrides.items()
+            ]
+            return "".join([f" --space {cli.quoted(self.file)}", *changes])
+        choice = self.space.workload
+        return f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +157,9 @@ def read_search(
     for warning in rules.warnings(found.space):
         cli.warn(warning)
     read["trials"] = read["trials"] or (stored.trials if stored else DEFAULT_TRIALS)
-    return SearchOptions(space=found.space, source=found.source, workload=made, **read)
+    return SearchOptions(
+        space=found.space, source=found.source, workload=made, file=found.file, overrides=changes, **read
+    )
 
 
 def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
@@ -234,14 +259,19 @@ def _stored_space(stored: StudyHeader, overrides: Overrides) -> FoundSpace:
 def _agreed_overrides(stored: StudyHeader, overrides: Overrides) -> Overrides:
     """Return the changes to a stored space; refuse to run code that only the database names.
 
-    A database may come from anyone, so the user must name a function again before the function runs. A function that
-    is named as it is stored keeps its stored arguments.
+    A database may come from anyone, so the user must name code again before it runs: a workload's function, or the file
+    with optimizers and schedules. A function that is named as it is stored keeps its stored arguments.
     """
     choice, named = stored.document["workload"], overrides.get("workload")
+    own = [name for kind in ("optimizer", "scheduler") for name in stored.document[kind] if is_own(name)]
+    only = "code that is run only when you name it"
+    if own:
+        message = f"trains with {' and '.join(own)}, {only}: add --space FILE, with the file of its space"
+        raise InvalidInput("--study", [Problem(stored.name, message)])
     if choice["name"] != "own":
         return overrides
     if named is None:
-        message = f"trains {choice['function']}, code that is run only when you name it: add --workload"
-        raise InvalidInput("--study", [Problem(stored.name, f"{message} {choice['function']}")])
+        message = f"trains {choice['function']}, {only}: add --workload {choice['function']}"
+        raise InvalidInput("--study", [Problem(stored.name, message)])
     same = isinstance(named, Mapping) and named.get("function") == choice["function"]
     return {place: value for place, value in overrides.items() if not (same and place == "workload")}

@@ -18,6 +18,7 @@ from pipeline.space.load import with_steps
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
+from pipeline.training.check import own_code_problems
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.precision import current_settings
 from pipeline.workloads.check import workload_problems
@@ -64,7 +65,9 @@ def prepare(
     problems = [*problems_with_model(space, workload, model)]
     problems += objective_problems(space, workload) if searching else ()
     problems += _precision_problems(space, chosen)
-    problems += workload_problems(workload, model, batch_size=space.batch_size) if not problems else []
+    if not problems:
+        problems += own_code_problems(space, model, steps_per_epoch=-(-len(workload.train) // space.batch_size))
+        problems += workload_problems(workload, model, batch_size=space.batch_size)
     if problems:
         raise InvalidInput(source, problems)
     processes = torch.get_num_threads()

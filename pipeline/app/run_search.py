@@ -20,7 +20,8 @@ from pipeline.errors import DataError, DeviceError, StorageError, counted
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import optimizer_class
+from pipeline.space.own_code import is_own
 from pipeline.space.trial import EndedTrial
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
@@ -207,7 +208,10 @@ def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
     if executor.plain_because is not None:
         together += f", each alone, since {executor.plain_because}"
-    elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
+    elif alone := [
+        *(name for name in space.optimizers if not has_rule(optimizer_class(name))),
+        *filter(is_own, space.schedulers),
+    ]:
         together += f", those of {' and '.join(alone)} each alone"
     what = f"{executor.workload.name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""

@@ -7,14 +7,15 @@ optimizer or schedule are methods of its class.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Problem
+from pipeline.errors import Problem, counted
 from pipeline.space.distributions import Range, extremes, is_searched
 from pipeline.space.limits import Share
-from pipeline.space.optimizers import OPTIMIZERS
-from pipeline.space.schedules import SCHEDULERS
+from pipeline.space.optimizers import optimizer_class
+from pipeline.space.schedules import scheduler_class
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
@@ -29,14 +30,16 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
         if not options:
             yield Problem(kind, f"must name at least one {kind}")
     for name, optimizer in space.optimizers.items():
-        for problem in OPTIMIZERS[name].problems(_extremes(optimizer)):
+        for problem in optimizer_class(name).problems(_extremes(optimizer)):
             yield Problem(f"optimizer.{name}.{problem.place}", problem.message)
-    for name, scheduler in space.schedulers.items():
+    for name in space.schedulers:
+        scheduler = _declared(space, name)
         yield from length_problems(space, name, steps_per_epoch=None)
         yield from _rate_floor_problems(space, f"scheduler.{name}", scheduler)
         yield from _momentum_problems(space, f"scheduler.{name}", scheduler)
     if "rprop" in space.optimizers:
         yield from _rprop_problems(space)
+    yield from _weight_decay_problems(space)
     if all(0 in extremes(group["lr_ratio"]) for group in space.param_groups.values()):
         yield Problem("param_groups", "every group can be frozen (lr_ratio 0) at once; give one a ratio above 0")
 
@@ -46,14 +49,21 @@ def warnings(space: SearchSpace) -> Iterator[str]:
     for name, distribution in space.parameters().items():
         if isinstance(distribution, Range) and distribution.low == distribution.high:
             yield f"{name}: low equals high, so this is the constant {distribution.low}"
-    for name, scheduler in space.schedulers.items():
-        default = getattr(SCHEDULERS[name], "gamma", None)
+    for name in space.schedulers:
+        scheduler = _declared(space, name)
+        default = getattr(scheduler_class(name), "gamma", None)
         if default != 1.0 and extremes(scheduler.get("gamma")) == (1.0,):
             yield f"scheduler.{name}.gamma: a gamma of 1 leaves the rate as it is"
 
 
 def _extremes(distributions: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     return {name: extremes(distribution) for name, distribution in distributions.items()}
+
+
+def _declared(space: SearchSpace, name: str) -> dict[str, Any]:
+    """Return a schedule's fields by name, without the hyperparameters of a person's own, of which no rule is known."""
+    declared = {field.name for field in dataclasses.fields(scheduler_class(name))}
+    return {field: domain for field, domain in space.schedulers[name].items() if field in declared}
 
 
 def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | None) -> Iterator[Problem]:
@@ -64,17 +74,17 @@ def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | Non
         name: The schedule's.
         steps_per_epoch: None while unknown; a schedule that moves every step is not checked then.
     """
-    schedule = space.schedulers[name]
+    schedule = _declared(space, name)
     place, unit = f"scheduler.{name}", schedule["interval"]
     if unit == "step" and steps_per_epoch is None:
         return
     total = space.epochs * (steps_per_epoch or 1)
     warmup = max(extremes(schedule.get("warmup", 0)))
     if warmup >= total:
-        yield Problem(f"{place}.warmup", f"must be shorter than the run of {total} {unit}s, got {warmup}")
+        yield Problem(f"{place}.warmup", f"must be shorter than the run of {counted(total, unit)}, got {warmup}")
         return
-    left = f"the {total - warmup} {unit}s of the run" + (" after the warm-up" if warmup else "")
-    for problem in SCHEDULERS[name].problems(_extremes(schedule), total - warmup, left):
+    left = f"the {counted(total - warmup, unit)} of the run" + (" after the warm-up" if warmup else "")
+    for problem in scheduler_class(name).problems(_extremes(schedule), total - warmup, left):
         yield Problem(f"{place}.{problem.place}", problem.message)
 
 
@@ -115,5 +125,12 @@ def _rprop_problems(space: SearchSpace) -> Iterator[Problem]:
     for name, group in space.param_groups.items():
         if 0 in extremes(group["lr_ratio"]):
             yield Problem(f"param_groups.{name}.lr_ratio", "must be above 0 with rprop, got 0")
-        if group["weight_decay"] is not None:
-            yield Problem(f"param_groups.{name}.weight_decay", "must be absent with rprop, which has no weight decay")
+
+
+def _weight_decay_problems(space: SearchSpace) -> Iterator[Problem]:
+    """Refuse a group's weight decay beside an optimizer that has none, and would not see it."""
+    for name, group in space.param_groups.items():
+        for optimizer in (other for other, domains in space.optimizers.items() if "weight_decay" not in domains):
+            if group["weight_decay"] is not None:
+                message = f"must be absent with {optimizer}, which has no weight decay"
+                yield Problem(f"param_groups.{name}.weight_decay", message)

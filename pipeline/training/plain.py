@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -162,15 +163,20 @@ class PlainTrial:
             for parameter in groups[name]:
                 parameters[parameter].requires_grad_(group.lr_ratio != 0)
         self.trained = [p for p in parameters.values() if p.requires_grad]
-        self.strategy = Strategy(
-            config,
-            {group: [(name, parameters[name]) for name in names] for group, names in groups.items()},
-            steps_per_epoch=math.ceil(len(workload.train) / config.batch_size),
-            directions=workload.directions,
-            hidden_matrices=hidden_matrices(self.model),
-        )
+        self.groups = {group: [(name, parameters[name]) for name in names] for group, names in groups.items()}
         self.record = Record()
         self.pooling = Pooling(device, channels_last=config.channels_last)
+
+    @functools.cached_property
+    def strategy(self) -> Strategy:
+        """The optimizer and the schedule; built in the first epoch, where an exception fails this trial alone."""
+        return Strategy(
+            self.config,
+            self.groups,
+            steps_per_epoch=math.ceil(len(self.workload.train) / self.config.batch_size),
+            directions=self.workload.directions,
+            hidden_matrices=hidden_matrices(self.model),
+        )
 
     def begin_epoch(self) -> None:
         """Begin an epoch: clear the record."""
