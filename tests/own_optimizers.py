@@ -18,7 +18,7 @@ class Lion(torch.optim.Optimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        maximize=False,  # type: ignore[no-untyped-def]
+        maximize: Any = False,
         foreach: bool | None = None,
     ) -> None:
         if not 0 <= betas[0] < 1:
@@ -27,7 +27,7 @@ class Lion(torch.optim.Optimizer):
         self.sign = -1 if maximize else 1
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import own_optimizers
 import pytest
 import torch
 from tiny import RULES, TinyModel, tiny_config, tiny_workload
@@ -41,6 +42,7 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.plain import PlainTrials
 from pipeline.workloads.data import training_batches
+from pipeline.workloads.workload import Split
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
@@ -270,14 +272,13 @@ def test_a_space_from_python_is_named_by_python_again() -> None:
 
 def train_by_hand(config: TrialConfig) -> list[dict[str, float]]:
     """Train a config of Lion and noam by a loop as a person writes it; return the losses of each epoch."""
-    from mine import Lion, noam
-
     workload = tiny_workload()
+    assert isinstance(workload.val, Split)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = TinyModel()
     groups = [{"params": model.head.parameters(), "lr": 0.02}, {"params": model.hidden.parameters(), "lr": 0.01}]
-    optimizer = Lion(groups, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
-    scheduler = LambdaLR(optimizer, lambda step: noam(step, 15, warmup_steps=4))
+    optimizer = own_optimizers.Lion(groups, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
+    scheduler = LambdaLR(optimizer, lambda step: own_optimizers.noam(step, 15, warmup_steps=4))
     history = []
     for epoch in range(3):
         total = 0.0
@@ -285,7 +286,7 @@ def train_by_hand(config: TrialConfig) -> list[dict[str, float]]:
         for inputs, targets in batches:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             scheduler.step()
             total += loss.item() * len(inputs)
@@ -295,8 +296,7 @@ def train_by_hand(config: TrialConfig) -> list[dict[str, float]]:
     return history
 
 
-def test_the_metrics_are_those_of_a_loop_written_by_hand(folder: Path) -> None:
-    sys.path.append(str(folder))
+def test_the_metrics_are_those_of_a_loop_written_by_hand() -> None:
     config = config_of()
     trials = PlainTrials({0: config}, tiny_workload(), device=CPU)
     epochs = [trials.train_epoch()[0] for _ in range(3)]
@@ -305,13 +305,11 @@ def test_the_metrics_are_those_of_a_loop_written_by_hand(folder: Path) -> None:
     rates = [rate for epoch in epochs for _, rate in epoch.lr["head"]]
     assert rates == [0.02 * min((n + 1) ** -0.5, (n + 1) * 4**-1.5) for n in range(15)]
     assert replay_rates(config, epochs, directions={}) == tuple(epochs)
-    sys.modules.pop("mine")
 
 
 def test_training_goes_on_from_a_saved_state_as_if_it_had_never_stopped() -> None:
     config = config_of()
-    make = lambda: PlainTrials({0: config}, tiny_workload(), device=CPU)  # noqa: E731
-    whole, first, rest = make(), make(), make()
+    whole, first, rest = (PlainTrials({0: config}, tiny_workload(), device=CPU) for _ in range(3))
     expected = [whole.train_epoch()[0] for _ in range(3)]
     first.train_epoch()
     file = io.BytesIO()

@@ -110,7 +110,7 @@ def _momentum_problems(space: SearchSpace, place: str, scheduler: Mapping[str, A
     for name, optimizer in space.optimizers.items():
         field = next((field for field in ("momentum", "beta1") if field in optimizer), None)
         if field is None:
-            yield Problem(f"{place}.cycle_momentum", f"must be false, since {name} has no momentum")
+            yield Problem(f"{place}.cycle_momentum", f"must be false, since {name} has no momentum or beta1")
         elif is_searched(optimizer[field]):
             message = f"must be false beside the searched optimizer.{name}.{field}, which it would overwrite"
             yield Problem(f"{place}.cycle_momentum", message)
