@@ -248,8 +248,8 @@ def test_a_stored_study_is_exported_without_its_code_and_goes_on_only_with_it(fo
         pipeline.search.main(["--study", "space-1", "--workload", "task.py:tiny"])
     (problem,) = caught.value.problems
     assert str(problem) == (
-        f"space-1: trains with {LION} and {NOAM}, code that is run only when you name it: add --space FILE, with the "
-        "file of its space"
+        f"space-1: trains with {LION} and {NOAM}, code that is run only when you name it: add --space FILE, its file, "
+        "and the changes to it"
     )
     assert not sentinel.exists()
     changes = ["--seed", "3", "--set", f"optimizer.{LION}.weight_decay=0.5"]

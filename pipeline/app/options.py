@@ -266,7 +266,7 @@ def _agreed_overrides(stored: StudyHeader, overrides: Overrides) -> Overrides:
     own = [name for kind in ("optimizer", "scheduler") for name in stored.document[kind] if is_own(name)]
     only = "code that is run only when you name it"
     if own:
-        message = f"trains with {' and '.join(own)}, {only}: add --space FILE, with the file of its space"
+        message = f"trains with {' and '.join(own)}, {only}: add --space FILE, its file, and the changes to it"
         raise InvalidInput("--study", [Problem(stored.name, message)])
     if choice["name"] != "own":
         return overrides

@@ -66,7 +66,8 @@ def prepare(
     problems += objective_problems(space, workload) if searching else ()
     problems += _precision_problems(space, chosen)
     if not problems:
-        problems += own_code_problems(space, model, steps_per_epoch=-(-len(workload.train) // space.batch_size))
+        steps = -(-len(workload.train) // space.batch_size)
+        problems += own_code_problems(space, model, device=chosen, steps_per_epoch=steps)
         problems += workload_problems(workload, model, batch_size=space.batch_size)
     if problems:
         raise InvalidInput(source, problems)

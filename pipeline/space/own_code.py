@@ -134,7 +134,7 @@ def factor_of(name: str, *, total: int, hyperparameters: Mapping[str, Any]) -> C
 def _read(target: Any, kind: str, place: str) -> OwnCode:
     """Read the signature of a class or function."""
     parameters = list(inspect.signature(target).parameters.values())
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name[0] != "_"]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = [parameter.name for parameter in named]
     if kind == "optimizer":

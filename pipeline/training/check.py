@@ -15,23 +15,32 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.own_code import FactorError, factor_of, is_own
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.schedules import OwnScheduler
+from pipeline.training.epoch import fork_rng
 from pipeline.training.optim import build_optimizers
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
 
 
-def own_code_problems(space: SearchSpace, model: nn.Module, *, steps_per_epoch: int) -> Iterator[Problem]:
+def own_code_problems(
+    space: SearchSpace, model: nn.Module, *, device: torch.device, steps_per_epoch: int
+) -> Iterator[Problem]:
     """Yield the problems of a space's own optimizers and schedules.
 
     An optimizer makes a step on copies of the model's parameters with gradients of 0. A schedule is asked for the
-    factor of every step of the run. Later trials have other hyperparameters, so one of them may fail still.
+    factor of every step of the run. A trial with other hyperparameters may still fail.
+
+    Args:
+        space: Names the optimizers and schedules, which have been loaded.
+        model: Supplies the parameters.
+        device: Where the copies are, since an optimizer may support one device only.
+        steps_per_epoch: Optimizer updates in one epoch.
     """
-    with torch.random.fork_rng(devices=[]):
+    with fork_rng(device):
         for name in filter(is_own, space.optimizers):
             config = dataclasses.replace(space, optimizers={name: space.optimizers[name]}).example()
             try:
-                for optimizer in build_optimizers(config, _copies(model, config)):
+                for optimizer in build_optimizers(config, _copies(model, config, device)):
                     optimizer.step()
             except (Exception, SystemExit) as error:
                 message = f"raised {where(error)}, with {_shown(config.optimizer.arguments())}"
@@ -57,15 +66,15 @@ def _factor_problem(schedule: OwnScheduler, total: int) -> str | None:
     return None
 
 
-def _copies(model: nn.Module, config: TrialConfig) -> Mapping[str, Sequence[tuple[str, Tensor]]]:
+def _copies(model: nn.Module, config: TrialConfig, device: torch.device) -> Mapping[str, Sequence[tuple[str, Tensor]]]:
     """Return copies of the parameters of each group, with gradients of 0."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups, _ = assign_groups(parameters, {name: group.pattern for name, group in config.param_groups.items()})
-    return {group: [(name, _copy(parameters[name])) for name in names] for group, names in groups.items()}
+    return {group: [(name, _copy(parameters[name], device)) for name in names] for group, names in groups.items()}
 
 
-def _copy(parameter: nn.Parameter) -> Tensor:
-    copy = parameter.detach().clone().requires_grad_()
+def _copy(parameter: nn.Parameter, device: torch.device) -> Tensor:
+    copy = parameter.detach().to(device, copy=True).requires_grad_()
     copy.grad = torch.zeros_like(copy)
     return copy
 
