@@ -52,7 +52,7 @@ from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import GroupLost
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
-from pipeline.workloads.data import MAX_EVAL_BATCH, first_samples, samples_of, to_device
+from pipeline.workloads.data import MAX_EVAL_BATCH, first_batch, samples_of, to_device
 from pipeline.workloads.digits import digits
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
@@ -216,7 +216,7 @@ def measure_model(model: str, options: Options) -> dict[str, Any]:
         for threads in loop_threads
     ]
     plain = Side(
-        [PlainTrials({n: configs[n]}, workload, device=device, seeded=False) for n in range(len(OPTIMIZERS))],
+        [PlainTrials({n: configs[n]}, workload, device=device, draws=()) for n in range(len(OPTIMIZERS))],
         device,
         threads=1,
     )
@@ -343,7 +343,7 @@ def _in_turns(sides: Sequence[Side], options: Options) -> None:
 def _epoch_flops(workload: Workload, batch: int, device: torch.device) -> float:
     """Return the floating-point operations of one trial-epoch, counted on one plain step and one evaluated batch."""
     model = workload.build_model().to(device)
-    first = first_samples(samples_of(to_device(workload, device=device, dtype=torch.float32), "train"), batch)
+    first = first_batch(samples_of(to_device(workload, device=device, dtype=torch.float32), "train"), batch)
     inputs, targets = first.inputs, first.targets
     with FlopCounterMode(display=False) as step:
         workload.loss(model(inputs), targets).backward()

@@ -41,6 +41,20 @@ class Lion(torch.optim.Optimizer):
                 momentum.lerp_(gradient, 1 - beta2)
 
 
+class Noisy(torch.optim.Optimizer):
+    """Gradient descent with noise, from the random state of torch."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["lr"] * (parameter.grad + torch.randn_like(parameter)))
+
+
 class NeedsClosure(torch.optim.Optimizer):
     """An optimizer that evaluates the loss itself, as LBFGS does."""
 

@@ -207,6 +207,42 @@ REFUSED = [
     ),
     space('"*"', '"*", lr_ratio: -1', "param_groups.all.lr_ratio: must be >= 0, got -1"),
     space('"*"', '"*", lr_ratio: 0', "param_groups: every group can be frozen (lr_ratio 0) at once"),
+    space('pattern: "*"', "lr_ratio: 2", "param_groups.all: needs a pattern, dims or layers", "such as pattern: '*'"),
+    space('"*"', '"*", dims: -1', "param_groups.all.dims.0: must be >= 0, got -1"),
+    space('"*"', '"*", dims: {low: 1, high: 2}', "param_groups.all.dims.0: must be a whole number, got {'low': 1"),
+    space(
+        "all:", "norms: {dims: 3}\n  all:", "param_groups.norms: dims 3 matches no parameter; the model has hidden1."
+    ),
+    space(
+        "all:", "norms: {dims: 1}\n  biases: {pattern: '*bias'}\n  all:", "param_groups.biases: pattern '*bias' is left"
+    ),
+    space(
+        'pattern: "*"', "dims: 1", "no group takes hidden1.weight (dims 2), hidden2.weight (dims 2), fc.weight (dims 2)"
+    ),
+    space('pattern: "*"', 'layers: ["*"]', "param_groups.all.layer_decay: is missing, and layers need it"),
+    space('"*"', '"*", layer_decay: 0.75', "param_groups.all.layer_decay: needs layers"),
+    space('"*"', '"*", layers: [a], layer_decay: 0.75', "param_groups.all.layers: stand in place of a pattern"),
+    space('pattern: "*"', 'layers: ["*"], layer_decay: 1.5', "param_groups.all.layer_decay: must be <= 1, got 1.5"),
+    space('pattern: "*"', 'layers: "*", layer_decay: 1', "param_groups.all.layers: must be a list, got the text '*'"),
+    space('pattern: "*"', 'layers: ["*", 3], layer_decay: 1', "param_groups.all.layers.1.0: must be text, got 3"),
+    space(
+        'pattern: "*"',
+        'layers: ["hidden.{n}.*", "*"], layer_decay: 0.75',
+        "param_groups.all.layers: pattern 'hidden.{n}.*' matches no parameter; the model has hidden1.weight",
+    ),
+    space(
+        'pattern: "*"',
+        'layers: ["hidden{n}.*"], layer_decay: 0.75',
+        "param_groups: no group takes fc.weight",
+    ),
+    space("epochs: 4", "epochs: 4\nno_weight_decay: {}", "no_weight_decay: needs a pattern or dims in each rule"),
+    space("epochs: 4", "epochs: 4\nno_weight_decay: []", "no_weight_decay: must hold at least one value"),
+    space(
+        "epochs: 4", "epochs: 4\nno_weight_decay: {dim: 1}", "no_weight_decay.0.dim: unknown key; did you mean dims?"
+    ),
+    space(
+        "epochs: 4", "epochs: 4\nno_weight_decay: [{dims: 1}, {pattern: norm*}]", "no_weight_decay: pattern 'norm*' "
+    ),
     space("all:", "a.b:", "param_groups.a.b: must be letters, digits, '_' and '-'"),
     # Data, model, objective.
     space(

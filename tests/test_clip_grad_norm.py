@@ -90,8 +90,8 @@ def test_a_step_is_that_of_a_gradient_clipped_by_torch(
     group = trainer({0: config, 1: config}, workload, device=CPU, dtype=torch.float64)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = TinyModel().double()
-    inputs, targets = next(training_batches(workload, config, epoch=0, device=CPU, dtype=torch.float64))
-    workload.loss(model(inputs), targets).backward()
+    batch = next(training_batches(workload, config, epoch=0, device=CPU, dtype=torch.float64))
+    workload.loss(model(batch.inputs), batch.targets).backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
     assert 0.1 < norm < 10
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_step_is_that_of_a_gradient_clipped_by_torch(
             assert parameter.grad is not None
             parameter.sub_(0.5 * parameter.grad)
     group.begin_epoch()
-    group.train_step(inputs, targets)
+    group.train_step(batch)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(group.model_state(0)[name], value, rtol=1e-12, atol=1e-12)
 
@@ -110,7 +110,7 @@ def test_each_row_has_a_limit_of_its_own() -> None:
     group = FusedTrials(configs, workload, device=CPU, dtype=torch.float64)
     start = {name: value.clone() for name, value in group.model_state(0).items()}
     group.begin_epoch()
-    group.train_step(*next(group.training_batches()))
+    group.train_step(next(group.training_batches()))
     moved = [
         math.sqrt(sum(float(((value - start[name]) ** 2).sum()) for name, value in group.model_state(number).items()))
         for number in configs

@@ -155,7 +155,8 @@ def test_every_member_of_the_wrong_kind_is_named(task: Path) -> None:
         f"{begin}build_model must be a function, got str",
         f"{begin}loss must be a function of (outputs, targets), got NoneType",
         f"{begin}preprocess must be a function or None, got int",
-        f"{begin}train must have a target for each input, got 4 inputs and 3 targets",
+        f"{begin}train must have a target for each input, and parts of one length, "
+        "got (4, 1) inputs and (3, 1) targets",
         f"{begin}val must hold at least one sample, got none",
     ]
 
@@ -208,7 +209,10 @@ NAN_INPUTS[4, 2] = torch.nan
             {"build_model": lambda: nn.Linear(5, 3)},
             ["workload: the model raised RuntimeError on an input (6, 6): mat1 and mat2 shapes cannot be multiplied"],
         ),
-        ({"build_model": OneOutput}, ["workload: the model must return a tensor, got tuple"]),
+        (
+            {"build_model": OneOutput},
+            ["workload: the loss raised TypeError on outputs ((6, 3), (6, 6)) and targets (6): cross_entropy_loss(): "],
+        ),
         (
             {"loss": lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none")},
             ["workload: the loss must return a scalar tensor, got a tensor (6); take the mean"],
@@ -222,8 +226,8 @@ NAN_INPUTS[4, 2] = torch.nan
             ["workload: the metric hits raised IndexError on outputs (6, 3) and targets (6)"],
         ),
         (
-            {"metrics": {"hits": Metric(lambda outputs, targets: 0.5, "maximize")}},  # type: ignore[arg-type, return-value]
-            ["workload: the metric hits must return a scalar tensor, got float; take the mean"],
+            {"metrics": {"hits": Metric(lambda outputs, targets: "half", "maximize")}},
+            ["workload: the metric hits must return a scalar tensor, got str; take the mean"],
         ),
         (
             {"augment": lambda inputs: inputs},
@@ -259,7 +263,7 @@ NAN_INPUTS[4, 2] = torch.nan
 )
 def test_data_model_loss_and_metrics_are_tried_before_the_search(changes: dict[str, Any], expected: list[str]) -> None:
     workload = to_device(dataclasses.replace(tiny_workload(), **changes), device=CPU, dtype=torch.float32)
-    found = [str(problem) for problem in workload_problems(workload, workload.build_model(), batch_size=8)]
+    found = [str(problem) for problem in workload_problems(workload, batch_size=8)]
     assert len(found) == len(expected)
     for problem, beginning in zip(found, expected, strict=True):
         assert problem.startswith(beginning)
@@ -289,7 +293,10 @@ class BadData:
     [
         ({"train": BadData()}, "workload.train: sample 0 raised ValueError: cat/0.jpg is truncated"),
         ({"val": [(torch.ones(6), "cat")] * 5}, "workload.val: sample 0 must hold tensors, arrays or numbers, got str"),
-        ({"val": [{"x": torch.ones(6)}] * 5}, "workload.val: sample 0 must be (input, target), got dict"),
+        (
+            {"val": [{"x": torch.ones(6)}] * 5},
+            "workload: the model's forward is given the dict's keys x, and missing a required argument: 'inputs'",
+        ),
         ({"build_model": lambda: [][0]}, "workload: build_model raised IndexError: list index out of range"),
         ({"build_model": lambda: ONE_MODEL}, "workload: build_model must make a new model each time"),
         ({"build_model": lambda: nn.LazyLinear(3)}, "workload: build_model must return a model whose parameters exist"),

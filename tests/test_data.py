@@ -29,7 +29,7 @@ from pipeline.workloads.data import evaluation_batches, is_streamed, samples_of,
 from pipeline.workloads.image_folder import image_folder
 from pipeline.workloads.streamed import Streamed
 from pipeline.workloads.torchvision_dataset import torchvision_dataset
-from pipeline.workloads.workload import Split, Workload
+from pipeline.workloads.workload import Batch, Split, Workload
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 CPU = torch.device("cpu")
-Batch = tuple[Tensor, Tensor]
+Sample = tuple[Tensor, Tensor]
 ENOUGH = 1 << 30
 """Bytes that every data set here fits into, whatever memory this machine has."""
 
@@ -53,7 +53,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Sample:
         self.read.append(index)
         drawn = torch.rand(()) + random.random() + np.random.rand() if self.noise else torch.zeros(())
         return self.split.inputs[index] + drawn, self.split.targets[index]
@@ -62,7 +62,7 @@ class Samples:
 class Broken(Samples):
     """One of its samples cannot be read."""
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Sample:
         if index == 30:
             raise OSError("sample 30 is broken")
         return super().__getitem__(index)
@@ -71,7 +71,7 @@ class Broken(Samples):
 class BrokenLater(Samples):
     """One of its samples can be read a few times only."""
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Sample:
         if index == 30 and self.read.count(30) == 5:
             raise OSError("sample 30 is broken")
         return super().__getitem__(index)
@@ -116,11 +116,12 @@ def batches(workload: Workload, config: TrialConfig, *, free: int = ENOUGH) -> l
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
     assert len(one) == len(other)
-    for (inputs, targets), (other_inputs, other_targets) in zip(one, other, strict=True):
-        assert inputs.dtype == other_inputs.dtype
-        assert inputs.stride() == other_inputs.stride()
-        assert torch.equal(inputs, other_inputs)
-        assert torch.equal(targets, other_targets)
+    for batch, other_batch in zip(one, other, strict=True):
+        assert batch.size == other_batch.size
+        assert batch.inputs.dtype == other_batch.inputs.dtype
+        assert batch.inputs.stride() == other_batch.inputs.stride()
+        assert torch.equal(batch.inputs, other_batch.inputs)
+        assert torch.equal(batch.targets, other_batch.targets)
 
 
 def folder_workload(tmp_path: Path, *, augment: bool, memory: int) -> Workload:
@@ -192,8 +193,8 @@ def test_a_workload_that_is_on_the_device_is_returned_as_it_is(free: int, no_wor
     assert to_device(placed, device=CPU, dtype=torch.float32, free=ENOUGH) is placed
     double = to_device(placed, device=CPU, dtype=torch.float64, free=ENOUGH)
     assert is_streamed(double) == is_streamed(placed) == (free == 0)
-    ((inputs, targets),) = samples_of(double, "train").batches([torch.tensor([3, 1])], seed=0)
-    assert (inputs.dtype, targets.dtype) == (torch.float64, torch.int64)
+    (batch,) = samples_of(double, "train").batches([torch.tensor([3, 1])], seed=0)
+    assert (batch.inputs.dtype, batch.targets.dtype) == (torch.float64, torch.int64)
 
 
 def test_a_split_too_large_for_the_device_is_read_from_memory() -> None:
@@ -201,8 +202,8 @@ def test_a_split_too_large_for_the_device_is_read_from_memory() -> None:
     assert isinstance(workload.train, Split)
     placed = to_device(workload, device=meta, dtype=torch.float32, free=workload.train.inputs.nbytes)
     assert is_streamed(placed)
-    ((inputs, targets),) = samples_of(placed, "train").batches([torch.tensor([3, 1])], seed=0)
-    assert (inputs.device, inputs.shape, targets.shape) == (meta, (2, 6), (2,))
+    (batch,) = samples_of(placed, "train").batches([torch.tensor([3, 1])], seed=0)
+    assert (batch.inputs.device, batch.inputs.shape, batch.targets.shape) == (meta, (2, 6), (2,))
 
 
 def test_a_data_set_that_draws_at_random_is_never_kept(workers: int) -> None:
@@ -222,7 +223,7 @@ def test_what_samples_draw_does_not_depend_on_the_number_of_workers(monkeypatch:
 def test_what_samples_draw_changes_with_epoch_and_seed(no_workers: int) -> None:
     placed = to_device(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32, free=ENOUGH)
     order = [torch.arange(5)]
-    one, same, other = (next(iter(samples_of(placed, "train").batches(order, seed=seed)))[0] for seed in (0, 0, 1))
+    one, same, other = (next(iter(samples_of(placed, "train").batches(order, seed=seed))).inputs for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -315,7 +316,7 @@ def test_a_model_that_changes_a_batch_in_place_changes_it_for_no_other_trial(no_
 
 def test_a_data_set_that_draws_seldom_is_never_kept(no_workers: int) -> None:
     class Seldom(Samples):
-        def __getitem__(self, index: int) -> Batch:
+        def __getitem__(self, index: int) -> Sample:
             inputs, target = super().__getitem__(index)
             return (-inputs if random.random() < 1e-9 else inputs), target
 
@@ -332,7 +333,7 @@ def test_an_augmentation_may_draw_from_torchs_global_state() -> None:
     state = torch.get_rng_state()
     once, again = epoch(0), epoch(0)
     assert_same(once, again)
-    assert not torch.equal(once[0][0], epoch(1)[0][0])
+    assert not torch.equal(once[0].inputs, epoch(1)[0].inputs)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -402,8 +403,8 @@ def test_the_model_sees_what_preprocess_makes_of_what_augment_makes(no_workers: 
     plain = tiny_workload()
     workload = dataclasses.replace(plain, augment=augment, preprocess=lambda inputs: 100 * inputs)
     changed, unchanged = batches(workload, tiny_config()), batches(plain, tiny_config())
-    for number, ((inputs, _), (before, _)) in enumerate(zip(changed, unchanged, strict=True)):
-        added = inputs / 100 - before
+    for number, (batch, before) in enumerate(zip(changed, unchanged, strict=True)):
+        added = batch.inputs / 100 - before.inputs
         assert torch.allclose(added, added.round(), atol=1e-4)
         assert bool(added.round().any()) == (number < 2 * 5)  # in training alone
 

@@ -78,9 +78,9 @@ def test_the_host_does_not_wait_for_rows_within_an_epoch(waits: list[str]) -> No
         waits.clear()
         group.begin_epoch()
         for batch in group.training_batches():
-            group.train_step(*batch)
+            group.train_step(batch)
         for batch in group.evaluation_batches("val"):
-            group.evaluate_step(*batch)
+            group.evaluate_step(batch)
         assert waits == []
         metrics = group.end_epoch()
         assert 0 < len(waits) <= 2 + len(next(iter(metrics.values())).metrics)  # not once for each row

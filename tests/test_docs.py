@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pytest
 
 from pipeline.space.config import WORKLOADS
-from pipeline.space.limits import Interval, ShareOf
+from pipeline.space.limits import Interval, OrOne, ShareOf
 from pipeline.space.load import build_space, file_form
 from pipeline.space.optimizers import OPTIMIZERS
-from pipeline.space.param_groups import ParamGroup
+from pipeline.space.param_groups import ParameterRule, ParamGroup
 from pipeline.space.pruners import Median, NoPruner, SuccessiveHalving
 from pipeline.space.schedules import SCHEDULERS
 from pipeline.space.search_space import Objective, Sampler
@@ -33,6 +33,7 @@ TABLES: dict[str, dict[str, type[Any]]] = {
     "optimizer": dict(OPTIMIZERS),
     "scheduler": dict(SCHEDULERS),
     "param_groups": {"": ParamGroup},
+    "no_weight_decay": {"": ParameterRule},
     "sampler": {"": Sampler},
     "pruner": {"successive_halving": SuccessiveHalving, "median": Median, "none": NoPruner},
 }
@@ -96,7 +97,10 @@ def _meanings(cls: type[Any]) -> dict[str, str]:
 def _legal(annotation: Any) -> Iterator[str]:
     """Yield in words what values an annotation allows; None is a default and not a value."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
+    if origin is Annotated and OrOne() in arguments:
+        yield from _legal(get_args(arguments[0])[0])
+        yield "or a list"
+    elif origin is Annotated:
         yield from _legal(arguments[0])
         for interval in (item for item in arguments[1:] if isinstance(item, Interval)):
             signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

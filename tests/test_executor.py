@@ -77,7 +77,7 @@ def test_one_group_mixes_rows_and_plain_trials() -> None:
         9: ("rows", 3, 0),
     }
     for number in (2, 6, 8):
-        plain = PlainTrials({number: various()[number]}, tiny_workload(), device=CPU, seeded=False)
+        plain = PlainTrials({number: various()[number]}, tiny_workload(), device=CPU, draws=())
         assert [plain.train_epoch()[number] for _ in range(EPOCHS)] == only(number, history)
 
 

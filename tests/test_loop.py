@@ -27,6 +27,7 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.process import RemoteTrials, can_fork
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.shards import ShardedTrials
+from pipeline.workloads.workload import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,11 +110,11 @@ class Limited(FusedTrials):
 
     fits = 1_000
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Raise as a device does when its memory is full."""
         if len(self.configs) > Limited.fits:
             raise torch.OutOfMemoryError("full")
-        return super().gradients(inputs, targets)
+        return super().gradients(batch)
 
 
 def test_memory_that_runs_out_in_mid_run_leaves_what_was_told_and_goes_on_with_fewer_rows(
@@ -170,11 +171,11 @@ def test_a_process_that_is_killed_changes_nothing(after: int, tmp_path: Path) ->
 class Poisoned(FusedTrials):
     """Raises in the fourth epoch while the bad trial is among the rows."""
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Raise as a model might."""
         if self._epoch == 3 and Poisoned.bad in self.configs:
             raise ValueError("poison")
-        return super().gradients(inputs, targets)
+        return super().gradients(batch)
 
     bad = -1
 
@@ -240,10 +241,10 @@ def test_a_trial_that_raises_as_epochs_are_trained_again_has_failed_with_that(
     class Unlucky(FusedTrials):
         bad = False
 
-        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
             if Unlucky.bad and self._epoch == 1:
                 raise OSError("gone")
-            return super().gradients(inputs, targets)
+            return super().gradients(batch)
 
     monkeypatch.setattr(executors, "FusedTrials", Unlucky)
 

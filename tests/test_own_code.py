@@ -283,13 +283,13 @@ def train_by_hand(config: TrialConfig) -> list[dict[str, float]]:
     for epoch in range(3):
         total = 0.0
         batches = training_batches(workload, config, epoch=epoch, device=CPU, dtype=torch.float32)
-        for inputs, targets in batches:
+        for batch in batches:
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs), targets)
+            loss = F.cross_entropy(model(batch.inputs), batch.targets)
             loss.backward()
             optimizer.step()
             scheduler.step()
-            total += loss.item() * len(inputs)
+            total += loss.item() * batch.size
         with torch.no_grad():
             val = F.cross_entropy(model(workload.val.inputs), workload.val.targets).item()
         history.append({"train/loss": total / 37, "val/loss": val})
@@ -317,6 +317,19 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_never_stopped() -> Non
     file.seek(0)
     rest.load_state_dict(torch.load(file, weights_only=True))
     assert [rest.train_epoch()[0] for _ in range(2)] == expected[1:]
+
+
+def test_an_optimizer_that_draws_random_numbers_repeats_its_trial() -> None:
+    config = space_of({"mine.py:Noisy": {"base_lr": RATE}}, {"constant": {}}).example()
+    metrics = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        trials = PlainTrials({0: config}, tiny_workload(), device=CPU)
+        metrics.append([trials.train_epoch()[0].metrics for _ in range(2)])
+        assert torch.equal(torch.get_rng_state(), state)
+    assert metrics[0] == metrics[1]
+    assert metrics[0][0] != metrics[0][1]
 
 
 def test_an_own_optimizer_and_an_own_schedule_train_plain() -> None:

@@ -13,6 +13,7 @@ from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.errors import InvalidInput
 from pipeline.space.optimizers import SGD, Adam, AdamW
 from pipeline.space.param_groups import ParamGroup
 from pipeline.training.executor import LocalExecutor
@@ -214,10 +215,9 @@ CANNOT_FUSE: list[tuple[Callable[[], nn.Module], str]] = [
     (with_cumulative_batch_norm, "RuntimeError, vmap: It looks like you're calling .item() on a Tensor"),
     (SpareLayer, "RuntimeError, the loss does not depend on spare.weight, spare.bias"),
     (Counting, "as rows it trains to other numbers"),
-    (Following, "RuntimeError, vmap: inplace arithmetic(self, *extra_args) is not possible"),
-    (Fading, "its parameter faded changes in training and is no buffer"),
+    (Following, "its parameter average.weight changes in a forward pass"),
+    (Fading, "its parameter faded changes in a forward pass"),
     (TransposedDropout, "as rows it trains to other numbers"),
-    (TwoOutputs, "it could not be tried, TypeError: cross_entropy_loss()"),
 ]
 
 
@@ -229,6 +229,11 @@ def test_a_model_that_rows_cannot_train_trains_plain_and_says_why(
     assert why is not None
     assert why.startswith(f"the model cannot be rows of a matrix: {reason}")
     assert "\n" not in why
+
+
+def test_a_model_whose_training_step_raises_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"training on a few samples raised TypeError: cross_entropy_loss\(\)"):
+        why_plain(TwoOutputs)
 
 
 def grouped() -> nn.Module:
@@ -281,8 +286,8 @@ def sampled_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_whether_a_model_or_a_loss_draws_random_numbers_is_found() -> None:
-    def draws(workload: Workload) -> bool:
-        return probe(workload, tiny_config(), device=CPU, dtype=torch.float32).draws_random_numbers
+    def draws(workload: Workload) -> frozenset[str]:
+        return probe(workload, tiny_config(), device=CPU, dtype=torch.float32).draws
 
     assert not draws(tiny_workload())
     assert not draws(tiny_workload(with_batch_norm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.app.range_test import PER_DECADE, RATES, Bounds, EvenDraw, RateCur
 from pipeline.space.load import space_from_document
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
-from pipeline.workloads.data import some_samples
+from pipeline.workloads.data import with_fewer_samples
 from pipeline.workloads.streamed import Streamed
 from pipeline.workloads.workload import Split
 
@@ -135,8 +136,9 @@ class Numbers:
 def test_part_of_the_data_is_the_same_random_part_whether_in_memory_or_read(count: int) -> None:
     kept = Split(torch.arange(10.0).unsqueeze(1), torch.arange(10))
     read, behind = (Streamed(data, device=CPU, dtype=torch.float32) for data in (Numbers(), kept))
-    parts = [some_samples(samples, count, seed=0) for samples in (kept, read, behind)]
-    taken = [[targets.tolist() for _, targets in part.batches([torch.arange(count)], seed=0)] for part in parts]
+    workloads = [dataclasses.replace(tiny_workload(), train=samples, val=samples) for samples in (kept, read, behind)]
+    parts: list[Any] = [with_fewer_samples(workload, train=count, val=10, seed=0).train for workload in workloads]
+    taken = [[batch.targets.tolist() for batch in part.batches([torch.arange(count)], seed=0)] for part in parts]
     assert [len(part) for part in parts] == [count] * 3
     assert taken[0] == taken[1] == taken[2]
     assert taken[0] != [[0, 1, 2, 3]]

@@ -25,6 +25,7 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.process import ProcessDied, RemoteTrials, can_fork
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.shards import ShardedTrials
+from pipeline.workloads.workload import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_fork = pytest.mark.skipif(not can_fork(), reason="processes are forked on Linux, and not beside CUDA")
@@ -154,10 +155,10 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     size = Memory()
 
     class Limited(FusedTrials):
-        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
             if len(self.configs) > size.rows:
                 raise torch.OutOfMemoryError(f"{len(self.configs)} rows do not fit")
-            return super().gradients(inputs, targets)
+            return super().gradients(batch)
 
     monkeypatch.setattr(executors, "FusedTrials", Limited)
     return size
@@ -208,10 +209,10 @@ def test_memory_that_is_too_small_for_one_trial_ends_the_search(memory: Memory) 
 
 def test_a_cpu_that_cannot_allocate_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     class Large(FusedTrials):
-        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
             if len(self.configs) > 3:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-            return super().gradients(inputs, targets)
+            return super().gradients(batch)
 
     monkeypatch.setattr(executors, "FusedTrials", Large)
     executor = executor_of()
@@ -234,11 +235,11 @@ class Poisoned(FusedTrials):
     bad: frozenset[int] = frozenset()
     after = 1
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Raise what a model would."""
         if self.bad & self.configs.keys() and self._epoch >= self.after:
             raise ValueError(f"poison in {len(self.configs)}")
-        return super().gradients(inputs, targets)
+        return super().gradients(batch)
 
 
 @pytest.mark.parametrize("bad", [{3}, {0, 5}, set(range(6))])
@@ -263,10 +264,10 @@ def test_rows_that_raise_are_found_by_halving_and_end_alone(bad: set[int], monke
 
 def test_rows_that_raise_only_together_are_fewer_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     class Crowded(FusedTrials):
-        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
             if len(self.configs) > 3:
                 raise RuntimeError("too many")
-            return super().gradients(inputs, targets)
+            return super().gradients(batch)
 
     monkeypatch.setattr(executors, "FusedTrials", Crowded)
     executor = executor_of()
@@ -340,10 +341,10 @@ def test_a_trial_whose_process_dies_each_time_fails_alone(monkeypatch: pytest.Mo
     parent = os.getpid()
 
     class Deadly(FusedTrials):
-        def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
             if 7 in self.configs and self._epoch == 1 and os.getpid() != parent:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().gradients(inputs, targets)
+            return super().gradients(batch)
 
     monkeypatch.setattr(executors, "FusedTrials", Deadly)
     executor = executor_of(processes=2)

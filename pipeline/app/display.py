@@ -110,26 +110,29 @@ class Progress:
 
 
 def best_table(study: Study, *, count: int = 5) -> Table:
-    """Return a table of the best complete trials, with a column per group whose `lr_ratio` is searched."""
+    """Return a table of the best complete trials, with a column per searched `lr_ratio` and `layer_decay`."""
     metric = study.space.objective.metric
-    groups = _searched_groups(study.space)
+    columns = _group_columns(study.space)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
-    for column in ("#", metric, "optimizer", "base_lr", "schedule", *(f"{group} ratio" for group in groups)):
+    for column in ("#", metric, "optimizer", "base_lr", "schedule", *columns.values()):
         table.add_column(column, no_wrap=True)
     for trial in study.best(count):
         config = trial.config
-        ratios = [f"{config.param_groups[group].lr_ratio:.3g}" for group in groups]
+        values = config.hyperparameters()
+        of_groups = [f"{values[name]:.3g}" for name in columns]
         rate = f"{config.optimizer.base_lr:.2e}"
-        table.add_row(str(trial.number), trial.score, config.optimizer.name, rate, schedule_line(config), *ratios)
+        table.add_row(str(trial.number), trial.score, config.optimizer.name, rate, schedule_line(config), *of_groups)
     return table
 
 
 def strategy_line(config: TrialConfig) -> str:
     """Return a strategy in a few words: `adamw 3.1e-03, step 6 × 0.21, head ×2.4`."""
-    ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in config.param_groups.items() if group.lr_ratio != 1]
+    groups = config.param_groups.items()
+    ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in groups if group.lr_ratio != 1]
+    decays = [f"{name} layers ×{group.layer_decay:.2g}" for name, group in groups if group.layer_decay is not None]
     rate = f"{config.optimizer.name} {config.optimizer.base_lr:.1e}"
     clip = [f"clip {config.clip_grad_norm:.2g}"] if config.clip_grad_norm is not None else []
-    return ", ".join([rate, schedule_line(config), *ratios, *clip])
+    return ", ".join([rate, schedule_line(config), *ratios, *decays, *clip])
 
 
 def schedule_line(config: TrialConfig) -> str:
@@ -138,5 +141,8 @@ def schedule_line(config: TrialConfig) -> str:
     return f"{config.scheduler}, warm-up {warmup}" if warmup else str(config.scheduler)
 
 
-def _searched_groups(space: SearchSpace) -> list[str]:
-    return [name.split(".", 1)[1] for name in space.searched_hyperparameters() if name.startswith("lr_ratio.")]
+def _group_columns(space: SearchSpace) -> dict[str, str]:
+    """Return the searched rates of groups, such as `lr_ratio.head`, and the heads of their columns."""
+    parts = [name.partition(".") for name in space.searched_hyperparameters()]
+    words = {"lr_ratio": "ratio", "layer_decay": "layer decay"}
+    return {f"{field}.{group}": f"{group} {words[field]}" for field, _, group in parts if field in words}

@@ -13,14 +13,14 @@ from torch import nn
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
 from pipeline.files.code import where
-from pipeline.space.config import derive_seed
-from pipeline.space.load import with_steps
+from pipeline.space.load import with_layers, with_steps
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.check import own_code_problems
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.precision import current_settings
+from pipeline.training.precision import current_settings, dtype_of
+from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
@@ -57,31 +57,35 @@ def prepare(
     """
     chosen = choose_device(device)
     try:
-        workload = _placed(workload or load_workload(space.workload), chosen)
-        model = _first_model(workload, space.seed)
+        dtype = dtype_of(space.precision)
+        workload = _placed(workload or load_workload(space.workload), chosen, dtype)
+        model = _first_model(workload, space.seed, dtype)
+        space = with_layers(space, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
         space = with_steps(space, -(-len(workload.train) // space.batch_size))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
     problems = [*problems_with_model(space, workload, model)]
     problems += objective_problems(space, workload) if searching else ()
     problems += _precision_problems(space, chosen)
-    if not problems:
-        steps = -(-len(workload.train) // space.batch_size)
-        problems += own_code_problems(space, model, device=chosen, steps_per_epoch=steps)
-        problems += workload_problems(workload, model, batch_size=space.batch_size)
+    problems += (
+        workload_problems(workload, batch_size=space.batch_size, seed=space.seed, dtype=dtype) if not problems else []
+    )
+    problems += own_code_problems(space, workload, model, device=chosen) if not problems else []
     if problems:
         raise InvalidInput(source, problems)
     processes = torch.get_num_threads()
-    return space, LocalExecutor(workload, space.example(), device=chosen, rows=rows, processes=processes)
+    executor = LocalExecutor(workload, space.example(), device=chosen, dtype=dtype, rows=rows, processes=processes)
+    return space, executor
 
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
     """Yield the problems of a space with its model and data."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not names:
+    dims = {name: parameter.ndim for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not dims:
         yield Problem("workload.model", "has no parameter to train")
         return
-    yield from assign_groups(names, {name: group["pattern"] for name, group in space.param_groups.items()})[1]
+    config = space.example()
+    yield from assign_groups(dims, config.param_groups, config.no_weight_decay, tied=_tied_names(model))[1]
     if space.batch_size > len(workload.train):
         message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
         yield Problem("batch_size", message)
@@ -106,19 +110,25 @@ def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Probl
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
 
 
-def _placed(workload: Workload, device: torch.device) -> Workload:
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Return each further name of a parameter that several modules share, and the name in `named_parameters()`."""
+    listed = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: listed[id(p)] for name, p in every if listed.get(id(p), name) != name}
+
+
+def _placed(workload: Workload, device: torch.device, dtype: torch.dtype) -> Workload:
     try:
-        return to_device(workload, device=device, dtype=torch.float32)
+        return to_device(workload, device=device, dtype=dtype)
     except DataError as error:
         split, _, why = str(error).partition(": ")
         raise InvalidInput("workload", [Problem(f"workload.{split}", why)]) from None
 
 
-def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
+def _first_model(workload: Workload, seed: int, dtype: torch.dtype) -> torch.nn.Module:
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "weights"))
-            model, second = workload.build_model(), workload.build_model()
+        cpu = torch.device("cpu")
+        model, second = (built_model(workload, seed=seed, device=cpu, dtype=dtype) for _ in range(2))
     except InvalidInput:
         raise
     except (Exception, SystemExit) as error:
@@ -130,8 +140,6 @@ def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
 
 def _model_problem(model: Any, second: Any) -> str | None:
     """Return what is wrong with a model, given a second one from the same function; None if nothing is."""
-    if not isinstance(model, torch.nn.Module):
-        return f"build_model must return a torch.nn.Module, got {type(model).__name__}"
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]:
         return (
             f"build_model must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
@@ -142,6 +150,20 @@ def _model_problem(model: Any, second: Any) -> str | None:
         )
     if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         return f"the model begins with a NaN or an infinity in {broken[0]}; mend its weights"
+    if other := _difference(model, second):
+        remedy = "draw weights from the random state of torch, Python or NumPy"
+        return f"build_model must give the same model from the same seed, got {other} twice otherwise; {remedy}"
+    return None
+
+
+def _difference(model: nn.Module, second: nn.Module) -> str | None:
+    """Return the name of a parameter or buffer in which two models differ."""
+    one, other = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, second))
+    for name in {**one, **other}:
+        if name not in one or name not in other or one[name].shape != other[name].shape:
+            return name
+        if not torch.equal(one[name].nan_to_num(), other[name].nan_to_num()):
+            return name
     return None
 
 
@@ -166,6 +188,8 @@ def choose_device(name: str) -> torch.device:
 def _precision_problems(space: SearchSpace, device: torch.device) -> list[Problem]:
     """Return the problem of a precision that the device lacks; PyTorch would silently use another."""
     remedy = "set precision to fp32" + ("" if device.type == "mps" else " or bf16")
+    if space.precision == "fp64" and device.type == "mps":
+        return [Problem("precision", f"fp64 is more than Metal devices compute; {remedy}, or use --device cpu")]
     if space.precision == "tf32" and device.type != "cuda":
         return [Problem("precision", f"tf32 needs a CUDA device, and trials train on {device.type}; {remedy}")]
     if space.precision == "tf32" and torch.cuda.get_device_capability(device) < TF32_CAPABILITY:

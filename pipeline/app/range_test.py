@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.space.schedules import Constant
-from pipeline.workloads.data import samples_of, some_samples
+from pipeline.workloads.data import with_fewer_samples
 
 if TYPE_CHECKING:
     from pipeline.space.config import TrialConfig
@@ -104,10 +104,7 @@ def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, s
 
 def _shortened(workload: Workload, count: int, *, seed: int) -> Workload:
     """Return a workload with at most `count` training samples."""
-    train, val = (
-        some_samples(samples_of(workload, name), n, seed=seed) for name, n in (("train", count), ("val", VAL_SAMPLES))
-    )
-    return dataclasses.replace(workload, train=train, val=val, test=None)
+    return with_fewer_samples(workload, train=count, val=VAL_SAMPLES, seed=seed)
 
 
 def _with_rate(config: TrialConfig, rate: float) -> TrialConfig:

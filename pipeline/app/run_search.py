@@ -138,13 +138,14 @@ def _run(
 def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
     """Have MLflow record a study; a failure of MLflow is only a warning."""
     space = study.space
+    charted = {name.partition(".")[0]: name for name in space.example().group_names}  # the last of a group's layers
     info = StudyInfo(
         name=study.name,
         identity=study.identity,
         workload=space.workload.title,
         metric=space.objective.metric,
         direction=space.objective.direction,
-        groups=tuple(space.param_groups),
+        groups=tuple(charted.values()),
         searched=space.searched_hyperparameters(),
         shared=space.shared_hyperparameters(),
         space=dumps(space.document),

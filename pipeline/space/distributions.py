@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.space.limits import Share
+from pipeline.space.limits import Share, as_tuples
 
 T = TypeVar("T")
 Step = TypeVar("Step")
@@ -124,8 +124,7 @@ def label(choice: Any) -> Any:
 
 def contains(distribution: Any, value: Any) -> bool:
     """Say whether a value could be chosen from a distribution."""
-    if isinstance(value, list):
-        value = tuple(value)
+    value = as_tuples(value)
     match distribution:
         case Choices(choices=choices):
             return any(_same(choice, value) for choice in choices)

@@ -34,11 +34,11 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import Problem, did_you_mean
 from pipeline.space.distributions import Choices, Range
-from pipeline.space.limits import Interval, Share, ShareOf
+from pipeline.space.limits import Interval, OrOne, Share, ShareOf
 from pipeline.space.own_code import OwnCode, is_plain
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
+NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern", "dims", "layers")
 """Fields that no search varies: they say what a strategy is, not how large a number is."""
 
 MAX_COUNT = 10**9
@@ -113,6 +113,11 @@ def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
         # Pydantic calls a list with a wrong item too short besides.
         found = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
         return None, [_problem(form, details) for details in found]
+
+
+def one_or_list(form: type[BaseModel]) -> Any:
+    """Return the type of a list of mappings, which a file may write as its one mapping."""
+    return _strict(Annotated[tuple[form, ...], OrOne()])  # type: ignore[valid-type]
 
 
 @functools.cache
@@ -221,17 +226,11 @@ def _strict(annotation: Any) -> Any:
         kinds = Annotated[number, Tag(_VALUE)] | Annotated[share, Tag(_SHARE)]  # type: ignore[valid-type]
         return Annotated[kinds, Discriminator(_end_kind)]
     if origin is Annotated:
-        intervals = [Field(**_bounds(item)) if isinstance(item, Interval) else item for item in arguments[1:]]
-        return Annotated[(_strict(arguments[0]), *intervals)]
+        return Annotated[(_strict(arguments[0]), *(_constraint(item, arguments[0]) for item in arguments[1:]))]
     if origin in (types.UnionType, Union):
         return Union[tuple(_strict(argument) for argument in arguments)]  # noqa: UP007
     if origin is tuple:
-        several = Annotated[tuple[_strict(arguments[0]), ...], Field(min_length=1)]  # type: ignore[misc, valid-type]
-        return (
-            Annotated[several, BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-            if arguments[0] is str
-            else several
-        )
+        return Annotated[tuple[_strict(arguments[0]), ...], Field(min_length=1)]  # type: ignore[misc]
     if annotation is float:
         return Annotated[float, Field(strict=True, allow_inf_nan=False)]
     if annotation is int:
@@ -270,8 +269,20 @@ def _without_share(annotation: Any) -> Any:
     return Annotated[(number, *(item for item in rest if not isinstance(item, ShareOf)))]
 
 
+def _constraint(mark: Any, annotation: Any) -> Any:
+    """Return a mark of an annotation for pydantic."""
+    match mark:
+        case Interval():
+            return Field(**_bounds(mark))
+        case OrOne():
+            item = _strict(get_args(annotation)[0])
+            several = Annotated[list[item], Field(min_length=1)]  # type: ignore[valid-type]
+            return BeforeValidator(_listed, json_schema_input_type=item | several)
+    return mark
+
+
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _bounds(interval: Interval) -> dict[str, Any]:

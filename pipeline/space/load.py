@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -33,13 +33,14 @@ from pipeline.space.file_format import (
     form_of,
     in_percent,
     named_union,
+    one_or_list,
     one_or_more,
     own_form,
 )
 from pipeline.space.optimizers import OPTIMIZERS, OwnOptimizer
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.own_code import SHARED, is_own, load_own
-from pipeline.space.param_groups import ParamGroup
+from pipeline.space.param_groups import ParameterRule, ParamGroup, is_numbered, numbered_layers
 from pipeline.space.pruners import PRUNERS
 from pipeline.space.schedules import SCHEDULERS, OwnScheduler, scheduler_class
 from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
@@ -128,6 +129,35 @@ def with_steps(space: SearchSpace, steps_per_epoch: int) -> SearchSpace:
     return space if resolved.schedulers == space.schedulers else resolved
 
 
+def with_layers(space: SearchSpace, names: Iterable[str]) -> SearchSpace:
+    """Resolve layers that a file numbers, `blocks.{n}.*`, once the model says which numbers there are.
+
+    Args:
+        space: The search space.
+        names: Names of the model's parameters that are trained.
+
+    Raises:
+        InvalidInput: A rule does not hold for the layers that the model has.
+    """
+    names = list(names)
+
+    def numbered(groups: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: {**group, "layers": numbered_layers(group["layers"], names)} if "layers" in group else group
+            for name, group in groups.items()
+        }
+
+    document = {
+        **space.document,
+        "param_groups": numbered(space.document["param_groups"]),
+        "enqueue": [
+            {**entry, "param_groups": numbered(entry["param_groups"])} if "param_groups" in entry else entry
+            for entry in space.document["enqueue"]
+        ],
+    }
+    return space if document == space.document else space_from_document(document, name=space.name)
+
+
 def load_config(
     path: Path, overrides: Overrides = MappingProxyType({})
 ) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
@@ -169,6 +199,10 @@ def file_form() -> type[BaseModel]:
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
         "scheduler": (one_or_more("Schedulers", SCHEDULERS), ...),
         "param_groups": (dict[group_name, form_of(ParamGroup, searchable=True)], Field(min_length=1)),  # type: ignore[misc]
+        "no_weight_decay": (
+            one_or_list(form_of(ParameterRule, searchable=False)) | None,
+            Field(None, description="Parameters without weight decay, whatever their group."),
+        ),
         "sampler": (form_of(Sampler, searchable=False), defaults),
         "pruner": (named_union(*PRUNERS.values()), no_pruner),
         "enqueue": (list[dict[str, Any]], Field(default=[], description="Configs to try first, in a file's words.")),
@@ -207,6 +241,7 @@ def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[Searc
         }
         | own_values["scheduler"],
         param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
+        no_weight_decay=tuple(ParameterRule(**dict(rule)) for rule in values.no_weight_decay or ()),
         sampler=Sampler(**dict(values.sampler)),
         pruner=PRUNERS[values.pruner.name](**dict(values.pruner)),
         enqueue=(),
@@ -306,8 +341,8 @@ def _enqueued(
             problems += [Problem(f"{here}.{problem.place}", problem.message) for problem in wrong]
             if wrong:
                 continue
-            if isinstance(values.get("pattern"), str):
-                values = values | {"pattern": [values["pattern"]]}  # as a file may say it
+            if key == "param_groups":
+                values = _with_lists(values, parts[key][owner])
             yield from _enqueued_values(parts[key][owner], values, shares, key, owner, place, problems)
 
 
@@ -321,6 +356,20 @@ def _shares(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> tup
     warmup = max(extremes(distributions.get("warmup", 0))) if "warmup" in fields else 0
     total = _run_length(space, distributions)
     return resolve_lengths(scheduler_class(schedule), shares, total=total, warmup=warmup), problems
+
+
+def _with_lists(values: Mapping[str, Any], group: Domains) -> dict[str, Any]:
+    """Return the values of an enqueued group with the lists that the form of a file makes of single items.
+
+    Layers that the model has yet to number are left out, and checked when `with_layers` reads the space again.
+    """
+    made = dict(values)
+    made |= {name: [value] for name, value in values.items() if name in ("pattern", "dims") and type(value) is not list}
+    if group["layers"] is not None and is_numbered(group["layers"]):
+        made.pop("layers", None)
+    elif isinstance(values.get("layers"), list):
+        made["layers"] = [[layer] if isinstance(layer, str) else layer for layer in values["layers"]]
+    return made
 
 
 def _enqueued_values(

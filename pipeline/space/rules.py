@@ -8,6 +8,7 @@ optimizer or schedule are methods of its class.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from pipeline.errors import Problem, counted
 from pipeline.space.distributions import Range, extremes, is_searched
 from pipeline.space.limits import Share
 from pipeline.space.optimizers import optimizer_class
+from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import scheduler_class
 
 if TYPE_CHECKING:
@@ -40,6 +42,10 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
     if "rprop" in space.optimizers:
         yield from _rprop_problems(space)
     yield from _weight_decay_problems(space)
+    for name, group in space.param_groups.items():
+        yield from _group_problems(f"param_groups.{name}", group)
+    if any(rule.pattern is None and rule.dims is None for rule in space.no_weight_decay):
+        yield Problem("no_weight_decay", "needs a pattern or dims in each rule; add one, such as dims: 1")
     if all(0 in extremes(group["lr_ratio"]) for group in space.param_groups.values()):
         yield Problem("param_groups", "every group can be frozen (lr_ratio 0) at once; give one a ratio above 0")
 
@@ -88,9 +94,27 @@ def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | Non
         yield Problem(f"{place}.{problem.place}", problem.message)
 
 
+def _group_problems(place: str, group: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with how a group says which parameters it takes."""
+    if group["pattern"] is None and group["dims"] is None and group["layers"] is None:
+        yield Problem(place, "needs a pattern, dims or layers, which say what it takes; add one, such as pattern: '*'")
+    if group["pattern"] is not None and group["layers"] is not None:
+        yield Problem(f"{place}.layers", "stand in place of a pattern; remove one of the two")
+    if group["layers"] is not None and group["layer_decay"] is None:
+        yield Problem(f"{place}.layer_decay", "is missing, and layers need it; add it, such as layer_decay: 0.75")
+    if group["layers"] is None and group["layer_decay"] is not None:
+        yield Problem(f"{place}.layer_decay", "needs layers; give the patterns of the layers in place of the pattern")
+
+
 def _rate_floor_problems(space: SearchSpace, place: str, scheduler: Mapping[str, Any]) -> Iterator[Problem]:
     """Refuse a floor above the smallest rate that the space can draw: PyTorch would raise the rate to the floor."""
-    ratios = [ratio for group in space.param_groups.values() for ratio in extremes(group["lr_ratio"]) if ratio > 0]
+    ratios = [
+        ratio
+        for group in space.param_groups.values()
+        for lr_ratio, layer_decay in itertools.product(extremes(group["lr_ratio"]), extremes(group["layer_decay"]))
+        for ratio in ParamGroup(layers=group["layers"], layer_decay=layer_decay, lr_ratio=lr_ratio).ratios()
+        if ratio > 0
+    ]
     for field in ("eta_min", "min_lr"):
         floors = [floor for floor in extremes(scheduler.get(field, 0.0)) if not isinstance(floor, Share)]
         floor = max(floors, default=0.0)
@@ -128,9 +152,10 @@ def _rprop_problems(space: SearchSpace) -> Iterator[Problem]:
 
 
 def _weight_decay_problems(space: SearchSpace) -> Iterator[Problem]:
-    """Refuse a group's weight decay beside an optimizer that has none, and would not see it."""
-    for name, group in space.param_groups.items():
-        for optimizer in (other for other, domains in space.optimizers.items() if "weight_decay" not in domains):
-            if group["weight_decay"] is not None:
-                message = f"must be absent with {optimizer}, which has no weight decay"
-                yield Problem(f"param_groups.{name}.weight_decay", message)
+    """Refuse weight decay, or rules of it, beside an optimizer that has none, and would not see it."""
+    places = [
+        f"param_groups.{name}.weight_decay" for name, g in space.param_groups.items() if g["weight_decay"] is not None
+    ]
+    places += ["no_weight_decay"] if space.no_weight_decay else []
+    for optimizer in (name for name, domains in space.optimizers.items() if "weight_decay" not in domains):
+        yield from (Problem(place, f"must be absent with {optimizer}, which has no weight decay") for place in places)

@@ -14,7 +14,7 @@ from pipeline.space.distributions import Choices, Suggests, is_searched, suggest
 from pipeline.space.limits import Interval
 from pipeline.space.optimizers import make_optimizer
 from pipeline.space.own_code import is_own, recorded_name
-from pipeline.space.param_groups import ParamGroup
+from pipeline.space.param_groups import ParameterRule, ParamGroup
 from pipeline.space.pruners import Pruner
 from pipeline.space.schedules import make_scheduler, scheduler_class
 from pipeline.space.shares import resolve_floors
@@ -56,7 +56,9 @@ class SearchSpace:
     """Optimizer name to its hyperparameters; a trial has one optimizer."""
     schedulers: Mapping[str, Domains]
     param_groups: Mapping[str, Domains]
-    """Group name to `pattern`, `lr_ratio` and `weight_decay`, in the order in which patterns are tried."""
+    """Group name to the fields of a `ParamGroup`, in the order in which groups are tried."""
+    no_weight_decay: tuple[ParameterRule, ...]
+    """Parameters that any of the rules takes have no weight decay, in every group."""
     sampler: Sampler
     pruner: Pruner
     enqueue: tuple[Mapping[str, Any], ...]
@@ -90,8 +92,11 @@ class SearchSpace:
         optimizer_values = _suggest_all(trial, self.optimizers[optimizer], prefix=f"{optimizer}.")
         scheduler = suggest(trial, "scheduler", _one_of(self.schedulers))
         scheduler_values = _suggest_all(trial, self.schedulers[scheduler], prefix=f"{scheduler}.")
-        groups = {name: _suggest_all(trial, group, suffix=f".{name}") for name, group in self.param_groups.items()}
-        ratios = [group["lr_ratio"] for group in groups.values() if group["lr_ratio"] > 0]
+        groups = {
+            name: ParamGroup(**_suggest_all(trial, group, suffix=f".{name}"))
+            for name, group in self.param_groups.items()
+        }
+        ratios = [ratio for group in groups.values() for ratio in group.ratios() if ratio > 0]
         lowest = optimizer_values["base_lr"] * min(ratios, default=1.0)
         scheduler_values = resolve_floors(scheduler_class(scheduler), scheduler_values, rate=lowest)
         return TrialConfig(
@@ -99,7 +104,8 @@ class SearchSpace:
             **_suggest_all(trial, self.settings),
             optimizer=make_optimizer(optimizer, optimizer_values),
             scheduler=make_scheduler(scheduler, scheduler_values),
-            param_groups={name: ParamGroup(**values) for name, values in groups.items()},
+            param_groups=groups,
+            no_weight_decay=self.no_weight_decay,
         )
 
     def example(self) -> TrialConfig:

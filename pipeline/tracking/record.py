@@ -71,7 +71,7 @@ def metric_points(trial: EndedTrial) -> list[tuple[str, int, float]]:
 
 
 def _lr_history(trial: EndedTrial) -> dict[str, list[tuple[int, float]]]:
-    groups = trial.config.param_groups
+    groups = trial.config.group_names
     return {group: list(chain.from_iterable(epoch.lr.get(group, ()) for epoch in trial.epochs)) for group in groups}
 
 

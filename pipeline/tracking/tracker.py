@@ -24,7 +24,7 @@ class StudyInfo:
     direction: str
     """Direction of the objective: "maximize" or "minimize"."""
     groups: tuple[str, ...]
-    """Names of the parameter groups."""
+    """Names of the parameter groups whose learning rates have a chart."""
     searched: tuple[str, ...]
     """Hyperparameters that differ between trials, such as `optimizer`, `base_lr`, `momentum`, `lr_ratio.head`."""
     shared: tuple[str, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from pipeline.errors import Problem
 from pipeline.files.code import where
-from pipeline.space.config import TrialConfig
+from pipeline.space.config import derive_seed
 from pipeline.space.own_code import FactorError, factor_of, is_own
-from pipeline.space.param_groups import assign_groups
 from pipeline.space.schedules import OwnScheduler
-from pipeline.training.epoch import fork_rng
-from pipeline.training.optim import build_optimizers
+from pipeline.training.epoch import Accumulation
+from pipeline.training.optim import build_optimizers, group_parameters
+from pipeline.workloads.data import epoch_length
+from pipeline.workloads.random_state import seeded
+from pipeline.workloads.workload import Workload
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
 
 
 def own_code_problems(
-    space: SearchSpace, model: nn.Module, *, device: torch.device, steps_per_epoch: int
+    space: SearchSpace, workload: Workload, model: nn.Module, *, device: torch.device
 ) -> Iterator[Problem]:
     """Yield the problems of a space's own optimizers and schedules.
 
@@ -32,23 +34,27 @@ def own_code_problems(
 
     Args:
         space: Names the optimizers and schedules, which have been loaded.
+        workload: Says how long an epoch is.
         model: Supplies the parameters.
         device: Where the copies are, since an optimizer may support one device only.
-        steps_per_epoch: Optimizer updates in one epoch.
     """
-    with fork_rng(device):
+    with seeded(derive_seed(space.seed, "check"), device):
         for name in filter(is_own, space.optimizers):
             config = dataclasses.replace(space, optimizers={name: space.optimizers[name]}).example()
+            groups = group_parameters(config, model)
+            copies = {group: [(name, _copy(p, device)) for name, p in pairs] for group, pairs in groups.items()}
             try:
-                for optimizer in build_optimizers(config, _copies(model, config, device)):
+                for optimizer in build_optimizers(config, copies):
                     optimizer.step()
             except (Exception, SystemExit) as error:
                 message = f"raised {where(error)}, with {_shown(config.optimizer.arguments())}"
                 yield Problem(f"optimizer.{name}", message)
         for name in filter(is_own, space.schedulers):
-            schedule = dataclasses.replace(space, schedulers={name: space.schedulers[name]}).example().scheduler
+            config = dataclasses.replace(space, schedulers={name: space.schedulers[name]}).example()
+            schedule = config.scheduler
             assert isinstance(schedule, OwnScheduler)
-            total = space.epochs * (steps_per_epoch if schedule.interval == "step" else 1)
+            steps = Accumulation(config.accumulate, config.batch_size, epoch_length(workload, config.seed)).steps
+            total = config.epochs * (steps if schedule.interval == "step" else 1)
             if problem := _factor_problem(schedule, total):
                 given = _shown(schedule.hyperparameters)
                 yield Problem(f"scheduler.{name}", f"{problem}, with {given}" if given else problem)
@@ -66,14 +72,8 @@ def _factor_problem(schedule: OwnScheduler, total: int) -> str | None:
     return None
 
 
-def _copies(model: nn.Module, config: TrialConfig, device: torch.device) -> Mapping[str, Sequence[tuple[str, Tensor]]]:
-    """Return copies of the parameters of each group, with gradients of 0."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups, _ = assign_groups(parameters, {name: group.pattern for name, group in config.param_groups.items()})
-    return {group: [(name, _copy(parameters[name], device)) for name in names] for group, names in groups.items()}
-
-
 def _copy(parameter: nn.Parameter, device: torch.device) -> Tensor:
+    """Return a copy of a parameter with a gradient of 0."""
     copy = parameter.detach().to(device, copy=True).requires_grad_()
     copy.grad = torch.zeros_like(copy)
     return copy

@@ -7,18 +7,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from pipeline.errors import DeviceError, PipelineError, first_line
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
+from pipeline.workloads.trees import map_tensors
+from pipeline.workloads.workload import Batch
 
-Batches = Iterator[tuple[Tensor, Tensor]]
-"""Inputs (sample, …) and targets (sample, …) of each batch, as the model takes them."""
+Batches = Iterator[Batch]
+"""Batches as the model takes them."""
 
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 """Calls a function on each item, perhaps concurrently, and returns the results in order."""
+
+
+class Diverged(Exception):
+    """A trial's numbers are no longer finite; the message says where."""
 
 
 class GroupLost(Exception):
@@ -97,11 +102,11 @@ class Stepwise(Protocol):
         """Begin an epoch, before its first batch."""
         ...
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+    def train_step(self, batch: Batch) -> None:
         """Update every trial on one batch."""
         ...
 
-    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
+    def evaluate_step(self, batch: Batch) -> None:
         """Evaluate every trial on one batch."""
         ...
 
@@ -113,10 +118,10 @@ class Stepwise(Protocol):
 def train_epoch_of(trainer: Stepwise) -> dict[int, EpochMetrics]:
     """Train and evaluate one trainer for an epoch."""
     trainer.begin_epoch()
-    for inputs, targets in trainer.training_batches():
-        trainer.train_step(inputs, targets)
-    for inputs, targets in trainer.evaluation_batches("val"):
-        trainer.evaluate_step(inputs, targets)
+    for batch in trainer.training_batches():
+        trainer.train_step(batch)
+    for batch in trainer.evaluation_batches("val"):
+        trainer.evaluate_step(batch)
     return trainer.end_epoch()
 
 
@@ -147,19 +152,34 @@ def train_epoch_together(trainers: Sequence[Stepwise], map_trainers: Map) -> lis
     return outcomes
 
 
-def _step_on_copy(step: str, batch: tuple[Tensor, Tensor], trainer: Stepwise) -> None:
+def _step_on_copy(step: str, batch: Batch, trainer: Stepwise) -> None:
     """Make a step on a copy of a batch, since a model may change the batch in place."""
-    getattr(trainer, step)(*(values.clone() for values in batch))
+    getattr(trainer, step)(copied(batch))
+
+
+def copied(batch: Batch) -> Batch:
+    """Return a copy of a batch's tensors; inputs that are also the targets stay so."""
+    inputs = map_tensors(torch.clone, batch.inputs)
+    return Batch(
+        inputs, inputs if batch.targets is batch.inputs else map_tensors(torch.clone, batch.targets), batch.size
+    )
 
 
 def _attempt(function: Callable[[Stepwise], Any], trainer: Stepwise) -> Any:
     try:
         return function(trainer)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return trial_error(error)
 
 
-def trial_error(error: Exception) -> Exception:
+def ended_by(error: Exception, *, epoch: int, step: int) -> EpochMetrics:
+    """Return the metrics of a trial that an exception has ended: it diverged or failed."""
+    if isinstance(error, Diverged):
+        return EpochMetrics(epoch=epoch, step=step, metrics={}, lr={}, diverged=str(error))
+    return EpochMetrics(epoch=epoch, step=step, metrics={}, lr={}, failed=f"{type(error).__name__}: {error}")
+
+
+def trial_error(error: Exception | SystemExit) -> Exception:
     """Return an exception that a trial may have caused; raise any other.
 
     Raises:
@@ -171,4 +191,11 @@ def trial_error(error: Exception) -> Exception:
         return torch.OutOfMemoryError(first_line(error))
     if isinstance(error, torch.AcceleratorError):
         raise DeviceError(f"the device failed: {first_line(error)}") from error
+    if isinstance(error, SystemExit):
+        return exit_error(error)
     return error.with_traceback(None)  # a traceback would keep the tensors of the failed computation alive
+
+
+def exit_error(error: SystemExit) -> Exception:
+    """Return the error of a trial whose code called `sys.exit`."""
+    return RuntimeError(f"sys.exit({error.code!r}) was called")

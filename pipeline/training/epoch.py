@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.errors import first_line
 from pipeline.space.config import TrialConfig, derive_seed
-from pipeline.workloads.random_state import seed_global
+from pipeline.training.contract import Diverged
+from pipeline.workloads.random_state import seeded
+from pipeline.workloads.trees import map_tensors, tensors
 
 
 @dataclass
@@ -20,14 +23,41 @@ class Record:
     """Values recorded in an epoch so far."""
 
     losses: list[Tensor] = field(default_factory=list)
-    """Loss of each step: a scalar, or (row,)."""
+    """Loss of each batch: a scalar, or (row,)."""
     sizes: list[int] = field(default_factory=list)
-    """Samples of each step."""
+    """Samples of each batch."""
     rates: list[dict[str, float]] = field(default_factory=list)
     """Group name to learning rate of each step."""
-    outputs: list[Tensor] = field(default_factory=list)
-    """Outputs for each evaluated batch: (sample, …), or (row, sample, …)."""
-    targets: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """Which batches of an epoch make up each optimizer step."""
+
+    accumulate: int
+    """Batches per step."""
+    batch_size: int
+    samples: int
+    """Samples of an epoch."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.samples // (self.batch_size * self.accumulate))
+
+    def begins(self, batch: int) -> bool:
+        """Return whether a batch, counted from 0, is the first of a step."""
+        return batch % self.accumulate == 0
+
+    def ends(self, batch: int) -> bool:
+        """Return whether a batch is the last of a step."""
+        return (batch + 1) % self.accumulate == 0 or (batch + 1) * self.batch_size >= self.samples
+
+    def share(self, batch: int) -> float:
+        """Return a batch's share of the samples of its step, by which its gradients count."""
+        first = batch // self.accumulate * self.accumulate * self.batch_size
+        in_step = min(self.accumulate * self.batch_size, self.samples - first)
+        return min(self.batch_size, self.samples - batch * self.batch_size) / in_step
 
 
 def check_shapes(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -42,15 +72,18 @@ def check_shapes(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> 
             raise ValueError(f"{name} is {now.get(name, 'absent')} here and was {before.get(name, 'absent')}")
 
 
-@contextlib.contextmanager
-def seeded_step(seeded: bool, device: torch.device, seed: int, *purpose: str | int) -> Iterator[None]:
-    """Seed torch's global random states for a step, and restore them afterwards; do nothing unless `seeded`."""
-    if not seeded:
-        yield
-        return
-    with fork_rng(device):
-        seed_global(derive_seed(seed, *purpose), device)
-        yield
+def seeded_step(
+    kinds: Collection[str], device: torch.device, seed: int, *purpose: str | int
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context that seeds global random states for a step, and restores them afterwards.
+
+    Args:
+        kinds: The libraries that the model or the loss draws from, of `random_state.KINDS`.
+        device: Where the model computes.
+        seed: The config's.
+        purpose: What the step is, and its number.
+    """
+    return seeded(derive_seed(seed, *purpose), device, kinds) if kinds else contextlib.nullcontext()
 
 
 def autocast(config: TrialConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -58,21 +91,54 @@ def autocast(config: TrialConfig, device: torch.device) -> contextlib.AbstractCo
     return torch.autocast(device.type, dtype=torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
 
 
-def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context that restores torch's global random states, of the CPU and of the device."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+def without_bf16(outputs: Any) -> Any:
+    """Return outputs with float32 in place of bfloat16, for losses and metrics of an evaluation."""
+    return map_tensors(lambda tensor: tensor.float() if tensor.dtype == torch.bfloat16 else tensor, outputs)
+
+
+def loss_of(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, *, step: int) -> Tensor:
+    """Return the loss of a model's outputs, after `step` optimizer steps.
+
+    Raises:
+        Diverged: The loss raised on outputs that are not finite, as `F.binary_cross_entropy` does.
+    """
+    try:
+        return loss(outputs, targets)
+    except Exception as error:
+        if not _are_infinite(outputs):
+            raise
+        message = f"the outputs became NaN or infinite after step {step}, and the loss raised {first_line(error)}"
+        raise Diverged(message) from None
+
+
+def _are_infinite(outputs: Any) -> bool:
+    """Return whether a number of outputs is not finite; False within `vmap`, where numbers cannot be looked at."""
+    try:
+        return not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(outputs))
+    except RuntimeError:
+        return False
 
 
 def mean_loss(losses: list[float], sizes: list[int]) -> float:
-    """Return the mean of an epoch's losses, weighted by the number of samples of each step."""
+    """Return the mean of an epoch's losses, weighted by the number of samples of each batch."""
     return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
-def why_diverged(losses: list[float], metrics: Mapping[str, float], *, first_step: int, epoch: int) -> str | None:
-    """Return where a trial's numbers stopped being finite; None if all are finite."""
-    for step, loss in enumerate(losses, start=first_step):
+def why_diverged(
+    losses: list[float], metrics: Mapping[str, float], *, first_step: int, accumulate: int, epoch: int
+) -> str | None:
+    """Return where a trial's numbers stopped being finite; None if all are finite.
+
+    Args:
+        losses: Of each batch of the epoch.
+        metrics: Of the epoch.
+        first_step: Number of the epoch's first optimizer step.
+        accumulate: Batches per optimizer step.
+        epoch: Number of the epoch.
+    """
+    for batch, loss in enumerate(losses):
         if not math.isfinite(loss):
-            return f"the loss became {loss} at step {step}, in epoch {epoch}"
+            return f"the loss became {loss} at step {first_step + batch // accumulate}, in epoch {epoch}"
     if not math.isfinite(metrics["val/loss"]):
         return f"val/loss became {metrics['val/loss']} after epoch {epoch}"
     return None

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -72,9 +73,9 @@ class LocalExecutor:
             device=device.type, processes=processes if self._forks else 1, rows=rows, row_limit=rows
         )
         finding = self._probed(config)
-        self._seeded = finding.draws_random_numbers
-        # Threads share PyTorch's random state, so trials that draw random numbers train one after another.
-        self._threads = 1 if not on_cpu or self._seeded else torch.get_num_threads()
+        self._draws, self._output_size, self._unsaved = finding.draws, finding.output_size, finding.unsaved is not None
+        # Threads share the global random states, so trials that draw random numbers train one after another.
+        self._threads = 1 if not on_cpu or self._draws else torch.get_num_threads()
         if on_cpu:  # without memory a CPU raises no error: the system kills the process
             at_once = max(self._threads, self.rules.processes)
             fitting = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / at_once))
@@ -119,9 +120,13 @@ class LocalExecutor:
         for process in self._processes:
             process.end()
 
-    def precision(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
         """Return the context in which all trials of a search train."""
-        return precision(self._config, self.device)
+        with precision(self._config, self.device), warnings.catch_warnings():
+            # Of operations that `vmap` computes row by row; the probe has let PyTorch say so once.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            yield
 
     def place(self, configs: Mapping[int, TrialConfig]) -> list[Shard]:
         """Divide running trials into shards."""
@@ -179,8 +184,11 @@ class LocalExecutor:
 
     def build_here(self, configs: Mapping[int, TrialConfig], plain: bool) -> FusedTrials | PlainTrials:
         """Build a trainer in this process."""
-        trainer = PlainTrials if plain else FusedTrials
-        return trainer(configs, self.workload, device=self.device, dtype=self._dtype, seeded=self._seeded)
+        options: dict[str, Any] = {"device": self.device, "dtype": self._dtype}
+        options |= {"draws": self._draws, "output_size": self._output_size}
+        if plain:
+            return PlainTrials(configs, self.workload, unsaved=self._unsaved, **options)
+        return FusedTrials(configs, self.workload, **options)
 
     def train(self, trainers: Sequence[ShardTrainer]) -> list[dict[int, EpochMetrics] | Exception]:
         """Train shards for an epoch, at the same time where possible; return the metrics or the exception of each."""
@@ -201,7 +209,7 @@ class LocalExecutor:
         """Probe trials that freeze the same groups, once, and store the verdict in the rules."""
         groups = frozen_groups(config)
         if groups not in self._findings:
-            with self.precision():
+            with precision(self._config, self.device):
                 self._findings[groups] = probe(self.workload, config, device=self.device, dtype=self._dtype)
         finding = self._findings[groups]
         if groups not in self.rules.plain_because:
@@ -232,5 +240,5 @@ def _attempt(trainer: ShardTrainer) -> dict[int, EpochMetrics] | Exception:
         return trainer.train_epoch()
     except ProcessDied as error:
         return error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return trial_error(error)

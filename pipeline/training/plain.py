@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.space.config import TrialConfig, derive_seed
-from pipeline.space.param_groups import assign_groups
+from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import OwnOptimizer
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.contract import Batches, train_epoch_of, trial_error
-from pipeline.training.epoch import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
-from pipeline.training.optim import Strategy, hidden_matrices
+from pipeline.training.contract import Batches, copied, ended_by, train_epoch_of, trial_error
+from pipeline.training.epoch import (
+    Accumulation,
+    Record,
+    autocast,
+    check_shapes,
+    loss_of,
+    mean_loss,
+    seeded_step,
+    why_diverged,
+    without_bf16,
+)
+from pipeline.training.evaluation import Evaluation
+from pipeline.training.optim import Strategy, group_parameters, hidden_matrices
 from pipeline.training.pooling import Pooling
-from pipeline.workloads.data import evaluation_batches, training_batches
-from pipeline.workloads.workload import Workload
+from pipeline.workloads.build import built_model, run_model
+from pipeline.workloads.data import epoch_length, evaluation_batches, training_batches
+from pipeline.workloads.random_state import KINDS
+from pipeline.workloads.trees import map_tensors
+from pipeline.workloads.workload import Batch, Workload
 
 
 class PlainTrials:
@@ -30,7 +44,11 @@ class PlainTrials:
         workload: Data, model, loss and metrics; the data are on the device.
         device: Device of the data and the models.
         dtype: Type of parameters and floating-point data.
-        seeded: Whether to seed random numbers before each step; False only if the model draws none.
+        draws: The libraries whose random states are seeded before each step, of `random_state.KINDS`; those that the
+            model or the loss draws from.
+        output_size: The count of numbers in the model's outputs for one sample.
+        unsaved: Whether a model's state is more than parameters and buffers; a state then holds the number of epochs
+            alone, and a trial continues by training these epochs again.
     """
 
     plain = True
@@ -43,17 +61,20 @@ class PlainTrials:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        seeded: bool = True,
+        draws: Collection[str] = KINDS,
+        output_size: int = 0,
+        unsaved: bool = False,
     ) -> None:
         self.configs = dict(configs)
         self._config = next(iter(configs.values()))
         self._epoch = 0
         self._device, self._dtype = device, dtype
         self._workload = workload
-        self._trials = {
-            number: PlainTrial(config, workload, device=device, dtype=dtype, seeded=seeded)
-            for number, config in configs.items()
-        }
+        self._output_size = output_size
+        self._unsaved = unsaved
+        self._epochs_to_repeat = 0
+        build = functools.partial(PlainTrial, workload=workload, device=device, dtype=dtype, draws=draws)
+        self._trials = {number: build(config) for number, config in configs.items()}
         self._failed: dict[int, EpochMetrics] = {}
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
@@ -66,21 +87,22 @@ class PlainTrials:
 
     def evaluation_batches(self, name: str) -> Batches:
         """Yield the batches of a split."""
-        return evaluation_batches(self._workload, name, self._config, dtype=self._dtype)
+        return evaluation_batches(self._workload, name, self._config, dtype=self._dtype, output_size=self._output_size)
 
     def begin_epoch(self) -> None:
         """Begin an epoch of every trial."""
+        self._repeat_epochs()
         self._failed = {}
         self._each(PlainTrial.begin_epoch)
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+    def train_step(self, batch: Batch) -> None:
         """Update every trial on one batch."""
-        # Clones, since a model may change a batch in place.
-        self._each(lambda trial: trial.train_step(inputs.clone(), targets.clone()))
+        # Copies, since a model may change a batch in place.
+        self._each(lambda trial: trial.train_step(copied(batch)))
 
-    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
+    def evaluate_step(self, batch: Batch) -> None:
         """Evaluate every trial on one batch."""
-        self._each(lambda trial: trial.evaluate_step(inputs, targets))
+        self._each(lambda trial: trial.evaluate_step(batch))
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
         """Return the metrics of the epoch; a diverged trial leaves the group."""
@@ -96,14 +118,11 @@ class PlainTrials:
         for number, trial in list(self._trials.items()):
             try:
                 value = function(trial)
-            except Exception as raised:
+            except (Exception, SystemExit) as raised:
                 error = trial_error(raised)
                 if isinstance(error, torch.OutOfMemoryError):  # which no trial causes alone
                     raise error from None
-                failed = f"{type(error).__name__}: {error}"
-                self._failed[number] = EpochMetrics(
-                    epoch=trial.epoch, step=trial.step, metrics={}, lr={}, failed=failed
-                )
+                self._failed[number] = ended_by(error, epoch=trial.epoch, step=trial.step)
                 self.drop(number)
             else:
                 if results is not None:
@@ -115,18 +134,26 @@ class PlainTrials:
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        for inputs, targets in self.evaluation_batches("test"):
+        self._repeat_epochs()
+        for trial in self._trials.values():
+            trial.begin_evaluation()
+        for batch in self.evaluation_batches("test"):
             for trial in self._trials.values():
-                trial.evaluate_step(inputs, targets)
-        return {number: trial.evaluated("test") for number, trial in self._trials.items()}
+                trial.evaluate_step(batch)
+        return {number: trial.evaluation.results("test")[0] for number, trial in self._trials.items()}
 
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
-        state = self._trials[number].model.state_dict()
-        return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
+        self._repeat_epochs()
+        trial = self._trials[number]
+        with trial.averaged():
+            state = trial.model.state_dict()
+            return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every trial."""
+        if self._unsaved:
+            return {str(number): {"epoch": self._epoch + self._epochs_to_repeat} for number in self._trials}
         return {str(number): trial.state_dict() for number, trial in self._trials.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -134,92 +161,147 @@ class PlainTrials:
         for number in [number for number in self._trials if str(number) not in state]:
             self.drop(number)
         for number, trial in self._trials.items():
-            trial.load_state_dict(state[str(number)])
-            self._epoch = trial.epoch
+            if self._unsaved:
+                self._epochs_to_repeat = state[str(number)]["epoch"]
+            else:
+                trial.load_state_dict(state[str(number)])
+                self._epoch = trial.epoch
+
+    def _repeat_epochs(self) -> None:
+        """Train the epochs of a loaded state again, from the beginning, to get at the state that cannot be saved."""
+        epochs, self._epochs_to_repeat = self._epochs_to_repeat, 0
+        for _ in range(epochs):
+            train_epoch_of(self)
 
 
 class PlainTrial:
     """One trial, trained by a plain PyTorch loop."""
 
     def __init__(
-        self, config: TrialConfig, workload: Workload, *, device: torch.device, dtype: torch.dtype, seeded: bool
+        self,
+        config: TrialConfig,
+        workload: Workload,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        draws: Collection[str],
     ) -> None:
         self.config = config
-        self.seeded = seeded
+        self.draws = draws
         self.workload = workload
         self.device = device
         self.epoch = 0
         self.step = 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.seed, "weights"))
-            self.model = workload.build_model().to(device, dtype)
+        self.model = built_model(workload, seed=config.seed, device=device, dtype=dtype)
+        self.accumulation = Accumulation(config.accumulate, config.batch_size, epoch_length(workload, config.seed))
+        self.averages: list[Tensor] = []
+        """Averages of the trained parameters with `ema`; empty before the first step."""
         for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        patterns = {name: group.pattern for name, group in config.param_groups.items()}
-        groups, problems = assign_groups(parameters, patterns)
-        assert not problems, problems
-        for name, group in config.param_groups.items():
-            for parameter in groups[name]:
-                parameters[parameter].requires_grad_(group.lr_ratio != 0)
-        self.trained = [p for p in parameters.values() if p.requires_grad]
-        self.groups = {group: [(name, parameters[name]) for name in names] for group, names in groups.items()}
+        self.groups = group_parameters(config, self.model)
+        for name, group in config.torch_groups().items():
+            for _, parameter in self.groups[name]:
+                parameter.requires_grad_(group.lr_ratio != 0)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.record = Record()
+        self.begin_evaluation()
         self.pooling = Pooling(device, channels_last=config.channels_last)
 
     @functools.cached_property
     def strategy(self) -> Strategy:
         """The optimizer and the schedule; built in the first epoch, where an exception fails this trial alone."""
-        return Strategy(
-            self.config,
-            self.groups,
-            steps_per_epoch=math.ceil(len(self.workload.train) / self.config.batch_size),
-            directions=self.workload.directions,
-            hidden_matrices=hidden_matrices(self.model),
-        )
+        with self._seeded_update(0):
+            return Strategy(
+                self.config,
+                self.groups,
+                steps_per_epoch=self.accumulation.steps,
+                directions=self.workload.directions,
+                hidden_matrices=hidden_matrices(self.model),
+            )
 
     def begin_epoch(self) -> None:
         """Begin an epoch: clear the record."""
         self.record = Record()
+        self.begin_evaluation()
         self.model.train()
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+    def begin_evaluation(self) -> None:
+        """Begin to evaluate a split."""
+        self.evaluation = Evaluation(self.workload, rows=1)
+
+    def train_step(self, batch: Batch) -> None:
         """Update the parameters on one batch."""
         record = self.record
-        record.rates.append(self.strategy.learning_rates())
-        self.strategy.zero_grad()
-        with seeded_step(self.seeded, self.device, self.config.seed, "step", self.epoch, len(record.sizes)):
+        number = len(record.sizes)
+        if self.accumulation.begins(number):
+            record.rates.append(self.strategy.learning_rates())
+            self.strategy.zero_grad()
+        with seeded_step(self.draws, self.device, self.config.seed, "step", self.epoch, number):
             with autocast(self.config, self.device), self.pooling():
-                loss = self.workload.loss(self.model(inputs), targets)
-            loss.backward()
+                loss = self._loss(run_model(self.model, batch.inputs), batch)
+            (loss if self.config.accumulate == 1 else loss * self.accumulation.share(number)).backward()
+        if self.accumulation.ends(number):
+            self._step()
+        record.losses.append(loss.detach())
+        record.sizes.append(batch.size)
+
+    def _step(self) -> None:
         if self.config.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
-        self.strategy.step()
-        record.losses.append(loss.detach())
-        record.sizes.append(len(inputs))
+        with self._seeded_update(self.step + len(self.record.rates)):
+            self.strategy.step()
+        if self.config.ema is None:
+            return
+        if self.averages:
+            for average, parameter in zip(self.averages, self.trained, strict=True):
+                average.lerp_(parameter.detach(), 1 - self.config.ema)
+        else:
+            self.averages = [parameter.detach().clone() for parameter in self.trained]
+
+    def _seeded_update(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context that seeds an update of an optimizer of a person's own, which may draw random numbers."""
+        kinds = KINDS if isinstance(self.config.optimizer, OwnOptimizer) else ()
+        return seeded_step(kinds, self.device, self.config.seed, "update", step)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages, if there are any, in the place of the trained parameters inside the block."""
+        last = [parameter.data for parameter in self.trained]
+        for parameter, average in zip(self.trained, self.averages or last, strict=True):
+            parameter.data = average
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trained, last, strict=True):
+                parameter.data = value
 
     @torch.no_grad()
-    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
-        """Record the model's outputs for one batch of a split."""
-        record = self.record
+    def evaluate_step(self, batch: Batch) -> None:
+        """Evaluate one batch of a split."""
+        evaluation = self.evaluation
         self.model.eval()
-        with (
-            seeded_step(self.seeded, self.device, self.config.seed, "evaluation", self.epoch, len(record.outputs)),
-            autocast(self.config, self.device),
-            self.pooling(),
-        ):
-            record.outputs.append(self.model(inputs))
-        record.targets.append(targets)
+        seeded = seeded_step(self.draws, self.device, self.config.seed, "evaluation", self.epoch, evaluation.batches)
+        with seeded, self.averaged():
+            with autocast(self.config, self.device), self.pooling():
+                outputs = run_model(self.model, batch.inputs)
+            outputs = without_bf16(outputs)
+            loss = self._loss(outputs, batch)
+        row = map_tensors(lambda tensor: tensor.unsqueeze(0), outputs) if evaluation.needs_outputs else None
+        evaluation.add(loss.unsqueeze(0), row, batch.targets, size=batch.size)
+
+    def _loss(self, outputs: Any, batch: Batch) -> Tensor:
+        return loss_of(self.workload.loss, outputs, batch.targets, step=self.step + len(self.record.rates) - 1)
 
     def end_epoch(self) -> EpochMetrics:
         """Return the epoch's metrics, and step a schedule that moves every epoch."""
         record = self.record
         first = self.step + 1
-        self.step += len(record.sizes)
+        self.step += len(record.rates)
         self.epoch += 1
         losses = torch.stack(record.losses).tolist()
-        metrics = {"train/loss": mean_loss(losses, record.sizes), **self.evaluated("val")}
-        diverged = why_diverged(losses, metrics, first_step=first, epoch=self.epoch)
+        metrics = {"train/loss": mean_loss(losses, record.sizes), **self.evaluation.results("val")[0]}
+        accumulate = self.config.accumulate
+        diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self.epoch)
         if diverged is None:
             self.strategy.end_epoch(metrics)
         points = {name: [(first + n, r[name]) for n, r in enumerate(record.rates)] for name in record.rates[0]}
@@ -230,23 +312,13 @@ class PlainTrial:
             epoch=self.epoch, step=self.step, metrics=metrics, lr=lr, placement=placement, diverged=diverged
         )
 
-    @torch.no_grad()
-    def evaluated(self, name: str) -> dict[str, float]:
-        """Return the loss and every metric on the recorded outputs of a split, named after the split."""
-        outputs, targets = torch.cat(self.record.outputs), torch.cat(self.record.targets)
-        outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-        values = {f"{name}/loss": float(self.workload.loss(outputs, targets))}
-        finite = bool(torch.isfinite(outputs).all())  # a metric may raise on the outputs of a diverged model
-        for metric, measure in self.workload.metrics.items():
-            values[f"{name}/{metric}"] = float(measure.function(outputs, targets)) if finite else math.nan
-        return values
-
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next epoch depends on."""
         return {
             "epoch": self.epoch,
             "step": self.step,
             "model": {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())},
+            "averages": list(self.averages),
             "strategy": self.strategy.state_dict(),
         }
 
@@ -257,4 +329,5 @@ class PlainTrial:
         check_shapes(tensors, state["model"])
         for name, value in tensors.items():
             value.data.copy_(state["model"][name])  # unlike `load_state_dict`, also into non-persistent buffers
+        self.averages = [average.to(self.device, copy=True) for average in state["averages"]]
         self.strategy.load_state_dict(state["strategy"])

@@ -34,6 +34,7 @@ from pipeline.files.locks import LOCK
 from pipeline.files.signals import STOPS, signals_blocked
 from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
+from pipeline.training.contract import exit_error
 
 Build = Callable[[Mapping[int, TrialConfig], bool], Any]
 """Builds a trainer from configs by trial number, and whether the trials train plain."""
@@ -192,8 +193,9 @@ def _answer(trainers: dict[int, Any], key: int, method: str, arguments: tuple[An
             return pickle.dumps((None, trainers[key].configs, None))
         value = getattr(trainers[key], method)(*arguments)
         return pickle.dumps((value, trainers[key].configs, None))
-    except Exception as error:
-        return pickle.dumps((None, trainers[key].configs if key in trainers else {}, _portable(error)))
+    except (Exception, SystemExit) as error:
+        portable = exit_error(error) if isinstance(error, SystemExit) else _portable(error)
+        return pickle.dumps((None, trainers[key].configs if key in trainers else {}, portable))
 
 
 def _portable(error: Exception) -> Exception:

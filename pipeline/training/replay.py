@@ -10,7 +10,7 @@ import torch
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.contract import trial_error
+from pipeline.training.contract import ended_by, trial_error
 from pipeline.training.plain import PlainTrials
 from pipeline.training.precision import precision
 from pipeline.training.rows.trainer import FusedTrials
@@ -58,10 +58,8 @@ class ReplayedTrial:
         with precision(self._config, self._device, threads=self._placement.threads):
             try:
                 metrics = self._placed_trainer().train_epoch()[self._row]
-            except Exception as raised:
-                error = trial_error(raised)
-                failed = f"{type(error).__name__}: {error}"
-                metrics = EpochMetrics(epoch=self._epoch, step=0, metrics={}, lr={}, failed=failed)
+            except (Exception, SystemExit) as raised:
+                metrics = ended_by(trial_error(raised), epoch=self._epoch, step=0)
         self._epoch += 1
         self._dropped = not metrics.finished
         return {self._number: metrics}

@@ -11,7 +11,7 @@ import torch
 from pipeline.errors import PipelineError
 from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.contract import GroupLost
+from pipeline.training.contract import GroupLost, ended_by
 from pipeline.training.placement import Shard, split
 from pipeline.training.plain import PlainTrials
 from pipeline.training.process import ProcessDied, RemoteTrials
@@ -209,8 +209,9 @@ class ShardedTrials:
         return failed
 
     def _failed(self, error: Exception) -> EpochMetrics:
-        text = str(error) if isinstance(error, ProcessDied) else f"{type(error).__name__}: {error}"
-        return EpochMetrics(epoch=self._epoch, step=0, metrics={}, lr={}, failed=text)
+        if isinstance(error, ProcessDied):
+            return EpochMetrics(epoch=self._epoch, step=0, metrics={}, lr={}, failed=str(error))
+        return ended_by(error, epoch=self._epoch, step=0)
 
     def _call(self, function: Callable[[], Answer]) -> Answer:
         """Call a function that uses trainers.

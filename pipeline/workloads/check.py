@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, Problem, first_line
-from pipeline.workloads.data import augmented, first_samples, model_inputs, samples_of
-from pipeline.workloads.workload import Split, Workload
+from pipeline.workloads.build import built_model, run_model
+from pipeline.workloads.data import augmented, epoch_length, first_batch, model_batch, on_device, samples_of
+from pipeline.workloads.random_state import seeded
+from pipeline.workloads.trees import described, map_tensors, tensors
+from pipeline.workloads.workload import Batch, Metric, Split, Workload, move
 
+CPU = torch.device("cpu")
 SAMPLES_TRIED = 4
 """Samples that are tried, besides one of the smallest label and one of the largest."""
 CLASSES_SHOWN = 5
 """Missing classes that a message names."""
 
 
-def workload_problems(workload: Workload, model: nn.Module, *, batch_size: int) -> Iterator[Problem]:
+def workload_problems(
+    workload: Workload, *, batch_size: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[Problem]:
     """Yield the problems of a workload that `pipeline.workloads.data.to_device` returned.
 
     Args:
         workload: A custom workload, or a built-in one with data from files.
-        model: Built by the workload's `build_model`.
         batch_size: Samples per step.
+        seed: The search's.
+        dtype: Type of floating-point data.
     """
     splits = {name: getattr(workload, name) for name in ("train", "val", "test")}
     in_memory = {name: split for name, split in splits.items() if isinstance(split, Split)}
@@ -33,84 +43,144 @@ def workload_problems(workload: Workload, model: nn.Module, *, batch_size: int) 
     yield from not_finite
     if not_finite:
         return
-    model = copy.deepcopy(model).cpu()
-    with torch.random.fork_rng(devices=[]):
-        problems, outputs = _try_samples(workload, model)
-        problems = problems or list(_last_batch_problems(workload, model, batch_size))
+    tried = _Tried(_on_cpu(workload, dtype), seed=seed, dtype=dtype)
+    with seeded(seed):
+        problems = tried.problems() or list(_last_batch_problems(tried, batch_size, seed))
     yield from problems
-    if not problems and outputs is not None:
-        yield from _class_problems(in_memory, outputs)
+    if not problems:
+        yield from _class_problems(in_memory, tried.outputs)
+
+
+def _on_cpu(workload: Workload, dtype: torch.dtype) -> Workload:
+    """Return a workload whose loss and metrics compute on the CPU."""
+    metrics = {
+        name: dataclasses.replace(metric, function=on_device(metric.function, CPU, dtype))
+        for name, metric in workload.metrics.items()
+    }
+    return dataclasses.replace(workload, loss=on_device(workload.loss, CPU, dtype), metrics=metrics)
 
 
 def _not_finite(name: str, split: Split) -> Iterator[Problem]:
-    for kind, values in (("input", split.inputs), ("target", split.targets)):
-        if values.is_floating_point():
-            bad = (~torch.isfinite(values)).flatten(1).any(dim=1) if values.ndim > 1 else ~torch.isfinite(values)
-            if count := int(bad.sum()):
-                first = int(bad.int().argmax())
+    for kind, tree in (("input", split.inputs), ("target", split.targets)):
+        for values in tensors(tree):
+            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                bad = (~torch.isfinite(values)).reshape(len(values), -1).any(dim=1)
+                first, count = int(bad.int().argmax()), int(bad.sum())
                 message = f"{kind} {first} holds a NaN or an infinity, as do {count} in all; remove or replace them"
                 yield Problem(f"workload.{name}", message)
 
 
-def _try_samples(workload: Workload, model: nn.Module) -> tuple[list[Problem], Tensor | None]:
-    """Train and evaluate a few samples; return the problems and the outputs."""
-    outputs = None
-    for name, mode in (("train", True), ("val", False)):
-        batch = _extremes(workload, name)
-        try:
-            inputs = augmented(workload, batch.inputs, seed=0) if mode and workload.augment else batch.inputs
-            if inputs.shape != batch.inputs.shape:
-                got = f"of inputs {_shape(batch.inputs)} it made {_shape(inputs)}"
-                return [Problem("workload", f"augment must keep the shape of a batch: {got}")], None
-            inputs = model_inputs(workload, inputs, torch.float32)
-        except DataError as error:
-            return [Problem("workload", f"{error}, on inputs {_shape(batch.inputs)}")], None
-        model.train(mode)
-        outputs, problem = _attempt("the model", f"an input {_shape(inputs)}", model, inputs)
-        if problem:
-            return [problem], None
-        if not isinstance(outputs, Tensor):
-            return [Problem("workload", f"the model must return a tensor, got {type(outputs).__name__}")], None
-        if problem := _label_problem(name, outputs, batch.targets) or _broadcast_problem(name, outputs, batch.targets):
-            return [problem], None
-        told = f"outputs {_shape(outputs)} and targets {_shape(batch.targets)}"
-        loss, problem = _attempt("the loss", told, workload.loss, outputs, batch.targets)
+class _Tried:
+    """A model that is trained and evaluated on a few samples, as trials are, on the CPU."""
+
+    def __init__(self, workload: Workload, *, seed: int, dtype: torch.dtype) -> None:
+        self.workload = workload
+        self.dtype = dtype
+        self.model = built_model(workload, seed=seed, device=CPU, dtype=dtype)
+        self.outputs: Any = None
+        """Outputs of the last batch."""
+
+    def problems(self) -> list[Problem]:
+        """Train on a batch, and evaluate one; return the problems."""
+        if isinstance(self.workload.loss, nn.Module) and any(p.requires_grad for p in self.workload.loss.parameters()):
+            return [
+                Problem("workload", "the loss has parameters, which no optimizer would train; give them to the model")
+            ]
+        for name in ("train", "val"):
+            batch = _extremes(self.workload, name)
+            try:
+                batch = self._as_the_model_sees(batch, augment=name == "train")
+            except DataError as error:
+                return [Problem("workload", f"{error}, on inputs {described(batch.inputs)}")]
+            if problem := self._forward(batch, training=name == "train") or self._loss_problem(name, batch):
+                return [problem]
+        return list(self._metric_problems(batch))
+
+    def _as_the_model_sees(self, batch: Batch, *, augment: bool) -> Batch:
+        before = batch
+        if augment and self.workload.augment is not None:
+            batch = augmented(self.workload, batch, seed=0)
+            if described(batch.inputs) != described(before.inputs):
+                got = f"of inputs {described(before.inputs)} it made {described(batch.inputs)}"
+                raise DataError(f"augment must keep the shape of a batch: {got}")
+        batch = model_batch(self.workload, batch, self.dtype)
+        if tensors(before.inputs) and not tensors(batch.inputs):
+            raise DataError(f"preprocess must return the model's inputs, got {described(batch.inputs)}")
+        return batch
+
+    def _forward(self, batch: Batch, *, training: bool) -> Problem | None:
+        """Compute the model; return a problem if the model raises."""
+        given = f"an input {described(batch.inputs)}"
+        if isinstance(batch.inputs, Mapping):
+            try:
+                inspect.signature(self.model.forward).bind(**batch.inputs)
+            except TypeError as error:
+                has = ", ".join(batch.inputs)
+                return Problem("workload", f"the model's forward is given the dict's keys {has}, and {error}")
+        self.model.train(training)
+        with torch.set_grad_enabled(training):
+            self.outputs, problem = _attempt("the model", given, run_model, self.model, batch.inputs)
+        if problem and not training and _attempt("the model", given, run_model, self.model, batch.inputs)[1] is None:
+            remedy = "wrap what needs gradients in `with torch.enable_grad():`"
+            return Problem("workload", f"in validation, which computes no gradients, {problem.message}; {remedy}")
+        if problem and type(batch.inputs) is tuple:
+            hint = "a tuple gives the arguments one by one, a list gives one argument"
+            return Problem("workload", f"{problem.message}; {hint}")
+        return problem
+
+    def _loss_problem(self, name: str, batch: Batch) -> Problem | None:
+        outputs, targets = self.outputs, batch.targets
+        if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+            problem = _label_problem(name, outputs, targets) or _broadcast_problem(name, outputs, targets)
+            if problem:
+                return problem
+        told = f"outputs {described(outputs)} and targets {described(targets)}"
+        loss, problem = _attempt("the loss", told, self.workload.loss, outputs, targets)
         problem = problem or _scalar_problem("the loss", loss)
         if problem is None and not bool(torch.isfinite(loss)):
             message = f"the loss of the fresh model is {loss.item()} on a few samples of {name}; it must begin finite"
-            problem = Problem("workload", message)
-        if problem is None and mode and not loss.requires_grad:
-            problem = Problem("workload", "the loss does not depend on the model's parameters: it has no gradient")
-        if problem:
-            return [problem], None
-    return list(_metric_problems(workload, outputs, batch.targets)), outputs
+            return Problem("workload", message)
+        if problem is None and name == "train" and not loss.requires_grad:
+            return Problem("workload", "the loss does not depend on the model's parameters: it has no gradient")
+        return problem
+
+    def _metric_problems(self, batch: Batch) -> Iterator[Problem]:
+        told = f"outputs {described(self.outputs)} and targets {described(batch.targets)}"
+        outputs = map_tensors(Tensor.detach, self.outputs)
+        for name, metric in self.workload.metrics.items():
+            with torch.no_grad():
+                value, problem = _attempt(f"the metric {name}", told, _measured, metric, outputs, batch.targets)
+            numbers = isinstance(value, int | float)
+            if problem := problem or (None if numbers else _scalar_problem(f"the metric {name}", value)):
+                yield problem
 
 
-def _metric_problems(workload: Workload, outputs: Any, targets: Tensor) -> Iterator[Problem]:
-    for name, metric in workload.metrics.items():
-        with torch.no_grad():
-            told = f"outputs {_shape(outputs)} and targets {_shape(targets)}"
-            value, problem = _attempt(f"the metric {name}", told, metric.function, outputs, targets)
-        if problem := problem or _scalar_problem(f"the metric {name}", value):
-            yield problem
+def _measured(metric: Metric, outputs: Any, targets: Any) -> Any:
+    if not metric.accumulates:
+        return metric.function(outputs, targets)
+    accumulating = copy.deepcopy(metric.function)
+    accumulating.reset()
+    accumulating.update(outputs, targets)
+    return accumulating.compute()
 
 
-def _last_batch_problems(workload: Workload, model: nn.Module, batch_size: int) -> Iterator[Problem]:
+def _last_batch_problems(tried: _Tried, batch_size: int, seed: int) -> Iterator[Problem]:
     """Yield a problem if the last batch has one sample and the model, with BatchNorm perhaps, cannot train on it."""
-    samples = samples_of(workload, "train")
-    if len(samples) % batch_size == 1 and len(samples) > 1:
-        one = model_inputs(workload, first_samples(samples, 1).inputs.cpu(), torch.float32)
-        model.train()
-        _, problem = _attempt("the model", "a batch of one sample", model, one)
+    samples, length = samples_of(tried.workload, "train"), epoch_length(tried.workload, seed)
+    if length % batch_size == 1 and length > 1:
+        one = first_batch(samples, 1).map(functools.partial(move, device=CPU, dtype=tried.dtype))
+        one = model_batch(tried.workload, one, tried.dtype)
+        tried.model.train()
+        _, problem = _attempt("the model", "a batch of one sample", run_model, tried.model, one.inputs)
         if problem:
             yield Problem(
                 "batch_size",
-                f"{batch_size} leaves one of {len(samples)} samples for the last batch, and {problem.message}; another"
+                f"{batch_size} leaves one of {length} samples for the last batch, and {problem.message}; another"
                 " size leaves none or several",
             )
 
 
-def _class_problems(splits: dict[str, Split], outputs: Tensor) -> Iterator[Problem]:
+def _class_problems(splits: dict[str, Split], outputs: Any) -> Iterator[Problem]:
     """Yield problems of class labels: a label out of range, a class that only one split has."""
     labels = {name: split.targets for name, split in splits.items() if _are_labels(outputs, split.targets)}
     for name, values in labels.items():
@@ -137,25 +207,28 @@ def _broadcast_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem |
     """Return a problem if shapes differ by an axis of 1: `mse_loss` would compare each output with every target."""
     if not (targets.is_floating_point() and outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1):
         return None
-    shapes = f"outputs {_shape(outputs)} and targets {_shape(targets)}"
+    shapes = f"outputs {described(outputs)} and targets {described(targets)}"
     return Problem(f"workload.{name}", f"{shapes} differ by an axis of 1; give both the same")
 
 
-def _are_labels(outputs: Tensor, targets: Tensor) -> bool:
+def _are_labels(outputs: Any, targets: Any) -> bool:
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        return False
     whole = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     return whole and targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] > 1
 
 
-def _extremes(workload: Workload, name: str) -> Split:
+def _extremes(workload: Workload, name: str) -> Batch:
     """Return a few samples; if targets are whole numbers, with a sample of the smallest and of the largest target."""
     samples = samples_of(workload, name)
     indices = list(range(min(SAMPLES_TRIED, len(samples))))
-    if isinstance(samples, Split) and samples.targets.ndim == 1 and not samples.targets.is_floating_point():
-        indices += [int(samples.targets.int().argmin()), int(samples.targets.int().argmax())]
+    targets = samples.targets if isinstance(samples, Split) else None
+    if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+        indices += [int(targets.int().argmin()), int(targets.int().argmax())]
     elif len(indices) < 2:
         indices *= 2
-    ((inputs, targets),) = samples.batches([torch.tensor(indices)], seed=0)
-    return Split(inputs.cpu(), targets.cpu())
+    (batch,) = samples.batches([torch.tensor(indices)], seed=0)
+    return batch.map(lambda leaf: leaf.to(CPU) if callable(getattr(leaf, "to", None)) else leaf)
 
 
 def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Problem | None]:
@@ -168,9 +241,5 @@ def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any
 def _scalar_problem(who: str, value: Any) -> Problem | None:
     if isinstance(value, Tensor) and value.numel() == 1 and value.ndim == 0:
         return None
-    got = f"a tensor {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
+    got = f"a tensor {described(value)}" if isinstance(value, Tensor) else type(value).__name__
     return Problem("workload", f"{who} must return a scalar tensor, got {got}; take the mean")
-
-
-def _shape(value: Tensor) -> str:
-    return f"({', '.join(map(str, value.shape))})"

@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.files.code import load_module, where
 from pipeline.space.config import Own
+from pipeline.workloads.trees import described, leaves, tensors
 from pipeline.workloads.workload import Metric, Split, Workload
 
 PLACE = "workload.function"
@@ -73,7 +75,7 @@ def _misfits(workload: Workload) -> Iterator[str]:
     for member, wanted in _MEMBERS.items():
         if not callable(getattr(workload, member)):
             yield f"{member} must be {wanted}, got {_kind(getattr(workload, member))}"
-    for member in ("preprocess", "augment"):
+    for member in ("preprocess", "augment", "collate", "order"):
         if not (getattr(workload, member) is None or callable(getattr(workload, member))):
             yield f"{member} must be a function or None, got {_kind(getattr(workload, member))}"
     for member in ("train", "val", "test"):
@@ -82,7 +84,9 @@ def _misfits(workload: Workload) -> Iterator[str]:
     if metrics is not workload.metrics:
         yield f"metrics must be a mapping from names to Metrics, got {_kind(workload.metrics)}"
     for key, metric in metrics.items():
-        if not isinstance(metric, Metric) or metric.direction not in ("minimize", "maximize"):
+        if isinstance(metric, Metric) and not (callable(metric.function) or metric.accumulates):
+            yield f"metrics[{key!r}] must have a function of (outputs, targets), got {_kind(metric.function)}"
+        elif not isinstance(metric, Metric) or metric.direction not in ("minimize", "maximize"):
             yield f'metrics[{key!r}] must be a Metric with direction "minimize" or "maximize", got {_direction(metric)}'
         elif not (isinstance(key, str) and key.isidentifier()) or key == "loss":
             yield f"metrics may not be called {key!r}; take a word of letters, digits and '_' other than loss"
@@ -96,18 +100,43 @@ def _split_misfits(split: Any, member: str) -> Iterator[str]:
     if split is None and member == "test":
         return
     if isinstance(split, Split):
-        if not isinstance(split.inputs, Tensor) or not isinstance(split.targets, Tensor):
-            yield f"must hold tensors, got {_kind(split.inputs)} and {_kind(split.targets)}"
-        elif not split.inputs.ndim or not split.targets.ndim:
-            yield "must hold tensors (sample, …), got one without samples"
-        elif len(split.inputs) != len(split.targets):
-            yield f"must have a target for each input, got {len(split.inputs)} inputs and {len(split.targets)} targets"
-        elif not len(split):
-            yield "must hold at least one sample, got none"
+        yield from _tree_misfits(split)
+    elif isinstance(split, torch.utils.data.DataLoader):
+        yield (
+            "must be a data set, got a DataLoader; give its `dataset`, its `collate_fn` as `collate`, and in place of "
+            "a sampler `order`, a function of (epoch, generator) that returns indices"
+        )
+    elif isinstance(split, torch.utils.data.IterableDataset):
+        yield (
+            "must have samples that are read by their number, got an IterableDataset; read it into a list, or write a "
+            "training loop of your own, a function that says `-> Epochs`"
+        )
     elif not (hasattr(split, "__len__") and hasattr(split, "__getitem__")):
         yield f"must be a Split or a data set with a length, got {_kind(split)}"
     elif not len(split):
         yield "must hold at least one sample, got none"
+
+
+def _tree_misfits(split: Split) -> Iterator[str]:
+    """Yield what is wrong with the tensors of a split in memory."""
+    parts = [*leaves(split.inputs), *(() if split.targets is None else leaves(split.targets))]
+    if other := next((part for part in parts if not isinstance(part, Tensor)), None):
+        yield f"must hold tensors, or tuples or dicts of them, got {_kind(other)}"
+    elif not tensors(split.inputs) or not all(part.ndim for part in parts):
+        yield "must hold tensors (sample, …), got one without samples"
+    elif kinds := [
+        str(part.layout if part.layout != torch.strided else part.device) for part in parts if _is_unusual(part)
+    ]:
+        yield f"must hold dense tensors with values, got {kinds[0]}; call to_dense(), or load the values"
+    elif len({len(part) for part in parts}) > 1:
+        lengths = f"{described(split.inputs)} inputs and {described(split.targets)} targets"
+        yield f"must have a target for each input, and parts of one length, got {lengths}"
+    elif not len(split):
+        yield "must hold at least one sample, got none"
+
+
+def _is_unusual(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized
 
 
 def _kind(value: Any) -> str:

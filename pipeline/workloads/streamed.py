@@ -13,18 +13,22 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, default_collate
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, first_line
 from pipeline.files.signals import signals_blocked
 from pipeline.space.config import derive_seed
-from pipeline.workloads.random_state import random_states, seeded
-from pipeline.workloads.workload import Dataset, Split
+from pipeline.workloads.random_state import random_states, random_states_kept, seed_host, seeded
+from pipeline.workloads.trees import map_leaves_of, tensors, without_lists
+from pipeline.workloads.workload import Batch, Dataset, Split, move
 
 MAX_READERS = 8
 """Processes that read one data set."""
 SAMPLES_READ_TWICE = 16
 """Samples that show whether a data set draws at random."""
+STACKED = (Tensor, np.ndarray, np.generic, int, float)
+"""What samples hold that are stacked."""
 
 
 class Streamed:
@@ -34,32 +38,43 @@ class Streamed:
         dataset: Supplies the samples.
         device: Where batches go.
         dtype: Type of floating-point batches on the device.
+        collate: Makes a batch of samples; None: they are stacked.
+        readers: Most processes that read; None: as many as there are cores.
     """
 
-    def __init__(self, dataset: Dataset | Split, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        dataset: Dataset | Split,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        collate: Callable[[list[Any]], Any] | None = None,
+        readers: int | None = None,
+    ) -> None:
         self._dataset = dataset
         self._device = device
         self._dtype = dtype
+        self._collate = collate
+        self._readers = readers
         self._loader: DataLoader[Any] | None = None
         self._plan: list[list[tuple[int, int]]] = []
 
     @functools.cached_property
     def sample_size(self) -> int:
         """The count of numbers in the input of one sample."""
-        ((inputs, _),) = self.batches([torch.arange(1)], seed=0)
-        return inputs.numel()
+        (batch,) = self.batches([torch.arange(1)], seed=0)
+        return sum(tensor.numel() for tensor in tensors(batch.inputs))
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs and targets of batches; see `Samples`."""
+    def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[Batch]:
+        """Yield batches; see `Samples`."""
         with signals_blocked():  # reader processes start here
             reader = iter(self._read(indices, seed))
         try:
             while (batch := _next(reader)) is not None:
-                inputs, targets = batch
-                yield self._to_device(inputs), self._to_device(targets)
+                yield batch.map(functools.partial(move, device=self._device, dtype=self._dtype))
         except DataError:
             if self._loader is not None and self._loader.num_workers:
                 self._loader = None
@@ -69,16 +84,23 @@ class Streamed:
     def take(self, chosen: Tensor) -> Streamed:
         """Return some of the samples; see `Samples`."""
         if isinstance(self._dataset, Split):
-            return Streamed(self._dataset.take(chosen), device=self._device, dtype=self._dtype)
-        some = torch.utils.data.Subset(cast(Any, self._dataset), chosen.tolist())
-        return Streamed(some, device=self._device, dtype=self._dtype)
+            return self._for(self._dataset.take(chosen))
+        return self._for(torch.utils.data.Subset(cast(Any, self._dataset), chosen.tolist()))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Streamed:
         """Return the same samples for a device and a type; `self` if both are as wanted."""
         there = (self._device, self._dtype) == (device, dtype)
-        return self if there else Streamed(self._dataset, device=device, dtype=dtype)
+        return self if there else self._for(self._dataset, device=device, dtype=dtype)
 
-    def _read(self, indices: Sequence[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def read_here(self) -> Streamed:
+        """Return the same samples, read by this process."""
+        return self._for(self._dataset, readers=0)
+
+    def _for(self, dataset: Dataset | Split, **changes: Any) -> Streamed:
+        options = {"device": self._device, "dtype": self._dtype, "collate": self._collate, "readers": self._readers}
+        return Streamed(dataset, **{**options, **changes})
+
+    def _read(self, indices: Sequence[Tensor], seed: int) -> Iterable[Batch]:
         if isinstance(self._dataset, Split):
             return self._dataset.batches(indices)
         self._plan[:] = [[(index, seed) for index in batch.tolist()] for batch in indices]
@@ -86,13 +108,11 @@ class Streamed:
             self._loader = self._build_loader(self._dataset)
         return self._loader
 
-    def _to_device(self, values: Tensor) -> Tensor:
-        return values.to(self._device, self._dtype if values.is_floating_point() else None, non_blocking=True)
-
     def _build_loader(self, dataset: Dataset) -> DataLoader[Any]:
-        readers = _reader_count()
+        readers = _reader_count() if self._readers is None else self._readers
         return DataLoader(
-            _Seeded(dataset),
+            _Batches(dataset, self._collate),
+            collate_fn=cast(Any, _as_it_is),
             batch_sampler=cast(Any, self._plan),  # the loader reads the plan at the beginning of each pass
             num_workers=readers,
             persistent_workers=readers > 0,
@@ -103,41 +123,85 @@ class Streamed:
         )
 
 
-class _Seeded(torch.utils.data.Dataset[Any]):
-    """A data set in which each sample draws its random numbers from a seed of its own."""
+class _Batches(torch.utils.data.Dataset[Any]):
+    """Makes the batches of a data set; each sample draws its random numbers from a seed of its own."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Any] | None) -> None:
         self._dataset = dataset
+        self._collate = collate
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any]:
-        index, seed = key
-        return read_sample(self._dataset, index, seed=derive_seed(seed, "sample", index))[0]
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        indices = [index for index, _ in keys]
+        with random_states_kept():
+            samples = [
+                read_sample(self._dataset, index, seed=derive_seed(seed, "sample", index)) for index, seed in keys
+            ]
+            if self._collate is not None:
+                return _with_parts(checked_call("collate", self._collate, samples), "collate", len(keys))
+        return stacked(samples, indices)
 
 
-def read_sample(dataset: Dataset, index: int, *, seed: int) -> tuple[tuple[Any, Any], bool]:
-    """Return a sample, and whether reading it drew from a global random state.
+def read_sample(dataset: Dataset, index: int, *, seed: int) -> Any:
+    """Return a sample that draws from a seed; the random states change.
 
     Raises:
-        DataError: The data set raised, or returned something other than (input, target).
+        DataError: The data set raised.
     """
-    with seeded(seed):
-        before = random_states()
-        sample = checked_call(f"sample {index}", dataset.__getitem__, index)
-        drew = random_states() != before
-    if not (isinstance(sample, tuple | list) and len(sample) == 2):
-        raise DataError(f"sample {index} must be (input, target), got {type(sample).__name__}")
-    if wrong := [
-        type(part).__name__ for part in sample if not isinstance(part, Tensor | np.ndarray | np.generic | int | float)
-    ]:
-        raise DataError(f"sample {index} must hold tensors, arrays or numbers, got {wrong[0]}")
-    return (sample[0], sample[1]), drew
+    seed_host(seed)
+    return checked_call(f"sample {index}", dataset.__getitem__, index)
+
+
+def stacked(samples: Sequence[Any], indices: Sequence[int]) -> Batch:
+    """Return a batch of samples of the same form.
+
+    Args:
+        samples: What the data set returned; lists are taken as tuples.
+        indices: Their numbers, for messages.
+
+    Raises:
+        DataError: A sample holds something other than tensors, arrays and numbers, or samples differ in form or shape.
+    """
+    try:
+        parts = without_lists(map_leaves_of(functools.partial(_stacked_leaves, indices=indices), samples))
+    except (TypeError, ValueError, RuntimeError) as error:
+        some = ", ".join(map(str, indices[:3])) + (", …" if len(indices) > 3 else "")
+        raise DataError(f"samples {some} differ, {first_line(error)}; a `collate` may pad or list them") from None
+    return _with_parts(parts, f"sample {indices[0]}", len(samples))
+
+
+def _stacked_leaves(leaves: Sequence[Any], indices: Sequence[int]) -> Tensor:
+    for index, leaf in zip(indices, leaves, strict=True):
+        if not isinstance(leaf, STACKED):
+            held = f"sample {index} must hold tensors, arrays or numbers, got {type(leaf).__name__}"
+            raise DataError(f"{held}; a `collate` takes anything")
+    stacked: Tensor = default_collate(list(leaves))
+    return stacked
+
+
+def _with_parts(value: Any, who: str, size: int) -> Batch:
+    """Return a batch of (inputs…, targets), or of one tree that is both."""
+    if not isinstance(value, tuple | list) or isinstance(value, PackedSequence):
+        return Batch(value, None, size)
+    if not value:
+        raise DataError(f"{who} must give (inputs…, target), got nothing")
+    *inputs, targets = value
+    if not inputs:
+        return Batch(targets, None, size)
+    return Batch(inputs[0] if len(inputs) == 1 else tuple(inputs), targets, size)
 
 
 def draws_at_random(dataset: Dataset) -> bool:
     """Say whether a data set draws random numbers: a global random state moved, or a sample differs between seeds."""
     for index in range(min(SAMPLES_READ_TWICE, len(dataset))):
-        (one, drew), (other, _) = (read_sample(dataset, index, seed=seed) for seed in (0, 1))
-        if drew or any(not torch.equal(*default_collate([a, b])) for a, b in zip(one, other, strict=True)):
+        samples = []
+        for seed in (0, 1):
+            with seeded(seed):
+                before = random_states()
+                samples.append(read_sample(dataset, index, seed=seed))
+                if random_states() != before:
+                    return True
+        one, other = (tensors(stacked([sample], [index]).both) for sample in samples)
+        if not all(torch.equal(*pair) for pair in zip(one, other, strict=True)):
             return True
     return False
 
@@ -168,14 +232,18 @@ def checked_call(who: str, function: Callable[..., Any], *arguments: Any) -> Any
         return function(*arguments)
     except (DataError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(f"{who} raised {_what(error)}") from error
 
 
-def _what(error: Exception) -> str:
+def _what(error: BaseException) -> str:
     """Return an error in one line; for an error of a reader process, that of the process."""
     lines = str(error).strip().splitlines() or [""]
     return lines[-1] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0]}"
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _leave_signals_to_the_parent(reader: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.workloads.trees import map_leaves, map_tensors, tensors
 
 Direction = Literal["minimize", "maximize"]
 
@@ -19,9 +22,39 @@ class Dataset(Protocol):
         """Return the number of samples."""
         ...
 
-    def __getitem__(self, index: int, /) -> tuple[Any, Any]:
-        """Return (input, target) of a sample: tensors, arrays or numbers, of the same shapes for every sample."""
+    def __getitem__(self, index: int, /) -> Any:
+        """Return a sample: a tuple (inputs…, target), or one tree that is both inputs and targets.
+
+        Parts are tensors, arrays or numbers, or trees of them, of the same shapes for every sample; with
+        `Workload.collate` a sample is anything.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one step."""
+
+    inputs: Any
+    """Tree of tensors (sample, …), or what `Workload.collate` makes: a dict goes to `model(**inputs)`, a tuple to
+    `model(*inputs)`, anything else to `model(inputs)`."""
+    targets: Any
+    """The loss's and the metrics' second argument; None in a split without targets."""
+    size: int
+    """Number of samples."""
+
+    @property
+    def both(self) -> tuple[Any, Any]:
+        """Inputs and targets."""
+        return self.inputs, self.targets
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in memory that a CUDA device copies from by itself; a `DataLoader` calls this."""
+        return self.map(lambda leaf: leaf.pin_memory() if callable(getattr(leaf, "pin_memory", None)) else leaf)
+
+    def map(self, function: Callable[[Any], Any]) -> Batch:
+        """Return a batch with `function` of every leaf of inputs and targets."""
+        return Batch(map_leaves(function, self.inputs), map_leaves(function, self.targets), self.size)
 
 
 class Samples(Protocol):
@@ -36,8 +69,8 @@ class Samples(Protocol):
         """Return the number of samples."""
         ...
 
-    def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs and targets of batches.
+    def batches(self, indices: Sequence[Tensor], *, seed: int) -> Iterator[Batch]:
+        """Yield batches.
 
         Args:
             indices: One tensor (sample,) per batch, on the CPU.
@@ -54,42 +87,75 @@ class Samples(Protocol):
 class Split:
     """The samples of one split, in memory."""
 
-    inputs: Tensor
-    """(sample, …)"""
-    targets: Tensor
-    """(sample, …)"""
+    inputs: Any
+    """A tensor (sample, …), or a tuple or dict of such tensors; see `Batch`."""
+    targets: Any = None
+    """The same; None: the loss gets the inputs as the model does."""
 
     @property
     def sample_size(self) -> int:
         """The count of numbers in the input of one sample."""
-        return self.inputs[:1].numel()
+        return sum(tensor[:1].numel() for tensor in tensors(self.inputs))
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for tensor in tensors((self.inputs, self.targets)))
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(tensors(self.inputs)[0])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """Return the split on a device, floating-point tensors in `dtype`."""
-        return Split(*(t.to(device, dtype if t.is_floating_point() else None) for t in (self.inputs, self.targets)))
+        moved = functools.partial(move, device=device, dtype=dtype)
+        return Split(map_leaves(moved, self.inputs), map_leaves(moved, self.targets))
 
-    def batches(self, indices: Sequence[Tensor], *, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the inputs and targets of batches; see `Samples`."""
+    def batches(self, indices: Sequence[Tensor], *, seed: int = 0) -> Iterator[Batch]:
+        """Yield batches; see `Samples`."""
         sizes = [len(batch) for batch in indices]
-        for batch in torch.cat(list(indices)).to(self.inputs.device, non_blocking=True).split(sizes):
-            yield self.inputs.index_select(0, batch), self.targets.index_select(0, batch)
+        device = tensors(self.inputs)[0].device
+        for batch in torch.cat(list(indices)).to(device, non_blocking=True).split(sizes):
+            some = self.take(batch)
+            yield Batch(some.inputs, some.targets, len(batch))
 
     def take(self, chosen: Tensor) -> Split:
         """Return some of the samples; see `Samples`."""
-        ((inputs, targets),) = self.batches([chosen])
-        return Split(inputs, targets)
+
+        def some(values: Tensor) -> Tensor:
+            return values.index_select(0, chosen.to(values.device))
+
+        return Split(map_tensors(some, self.inputs), map_tensors(some, self.targets))
+
+
+def move(leaf: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move a leaf of a batch, such as a tensor or a batch of graphs, to a device; real numbers become `dtype`."""
+    if isinstance(leaf, Tensor):
+        other = dtype.to_complex() if leaf.is_complex() else dtype if leaf.is_floating_point() else None
+        return leaf.to(device, other, non_blocking=True)
+    return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
 
 @dataclass(frozen=True)
 class Metric:
     """A number that measures how good outputs are."""
 
-    function: Callable[[Tensor, Tensor], Tensor]
-    """(outputs of a whole split, targets of a whole split) -> a scalar."""
+    function: Any
+    """(outputs, targets) -> a number; or an object with `update(outputs, targets)`, `compute()` and `reset()`, such as
+    a metric of torchmetrics, which gets batch after batch."""
     direction: Direction
+    per_batch: bool = False
+    """Whether the metric of a split is the mean over its batches, weighted by their samples; else the function gets
+    the outputs of the whole split, which are kept for it. `accuracy` is always computed batch by batch."""
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether the function gets the outputs of a whole split."""
+        return not (self.per_batch or self.accumulates or self.function is accuracy)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether `function` is an object that gets batch after batch."""
+        return all(callable(getattr(self.function, name, None)) for name in ("update", "compute", "reset"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +171,22 @@ class Workload:
     val: Split | Dataset
     test: Split | Dataset | None = None
     """Never used for choosing."""
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """(outputs, targets) -> the mean loss over the samples, a scalar."""
+    loss: Callable[[Any, Any], Tensor]
+    """(outputs, targets) -> the mean loss over the samples, a scalar. A module moves to the device with the data."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """Name without a split, such as `accuracy`, to the metric."""
-    preprocess: Callable[[Tensor], Tensor] | None = None
+    preprocess: Callable[[Any], Any] | None = None
     """(inputs of a batch, as the data has them) -> the model's inputs, on the device; such as a normalisation."""
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
-    """(inputs of a training batch, as the data has them; a generator of the same device) -> inputs of the same shape,
-    changed at random. Called before `preprocess`, once for all trials."""
+    augment: Callable[..., Any] | None = None
+    """(inputs of a training batch, as the data has them; a generator of the same device) -> inputs changed at random;
+    or (inputs, targets, generator) -> (inputs, targets), as mixup does. Called before `preprocess`, once for all
+    trials."""
+    collate: Callable[[list[Any]], Any] | None = None
+    """(samples of a batch, as the data set has them) -> (inputs…, targets) of the batch, or one tree that is both; for
+    samples of unlike shapes. None: samples are stacked."""
+    order: Callable[[int, torch.Generator], Any] | None = None
+    """(epoch counted from 0, a generator) -> the indices (sample,) of an epoch's training samples in their order, as
+    many in each epoch; None: every sample once, shuffled."""
 
     @property
     def directions(self) -> dict[str, Direction]:

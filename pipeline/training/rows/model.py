@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.func import vmap
 
 from pipeline.training.pooling import Pooling
+from pipeline.workloads.trees import map_tensors, with_tensors
+from pipeline.workloads.trees import tensors as tensors_of
 
-Function = Callable[[Callable[[Tensor], Tensor]], Tensor]
-"""Computes something of a model."""
+Function = Callable[[nn.Module], Any]
+"""Computes a tree of tensors with a model."""
 _Slot = tuple[dict[str, Tensor | None], str, str]
 """A module's dict of parameters or buffers, the key of a tensor in the dict, and the tensor's name in the model."""
 
@@ -35,8 +38,8 @@ class RowModel:
         function: Function,
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Return the value of a function of each row's model, (row, …).
+    ) -> Any:
+        """Return the value of a function of each row's model: a tree of tensors (row, …).
 
         Args:
             function: Takes the model.
@@ -46,15 +49,17 @@ class RowModel:
         rows = len(next(iter(parameters.values())))
         if rows == 1:  # `vmap` would only be slower
             tensors = {name: tensor.view(tensor.shape[1:]) for name, tensor in {**parameters, **buffers}.items()}
-            return self._compute(function, tensors).unsqueeze(0)
+            return map_tensors(lambda tensor: tensor.unsqueeze(0), self._compute(function, tensors))
+        trees = []
 
-        def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
-            return self._compute(function, {**parameters, **buffers})
+        def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            trees.append(self._compute(function, {**parameters, **buffers}))
+            return tuple(tensors_of(trees[0]))
 
-        values: Tensor = vmap(one, randomness="same")(parameters, buffers)
-        return values
+        values = vmap(one, randomness="same")(parameters, buffers)
+        return with_tensors(trees[0], values)
 
-    def _compute(self, function: Function, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _compute(self, function: Function, tensors: Mapping[str, Tensor]) -> Any:
         with _replaced(self._slots, tensors), self._pooling():
             return function(self._model)
 

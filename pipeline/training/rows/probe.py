@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.errors import first_line
+from pipeline.errors import InvalidInput, Problem, first_line
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.epoch import fork_rng
+from pipeline.training.contract import copied
 from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
-from pipeline.workloads.data import first_samples, model_inputs, samples_of, to_device
-from pipeline.workloads.workload import Workload
+from pipeline.workloads.build import built_model, run_model
+from pipeline.workloads.data import first_batch, model_batch, samples_of, to_device, with_fewer_samples
+from pipeline.workloads.random_state import KINDS, random_states, random_states_kept, seeded
+from pipeline.workloads.streamed import Streamed
+from pipeline.workloads.trees import tensors
+from pipeline.workloads.workload import Batch, Workload
 
 PARAMETER_COPIES = 6
 """Copies of the parameters per training trial: value, gradient, two optimizer states, two temporaries."""
@@ -32,7 +37,7 @@ BASE_LRS = {0: 0.01, 1: 0.02}
 MAX_STEP_FLOPS = 64e6
 """Largest training step of a trial that trains as a row on a CPU. Rows save the time of Python, about half a
 millisecond per step; larger products are slower in parallel than alone (benchmarks/NOTES.md)."""
-TOLERANCE = {"fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
+TOLERANCE = {"fp64": 0.01, "fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
 """Precision to the largest difference of a parameter, as a fraction of the parameters' largest change; the same for
 buffers and losses. Over two steps, float32 rounding makes a difference below 0.001, also after BatchNorm over few
 samples; bfloat16 rounding below 0.1; a wrong step about 1."""
@@ -44,8 +49,12 @@ class Finding:
 
     plain_because: str | None = None
     """Why the trials train plain; None if the trials are rows."""
-    draws_random_numbers: bool
-    """Whether the model or the loss draws random numbers in training, as dropout does."""
+    draws: frozenset[str]
+    """The libraries that the model or the loss draws random numbers from, as dropout does; of `random_state.KINDS`."""
+    unsaved: str | None
+    """What of the model's state is neither parameter nor buffer, and so in no checkpoint; None if nothing is."""
+    output_size: int
+    """The count of numbers in the model's outputs for one sample."""
     trial_bytes: int
     """Approximate memory of a trial in a training step, in bytes."""
 
@@ -60,35 +69,36 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
     workload = to_device(workload, device=device, dtype=dtype)
     small = _with_samples(workload, SAMPLES)
     configs = _configs(dataclasses.replace(config, batch_size=min(config.batch_size, BATCH)))
-    with fork_rng(device):
-        model = workload.build_model().to(device, dtype)
-    finding = _measure_step(model, small, config, device, dtype)
-    if finding.plain_because:
-        return finding
-    plain = _train(PlainTrials, configs, small, device, dtype)
-    for metrics in plain.metrics.values():
-        if not metrics.finished:
-            return _cannot_fuse(finding, f"it could not be tried, {metrics.failed or metrics.diverged}")
-    try:
-        same = _same(_train(FusedTrials, configs, small, device, dtype), plain, model, tolerance)
-        if not same and dtype != torch.float64:
-            # After many layers such as ReLU, rounding in float32 alone may exceed the tolerance, in float64 not.
-            fused, plain = (_train(cls, configs, small, device, torch.float64) for cls in (FusedTrials, PlainTrials))
-            same = _same(fused, plain, model, tolerance)
-        if not same:
-            return _cannot_fuse(finding, "as rows it trains to other numbers")
-        if name := _changed_state(workload, small, config, device, dtype):
-            return _cannot_fuse(finding, f"its {name} changes in training and is no buffer")
-        return finding
-    except Exception as error:  # a model may raise anything
-        return _cannot_fuse(finding, _missing_vmap_rule(error) or f"{type(error).__name__}, {first_line(error)}")
+    with random_states_kept(device=device):
+        finding = _measure_step(small, config, device, dtype)
+        plain = _train(PlainTrials, configs, small, device, dtype)
+        for metrics in plain.metrics.values():
+            if metrics.failed:
+                message = f"training on a few samples raised {metrics.failed}"
+                raise InvalidInput("workload", [Problem("workload", message)])
+            if metrics.diverged:
+                return _cannot_fuse(finding, f"it could not be tried, {metrics.diverged}")
+        if finding.plain_because:
+            return finding
+        try:
+            fused = _train(FusedTrials, configs, small, device, dtype)
+            same = _same(fused, plain, tolerance)
+            if not same and dtype != torch.float64:
+                # After many layers such as ReLU, rounding in float32 alone may exceed the tolerance, in float64 not.
+                fused, plain = (
+                    _train(cls, configs, small, device, torch.float64) for cls in (FusedTrials, PlainTrials)
+                )
+                same = _same(fused, plain, tolerance)
+        except (Exception, SystemExit) as error:  # a model may raise anything
+            return _cannot_fuse(finding, _missing_vmap_rule(error) or f"{type(error).__name__}, {first_line(error)}")
+        return finding if same else _cannot_fuse(finding, "as rows it trains to other numbers")
 
 
 def _cannot_fuse(finding: Finding, why: str) -> Finding:
     return dataclasses.replace(finding, plain_because=f"the model cannot be rows of a matrix: {why}")
 
 
-def _missing_vmap_rule(error: Exception) -> str | None:
+def _missing_vmap_rule(error: BaseException) -> str | None:
     """Return which operation `torch.func.vmap` has no rule for; None if the error has another cause."""
     missing = re.match(r"Batching rule not implemented for aten::(\w+)", str(error))
     return f"PyTorch's vmap has no rule for {missing[1]}" if missing else None
@@ -100,6 +110,8 @@ class _Trained:
 
     start: Mapping[str, Tensor]
     """Initial model state, the same for every trial."""
+    parameters: frozenset[str]
+    """Names of the parameters in a model state; the others are buffers."""
     metrics: Mapping[int, EpochMetrics]
     states: Mapping[int, Mapping[str, Tensor]]
     """Model state of each trial that finished the epoch."""
@@ -114,16 +126,17 @@ def _train(
 ) -> _Trained:
     group = cls(configs, workload, device=device, dtype=dtype)
     start, metrics = group.model_state(0), group.train_epoch()
-    return _Trained(start, metrics, {n: group.model_state(n) for n, epoch in metrics.items() if epoch.finished})
+    names = frozenset(name for name, _ in built_model(workload, seed=0, device=device, dtype=dtype).named_parameters())
+    return _Trained(start, names, metrics, {n: group.model_state(n) for n, epoch in metrics.items() if epoch.finished})
 
 
-def _same(fused: _Trained, plain: _Trained, model: nn.Module, tolerance: float) -> bool:
+def _same(fused: _Trained, plain: _Trained, tolerance: float) -> bool:
     """Return whether rows and plain trials trained to the same numbers within the tolerance."""
     return all(
         _same_losses(fused.metrics[number], plain.metrics[number], tolerance)
-        and _same_states(fused.states[number], plain.states[number], plain.start, dict(tensors), tolerance)
+        and _same_states(fused.states[number], plain.states[number], plain.start, names, tolerance)
         for number in BASE_LRS
-        for tensors in (model.named_parameters(), model.named_buffers())
+        for names in (plain.parameters, plain.start.keys() - plain.parameters)
     )
 
 
@@ -141,56 +154,69 @@ def _configs(config: TrialConfig) -> dict[int, TrialConfig]:
 
 
 def _with_samples(workload: Workload, count: int) -> Workload:
-    """Return a workload with the first `count` samples of each split."""
-    train, val = (first_samples(samples_of(workload, name), count) for name in ("train", "val"))
-    return dataclasses.replace(workload, train=train, val=val, test=None)
+    """Return a workload with `count` samples of each split, read by this process."""
+    small = with_fewer_samples(workload, train=count, val=count)
+    splits = {"train": small.train, "val": small.val}
+    here = {name: split.read_here() for name, split in splits.items() if isinstance(split, Streamed)}
+    return dataclasses.replace(small, **here)  # type: ignore[arg-type]
 
 
-def _measure_step(
-    model: nn.Module, workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
-) -> Finding:
-    """Measure a training step by one forward pass: random numbers, memory and FLOPs."""
-    batch = first_samples(samples_of(workload, "train"), BATCH)
-    inputs = model_inputs(workload, batch.inputs, dtype)
+def _measure_step(workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype) -> Finding:
+    """Measure a training step: random numbers, state, memory and FLOPs; see `Finding`."""
+    batch = model_batch(workload, first_batch(samples_of(workload, "train"), BATCH), dtype)
+    model = built_model(workload, seed=config.seed, device=device, dtype=dtype)
     saved, counter = _SavedTensors(model), FlopCounterMode(display=False)
-    with fork_rng(device):
-        torch.manual_seed(0)
-        before = _random_state(device)
-        try:
+    state = [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
+    attributes = _plain_attributes(model)
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts in-place writes
+    draws, written, unsaved, output_size = frozenset(KINDS), None, None, 0
+    with contextlib.suppress(Exception, SystemExit):
+        with seeded(0, device):
+            before = random_states(device)
             with saved, counter:
-                workload.loss(model.train()(inputs), batch.targets)
+                outputs = run_model(model.train(), copied(batch).inputs)
+                workload.loss(outputs, batch.targets)
             with torch.no_grad():
-                model.eval()(inputs)
-            draws = not torch.equal(before, _random_state(device))
-        except Exception:
-            draws = True
-    steps = config.batch_size / len(inputs)
+                evaluated = run_model(model.eval(), copied(batch).inputs)
+            after = random_states(device)
+        output_size = sum(tensor.numel() for tensor in tensors(evaluated)) // batch.size
+        draws = frozenset(kind for kind in KINDS if before[kind] != after[kind])
+        written = next((name for name, p in model.named_parameters() if p._version != versions[name]), None)
+        if changed := [name for name, value in _plain_attributes(model).items() if attributes.get(name) != value]:
+            unsaved = f"{changed[0]} changes in training and is no buffer"
+        elif not _repeats(model, batch, state, outputs, device):
+            unsaved = "state is more than parameters and buffers"
+    steps = config.batch_size / batch.size
     flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many as the forward pass
-    why = f"a step of {flops / 1e9:.2g} GFLOP gains nothing as a row on a CPU"
-    return Finding(
-        plain_because=why if device.type == "cpu" and flops > MAX_STEP_FLOPS else None,
-        draws_random_numbers=draws,
-        trial_bytes=int(saved.bytes * steps) + PARAMETER_COPIES * sum(p.nbytes for p in model.parameters()),
+    copies = PARAMETER_COPIES + (config.accumulate > 1) + (config.ema is not None)
+    finding = Finding(
+        draws=draws,
+        unsaved=unsaved,
+        output_size=output_size,
+        trial_bytes=int(saved.bytes * steps) + copies * sum(p.nbytes for p in model.parameters()),
     )
+    if unsaved:
+        return _cannot_fuse(finding, f"its {unsaved}, and a trial that is resumed begins anew")
+    if written:
+        return _cannot_fuse(finding, f"its parameter {written} changes in a forward pass")
+    if device.type == "cpu" and flops > MAX_STEP_FLOPS:
+        why = f"a step of {flops / 1e9:.2g} GFLOP gains nothing as a row on a CPU"
+        return dataclasses.replace(finding, plain_because=why)
+    return finding
 
 
-def _changed_state(
-    workload: Workload, small: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """Return the name of state other than a buffer that a training forward pass changes; rows would share this state.
+def _repeats(model: nn.Module, batch: Batch, state: Sequence[Tensor], outputs: Any, device: torch.device) -> bool:
+    """Return whether a model that has seen a batch computes the same outputs again, with its first `state`.
 
-    Examples are a counter in an attribute, and a frozen parameter that is a moving average of a trained one.
+    If not, state remains in the model: a hidden state, a list, a random generator of its own.
     """
-    with fork_rng(device), torch.no_grad():
-        model = workload.build_model().to(device, dtype).train()
-        inputs = model_inputs(workload, first_samples(samples_of(small, "train"), BATCH).inputs, dtype)
-        before = _plain_attributes(model)
-        versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts in-place writes
-        model(inputs)
-    if written := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
-        return f"parameter {written[0]}"
-    after = _plain_attributes(model)
-    return next((name for name in after if before.get(name) != after[name]), None)
+    with torch.no_grad():
+        for tensor, value in zip((*model.parameters(), *model.buffers()), state, strict=True):
+            tensor.copy_(value)
+    with seeded(0, device):
+        again = run_model(model.train(), copied(batch).inputs)
+    pairs = zip(tensors(outputs), tensors(again), strict=True)
+    return all(torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True) for one, other in pairs)
 
 
 def _plain_attributes(model: nn.Module) -> dict[str, Any]:
@@ -200,13 +226,6 @@ def _plain_attributes(model: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if isinstance(value, int | float | str) and name != "training"
     }
-
-
-def _random_state(device: torch.device) -> Tensor:
-    states = [torch.get_rng_state()]
-    states += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    states += [torch.mps.get_rng_state()] if device.type == "mps" else []
-    return torch.cat(states)
 
 
 def _same_losses(fused: EpochMetrics, plain: EpochMetrics, tolerance: float) -> bool:

@@ -7,33 +7,46 @@ placeholder parameters.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, train_epoch_of
-from pipeline.training.epoch import Record, autocast, check_shapes, mean_loss, seeded_step, why_diverged
+from pipeline.training.epoch import (
+    Accumulation,
+    Record,
+    autocast,
+    check_shapes,
+    loss_of,
+    mean_loss,
+    seeded_step,
+    why_diverged,
+    without_bf16,
+)
+from pipeline.training.evaluation import Evaluation
 from pipeline.training.pooling import Pooling
 from pipeline.training.rows.layout import lay_out
 from pipeline.training.rows.model import RowModel
 from pipeline.training.rows.optimizer import MatrixOptimizer, row_order
+from pipeline.workloads.build import built_model, run_model
 from pipeline.workloads.data import (
+    epoch_length,
     evaluation_batch_size,
     evaluation_batches,
-    first_samples,
-    model_inputs,
+    first_batch,
+    model_batch,
     samples_of,
     training_batches,
 )
-from pipeline.workloads.workload import Workload
+from pipeline.workloads.random_state import KINDS
+from pipeline.workloads.workload import Batch, Workload
 
 IGNORED = -100
 """Target that `F.cross_entropy` ignores by default."""
@@ -46,7 +59,7 @@ class FusedTrials:
 
     Args:
         configs: Trial number to config; every optimizer has an update rule.
-        workload, device, dtype, seeded: As `PlainTrials` takes them.
+        workload, device, dtype, draws, output_size: As `PlainTrials` takes them.
     """
 
     plain = False
@@ -59,20 +72,22 @@ class FusedTrials:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        seeded: bool = True,
+        draws: Collection[str] = KINDS,
+        output_size: int = 0,
     ) -> None:
-        self._seeded = seeded
+        self._draws = draws
+        self._output_size = output_size
         self.configs = row_order(configs)
         self._workload = workload
         self._device, self._dtype = device, dtype
         self._epoch = 0
         self._step = 0
         self._config = next(iter(self.configs.values()))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self._config.seed, "weights"))
-            self._model = workload.build_model().to(device, dtype)
+        self._model = built_model(workload, seed=self._config.seed, device=device, dtype=dtype)
         self._layout = lay_out(self._model, self._config)
         trained = {name: p.detach() for name, p in self._model.named_parameters() if name in self._layout.names}
+        if other := next((name for name, p in trained.items() if p.dtype != dtype), None):
+            raise TypeError(f"the parameter {other} is {trained[other].dtype}, and a row is {dtype}")
         row = torch.cat([trained[name].reshape(-1) for name in self._layout.names])
         rows = len(self.configs)
         self._matrix = row.repeat(rows, 1)
@@ -84,14 +99,21 @@ class FusedTrials:
         self._each_row = RowModel(
             self._model, {*trained, *self._buffers}, Pooling(device, channels_last=self._config.channels_last)
         )
-        self._steps_per_epoch = math.ceil(len(workload.train) / self._config.batch_size)
+        self._accumulation = Accumulation(
+            self._config.accumulate, self._config.batch_size, epoch_length(workload, self._config.seed)
+        )
+        self._accumulated: Tensor | None = None
+        """Gradients (row, parameter) of the batches of a step so far."""
+        self._averages: Tensor | None = None
+        """With `ema`, averages of the parameters (row, parameter); None before the first step."""
         self._record = Record()
+        self._evaluation = Evaluation(workload, rows)
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
         self._optimizer = MatrixOptimizer(
             self.configs,
             groups=self._layout.groups,
             matrix=self._matrix,
-            steps_per_epoch=self._steps_per_epoch,
+            steps_per_epoch=self._accumulation.steps,
             directions=workload.directions,
         )
 
@@ -102,17 +124,14 @@ class FusedTrials:
             torch.OutOfMemoryError: A batch does not fit into the device's memory.
         """
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        for name in ("train", "val"):
-            split = samples_of(self._workload, name)
-            size = self._config.batch_size if name == "train" else evaluation_batch_size(split, self._config)
-            batch = first_samples(split, size)
-            inputs = model_inputs(self._workload, batch.inputs, self._dtype)
-            if name == "train":
-                _, gradients = self.gradients(inputs, batch.targets)
-                _temporaries = [torch.empty_like(gradients) for _ in range(2)]  # as many as an update allocates
-            else:
-                self.evaluate_step(inputs, batch.targets)
+        train, val = (samples_of(self._workload, name) for name in ("train", "val"))
+        batch = model_batch(self._workload, first_batch(train, self._config.batch_size), self._dtype)
+        _, gradients = self.gradients(batch)
+        _temporaries = [torch.empty_like(gradients) for _ in range(2)]  # as many as an update allocates
+        size = evaluation_batch_size(val, self._config, output_size=self._output_size)
+        self.evaluate_step(model_batch(self._workload, first_batch(val, size), self._dtype))
         self._record, self._buffers = Record(), buffers
+        self._evaluation = Evaluation(self._workload, len(self.configs))
 
     def train_epoch(self) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it; a diverged trial has left the group."""
@@ -124,19 +143,20 @@ class FusedTrials:
 
     def evaluation_batches(self, name: str) -> Batches:
         """Yield the batches of a split."""
-        return evaluation_batches(self._workload, name, self._config, dtype=self._dtype)
+        return evaluation_batches(self._workload, name, self._config, dtype=self._dtype, output_size=self._output_size)
 
     def begin_epoch(self) -> None:
         """Begin an epoch: compute its rates, and clear the record."""
         self._record = Record()
+        self._evaluation = Evaluation(self._workload, len(self.configs))
         self._rates = self._optimizer.plan_epoch()
         self._model.train()
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+    def train_step(self, batch: Batch) -> None:
         """Update every row on one batch."""
-        self.update(*self.gradients(inputs, targets), samples=len(inputs))
+        self.update(*self.gradients(batch), samples=batch.size)
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return each row's loss (row,) and gradients (row, parameter) on the next batch of the epoch.
 
         Raises:
@@ -145,9 +165,9 @@ class FusedTrials:
         """
         parameters = {name: p.detach().requires_grad_() for name, p in self._layout.views(self._matrix).items()}
         step = len(self._record.sizes)
-        with seeded_step(self._seeded, self._device, self._config.seed, "step", self._epoch, step):
+        with seeded_step(self._draws, self._device, self._config.seed, "step", self._epoch, step):
             with autocast(self._config, self._device):
-                losses = self._losses(inputs, targets, parameters)
+                losses, _ = self._losses(batch, parameters)
             gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
         if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
             raise RuntimeError(f"the loss does not depend on {', '.join(unused)}")
@@ -155,37 +175,53 @@ class FusedTrials:
 
     def update(self, losses: Tensor, gradients: Tensor, *, samples: int) -> None:
         """Update every row by its gradients (row, parameter), which are overwritten; record the losses (row,)."""
-        self._optimizer.update(self._matrix, gradients, step=len(self._record.sizes))
+        number, accumulate = len(self._record.sizes), self._config.accumulate
+        if accumulate > 1:
+            gradients.mul_(self._accumulation.share(number))
+            gradients = gradients if self._accumulated is None else self._accumulated.add_(gradients)
+            self._accumulated = None if self._accumulation.ends(number) else gradients
+        if self._accumulation.ends(number):
+            self._optimizer.update(self._matrix, gradients, step=number // accumulate)
+            self._average()
         self._record.losses.append(losses)
         self._record.sizes.append(samples)
 
+    def _average(self) -> None:
+        if self._config.ema is None:
+            return
+        if self._averages is None:
+            self._averages = self._matrix.clone()
+        else:
+            self._averages.lerp_(self._matrix, 1 - self._config.ema)
+
+    @property
+    def _evaluated(self) -> Tensor:
+        """The parameters (row, parameter) that are evaluated and saved."""
+        return self._matrix if self._averages is None else self._averages
+
     @torch.no_grad()
-    def evaluate_step(self, inputs: Tensor, targets: Tensor) -> None:
-        """Record every row's outputs for one batch of a split."""
-        record = self._record
+    def evaluate_step(self, batch: Batch) -> None:
+        """Evaluate every row on one batch of a split."""
+        evaluation = self._evaluation
         self._model.eval()
-        parameters = self._layout.views(self._matrix)
-        with (
-            seeded_step(self._seeded, self._device, self._config.seed, "evaluation", self._epoch, len(record.outputs)),
-            autocast(self._config, self._device),
-        ):
-            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers)
-        record.outputs.append(outputs)
-        record.targets.append(targets)
+        parameters = self._layout.views(self._evaluated)
+        with seeded_step(self._draws, self._device, self._config.seed, "evaluation", self._epoch, evaluation.batches):
+            losses, outputs = self._losses(batch, parameters, evaluating=True)
+        evaluation.add(losses, outputs, batch.targets, size=batch.size)
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
         """Return the epoch's metrics, step the schedules that move every epoch, and remove diverged rows."""
         record = self._record
-        first = self._step + 1
+        first, accumulate = self._step + 1, self._config.accumulate
         self._epoch += 1
-        self._step += len(record.sizes)
-        evaluated = self._evaluated("val")
+        self._step += self._accumulation.steps
+        evaluated = self._evaluation.results("val")
         results = {}
         threads, rows = torch.get_num_threads(), len(self.configs)
         epochs = zip(self.configs, torch.stack(record.losses, dim=1).tolist(), strict=True)
         for row, (number, losses) in enumerate(epochs):
-            metrics = {"train/loss": mean_loss(losses, record.sizes), **evaluated[number]}
-            diverged = why_diverged(losses, metrics, first_step=first, epoch=self._epoch)
+            metrics = {"train/loss": mean_loss(losses, record.sizes), **evaluated[row]}
+            diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self._epoch)
             if diverged is None:
                 self._optimizer.end_epoch(number, metrics)
             results[number] = EpochMetrics(
@@ -204,26 +240,21 @@ class FusedTrials:
         """Stop training a trial: remove its row from the matrix."""
         self._keep([other for other in self.configs if other != number])
 
-    def outputs(self, name: str) -> Tensor:
-        """Return the outputs of each trial's model for a split, (row, sample, …)."""
-        self._record = Record()
-        for inputs, targets in self.evaluation_batches(name):
-            self.evaluate_step(inputs, targets)
-        return torch.cat(self._record.outputs, dim=1)
-
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
         if not self.configs:
             return {}
-        self.outputs("test")
-        return self._evaluated("test")
+        self._evaluation = Evaluation(self._workload, len(self.configs))
+        for batch in self.evaluation_batches("test"):
+            self.evaluate_step(batch)
+        return dict(zip(self.configs, self._evaluation.results("test"), strict=True))
 
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
         row = list(self.configs).index(number)
         with torch.no_grad():
             parameters = dict(self._model.named_parameters())
-            for name, value in self._layout.views(self._matrix).items():
+            for name, value in self._layout.views(self._evaluated).items():
                 parameters[name].copy_(value[row])
             buffers = dict(self._model.named_buffers())
             for name, value in self._buffers.items():
@@ -234,12 +265,14 @@ class FusedTrials:
     def state_dict(self) -> dict[str, Any]:
         """Return each trial's row and everything else that the trial's next epoch depends on."""
         matrix, optimizers = self._matrix.cpu(), self._optimizer.row_states()
+        averages = None if self._averages is None else self._averages.cpu()
         buffers = {name: buffer.cpu() for name, buffer in self._buffers.items()}
         return {
             str(number): {
                 "epoch": self._epoch,
                 "step": self._step,
                 "row": matrix[row].clone(),
+                "average": None if averages is None else averages[row].clone(),
                 "layout": self._layout.described(),
                 "buffers": {name: buffer[row].clone() for name, buffer in buffers.items()},
                 "optimizer": optimizers[number],
@@ -255,6 +288,9 @@ class FusedTrials:
             self._check_layout(saved)
             self._epoch, self._step = saved["epoch"], saved["step"]
             self._matrix[row] = saved["row"]
+            if saved["average"] is not None:
+                self._averages = torch.empty_like(self._matrix) if self._averages is None else self._averages
+                self._averages[row] = saved["average"]
             for name, buffer in self._buffers.items():
                 buffer[row] = saved["buffers"][name]
             self._optimizer.load_row_state(number, saved["optimizer"], steps=self._step)
@@ -265,43 +301,43 @@ class FusedTrials:
             raise ValueError("its parameters have other names, shapes or another order")
         check_shapes({name: buffer[0] for name, buffer in self._buffers.items()}, saved["buffers"])
 
-    def _losses(self, inputs: Tensor, targets: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return each row's loss (row,) on one batch."""
-        loss = self._workload.loss
-        if loss is F.cross_entropy and targets.ndim == 1:
-            outputs = self._each_row(lambda model: model(inputs), parameters, self._buffers)
-            if outputs.ndim == 3:
-                return cross_entropy_of_rows(outputs, targets)
-            return vmap(loss, in_dims=(0, None))(outputs, targets)
-        return self._each_row(lambda model: loss(model(inputs), targets), parameters, self._buffers)
+    def _losses(
+        self, batch: Batch, parameters: Mapping[str, Tensor], *, evaluating: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Return each row's loss (row,) on one batch; in an evaluation with metrics also the outputs (row, …)."""
+        loss, targets = self._workload.loss, batch.targets
+        needs_outputs = evaluating and self._evaluation.needs_outputs
+        step = self._step + len(self._record.sizes) // self._config.accumulate
+
+        def outputs_of(model: nn.Module) -> Any:
+            if not evaluating:
+                return run_model(model, batch.inputs)
+            with autocast(self._config, self._device):
+                outputs = run_model(model, batch.inputs)
+            return without_bf16(outputs)
+
+        if loss is F.cross_entropy and isinstance(targets, Tensor) and targets.ndim == 1:
+            outputs = self._each_row(outputs_of, parameters, self._buffers)
+            if isinstance(outputs, Tensor) and outputs.ndim == 3:
+                return cross_entropy_of_rows(outputs, targets), outputs
+            return vmap(loss, in_dims=(0, None))(outputs, targets), outputs
+
+        def loss_and_outputs(model: nn.Module) -> tuple[Tensor, Any]:
+            outputs = outputs_of(model)
+            return loss_of(loss, outputs, targets, step=step), outputs if needs_outputs else None
+
+        losses, outputs = self._each_row(loss_and_outputs, parameters, self._buffers)
+        return losses, outputs
 
     def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """Return group name to points (step, rate) of a trial in the epoch; the rate of a frozen group is 0."""
-        sizes, rates = self._record.sizes, self._rates[number]
-        all_rates = {name: rates.get(name, [0.0] * len(sizes)) for name in self._config.param_groups}
-        first = self._step - len(sizes) + 1
+        steps, rates = self._accumulation.steps, self._rates[number]
+        all_rates = {name: rates.get(name, [0.0] * steps) for name in self._config.group_names}
+        first = self._step - steps + 1
         points = {name: tuple(enumerate(values, start=first)) for name, values in all_rates.items()}
         if self._optimizer.moves_every_step(number):
             return points
         return {name: group_points[-1:] for name, group_points in points.items()}
-
-    @torch.no_grad()
-    def _evaluated(self, name: str) -> dict[int, dict[str, float]]:
-        """Return each trial's loss and metrics on the recorded outputs of a split, named after the split."""
-        outputs, targets = torch.cat(self._record.outputs, dim=1), torch.cat(self._record.targets)
-        outputs = outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-        values = {f"{name}/loss": [self._workload.loss(row, targets) for row in outputs]}
-        # A metric may raise on the outputs of a diverged row.
-        finite = torch.isfinite(outputs).flatten(1).all(dim=1).tolist()
-        for metric, measure in self._workload.metrics.items():
-            values[f"{name}/{metric}"] = [
-                measure.function(row, targets) if is_finite else row.new_tensor(math.nan)
-                for row, is_finite in zip(outputs, finite, strict=True)
-            ]
-        numbers = {measure: _floats(rows) for measure, rows in values.items()}
-        return {
-            number: {measure: rows[row] for measure, rows in numbers.items()} for row, number in enumerate(self.configs)
-        }
 
     def _keep(self, numbers: Sequence[int]) -> None:
         """Keep only the rows of these trials; the order of rows stays."""
@@ -310,6 +346,7 @@ class FusedTrials:
         staying = [row for row, number in enumerate(self.configs) if number in numbers]
         index = torch.tensor(staying, dtype=torch.long, device=self._device)
         self._matrix = self._matrix[index]
+        self._averages = None if self._averages is None else self._averages[index]
         self._buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
         self._optimizer.keep(staying)
         self.configs = {n: c for n, c in self.configs.items() if n in numbers}
@@ -323,10 +360,3 @@ def cross_entropy_of_rows(logits: Tensor, targets: Tensor) -> Tensor:
     rows, samples, _ = logits.shape
     losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(rows), reduction="none", ignore_index=IGNORED)
     return losses.view(rows, samples).sum(dim=1) / (targets != IGNORED).sum()
-
-
-def _floats(values: list[Tensor]) -> list[float]:
-    """Return scalar tensors as floats, in one transfer if all have the same device and type."""
-    if len({(value.device, value.dtype) for value in values}) == 1:
-        return [float(value) for value in torch.stack(values).tolist()]
-    return [float(value) for value in values]

@@ -1,0 +1,170 @@
+"""Evaluate a split batch by batch: the loss, and metrics of each kind, for one model or for all rows of a matrix."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from pipeline.errors import first_line
+from pipeline.workloads.trees import concatenate, described, map_tensors, tensors
+from pipeline.workloads.workload import Metric, Workload, accuracy
+
+KEPT_BYTES = 1 << 28
+"""Most bytes of outputs that stay on the device for metrics of a whole split; more are kept on the CPU."""
+
+
+class Evaluation:
+    """The loss and the metrics of each row on one split, batch by batch.
+
+    A mean over batches is weighted by their samples. Outputs are kept only if a metric needs those of the whole split.
+
+    Args:
+        workload: Supplies the metrics.
+        rows: Number of rows; 1 for a model that trains plain.
+    """
+
+    def __init__(self, workload: Workload, rows: int) -> None:
+        self._metrics: Mapping[str, Metric] = workload.metrics
+        self._rows = rows
+        self._sizes: list[int] = []
+        self._means: dict[str, list[Any]] = {}
+        """Name of a mean to its value for each batch, (row,)."""
+        self._finite: list[Tensor] = []
+        """For each batch, whether a row's outputs are finite, (row,)."""
+        self._accumulating = {
+            name: [copy.deepcopy(metric.function) for _ in range(rows)]
+            for name, metric in workload.metrics.items()
+            if metric.accumulates
+        }
+        for metrics in self._accumulating.values():
+            for metric in metrics:
+                metric.reset()
+        self._keeps = any(metric.keeps_outputs for metric in workload.metrics.values())
+        self._kept: list[tuple[Any, Any]] = []
+        self._kept_bytes = 0
+
+    @property
+    def batches(self) -> int:
+        """Number of batches so far."""
+        return len(self._sizes)
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether `add` takes outputs: there is a metric besides the loss."""
+        return bool(self._metrics)
+
+    def add(self, losses: Tensor, outputs: Any, targets: Any, *, size: int) -> None:
+        """Add a batch.
+
+        Args:
+            losses: (row,)
+            outputs: Tree of tensors (row, sample, …).
+            targets: The batch's targets.
+            size: Number of samples.
+        """
+        self._sizes.append(size)
+        self._means.setdefault("loss", []).append(losses)
+        if not self._metrics:
+            return
+        self._finite.append(_finite_rows(outputs, self._rows, losses.device))
+        by_row: dict[int, Any] = {}
+        for name, metric in self._metrics.items():
+            if metric.function is accuracy and isinstance(outputs, Tensor):
+                self._means.setdefault(name, []).append(_accuracies(outputs, targets))
+            elif not metric.keeps_outputs:
+                by_row = by_row or self._finite_outputs(outputs)
+                self._add_by_row(name, metric, by_row, targets)
+        if self._keeps:
+            self._keep(outputs, targets)
+
+    def results(self, split: str) -> list[dict[str, float]]:
+        """Return each row's loss and metrics, named after the split; a metric of outputs that are not finite is NaN."""
+        shares = [size / sum(self._sizes) for size in self._sizes]
+        columns = {name: _weighted(values, shares) for name, values in self._means.items()}
+        finite = torch.stack(self._finite).all(dim=0).tolist() if self._finite else []
+        rows = [row for row, is_finite in enumerate(finite) if is_finite]
+        kept = self._whole_split() if self._keeps and rows else None
+        for name, metric in self._metrics.items():
+            if metric.accumulates:
+                measured = {row: self._accumulating[name][row].compute() for row in rows}
+            elif kept is not None and metric.keeps_outputs:
+                measured = {row: metric.function(_row(kept[0], row), kept[1]) for row in rows}
+            else:
+                measured = {row: columns[name][row] for row in rows}
+            numbers = dict(zip(measured, _floats(list(measured.values())), strict=True))
+            columns[name] = [numbers.get(row, math.nan) for row in range(self._rows)]
+        names = ("loss", *self._metrics)
+        return [{f"{split}/{name}": columns[name][row] for name in names} for row in range(self._rows)]
+
+    def _finite_outputs(self, outputs: Any) -> dict[int, Any]:
+        """Return row to outputs, for the rows whose outputs are finite: a metric may raise on others."""
+        finite = self._finite[-1].tolist()
+        return {row: _row(outputs, row) for row in range(self._rows) if finite[row]}
+
+    def _add_by_row(self, name: str, metric: Metric, outputs: Mapping[int, Any], targets: Any) -> None:
+        if metric.accumulates:
+            for row, own in outputs.items():
+                self._accumulating[name][row].update(own, targets)
+            return
+        values = [
+            float(metric.function(outputs[row], targets)) if row in outputs else math.nan for row in range(self._rows)
+        ]
+        self._means.setdefault(name, []).append(values)
+
+    def _keep(self, outputs: Any, targets: Any) -> None:
+        self._kept_bytes += sum(tensor.nbytes for tensor in tensors(outputs))
+        self._kept.append((outputs, targets))
+        if self._kept_bytes > KEPT_BYTES:
+            self._kept = [map_tensors(Tensor.cpu, kept) for kept in self._kept]
+
+    def _whole_split(self) -> tuple[Any, Any]:
+        """Return the outputs, (row, sample, …), and the targets of the whole split."""
+        outputs, targets = zip(*self._kept, strict=True)
+        try:
+            return concatenate(outputs, axis=1), concatenate(targets)
+        except (RuntimeError, ValueError) as error:
+            names = ", ".join(name for name, metric in self._metrics.items() if metric.keeps_outputs)
+            some = f"outputs {described(outputs[0])} and {described(outputs[-1])}"
+            message = f"{names} measures a whole split, whose batches cannot be joined: {some}, {first_line(error)}"
+            raise ValueError(f"{message}; give the metric per_batch=True, or update, compute and reset") from None
+
+
+def _row(outputs: Any, row: int) -> Any:
+    """Return the outputs of a row."""
+    return map_tensors(lambda leaf: leaf[row], outputs)
+
+
+def _floats(values: Sequence[Any]) -> list[float]:
+    """Return scalars as floats, tensors of one device and type in one transfer."""
+    kinds = {(value.device, value.dtype) if isinstance(value, Tensor) else None for value in values}
+    if len(kinds) == 1 and None not in kinds:
+        return [float(value) for value in torch.stack(tuple(values)).tolist()]
+    return [float(value) for value in values]
+
+
+def _accuracies(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return each row's accuracy (row,), from outputs (row, sample, class) and targets (sample,)."""
+    if len(outputs) == 1:
+        return accuracy(outputs[0], targets).unsqueeze(0)
+    values: Tensor = vmap(accuracy, in_dims=(0, None))(outputs, targets)
+    return values
+
+
+def _finite_rows(outputs: Any, rows: int, device: torch.device) -> Tensor:
+    """Return whether all numbers in a row's outputs are finite, (row,)."""
+    numbers = [tensor for tensor in tensors(outputs) if tensor.is_floating_point() or tensor.is_complex()]
+    each = [torch.isfinite(tensor).reshape(rows, -1).all(dim=1) for tensor in numbers]
+    return torch.stack(each).all(dim=0) if each else torch.ones(rows, dtype=torch.bool, device=device)
+
+
+def _weighted(batches: Sequence[Any], shares: Sequence[float]) -> list[float]:
+    """Return each row's mean over batches, from values (row,) of each batch and the batch's share of the samples."""
+    if isinstance(batches[0], Tensor):
+        batches = torch.stack(tuple(batches)).tolist()
+    return [sum(share * value for share, value in zip(shares, row, strict=True)) for row in zip(*batches, strict=True)]
