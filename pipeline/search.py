@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.app import cli
 
@@ -104,5 +104,10 @@ def _rows(text: str) -> int | None:
     return None if text == "auto" else cli.whole_number(1)(text)
 
 
-if __name__ == "__main__":
+def script() -> NoReturn:
+    """Run the command line as a console script does, and exit."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

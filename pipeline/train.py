@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.app import cli
 from pipeline.errors import InvalidInput, Problem
@@ -68,5 +69,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
+def script() -> NoReturn:
+    """Run the command line as a console script does, and exit."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

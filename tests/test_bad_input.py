@@ -253,6 +253,28 @@ REFUSED = [
     space("model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"),
     space("epochs: 4", "epochs: 0", "epochs: must be >= 1, got 0"),
     space("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("size: 64", "size: {choices: [64, 1258]}", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("size: 64", "size: {low: 8, high: 64}", "batch_size: must be one value or `{choices: […]}`, got a range"),
+    space("size: 64", "size: {choices: [64, 0]}", "batch_size.choices.1: must be >= 1, got 0"),
+    space(
+        "size: 64",
+        "size: {choices: [64, 32]}\nenqueue: [{batch_size: 16}]",
+        "enqueue.0.batch_size: must be one of 64, 32, as in this space, got 16",
+    ),
+    space(
+        "size: 64", "size: {choices: [64, 32]}\nsteps_per_epoch: 20", "must be one number for each batch_size, 2, got 1"
+    ),
+    space(
+        "name: digits, model: mlp",
+        "name: own, function: a.py:f, arguments: {width: {choices: [8, 16]}}",
+        "workload.arguments.width: arguments of a workload cannot be searched, got {'choices': [8, 16]}",
+    ),
+    space(
+        "name: digits, model: mlp",
+        "name: own, function: a.py:f, arguments: {net: {width: {low: 8, high: 16}}}",
+        "workload.arguments.net.width: arguments of a workload cannot be searched, got {'low': 8, 'high': 16}",
+    ),
+    space("epochs: 4", "epochs: 4\nobjective: {of: bets}", "objective.of: must be one of last, best", "mean best?"),
     space("epochs: 4", "epochs: 4\nobjective: {metric: val/acuracy}", "unknown metric", "did you mean val/accuracy?"),
     space(
         "epochs: 4", "epochs: 4\nobjective: {metric: val/loss}", "objective.direction: must be minimize for val/loss"
@@ -262,6 +284,7 @@ REFUSED = [
     space("{name: digits, model: mlp}", "{name: mnist, modell: resnet9}", "workload.modell: unknown", "model?"),
     space("{name: digits, model: mlp}", "{name: image_folder, folder: photos}", "there is no folder 'photos'"),
     space("{name: digits, model: mlp}", "{name: image_folder}", "workload.folder: is missing"),
+    space("{name: digits, model: mlp}", '{name: image_folder, folder: "\\e]0;x\\a"}', "is no folder '\\x1b]0;x\\x07';"),
     space("{name: digits, model: mlp}", "{name: image_folder, folder: a, image_size: 4}", "must be >= 8, got 4"),
     # A config to train.
     option("train", "the following arguments are required: CONFIG"),
@@ -278,6 +301,9 @@ REFUSED = [
         "mine.yaml with --set epochs --set seed: 1 problem",
         "epochs: must be",
     ),
+    option("search --set \x1b[31m=[", "argument --set: \\x1b[31m: expected the node", "got '['"),
+    option("search --set \x1b[31m=1", "default.yaml with --set \\x1b[31m: 1 problem", "\\x1b[31m: unknown key"),
+    option(f"search --set {'x' * 9999}=1", "default.yaml with --set xxx", "xxx… (9799 more) …xxx", "xxx: unknown key"),
     option("search --workload task.py", "--workload: must name a function, task.py:function, got 'task.py'"),
     option("search --workload own", "argument --workload: unknown workload 'own'; known: digits, "),
     option("search --set workload=mnist", "own.yaml with --set workload: 1 problem", "workload: must be a mapping"),
@@ -294,6 +320,10 @@ REFUSED = [
         "model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"
     ),
     config("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    config("size: 64", "size: {choices: [64, 32]}", "batch_size: must be one value in a config, got a choice"),
+    config(
+        "epochs: 4", "epochs: 4\nobjective: {metric: val/f1, of: best}", "objective.metric: unknown metric 'val/f1'"
+    ),
     config("epochs: 4", "epochs: 4\nfound: lost", "found: must be a mapping, got 'lost'"),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "line 4, column 9: could not find expected ':'"), CONFIG[:70]),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "must be UTF-8 text, got byte 0x80"), bytes(range(256))),
@@ -335,6 +365,27 @@ def test_a_bad_input_is_refused_in_plain_words_and_nothing_is_written(
     Path("mine.yaml").write_bytes(case.content if isinstance(case.content, bytes) else case.content.encode())
     said = refuse(case.command, capsys)
     assert [word for word in case.words if word not in said] == [], said
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SPACE + "".join(f"key{n}: 1\n" for n in range(3000)),
+        SPACE + "a" * 50_000 + ": 1\n",
+        SPACE.replace("name: digits", f"name: {'d' * 50_000}"),
+        SPACE.replace(RANGE, f"{{choices: [{', '.join('a' for _ in range(9000))}]}}"),
+        SPACE + f"objective: {{metric: {'loss' * 9000}}}\n",
+    ],
+    ids=["many keys", "a long key", "a long name", "many choices", "a long metric"],
+)
+def test_a_message_is_short_however_long_the_values_are(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(content)
+    said = refuse("search --space mine.yaml", capsys)
+    assert "mine.yaml: " in said
+    assert len(said) < 5000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.precision import current_settings, dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
-from pipeline.workloads.data import to_device
+from pipeline.workloads.data import epoch_length, to_device
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Workload
 
@@ -45,7 +46,7 @@ def prepare(
         space: The space of a search, or a config as a space of one point.
         source: Name of the space's file, for messages.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA if there is a CUDA device, else the CPU.
-        searching: Whether to check the objective.
+        searching: Whether to check the objective; one that chooses the best epoch is always checked.
         rows: Most trials in a matrix; None: the trials divided by the processes, as far as memory allows.
         workload: Replaces the workload that the space names.
 
@@ -61,21 +62,23 @@ def prepare(
         workload = _placed(workload or load_workload(space.workload), chosen, dtype)
         model = _first_model(workload, space.seed, dtype)
         space = with_layers(space, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
-        space = with_steps(space, -(-len(workload.train) // space.batch_size))
+        space = with_steps(space, epoch_length(workload, space.seed))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
+    except DataError as error:
+        raise InvalidInput(source, [Problem("workload", str(error))]) from None
     problems = [*problems_with_model(space, workload, model)]
-    problems += objective_problems(space, workload) if searching else ()
+    problems += objective_problems(space, workload) if searching or space.objective.of == "best" else ()
     problems += _precision_problems(space, chosen)
-    problems += (
-        workload_problems(workload, batch_size=space.batch_size, seed=space.seed, dtype=dtype) if not problems else []
-    )
-    problems += own_code_problems(space, workload, model, device=chosen) if not problems else []
+    if not problems:
+        problems = list(workload_problems(workload, batch_sizes=space.batch_sizes, seed=space.seed, dtype=dtype))
+    if not problems:
+        problems = list(own_code_problems(space, workload, model, device=chosen))
     if problems:
         raise InvalidInput(source, problems)
+    config = dataclasses.replace(space.example(), batch_size=max(space.batch_sizes))
     processes = torch.get_num_threads()
-    executor = LocalExecutor(workload, space.example(), device=chosen, dtype=dtype, rows=rows, processes=processes)
-    return space, executor
+    return space, LocalExecutor(workload, config, device=chosen, dtype=dtype, rows=rows, processes=processes)
 
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
@@ -86,17 +89,20 @@ def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module
         return
     config = space.example()
     yield from assign_groups(dims, config.param_groups, config.no_weight_decay, tied=_tied_names(model))[1]
-    if space.batch_size > len(workload.train):
-        message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
-        yield Problem("batch_size", message)
+    samples = epoch_length(workload, space.seed)
+    for size in space.batch_sizes:
+        if size > samples:
+            yield Problem("batch_size", f"must be at most the {samples} training samples, got {size}")
+        elif space.accumulate > (batches := -(-samples // size)):
+            yield Problem("accumulate", f"must be at most the {batches} batches of an epoch, got {space.accumulate}")
     plateau = space.schedulers.get("plateau")
     if plateau and plateau["metric"] not in workload.directions:
         message = f"unknown metric {plateau['metric']!r}; {did_you_mean(plateau['metric'], workload.directions)}"
         yield Problem("scheduler.plateau.metric", message)
-    steps_per_epoch = -(-len(workload.train) // space.batch_size)
-    for name, scheduler in space.schedulers.items():
-        if scheduler["interval"] == "step":
-            yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
+    for name in (name for name, scheduler in space.schedulers.items() if scheduler["interval"] == "step"):
+        for size in space.batch_sizes:
+            named = size if len(space.batch_sizes) > 1 else None
+            yield from length_problems(space, name, steps_per_epoch=-(-len(workload.train) // size), batch_size=named)
 
 
 def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:

@@ -13,15 +13,16 @@ from rich.console import Console
 
 from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
-from pipeline.app.display import Progress, best_table, strategy_line
+from pipeline.app.display import Progress, best_table, score_line, strategy_line
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import environment, prepare
-from pipeline.errors import DataError, DeviceError, StorageError, counted
+from pipeline.errors import DataError, DeviceError, StorageError, counted, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.own_code import is_own
+from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
@@ -143,8 +144,7 @@ def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
         name=study.name,
         identity=study.identity,
         workload=space.workload.title,
-        metric=space.objective.metric,
-        direction=space.objective.direction,
+        objective=space.objective,
         groups=tuple(charted.values()),
         searched=space.searched_hyperparameters(),
         shared=space.shared_hyperparameters(),
@@ -188,8 +188,9 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
         console.width = max(console.width, TABLE_WIDTH)
         console.print(best_table(study), crop=False)
         console.print()
-        note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {study.space.objective.metric} "
-        note += f"{best[0].score}, {strategy_line(best[0].config)}. "
+        objective = study.space.objective
+        note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {objective.metric} "
+        note += f"{score_line(best[0], objective)}, {strategy_line(best[0].config, study.space)}. "
         note += "Train it again: `python -m pipeline.train best.yaml`."
         try:
             write_atomic(path, config_file(study, best[0]))
@@ -207,19 +208,28 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
 def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
     space, size = study.space, min(study.group_size, trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
-    if executor.plain_because is not None:
-        together += f", each alone, since {executor.plain_because}"
-    elif alone := [
-        *(name for name in space.optimizers if not has_rule(optimizer_class(name))),
-        *filter(is_own, space.schedulers),
-    ]:
-        together += f", those of {' and '.join(alone)} each alone"
-    what = f"{executor.workload.name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
+    together += _which_alone(space, executor)
+    name = printable(executor.workload.name)
+    what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if len(study.ended) >= trials:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
         resumed = f": {those} ended; ask for more with --trials"
     return f"{what}   study {study.name}, seed {space.seed}{resumed}"
+
+
+def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
+    """Return in words which trials train plain, and why."""
+    config = space.example()
+    sized = [dataclasses.replace(config, batch_size=size) for size in space.batch_sizes]
+    plain = {str(c.batch_size): why for c in sized if (why := executor.plain_with_any_optimizer(c)) is not None}
+    why = next(iter(plain.values()), "")
+    if len(plain) == len(sized):
+        return f", each alone, since {why}"
+    words = f", those of batch_size {' and '.join(plain)} each alone, since {why}" if plain else ""
+    alone = [name for name in space.optimizers if not has_rule(optimizer_class(name))]
+    alone += filter(is_own, space.schedulers)
+    return words + (f", those of {' and '.join(alone)} each alone" if alone else "")
 
 
 def _best_file(study: Study, store: Store) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from pipeline.app.prepare import device_name, machine, prepare
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.placement import Placement, from_run_lengths
-from pipeline.space.search_space import SearchSpace
+from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EpochMetrics, number
 from pipeline.training.contract import TrialGroup
 
@@ -27,6 +28,8 @@ class Found:
     """Number of epochs that the search trained."""
     metrics: Mapping[str, float]
     """Metrics of the last of these epochs."""
+    value: tuple[float, int] | None
+    """The trial's value in the search, and the epoch of the value; None if no epoch was finished."""
     environment: Mapping[str, Any]
     placements: Sequence[Placement]
     """Placement in each epoch."""
@@ -47,7 +50,10 @@ class Found:
                 raise ValueError(f"epochs {epochs!r} for {len(placements)} placements")
             if wrong := [name for name, value in metrics.items() if type(value) not in (int, float)]:
                 raise ValueError(f"{wrong[0]} {metrics[wrong[0]]!r}")
-            return cls(epochs, metrics, found["environment"], placements)
+            value = (found["value"], found["epoch"]) if "value" in found else None
+            if value and (type(value[0]) not in (int, float) or type(value[1]) is not int):
+                raise ValueError(f"value {value[0]!r} at epoch {value[1]!r}")
+            return cls(epochs, metrics, value, found["environment"], placements)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             remedy = "restore it, or remove `found` to train the config without comparing"
             message = f"must be as a search wrote it, got {type(error).__name__}: {error}; {remedy}"
@@ -66,6 +72,8 @@ def train_config(
 ) -> tuple[TrialGroup, bool]:
     """Train a config for all its epochs, and report each epoch.
 
+    The model is the one after the last epoch; after the best epoch, if that is what the config's objective ranks by.
+
     Args:
         space: The config, as a space of one point.
         found: A search's record of the trial: its placement is repeated, its metrics are compared.
@@ -76,7 +84,8 @@ def train_config(
         say: Takes each line of the report.
 
     Returns:
-        The group of the trial, which has number 0, and whether the trial finished all its epochs.
+        The group of the trial, which has number 0, with the model of the epoch that decided, and whether the trial
+        finished all its epochs.
     """
     space, executor = prepare(space, source=source, device=device, searching=False)
     config = space.example()
@@ -85,6 +94,7 @@ def train_config(
     repeats = executor.device.type == "cpu" or config.deterministic
     replays = found is not None and bool(found.placements) and repeats and not fast
     compared: list[str] = []
+    objective, history, best = space.objective, list[EpochMetrics](), {}
     for line in _differences(found, executor.device) if found and replays else []:
         say(line)
     alone = Placement(trainer="plain", threads=torch.get_num_threads())
@@ -95,10 +105,17 @@ def train_config(
         if not epoch.finished:
             say(f"ended: {epoch.diverged or epoch.failed}")
             return group, False
+        history.append(epoch)
+        measured = objective.measured(history) if objective.of == "best" else []
+        if measured and objective.deciding(measured) is epoch:
+            best = copy.deepcopy(group.state_dict())
         if found and epoch.epoch == found.epochs:
             compared = _comparison(epoch, found, "in the places that it had" if replays else "alone")
     for line in compared:
         say(line)
+    if best:
+        group.load_state_dict(best)
+        say(_best_line(objective, objective.measured(history), found, config.epochs))
     if test:
         say("test          " + "  ".join(f"{name} {number(value)}" for name, value in group.test()[0].items()))
     return group, True
@@ -108,6 +125,17 @@ def _epoch_line(epoch: EpochMetrics, epochs: int) -> str:
     metrics = "  ".join(f"{name} {number(value)}" for name, value in epoch.metrics.items())
     rates = "  ".join(f"lr/{name} {points[-1][1]:.2e}" for name, points in epoch.lr.items())
     return f"epoch {epoch.epoch:>3}/{epochs}  {metrics}  {rates}"
+
+
+def _best_line(objective: Objective, measured: Sequence[EpochMetrics], found: Found | None, epochs: int) -> str:
+    """Return a line that says which epoch was the best, and whether the search said the same."""
+    epoch, value = objective.deciding(measured).epoch, objective.value(measured)
+    line = f"best          {objective.metric} {number(value)} at epoch {epoch} of {epochs}, whose model this is"
+    if found is None or found.value is None:
+        return line
+    if found.value == (value, epoch):
+        return f"{line}; the search had the same"
+    return f"{line}; the search had {number(found.value[0])} at epoch {found.value[1]}"
 
 
 def _differences(found: Found, device: torch.device) -> list[str]:

@@ -142,8 +142,8 @@ class Settings:
 
     epochs: Count
     """Passes over the training data per trial."""
-    batch_size: Count
-    """Samples per optimizer step; the last step of an epoch takes the rest."""
+    batch_size: Count = field(metadata=SEARCHABLE)
+    """Samples per batch; the last batch of an epoch takes the rest. A search may choose among several sizes."""
     seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0
     """Decides proposals, initial weights, data order and dropout; the same for every trial of a search."""
     precision: Precision = "fp32"

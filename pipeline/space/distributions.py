@@ -122,6 +122,11 @@ def label(choice: Any) -> Any:
     return _text(choice) if isinstance(choice, tuple | list | Share) else choice
 
 
+def as_stored(distribution: Any, value: Any) -> Any:
+    """Return a value of a distribution as Optuna stores it: a share of a range is a number, a choice has its label."""
+    return float(value) if isinstance(distribution, Range) and isinstance(value, Share) else label(value)
+
+
 def contains(distribution: Any, value: Any) -> bool:
     """Say whether a value could be chosen from a distribution."""
     value = as_tuples(value)

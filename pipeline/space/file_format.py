@@ -136,6 +136,13 @@ def distribution_of(annotation: Any) -> Any:
     return Annotated[Union[tuple(kinds)], Discriminator(_share_kind if share else _number_kind)]  # noqa: UP007
 
 
+def one_or_several(element: Any) -> Any:
+    """Return the type of a value, or of a list of such values."""
+    several = Annotated[tuple[element, ...], Field(min_length=1), Tag(_CHOICES)]
+    kind = Discriminator(lambda data: _CHOICES if isinstance(data, list | tuple) else _VALUE)
+    return Annotated[Annotated[element, Tag(_VALUE)] | several, kind]
+
+
 def named_union(*classes: type[Any]) -> Any:
     """Return the type of a mapping with the fields of one of the classes, which their `name` tells apart."""
     union: Any = Union[tuple(form_of(cls, searchable=False) for cls in classes)]  # noqa: UP007 - built at run time

@@ -24,7 +24,7 @@ from pipeline.space.config import (
     Settings,
     TrialConfig,
 )
-from pipeline.space.distributions import contains, describe, extremes, is_searched, label
+from pipeline.space.distributions import as_stored, contains, describe, extremes, is_searched, label
 from pipeline.space.file_format import (
     FORM,
     MAX_COUNT,
@@ -35,6 +35,7 @@ from pipeline.space.file_format import (
     named_union,
     one_or_list,
     one_or_more,
+    one_or_several,
     own_form,
 )
 from pipeline.space.optimizers import OPTIMIZERS, OwnOptimizer
@@ -44,7 +45,7 @@ from pipeline.space.param_groups import ParameterRule, ParamGroup, is_numbered, 
 from pipeline.space.pruners import PRUNERS
 from pipeline.space.schedules import SCHEDULERS, OwnScheduler, scheduler_class
 from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
-from pipeline.space.shares import resolve_lengths
+from pipeline.space.shares import has_shares_of_run, resolve_lengths
 
 
 def schema_text() -> str:
@@ -115,18 +116,26 @@ def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpac
     return space
 
 
-def with_steps(space: SearchSpace, steps_per_epoch: int) -> SearchSpace:
+def with_steps(space: SearchSpace, samples: int) -> SearchSpace:
     """Resolve the shares of schedules that move every step, once the data says how many steps an epoch has.
+
+    Args:
+        space: The search space.
+        samples: Number of training samples.
 
     Raises:
         InvalidInput: The space was made for another number of steps.
     """
-    if space.steps_per_epoch not in (None, steps_per_epoch):
-        message = f"must be {steps_per_epoch}, as data and batch_size say, got {space.steps_per_epoch}; "
+    steps = {size: -(-samples // (size * space.accumulate)) for size in space.batch_sizes}
+    noted = list(steps.values()) if len(steps) > 1 else steps[space.batch_sizes[0]]
+    if space.steps_per_epoch not in (None, steps):
+        message = f"must be {noted}, as data and batch_size say, got {space.document['steps_per_epoch']}; "
         message += "remove it, or restore the data and batch_size that it was noted for"
         raise InvalidInput(space.name, [Problem("steps_per_epoch", message)])
-    resolved = space_from_document({**space.document, "steps_per_epoch": steps_per_epoch}, name=space.name)
-    return space if resolved.schedulers == space.schedulers else resolved
+    in_steps = {name: values for name, values in space.schedulers.items() if values["interval"] == "step"}
+    if not any(has_shares_of_run(scheduler_class(name), values) for name, values in in_steps.items()):
+        return space
+    return space_from_document({**space.document, "steps_per_epoch": noted}, name=space.name)
 
 
 def with_layers(space: SearchSpace, names: Iterable[str]) -> SearchSpace:
@@ -192,8 +201,8 @@ def file_form() -> type[BaseModel]:
         "workload": (named_union(*WORKLOAD_CHOICES), ...),
         **fields_of(Settings, searchable=False),
         "steps_per_epoch": (
-            Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)] | None,
-            Field(None, description="A search notes it in its study if a share needs it."),
+            one_or_several(Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]) | None,
+            Field(None, description="A search notes it in its study if a share needs it, for each batch size."),
         ),
         "objective": (form_of(Objective, searchable=False), defaults),
         "optimizer": (one_or_more("Optimizers", OPTIMIZERS), ...),
@@ -232,14 +241,10 @@ def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[Searc
         name=name,
         workload=WORKLOADS[values.workload.name](**dict(values.workload)),
         settings={setting: getattr(values, setting) for setting in SETTINGS},
-        steps_per_epoch=values.steps_per_epoch,
+        steps_per_epoch=None,
         objective=Objective(**dict(values.objective)),
         optimizers=_present(values.optimizer) | own_values["optimizer"],
-        schedulers={
-            schedule: resolve_lengths(SCHEDULERS[schedule], distributions, total=_run_length(values, distributions))
-            for schedule, distributions in _present(values.scheduler).items()
-        }
-        | own_values["scheduler"],
+        schedulers=_present(values.scheduler) | own_values["scheduler"],
         param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
         no_weight_decay=tuple(ParameterRule(**dict(rule)) for rule in values.no_weight_decay or ()),
         sampler=Sampler(**dict(values.sampler)),
@@ -247,7 +252,8 @@ def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[Searc
         enqueue=(),
         document=document,
     )
-    problems = [*rules.problems(space)]
+    space, problems = _with_noted_steps(space, values.steps_per_epoch)
+    problems += rules.problems(space)
     known: list[Mapping[str, Any]] = []
     for index, entry in enumerate(values.enqueue):
         known.append(dict(_enqueued(space, entry, f"enqueue.{index}", problems)))
@@ -290,11 +296,19 @@ def _own_values(form: BaseModel) -> dict[str, Any]:
     return {name: value for name, value in form if value is not None}
 
 
-def _run_length(space: Any, schedule: Mapping[str, Any]) -> int | None:
-    """Return the length of a run in a schedule's unit; None while the number of steps is not known."""
-    if schedule["interval"] == "epoch":
-        return int(space.epochs)
-    return None if space.steps_per_epoch is None else int(space.epochs * space.steps_per_epoch)
+def _with_noted_steps(space: SearchSpace, noted: int | tuple[int, ...] | None) -> tuple[SearchSpace, list[Problem]]:
+    """Add the steps per epoch that a file notes, and resolve the shares of the run whose length is the same for all."""
+    steps = (noted,) if isinstance(noted, int) else noted or ()
+    if steps and len(steps) != len(space.batch_sizes):
+        message = f"must be one number for each batch_size, {len(space.batch_sizes)}, got {len(steps)}; remove it"
+        return space, [Problem("steps_per_epoch", message)]
+    if steps:
+        space = dataclasses.replace(space, steps_per_epoch=dict(zip(space.batch_sizes, steps, strict=True)))
+    schedulers = {
+        name: resolve_lengths(scheduler_class(name), values, total=space.run_length(values["interval"]))
+        for name, values in space.schedulers.items()
+    }
+    return dataclasses.replace(space, schedulers=schedulers), []
 
 
 def _present(forms: BaseModel) -> dict[str, dict[str, Any]]:
@@ -354,7 +368,7 @@ def _shares(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> tup
     form, problems = check(create_model("Shares", **{name: fields[name] for name in written}), written)
     shares = {name: getattr(form, name) for name in written} if form else {}
     warmup = max(extremes(distributions.get("warmup", 0))) if "warmup" in fields else 0
-    total = _run_length(space, distributions)
+    total = space.run_length(distributions["interval"])
     return resolve_lengths(scheduler_class(schedule), shares, total=total, warmup=warmup), problems
 
 
@@ -398,7 +412,7 @@ def _enqueued_value(
     if not contains(domain, value):
         problems.append(Problem(place, f"must be {describe(domain)}, as in this space, got {got}"))
     elif is_searched(domain):
-        yield parameter, label(value)
+        yield parameter, as_stored(domain, value)
 
 
 if __name__ == "__main__":  # python -m pipeline.space.load > search_spaces/schema.json

@@ -23,9 +23,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         data = loads(f"value: {value}", source=place)
     except InvalidInput as error:
-        raise argparse.ArgumentTypeError(f"{place}: {error.problems[0].message}, got {value[:120]!r}") from None
+        problem = Problem(place, f"{error.problems[0].message}, got {value[:120]!r}")
+        raise argparse.ArgumentTypeError(str(problem)) from None
     if data.keys() != {"value"}:
-        raise argparse.ArgumentTypeError(f"{place}: must be one value, got {value[:120]!r}")
+        raise argparse.ArgumentTypeError(str(Problem(place, f"must be one value, got {value[:120]!r}")))
     return place, data["value"]
 
 

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, counted
+from pipeline.space.config import Own
 from pipeline.space.distributions import Range, extremes, is_searched
 from pipeline.space.limits import Share
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import scheduler_class
+from pipeline.space.shares import resolve_lengths
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
@@ -28,6 +30,13 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
     if not space.objective.metric.startswith("val/"):
         message = f"must be a validation metric, such as val/accuracy, got {space.objective.metric!r}"
         yield Problem("objective.metric", message)
+    if isinstance(space.settings["batch_size"], Range):
+        message = (
+            "must be one value or `{choices: […]}`, got a range; trials of one batch size train together, so name "
+        )
+        yield Problem("batch_size", message + "a few sizes")
+    if isinstance(space.workload, Own):
+        yield from _searched_arguments(space.workload.arguments, "workload.arguments")
     for kind, options in (("optimizer", space.optimizers), ("scheduler", space.schedulers)):
         if not options:
             yield Problem(kind, f"must name at least one {kind}")
@@ -72,24 +81,39 @@ def _declared(space: SearchSpace, name: str) -> dict[str, Any]:
     return {field: domain for field, domain in space.schedulers[name].items() if field in declared}
 
 
-def length_problems(space: SearchSpace, name: str, *, steps_per_epoch: int | None) -> Iterator[Problem]:
+def _searched_arguments(arguments: Any, place: str) -> Iterator[Problem]:
+    """Refuse choices and ranges in the arguments of a workload, which would get them as dicts."""
+    if isinstance(arguments, Mapping):
+        keys = arguments.keys()
+        if keys == {"choices"} or {"low", "high"} <= keys <= {"low", "high", "log", "step"}:
+            message = f"arguments of a workload cannot be searched, got {dict(arguments)}"
+            yield Problem(place, f"{message}; give one value, and run a search for each")
+        for name, value in arguments.items():
+            yield from _searched_arguments(value, f"{place}.{name}")
+
+
+def length_problems(
+    space: SearchSpace, name: str, *, steps_per_epoch: int | None, batch_size: int | None = None
+) -> Iterator[Problem]:
     """Yield what does not fit the length of the run.
 
     Args:
         space: The search space.
         name: The schedule's.
         steps_per_epoch: None while unknown; a schedule that moves every step is not checked then.
+        batch_size: Named in messages, if trials differ in it.
     """
-    schedule = _declared(space, name)
-    place, unit = f"scheduler.{name}", schedule["interval"]
+    unit = space.schedulers[name]["interval"]
     if unit == "step" and steps_per_epoch is None:
         return
     total = space.epochs * (steps_per_epoch or 1)
+    schedule = resolve_lengths(scheduler_class(name), _declared(space, name), total=total)
+    place, run = f"scheduler.{name}", "the run" if batch_size is None else f"the run at batch_size {batch_size}"
     warmup = max(extremes(schedule.get("warmup", 0)))
     if warmup >= total:
-        yield Problem(f"{place}.warmup", f"must be shorter than the run of {counted(total, unit)}, got {warmup}")
+        yield Problem(f"{place}.warmup", f"must be shorter than {run} of {counted(total, unit)}, got {warmup}")
         return
-    left = f"the {counted(total - warmup, unit)} of the run" + (" after the warm-up" if warmup else "")
+    left = f"the {counted(total - warmup, unit)} of {run}" + (" after the warm-up" if warmup else "")
     for problem in scheduler_class(name).problems(_extremes(schedule), total - warmup, left):
         yield Problem(f"{place}.{problem.place}", problem.message)
 

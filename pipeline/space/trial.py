@@ -68,7 +68,7 @@ class EndedTrial:
     reason: str | None
     """Why the trial ended before its last epoch; None for a complete trial."""
     value: float | None
-    """The objective after the last epoch; None unless complete."""
+    """The objective, of the last epoch or of the best, as the study says; None unless complete."""
     epochs: tuple[EpochMetrics, ...]
     """Results of each epoch."""
     started: float

@@ -116,8 +116,8 @@ class Store:
                 if (
                     header.trials == trials
                     and header.ended < trials
-                    and header.document == space.document
                     and same_rows
+                    and _with_defaults(header) == space.document
                 ):
                     return header.name, True
             taken = self._names()
@@ -127,7 +127,7 @@ class Store:
                 message = "was made by another program in the same database; choose another name"
                 raise InvalidInput("--study", [Problem(name, message)])
             return name, False
-        if differences := list(_differences(known[name].document, space.document)):
+        if differences := list(_differences(_with_defaults(known[name]), space.document)):
             remedy = "a study keeps its space; choose another --study, or the space that it was made with"
             if [problem.place for problem in differences] == ["seed"]:
                 remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
@@ -279,6 +279,14 @@ def _readable(database: Path) -> Iterator[None]:
     except StorageError as error:
         message = f"cannot be used as Optuna's database: {error}; move it away, or name another --root"
         raise InvalidInput(str(database), [Problem("", message)]) from None
+
+
+def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
+    """Return the document of a study's space with the defaults of settings that are newer than the study."""
+    try:
+        return space_from_document(header.document, name=header.space).document
+    except InvalidInput:  # of another version, so that it equals no space of this one
+        return header.document
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:

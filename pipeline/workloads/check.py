@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,13 @@ CLASSES_SHOWN = 5
 
 
 def workload_problems(
-    workload: Workload, *, batch_size: int, seed: int = 0, dtype: torch.dtype = torch.float32
+    workload: Workload, *, batch_sizes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Iterator[Problem]:
     """Yield the problems of a workload that `pipeline.workloads.data.to_device` returned.
 
     Args:
         workload: A custom workload, or a built-in one with data from files.
-        batch_size: Samples per step.
+        batch_sizes: Samples per batch.
         seed: The search's.
         dtype: Type of floating-point data.
     """
@@ -45,7 +45,7 @@ def workload_problems(
         return
     tried = _Tried(_on_cpu(workload, dtype), seed=seed, dtype=dtype)
     with seeded(seed):
-        problems = tried.problems() or list(_last_batch_problems(tried, batch_size, seed))
+        problems = tried.problems() or [p for size in batch_sizes for p in _last_batch_problems(tried, size, seed)]
     yield from problems
     if not problems:
         yield from _class_problems(in_memory, tried.outputs)

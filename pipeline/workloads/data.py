@@ -204,11 +204,6 @@ def epoch_length(workload: Workload, seed: int) -> int:
     return len(workload.train) if workload.order is None else len(epoch_order(workload, seed=seed, epoch=0))
 
 
-def steps_per_epoch(workload: Workload, config: TrialConfig) -> int:
-    """Return the number of optimizer steps in an epoch."""
-    return -(-epoch_length(workload, config.seed) // (config.batch_size * config.accumulate))
-
-
 def epoch_order(workload: Workload, *, seed: int, epoch: int) -> Tensor:
     """Return the order (sample,) in which an epoch visits the training data; it depends on seed and epoch alone.
 
