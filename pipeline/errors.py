@@ -4,6 +4,7 @@
     ├── InvalidInput         a file, option or workload cannot be used: all problems of a stage at once, exit status 2
     ├── StudyBusy            another process runs the study, exit status 1
     ├── StorageError         a store cannot be read or written, exit status 1
+    ├── TrainingEnded        a config diverged or raised in its training again, exit status 1
     ├── DataError            a data set raised during training, exit status 1
     └── DeviceError          the device failed, so nothing can train on it, exit status 1
 
@@ -77,6 +78,10 @@ class StudyBusy(PipelineError):
 
 class StorageError(PipelineError):
     """A store cannot be read or written."""
+
+
+class TrainingEnded(PipelineError):
+    """The one config that was to be trained diverged, or its model, loss or metric raised."""
 
 
 class DataError(PipelineError):

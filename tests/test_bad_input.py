@@ -325,6 +325,11 @@ REFUSED = [
         "epochs: 4", "epochs: 4\nobjective: {metric: val/f1, of: best}", "objective.metric: unknown metric 'val/f1'"
     ),
     config("epochs: 4", "epochs: 4\nfound: lost", "found: must be a mapping, got 'lost'"),
+    config(
+        "{name: digits, model: mlp}",
+        "{name: own, function: 'python:sine'}",
+        "workload.function: python:sine was made in Python; train it there, with train(…, workload=…)",
+    ),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "line 4, column 9: could not find expected ':'"), CONFIG[:70]),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "must be UTF-8 text, got byte 0x80"), bytes(range(256))),
     # No study.

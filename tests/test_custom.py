@@ -385,7 +385,7 @@ def test_a_search_from_python_makes_its_root_and_returns_its_result(
         {"workload": {"name": "digits"}, **SPACE},
         workload=workload,
         overrides={"objective": objective},
-        trials="6",  # type: ignore[arg-type]  # as a form or an environment has it
+        trials=6,
         root=tmp_path / "new" / "root",
         device="cpu",
         quiet=True,
@@ -406,7 +406,12 @@ def test_a_search_from_python_makes_its_root_and_returns_its_result(
     ("given", "message"),
     [
         ({"trials": 0}, "trials: must be a whole number from 1 to 1000000000, got '0'"),
-        ({"trials": 2.5}, "trials: must be a whole number from 1 to 1000000000, got '2.5'"),
+        ({"trials": 2.5}, "trials: must be a whole number, got 2.5"),
+        ({"trials": "5"}, "trials: must be a whole number, got '5'"),
+        ({"rows": True}, "rows: must be a whole number, got True"),
+        ({"timeout": "1"}, "timeout: must be a number, got '1'"),
+        ({"study": 1}, "study: must be a text, got 1"),
+        ({"root": None}, "root: must be a path, got None"),
         ({"rows": -3, "timeout": -1}, "rows: must be a whole number from 1 to 1000000000, got '-3'"),
         ({"study": "../x"}, "study: must be 1 to 100 letters"),
         ({"device": "tpu"}, "device: must be auto"),

@@ -39,6 +39,7 @@ from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store
 from pipeline.tracking.record import trial_params, trial_tags
+from pipeline.train import train
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.plain import PlainTrials
@@ -50,6 +51,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 CPU = torch.device("cpu")
 LION, NOAM, BELOW = "mine.py:Lion", "mine.py:noam", "mine.py:below"
 RATE = {"low": 1e-3, "high": 1e-1, "log": True}
+OPTIONS: dict[str, Any] = {
+    "trials": 5,
+    "timeout": None,
+    "study": None,
+    "root": Path(),
+    "device": "auto",
+    "rows": None,
+    "from_python": False,
+    "changed_code": False,
+}
 TASK = """
 from tiny import tiny_workload
 from pipeline.workloads.workload import Workload
@@ -109,6 +120,10 @@ def config_of(**sections: Any) -> TrialConfig:
     """Return a config of both."""
     optimizer = {LION: {"base_lr": 0.01, "betas": [0.8, 0.9], "weight_decay": 0.1}}
     return space_of(optimizer, noam(interval="step", warmup_steps={"low": 4, "high": 6}), **sections).example()
+
+
+def write_space(data: Mapping[str, Any]) -> None:
+    Path("space.yaml").write_text(json.dumps(data))
 
 
 def ended_trial(config: TrialConfig) -> EndedTrial:
@@ -232,7 +247,7 @@ def begin_study() -> SearchOptions:
     data = content(optimizers, schedulers, enqueue=[first, first])
     Path("space.yaml").write_text(json.dumps(data))
     changes: dict[str, Any] = {f"optimizer.{LION}.weight_decay": 1e-5, "seed": 3}
-    given: dict[str, Any] = {"study": "space-1", "root": Path(), "trials": 3, "device": "cpu"}
+    given = {**OPTIONS, "study": "space-1", "trials": 3, "device": "cpu"}
     options = read_search(space="space.yaml", workload=None, overrides=changes, **given)
     study = Store(Path()).create(options.space, name="space-1", trials=3, rules=RULES)
     study.add(ended_trial(options.space.example()))
@@ -259,13 +274,22 @@ def test_a_stored_study_is_exported_without_its_code_and_goes_on_only_with_it(fo
     assert sentinel.exists()  # since the person named the file
 
 
-def test_a_space_from_python_is_named_by_python_again() -> None:
-    given: dict[str, Any] = {"overrides": {}, "root": Path(), "trials": 5, "device": "auto"}
-    options = read_search(space=content(lion(), noam()), workload=tiny_workload(), **given)
-    call = (
-        "pipeline.search.search(study='a', trials=5, space=…, workload=…), with the space and the workload that it had"
-    )
-    assert options.command("a") == call
+def test_a_trial_alone_does_not_load_the_code_that_it_names() -> None:
+    config = config_of()
+    own_code._LOADED.clear()
+    with pytest.raises(InvalidInput, match="Lion is code that is loaded only for a file that you name") as caught:
+        train(config, workload=tiny_workload, device="cpu", quiet=True)
+    assert [problem.place for problem in caught.value.problems] == [f"optimizer.{LION}", f"scheduler.{NOAM}"]
+
+
+def test_a_search_from_python_names_its_space_by_python_again() -> None:
+    write_space(content(lion(), noam()))
+    given = {**OPTIONS, "from_python": True}
+    own = read_search(space="space.yaml", workload=tiny_workload, overrides={"seed": 3}, **given)
+    call = "search(space='space.yaml', workload=tiny_workload, overrides={'seed': 3}, study='a', trials=5)"
+    assert own.resume("a") == call
+    own = read_search(space=content(lion(), noam()), workload=None, overrides={}, **given)
+    assert own.resume("a") == "search(space=…, study='a', trials=5)"
 
 
 # Training.
@@ -344,7 +368,7 @@ def test_an_own_optimizer_and_an_own_schedule_train_plain() -> None:
 
 
 def test_a_search_goes_on_by_its_command_trains_records_and_repeats(capsys: pytest.CaptureFixture[str]) -> None:
-    begin, _, command = begin_study().command("space-1").partition(" pipeline.search ")
+    begin, _, command = begin_study().resume("space-1").partition(" pipeline.search ")
     assert begin == "python -m"
     assert pipeline.search.main(shlex.split(command)) == 0
     printed = capsys.readouterr().out

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.app import cli
+from pipeline.app.found import record
 from pipeline.errors import InvalidInput, Problem, counted
 from pipeline.files import strict_yaml
 from pipeline.files.atomic import write_atomic
@@ -52,11 +53,8 @@ def config_file(study: Study, trial: EndedTrial) -> str:
         "study": study.name,
         "trial": trial.number,
         "state": trial.state.value,
-        **_value(study, trial),
-        "epochs": len(trial.epochs),
-        "metrics": dict(trial.metrics),
         "date": datetime.datetime.fromtimestamp(trial.ended).isoformat(timespec="seconds"),
-        "environment": dict(trial.environment),
+        **record(trial, objective),
     }
     comment = f"Trial {trial.number} of study {study.name}: {_score_line(study, trial)}."
     content = {**trial.config.to_dict(), "objective": dataclasses.asdict(objective), FOUND: found}
@@ -81,16 +79,9 @@ def choose_trial(study: Study, number: int | None) -> EndedTrial:
     return best[0]
 
 
-def _value(study: Study, trial: EndedTrial) -> dict[str, Any]:
-    """Return the objective of a trial, complete or not, and the epoch that decided; empty if no epoch can."""
-    objective = study.space.objective
-    epochs = objective.measured(trial.epochs)
-    return {"value": objective.value(epochs), "epoch": objective.deciding(epochs).epoch} if epochs else {}
-
-
 def _score_line(study: Study, trial: EndedTrial) -> str:
-    found = _value(study, trial)
-    if not found:
+    found = record(trial, study.space.objective)
+    if "value" not in found:
         return f"{trial.state.value}, {trial.reason}"
     after = f"after {counted(found['epoch'], 'epoch')}"
     if study.space.objective.of == "best":

@@ -113,6 +113,11 @@ def warn(warning: str) -> None:
     print(f"warning: {printable(warning)}", file=sys.stderr)
 
 
+def shown(value: Any) -> str:
+    """Return a value for a message, cut if it is long."""
+    return repr(value)[:MAX_SHOWN]
+
+
 def quoted(path: Path) -> str:
     """Return a path quoted for a shell."""
     return shlex.quote(str(path))

@@ -179,15 +179,35 @@ def load_config(
         InvalidInput: With every problem of the file.
     """
     data = override(strict_yaml.load(path), overrides)
-    found = data.pop(FOUND, {})
-    space, problems = _read(data, name=path.stem, load_code=True)
+    return build_config(data, source=source_of(path, overrides), name=path.stem)
+
+
+def build_config(
+    data: Mapping[str, Any], *, source: str, name: str, load_code: bool = True
+) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
+    """Build a config from the content of a file.
+
+    Args:
+        data: The content.
+        source: Names the config in messages.
+        name: Names the space.
+        load_code: Whether to load the code that the content names: only if a person wrote the content.
+
+    Returns:
+        The config as a space of one point, the config, and what a search recorded with it.
+
+    Raises:
+        InvalidInput: With every problem of the data.
+    """
+    found = data.get(FOUND, {})
+    space, problems = _read({key: value for key, value in data.items() if key != FOUND}, name=name, load_code=load_code)
     if space is not None:
         message = "must be one value in a config, got a choice; search it with `python -m pipeline.search --space`"
         problems += [Problem(place, message) for place in _searched_places(space)]
         if not isinstance(found, dict):
             problems.append(Problem(FOUND, f"must be a mapping, got {found!r}"))
     if problems or space is None:
-        raise InvalidInput(source_of(path, overrides), problems)
+        raise InvalidInput(source, problems)
     return space, space.example(), found
 
 

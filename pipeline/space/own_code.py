@@ -101,7 +101,13 @@ def load_own(kind: str, name: str) -> OwnCode:
 
 
 def loaded(name: str) -> Callable[..., Any]:
-    """Return the class or function of a name that has been loaded."""
+    """Return the class or function of a name that has been loaded.
+
+    Raises:
+        LookupError: The name comes from a stored trial alone.
+    """
+    if name not in _LOADED:
+        raise LookupError(f"{name} is code that is loaded only for a file that you name: a space, or a config")
     return _LOADED[name].target
 
 

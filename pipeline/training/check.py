@@ -61,14 +61,15 @@ def own_code_problems(
 
 
 def _factor_problem(schedule: OwnScheduler, total: int) -> str | None:
-    factor = factor_of(schedule.name, total=total, hyperparameters=schedule.hyperparameters)
-    for step in range(total):
-        try:
+    step = 0
+    try:
+        factor = factor_of(schedule.name, total=total, hyperparameters=schedule.hyperparameters)
+        for step in range(total):
             factor(step)
-        except FactorError as error:
-            return str(error).removeprefix(f"{schedule.name} ")
-        except (Exception, SystemExit) as error:
-            return f"raised {where(error)}, at step {step} of {total}"
+    except FactorError as error:
+        return str(error).removeprefix(f"{schedule.name} ")
+    except (Exception, SystemExit) as error:
+        return f"raised {where(error)}, at step {step} of {total}"
     return None
 
 

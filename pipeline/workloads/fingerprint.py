@@ -29,13 +29,14 @@ def fingerprint(workload: Workload, model: nn.Module) -> dict[str, str]:
     """Return each part of a workload with a text that changes with it.
 
     Parts are the source files of the person's own code, without comments and layout; the splits, by number, shapes and
-    some of the values; and the model, by the names and shapes of its parameters and buffers.
+    some of the values; and the model, by the names and shapes of its parameters and buffers. Of a script that runs,
+    only functions and classes count.
 
     Args:
         workload: Was moved by `to_device`.
         model: Built by the workload.
     """
-    parts = {f"code of {path.name}": _digest(_code(path)) for path in _files(workload, model)}
+    parts = {f"code of {path.name}": _digest(_code(path, module)) for path, module in _files(workload, model).items()}
     for name in ("train", "val", "test"):
         if getattr(workload, name) is not None:
             parts[name] = _described_samples(samples_of(workload, name))
@@ -74,26 +75,29 @@ def _digest(*parts: str | bytes) -> str:
     return digest.hexdigest()[:16]
 
 
-def _code(path: Path) -> str:
-    return ast.dump(ast.parse(path.read_bytes()))
+def _code(path: Path, module: ModuleType) -> str:
+    tree = ast.parse(path.read_bytes())
+    if module.__name__ == "__main__":
+        tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return ast.dump(tree)
 
 
-def _files(workload: Workload, model: nn.Module) -> list[Path]:
+def _files(workload: Workload, model: nn.Module) -> dict[Path, ModuleType]:
     """Return the files of the person's own code: of each member, and of what these files import from their folders."""
     members: list[Any] = [workload.build_model, workload.loss, workload.preprocess, workload.augment, workload.collate]
     members += [workload.order, *(metric.function for metric in workload.metrics.values())]
     members += [model, workload.train, workload.val]
     waiting = [module for member in members if (module := _module_of(member))]
-    files: set[Path] = set()
+    files: dict[Path, ModuleType] = {}
     while waiting:
         module = waiting.pop()
         path = _own_file(module)
         if path is None or path in files:
             continue
-        files.add(path)
+        files[path] = module
         used = (value if isinstance(value, ModuleType) else _module_of(value) for value in vars(module).values())
         waiting += [other for other in used if other and (file := _own_file(other)) and file.parent == path.parent]
-    return sorted(files)
+    return dict(sorted(files.items()))
 
 
 def _module_of(member: Any) -> ModuleType | None:
