@@ -43,7 +43,8 @@ from pipeline.train import train
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.plain import PlainTrials
-from pipeline.workloads.data import training_batches
+from pipeline.workloads.data import to_device, training_batches
+from pipeline.workloads.fingerprint import changes, fingerprint
 from pipeline.workloads.workload import Split
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -272,6 +273,15 @@ def test_a_stored_study_is_exported_without_its_code_and_goes_on_only_with_it(fo
     with pytest.raises(InvalidInput, match=re.escape("weight_decay: the study has 1e-05, this search 0.5")):
         pipeline.search.main(["--study", "space-1", "--space", "space.yaml", *changes])
     assert sentinel.exists()  # since the person named the file
+
+
+def test_a_change_of_the_code_changes_the_fingerprint(folder: Path) -> None:
+    workload, prints = to_device(tiny_workload(), device=CPU, dtype=torch.float32), []
+    for text in ("", "# a comment", "STEPS = 4"):
+        (folder / "mine.py").write_text(f"{(folder / 'mine.py').read_text()}\n{text}\n")
+        code = [own_code.loaded(name) for name in space_of(lion(), noam()).own_code()]
+        prints.append(fingerprint(workload, workload.build_model(), code))
+    assert [sorted(part for part, _ in changes(prints[0], other)) for other in prints] == [[], [], ["code of mine.py"]]
 
 
 def test_a_trial_alone_does_not_load_the_code_that_it_names() -> None:

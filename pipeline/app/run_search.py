@@ -22,7 +22,7 @@ from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
-from pipeline.space.own_code import is_own
+from pipeline.space.own_code import is_own, loaded
 from pipeline.space.search_space import SearchSpace
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
@@ -55,7 +55,7 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     )
     store = Store(options.root)
     model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
-    trained = fingerprint(executor.workload, model)
+    trained = fingerprint(executor.workload, model, map(loaded, space.own_code()))
     compared = None if options.changed_code else trained
     name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
     resume = options.resume(name)

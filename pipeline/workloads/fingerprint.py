@@ -7,7 +7,7 @@ import functools
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ _LIBRARIES = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib
 _PIPELINE = Path(__file__).parent.parent
 
 
-def fingerprint(workload: Workload, model: nn.Module) -> dict[str, str]:
+def fingerprint(workload: Workload, model: nn.Module, code: Iterable[Any] = ()) -> dict[str, str]:
     """Return each part of a workload with a text that changes with it.
 
     Parts are the source files of the person's own code, without comments and layout; the splits, by number, shapes and
@@ -35,8 +35,11 @@ def fingerprint(workload: Workload, model: nn.Module) -> dict[str, str]:
     Args:
         workload: Was moved by `to_device`.
         model: Built by the workload.
+        code: Optimizers and schedules of the person's own.
     """
-    parts = {f"code of {path.name}": _digest(_code(path, module)) for path, module in _files(workload, model).items()}
+    parts = {
+        f"code of {path.name}": _digest(_code(path, module)) for path, module in _files(workload, model, code).items()
+    }
     for name in ("train", "val", "test"):
         if getattr(workload, name) is not None:
             parts[name] = _described_samples(samples_of(workload, name))
@@ -82,11 +85,11 @@ def _code(path: Path, module: ModuleType) -> str:
     return ast.dump(tree)
 
 
-def _files(workload: Workload, model: nn.Module) -> dict[Path, ModuleType]:
+def _files(workload: Workload, model: nn.Module, code: Iterable[Any]) -> dict[Path, ModuleType]:
     """Return the files of the person's own code: of each member, and of what these files import from their folders."""
     members: list[Any] = [workload.build_model, workload.loss, workload.preprocess, workload.augment, workload.collate]
     members += [workload.order, *(metric.function for metric in workload.metrics.values())]
-    members += [model, workload.train, workload.val]
+    members += [model, workload.train, workload.val, *code]
     waiting = [module for member in members if (module := _module_of(member))]
     files: dict[Path, ModuleType] = {}
     while waiting:
