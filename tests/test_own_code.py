@@ -37,14 +37,14 @@ from pipeline.space.optimizers import SGD, OwnOptimizer
 from pipeline.space.schedules import OwnScheduler
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
-from pipeline.study.store import Store
+from pipeline.study.store import Store, fingerprint_changes
 from pipeline.tracking.record import trial_params, trial_tags
 from pipeline.train import train
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.plain import PlainTrials
 from pipeline.workloads.data import to_device, training_batches
-from pipeline.workloads.fingerprint import changes, fingerprint
+from pipeline.workloads.fingerprint import fingerprint
 from pipeline.workloads.workload import Split
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
@@ -281,7 +281,11 @@ def test_a_change_of_the_code_changes_the_fingerprint(folder: Path) -> None:
         (folder / "mine.py").write_text(f"{(folder / 'mine.py').read_text()}\n{text}\n")
         code = [own_code.loaded(name) for name in space_of(lion(), noam()).own_code()]
         prints.append(fingerprint(workload, workload.build_model(), code))
-    assert [sorted(part for part, _ in changes(prints[0], other)) for other in prints] == [[], [], ["code of mine.py"]]
+    assert [sorted(part for part, _ in fingerprint_changes(prints[0], other)) for other in prints] == [
+        [],
+        [],
+        ["code of mine.py"],
+    ]
 
 
 def test_a_trial_alone_does_not_load_the_code_that_it_names() -> None:

@@ -15,6 +15,7 @@ from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
 from pipeline.files.code import where
 from pipeline.space.load import with_layers, with_steps
+from pipeline.space.own_code import loaded
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
@@ -24,6 +25,7 @@ from pipeline.training.precision import current_settings, dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.data import epoch_length, to_device
+from pipeline.workloads.fingerprint import fingerprint
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Workload
 
@@ -202,6 +204,12 @@ def _precision_problems(space: SearchSpace, device: torch.device) -> list[Proble
         name = torch.cuda.get_device_name(device)
         return [Problem("precision", f"tf32 needs a CUDA device of capability 8.0, which {name} is not; {remedy}")]
     return []
+
+
+def fingerprint_of(space: SearchSpace, executor: LocalExecutor) -> dict[str, str]:
+    """Return each part of what a search trains, such as its code, with a text that changes with it."""
+    model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
+    return fingerprint(executor.workload, model, map(loaded, space.own_code()))
 
 
 def environment(executor: LocalExecutor) -> dict[str, Any]:

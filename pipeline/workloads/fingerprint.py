@@ -7,7 +7,7 @@ import functools
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -47,16 +47,6 @@ def fingerprint(workload: Workload, model: nn.Module, code: Iterable[Any] = ()) 
     shapes = "; ".join(f"{name} {described(tensor)} {tensor.dtype}" for name, tensor in named)
     parts["model"] = f"{type(model).__name__} of {len(named)} tensors, {_digest(shapes)}"
     return parts
-
-
-def changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield each part that differs between two fingerprints, and how."""
-    for part in {**before, **now}:
-        if part not in before or part not in now:
-            yield part, "is new" if part in now else "is no longer there"
-        elif before[part] != now[part]:
-            was, does = before[part].rpartition(", "), now[part].rpartition(", ")
-            yield part, "has changed" if was[0] == does[0] else f"was {was[0]} and is {does[0]}"
 
 
 def _described_samples(samples: Samples) -> str:
