@@ -114,9 +114,9 @@ def shortened(text: str, limit: int) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known name, or all of them."""
-    known = list(known)
-    nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
-    return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    by_lower_case = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
+    return f"did you mean {by_lower_case[nearest[0]]}?" if nearest else f"known: {', '.join(by_lower_case.values())}"
 
 
 def listed(names: Sequence[str], *, show: int = 8) -> str:

@@ -82,6 +82,17 @@ def content(data: str | bytes, *words: str) -> Refused:
 
 
 RANGE = "{low: 1e-3, high: 1.0, log: true}"
+
+
+def own_optimizer(name: str, values: str, *words: str) -> Refused:
+    """Refuse a search with an optimizer of the person's own, whose code is `own_optimizers.py` as `own.py`."""
+    return space(f"sgd: {{base_lr: {RANGE}}}", f"'{name}': {{base_lr: {RANGE}{values}}}", *words)
+
+
+def own_schedule(name: str, values: str, *words: str) -> Refused:
+    return space("constant: {}", f"'{name}': {{{values}}}", *words)
+
+
 NAME_RULE = "argument --study: must be 1 to 100 letters, digits, '_', '-' and '.'"
 NO_STUDY = "holds no study; run `python -m pipeline.search`, or name another --root"
 
@@ -158,6 +169,37 @@ REFUSED = [
     space("constant: {}", "cosine: {eta_min: 0.1}", "eta_min: must be at most the smallest rate, 0.001 of sgd"),
     space("constant: {}", "plateau: {metric: loss}", "unknown metric 'loss'; did you mean val/loss?"),
     space("constant: {}", "onecycle: {pct_start: 0.01}", "pct_start: must be above 0.0125", "got 0.01"),
+    # Optimizers and schedules of one's own.
+    own_optimizer("own.py:Lino", "", "optimizer.own.py:Lino: own.py has no Lino; did you mean Lion?"),
+    own_optimizer("own.py:", "", "must be path/to/file.py:Class or package.module:Class, got 'own.py:'"),
+    own_optimizer("absent.py:Lion", "", "there is no file absent.py; a path is relative to the working folder"),
+    own_optimizer("lion_pytroch:Lion", "", "there is no module lion_pytroch; install it, or name a file, path/to/"),
+    own_optimizer(
+        "broken.py:Lion", "", "broken.py raised ZeroDivisionError: division by zero, in /", "broken.py, line 1"
+    ),
+    own_optimizer("own.py:noam", "", "must be a subclass of torch.optim.Optimizer, got function"),
+    own_optimizer("torch:Tensor", "", "must be a subclass of torch.optim.Optimizer, got the class Tensor"),
+    own_optimizer("own.py:Fixed", "", "must take the argument lr, which base_lr becomes, got (params, momentum)"),
+    own_optimizer("own.py:Lion", ", beta1: 0.9", "optimizer.own.py:Lion.beta1: unknown key; did you mean betas?"),
+    own_optimizer("own.py:Lion", ", lr: 0.1", "optimizer.own.py:Lion.lr: unknown key; known: base_lr, betas, weight_"),
+    own_optimizer("own.py:Lion", ", betas: [1.5, 0.9]", "raised ValueError: betas must be below 1, got (1.5, 0.9), in"),
+    own_optimizer("own.py:NeedsClosure", "", "raised TypeError: ", "missing 1 required positional argument: 'closure'"),
+    own_schedule("own.py:naom", "", "scheduler.own.py:naom: own.py has no naom; did you mean noam?"),
+    own_schedule("own.py:STEPS", "", "must be a function (step, total, …), got int"),
+    own_schedule("own.py:Lion", "", "must be a function (step, total, …), got the class Lion"),
+    own_schedule("own.py:turned", "", "must be a function (step, total, …), got (total, step)"),
+    own_schedule("shutil:rmtree", "", "must be a function (step, total, …), got (path, ignore_errors, onerror"),
+    own_schedule("own.py:taken", "", "its argument interval has the name of a key that every scheduler has; rename it"),
+    own_schedule("own.py:noam", "", "scheduler.own.py:noam.warmup_steps: is missing and has no default; add it"),
+    own_schedule("own.py:noam", "warmup_steps: 2.5", "noam.warmup_steps: must be a whole number, got 2.5"),
+    own_schedule("own.py:noam", "warmup_stesp: 3, warmup_steps: 3", "unknown key; did you mean warmup_steps?"),
+    own_schedule(
+        "own.py:below", "floor: -1.0", "scheduler.own.py:below: returned -0.5 at step 3 of 4; a factor must be"
+    ),
+    own_schedule("own.py:below", "floor: -1.0", "finite number of at least 0, with floor -1.0"),
+    own_schedule("own.py:nothing", "", "scheduler.own.py:nothing: returned None at step 0 of 4; a factor must be a"),
+    own_schedule("own.py:divides", "", "raised ZeroDivisionError: ", "own.py, line ", ", at step 2 of 4"),
+    own_schedule("own.py:a b", "", "must be path/to/file.py:function or package.module:function, got 'own.py:a b'"),
     # Groups.
     space('all: {pattern: "*"}', 'head: {pattern: "fc.*"}', "no group takes hidden1.weight", "pattern '*'"),
     space(
@@ -312,8 +354,8 @@ def refuse(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def listing() -> dict[Path, bytes | None]:
-    """Return all that is below the working folder, but for what SQLite itself does with a database that is read."""
-    paths = [path for path in Path().rglob("*") if not path.name.endswith(("-wal", "-shm"))]
+    """Return all that is below the working folder, but for what SQLite and Python do with files that are read."""
+    paths = [path for path in Path().rglob("*") if not path.name.endswith(("-wal", "-shm", ".pyc", "__pycache__"))]
     return {path: path.read_bytes() if path.is_file() and path.suffix != ".db" else None for path in paths}
 
 
@@ -322,6 +364,9 @@ def test_a_bad_input_is_refused_in_plain_words_and_nothing_is_written(
     case: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which the folder of own code is added
+    shutil.copy(Path(__file__).parent / "own_optimizers.py", "own.py")
+    Path("broken.py").write_text("1 / 0\n")
     Path("mine.yaml").write_bytes(case.content if isinstance(case.content, bytes) else case.content.encode())
     said = refuse(case.command, capsys)
     assert [word for word in case.words if word not in said] == [], said

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_data_that_are_read_batch_by_batch_are_read_once_for_each_batch_size() -
                 passes.append(len(indices[0]))
             return super().batches(indices, seed=seed)
 
-    streamed = dataclasses.replace(workload, train=Counted(workload.train, device=CPU, dtype=torch.float32))
+    streamed = dataclasses.replace(workload, train=cast(Any, Counted(workload.train, device=CPU, dtype=torch.float32)))
     group = LocalExecutor(streamed, tiny_config(), device=CPU, rows=8).build(mixed())
     passes.clear()
     history = train(group)

@@ -88,7 +88,7 @@ def _own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield
     for name in set(sys.modules) - modules:
-        if name.startswith("custom_workload_") or name in ("neighbour", "broken"):
+        if name.startswith("custom_") or name in ("neighbour", "broken"):
             del sys.modules[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def transformer() -> Workload:
     )
 
 
-def layered(optimizer: Optimizer, layer_decay: float, **changes: object) -> TrialConfig:
+def layered(optimizer: Optimizer, layer_decay: float, **changes: Any) -> TrialConfig:
     groups = {
         "norm": ParamGroup(pattern=("norm.*",), lr_ratio=3.0),
         "body": ParamGroup(layers=(("embed.*", "pos"), ("blocks.0.*",), ("blocks.1.*",)), layer_decay=layer_decay),
@@ -157,6 +158,8 @@ def test_rows_with_layers_equal_plain_trials() -> None:
 
 def test_a_trial_with_layers_equals_a_loop_by_hand() -> None:
     workload, config = transformer(), CONFIGS[1]
+    assert isinstance(workload.train, Split)
+    assert isinstance(workload.val, Split)
     trial = PlainTrials({0: config}, workload, device=CPU)
     torch.manual_seed(0)
     model = Transformer()
@@ -225,8 +228,8 @@ def test_a_search_of_the_ready_made_space_finds_one_layer_decay_and_records_ever
     decay = best.config.param_groups["all"].layer_decay
     assert decay is not None
     assert best.params["layer_decay.all"] == decay
-    assert f"all layers ×{decay:.2g}" in strategy_line(best.config)
-    table = best_table(study)
+    assert f"all layers ×{decay:.2g}" in strategy_line(best.config, space)
+    table = best_table(study.best(), space)
     assert (table.columns[-1].header, next(iter(table.columns[-1].cells))) == ("all layer decay", f"{decay:.3g}")
     assert trial_params(best)["layer_decay.all"] == str(decay)
     first = {name: value for name, step, value in metric_points(best) if name.startswith("lr/") and step == 1}

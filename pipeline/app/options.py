@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import numbers
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from pipeline.space import rules
 from pipeline.space.config import Own
 from pipeline.space.load import build_space, study_name
 from pipeline.space.overrides import Overrides, override, source_of
+from pipeline.space.own_code import is_own
 from pipeline.space.ready_made import find_space
 from pipeline.space.search_space import SearchSpace
 
@@ -81,26 +84,49 @@ class SearchOptions:
     """Whether the search was called from Python, so that messages name calls in place of commands."""
     workload_name: str | None
     """The workload from Python as source text, such as `sine`."""
+    file: Path | None
+    """The file of the space; None: a mapping from Python, or the space of a stored study."""
+    overrides: Overrides
+    """Changes to the space, besides a workload from Python."""
 
     def resume(self, study: str) -> str:
-        """Return the command, or the call, that continues the search after a stop."""
-        choice = self.space.workload
+        """Return the command, or the call, that continues the search after a stop; it names the user's code again."""
         if self.from_python:
-            stored = repr(choice.function) if isinstance(choice, Own) else None
             return _call(
                 "search",
+                **self._code_from_python(),
                 study=repr(study),
                 trials=repr(self.trials),
-                workload=self.workload_name or stored,
                 root=None if self.root == Path() else repr(str(self.root)),
                 device=None if self.device == "auto" else repr(self.device),
                 rows=None if self.rows is None else repr(self.rows),
             )
-        workload = f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
         root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
-        return f"python -m pipeline.search --study {study} --trials {self.trials}{workload}{root}{device}{rows}"
+        return f"python -m pipeline.search --study {study} --trials {self.trials}{self._code()}{root}{device}{rows}"
+
+    def _code_from_python(self) -> dict[str, str | None]:
+        """Return the arguments that name the user's code: the space with its changes, or only the workload."""
+        choice = self.space.workload
+        if self.space.own_code():
+            return {
+                "space": NO_NAME if self.file is None else repr(str(self.file)),
+                "workload": self.workload_name,
+                "overrides": repr(dict(self.overrides)) if self.overrides else None,
+            }
+        return {"workload": self.workload_name or (repr(choice.function) if isinstance(choice, Own) else None)}
+
+    def _code(self) -> str:
+        """Return the options that name the user's code: the space with its changes, or only the workload."""
+        if self.space.own_code():
+            assert self.file is not None
+            changes = [
+                f" --set {shlex.quote(f'{place}={json.dumps(value)}')}" for place, value in self.overrides.items()
+            ]
+            return "".join([f" --space {cli.quoted(self.file)}", *changes])
+        choice = self.space.workload
+        return f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
 
     def train_again(self, config: Path) -> str:
         """Return the command, or the call, that trains a config of the search again."""
@@ -185,6 +211,8 @@ def read_search(
         changed_code=changed_code,
         from_python=from_python,
         workload_name=None if made is None else _name_of(workload),
+        file=found.file,
+        overrides=changes if made is None else overrides,
         **read,
     )
 
@@ -328,16 +356,20 @@ def _stored_space(stored: StudyHeader, overrides: Overrides) -> FoundSpace:
 def _agreed_overrides(stored: StudyHeader, overrides: Overrides) -> Overrides:
     """Return the changes to a stored space; refuse to run code that only the database names.
 
-    A database may come from anyone, so the user must name a function again before the function runs. A function that
-    is named as it is stored keeps its stored arguments.
+    A database may come from anyone, so the user must name code again before it runs: a workload's function, or the file
+    with optimizers and schedules. A function that is named as it is stored keeps its stored arguments.
     """
     choice, named = stored.document["workload"], overrides.get("workload")
+    own = [name for kind in ("optimizer", "scheduler") for name in stored.document[kind] if is_own(name)]
+    only = "code that is run only when you name it"
+    if own:
+        message = f"trains with {' and '.join(own)}, {only}: add --space FILE, its file, and the changes to it"
+        raise InvalidInput("--study", [Problem(stored.name, message)])
     if choice["name"] != "own":
         return overrides
     if named is None:
         remedy = f"add --workload {choice['function']}"
         if choice["function"].startswith(IN_PYTHON):
             remedy = f"from Python, {_call('search', study=repr(stored.name), workload=NO_NAME)}"
-        message = f"trains {choice['function']}, code that is run only when you name it: {remedy}"
-        raise InvalidInput("--study", [Problem(stored.name, message)])
+        raise InvalidInput("--study", [Problem(stored.name, f"trains {choice['function']}, {only}: {remedy}")])
     return without_same_function(overrides, choice)

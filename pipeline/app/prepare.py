@@ -13,18 +13,21 @@ from torch import nn
 
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
+from pipeline.files.code import where
 from pipeline.space.config import Settings
 from pipeline.space.load import with_layers, with_steps_per_epoch
+from pipeline.space.own_code import loaded
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
+from pipeline.training.check import own_code_problems
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.loops import ask
 from pipeline.training.precision import current_settings, dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
-from pipeline.workloads.custom import where
 from pipeline.workloads.data import epoch_length, to_device
+from pipeline.workloads.fingerprint import fingerprint
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.loop import Loop
 from pipeline.workloads.workload import Workload
@@ -69,7 +72,8 @@ def prepare(
         workload = _placed(workload, chosen, dtype)
         model = _first_model(workload, space.seed, dtype)
         space = with_layers(space, _trained_names(model))
-        space = with_steps_per_epoch(space, _steps_per_epoch(space, workload))
+        steps = _steps_per_epoch(space, workload)
+        space = with_steps_per_epoch(space, steps)
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
     except DataError as error:
@@ -79,6 +83,8 @@ def prepare(
     problems += _precision_problems(space, chosen)
     if not problems:
         problems = list(workload_problems(workload, batch_sizes=space.batch_sizes, seed=space.seed, dtype=dtype))
+    if not problems:
+        problems = list(own_code_problems(space, model, steps=steps, device=chosen))
     if problems:
         raise InvalidInput(source, problems)
     config = dataclasses.replace(space.example(), batch_size=max(space.batch_sizes))
@@ -109,9 +115,11 @@ def _prepare_loop(
     problems = [*_strategy_problems(space, loop, asked.model, steps=steps)]
     problems += objective_problems(space, loop) if searching or space.objective.of == "best" else ()
     problems += [*_precision_problems(space, device), *_loop_problems(space)]
+    if not problems:
+        problems = list(own_code_problems(space, asked.model, steps=steps, device=device, closures=True))
     if problems:
         raise InvalidInput("workload", problems)
-    return space, LocalExecutor(loop, config, device=device, rows=rows, processes=torch.get_num_threads())
+    return space, LocalExecutor(loop, space.example(), device=device, rows=rows, processes=torch.get_num_threads())
 
 
 def _loop_problems(space: SearchSpace) -> Iterator[Problem]:
@@ -259,6 +267,12 @@ def _precision_problems(space: SearchSpace, device: torch.device) -> list[Proble
         name = torch.cuda.get_device_name(device)
         return [Problem("precision", f"tf32 needs a CUDA device of capability 8.0, which {name} is not; {remedy}")]
     return []
+
+
+def fingerprint_of(space: SearchSpace, executor: LocalExecutor) -> dict[str, str]:
+    """Return each part of what a search trains, such as its code, with a text that changes with it."""
+    model = executor.untrained_model(space.example())
+    return fingerprint(executor.workload, model, map(loaded, space.own_code()))
 
 
 def environment(executor: LocalExecutor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.app.range_test import MIN_STEPS, RATES, RateCurve, range_test
 from pipeline.errors import InvalidInput, Problem, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.space.edit import write_bounds
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import optimizer_class
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.rows.update_rules import has_rule
@@ -50,7 +50,7 @@ def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapp
     config = dataclasses.replace(space.example(), batch_size=min(space.batch_sizes))
     if (why := executor.plain_with_any_optimizer(config)) is not None:
         what += f", one after another, since {why}"
-    elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
+    elif alone := [name for name in space.optimizers if not has_rule(optimizer_class(name))]:
         what += f", those of {' and '.join(alone)} one after another"
     console.print(f"{what}   seed {space.seed}", soft_wrap=True)
     curves: dict[str, RateCurve] = {}

@@ -14,13 +14,14 @@ from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
 from pipeline.app.display import TABLE_WIDTH, Progress, best_table, failure_line, score_line, strategy_line
 from pipeline.app.options import SearchOptions
-from pipeline.app.prepare import environment, prepare
+from pipeline.app.prepare import environment, fingerprint_of, prepare
 from pipeline.app.result import SearchResult
 from pipeline.errors import DataError, DeviceError, StorageError, counted, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import optimizer_class
+from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
@@ -31,7 +32,6 @@ from pipeline.tracking.tracker import StudyInfo, StudySummary
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
-from pipeline.workloads.fingerprint import fingerprint
 
 
 def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console) -> SearchResult:
@@ -51,7 +51,7 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         workload=options.workload,
     )
     store = Store(options.root)
-    trained = fingerprint(executor.workload, executor.untrained_model(space.example()))
+    trained = fingerprint_of(space, executor)
     compared = None if options.changed_code else trained
     name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
     resume = options.resume(name)
@@ -216,7 +216,8 @@ def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
     if len(plain) == len(sized):
         return f", each alone, since {why}"
     words = f", those of batch_size {' and '.join(plain)} each alone, since {why}" if plain else ""
-    alone = [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]
+    alone = [name for name in space.optimizers if not has_rule(optimizer_class(name))]
+    alone += filter(is_own, space.schedulers)
     return words + (f", those of {' and '.join(alone)} each alone" if alone else "")
 
 

@@ -52,7 +52,8 @@ def start_training(
     changes, made = with_workload(workload, overrides, stored=stored)
     changes = without_same_function(changes, stored)
     source = source_of(source, changes)
-    space, _, found = build_config(override(content, changes), source=source, name="config")
+    written = path is not None or isinstance(config, Mapping)  # a trial may come from a study that someone else made
+    space, _, found = build_config(override(content, changes), source=source, name="config", load_code=written)
     if made is None:
         _refuse_python(space, source=source)
         cli.say_own_code(space, say)

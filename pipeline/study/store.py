@@ -29,7 +29,6 @@ from pipeline.space.load import space_from_document
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
 from pipeline.study.study import HEADER, Study, group_size, storage_errors
-from pipeline.workloads.fingerprint import changes
 
 FORMAT = 3
 """Version of the format in which a study stores its header and its trials."""
@@ -130,7 +129,7 @@ class Store:
                     header.trials == trials
                     and header.ended < trials
                     and same_rows
-                    and not list(_changes(header, fingerprint))
+                    and not list(fingerprint_changes(header.fingerprint, fingerprint))
                     and _with_defaults(header) == space.document
                 ):
                     return header.name, True
@@ -146,7 +145,7 @@ class Store:
             if [problem.place for problem in differences] == ["seed"]:
                 remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
             raise InvalidInput(f"--study {name}", differences, remedy=remedy, show=8)
-        if changed := [Problem(part, how) for part, how in _changes(known[name], fingerprint)]:
+        if changed := [Problem(part, how) for part, how in fingerprint_changes(known[name].fingerprint, fingerprint)]:
             remedy = "its trials would be ranked with others; change it back, choose another --study, or, if what "
             remedy += "changed does not matter, add --changed-code"
             raise InvalidInput(f"--study {name}", changed, remedy=remedy)
@@ -320,10 +319,16 @@ def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
         return header.document
 
 
-def _changes(header: StudyHeader, fingerprint: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
-    """Yield what differs between a study's fingerprint and a search's, if both are known."""
-    if header.fingerprint is not None and fingerprint is not None:
-        yield from changes(header.fingerprint, fingerprint)
+def fingerprint_changes(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
+    """Yield each part that differs between two fingerprints, and how; nothing if one is not known."""
+    if before is None or now is None:
+        return
+    for part in {**before, **now}:
+        if part not in before or part not in now:
+            yield part, "is new" if part in now else "is no longer there"
+        elif before[part] != now[part]:
+            was, does = before[part].rpartition(", "), now[part].rpartition(", ")
+            yield part, "has changed" if was[0] == does[0] else f"was {was[0]} and is {does[0]}"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:

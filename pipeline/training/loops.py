@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InvalidInput, PipelineError, Problem, counted, first_line, listed
+from pipeline.files.code import where
 from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import trial_error
 from pipeline.training.epoch import rate_points
 from pipeline.training.optim import ModelStrategy
-from pipeline.workloads.custom import where
 from pipeline.workloads.loop import Epochs, Loop, Strategy, Trial, check_metric_name
 from pipeline.workloads.random_state import seed_global, seed_host, seeded
 from pipeline.workloads.workload import Direction

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from pipeline.errors import InvalidInput
+from pipeline.space import own_code
 from pipeline.space.config import TrialConfig
-from pipeline.space.optimizers import Muon, Optimizer
+from pipeline.space.optimizers import SGD, Muon, Optimizer, OwnOptimizer
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.schedules import Plateau, Training, WarmedScheduler
 from pipeline.space.trial import EpochMetrics
@@ -163,6 +164,8 @@ class ModelStrategy(Strategy):
 def over_placeholders(config: TrialConfig, *, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
     """Build a config's strategy over one placeholder parameter per torch group, to read learning rates from."""
     placeholders = {name: [(name, torch.zeros(1))] for name in config.torch_groups()}
+    if isinstance(config.optimizer, OwnOptimizer):  # which may not take placeholders; its class decides no rate
+        config = dataclasses.replace(config, optimizer=SGD(base_lr=config.optimizer.base_lr))
     strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
     for optimizer in strategy.optimizers:
         optimizer.step()  # changes nothing without gradients; a scheduler warns unless its optimizer has stepped
@@ -269,7 +272,9 @@ def _torch_groups(config: TrialConfig, parameters: Mapping[str, Sequence[tuple[s
 
 
 def _build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return _find(optimizer.torch_class, torch.optim)(groups, **optimizer.arguments())  # type: ignore[no-any-return]
+    own = isinstance(optimizer, OwnOptimizer)
+    build = own_code.loaded(optimizer.name) if own else _find(optimizer.torch_class, torch.optim)
+    return build(groups, **optimizer.arguments())  # type: ignore[no-any-return]
 
 
 def _find(name: str, module: ModuleType) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import OwnOptimizer
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, copied, ended_by, train_epoch_of, trial_error
@@ -198,12 +199,16 @@ class PlainTrial:
         """Averages of the trained parameters with `ema`; empty before the first step."""
         for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-        steps = self.accumulation.steps
-        self.strategy = ModelStrategy(config, self.model, steps_per_epoch=steps, directions=workload.directions)
-        self.trained = self.strategy.trained
         self.record = Record()
         self.begin_evaluation()
         self.pooling = Pooling(device, channels_last=config.channels_last)
+
+    @functools.cached_property
+    def strategy(self) -> ModelStrategy:
+        """The optimizer and the schedule; built in the first epoch, where an exception fails this trial alone."""
+        steps = self.accumulation.steps
+        with self._seeded_update(0):
+            return ModelStrategy(self.config, self.model, steps_per_epoch=steps, directions=self.workload.directions)
 
     def begin_epoch(self) -> None:
         """Begin an epoch: clear the record."""
@@ -232,25 +237,33 @@ class PlainTrial:
         record.sizes.append(batch.size)
 
     def _step(self) -> None:
-        self.strategy.step()
+        with self._seeded_update(self.step + len(self.record.rates)):
+            self.strategy.step()
         if self.config.ema is None:
             return
+        trained = self.strategy.trained
         if self.averages:
-            for average, parameter in zip(self.averages, self.trained, strict=True):
+            for average, parameter in zip(self.averages, trained, strict=True):
                 average.lerp_(parameter.detach(), 1 - self.config.ema)
         else:
-            self.averages = [parameter.detach().clone() for parameter in self.trained]
+            self.averages = [parameter.detach().clone() for parameter in trained]
+
+    def _seeded_update(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context that seeds an update of an optimizer of a person's own, which may draw random numbers."""
+        kinds = KINDS if isinstance(self.config.optimizer, OwnOptimizer) else ()
+        return seeded_step(kinds, self.device, self.config.seed, "update", step)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averages, if there are any, in the place of the trained parameters inside the block."""
-        last = [parameter.data for parameter in self.trained]
-        for parameter, average in zip(self.trained, self.averages or last, strict=True):
+        trained = self.strategy.trained if self.averages else []
+        last = [parameter.data for parameter in trained]
+        for parameter, average in zip(trained, self.averages, strict=True):
             parameter.data = average
         try:
             yield
         finally:
-            for parameter, value in zip(self.trained, last, strict=True):
+            for parameter, value in zip(trained, last, strict=True):
                 parameter.data = value
 
     @torch.no_grad()

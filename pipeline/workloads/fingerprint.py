@@ -7,7 +7,7 @@ import functools
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ _LIBRARIES = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib
 _PIPELINE = Path(__file__).parent.parent
 
 
-def fingerprint(workload: Workload | Loop, model: nn.Module) -> dict[str, str]:
+def fingerprint(workload: Workload | Loop, model: nn.Module, code: Iterable[Any] = ()) -> dict[str, str]:
     """Return each part of a workload with a text that changes with it.
 
     Parts are the source files of the person's own code, without comments and layout; the splits, by number, shapes and
@@ -36,8 +36,11 @@ def fingerprint(workload: Workload | Loop, model: nn.Module) -> dict[str, str]:
     Args:
         workload: A workload that was moved by `to_device`, or a training loop.
         model: Built by the workload.
+        code: Optimizers and schedules of the person's own.
     """
-    parts = {f"code of {path.name}": _digest(_code(path, module)) for path, module in _files(workload, model).items()}
+    parts = {
+        f"code of {path.name}": _digest(_code(path, module)) for path, module in _files(workload, model, code).items()
+    }
     for name in ("train", "val", "test"):
         if isinstance(workload, Workload) and getattr(workload, name) is not None:
             parts[name] = _described_samples(samples_of(workload, name))
@@ -45,16 +48,6 @@ def fingerprint(workload: Workload | Loop, model: nn.Module) -> dict[str, str]:
     shapes = "; ".join(f"{name} {described(tensor)} {tensor.dtype}" for name, tensor in named)
     parts["model"] = f"{type(model).__name__} of {len(named)} tensors, {_digest(shapes)}"
     return parts
-
-
-def changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield each part that differs between two fingerprints, and how."""
-    for part in {**before, **now}:
-        if part not in before or part not in now:
-            yield part, "is new" if part in now else "is no longer there"
-        elif before[part] != now[part]:
-            was, does = before[part].rpartition(", "), now[part].rpartition(", ")
-            yield part, "has changed" if was[0] == does[0] else f"was {was[0]} and is {does[0]}"
 
 
 def _described_samples(samples: Samples) -> str:
@@ -83,9 +76,9 @@ def _code(path: Path, module: ModuleType) -> str:
     return ast.dump(tree)
 
 
-def _files(workload: Workload | Loop, model: nn.Module) -> dict[Path, ModuleType]:
+def _files(workload: Workload | Loop, model: nn.Module, code: Iterable[Any]) -> dict[Path, ModuleType]:
     """Return the files of the person's own code: of each member, and of what these files import from their folders."""
-    waiting = [module for member in (model, *_members(workload)) if (module := _module_of(member))]
+    waiting = [module for member in (model, *_members(workload), *code) if (module := _module_of(member))]
     files: dict[Path, ModuleType] = {}
     while waiting:
         module = waiting.pop()
