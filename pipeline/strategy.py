@@ -1,12 +1,14 @@
 """Build the optimizer and the schedule of a config for a script of one's own, such as of best.yaml.
 
-strategy = build("best.yaml", model, steps_per_epoch=len(loader))
-for epoch in range(strategy.config.epochs):
-    for inputs, targets in loader:
-        strategy.zero_grad()
-        loss_of(model(inputs), targets).backward()
-        strategy.step()
-    strategy.end_epoch({"val/loss": …})
+    strategy = build("best.yaml", model, steps_per_epoch=len(loader))
+    for epoch in range(strategy.config.epochs):
+        for inputs, targets in loader:
+            strategy.zero_grad()
+            loss_of(model(inputs), targets).backward()
+            strategy.step()
+        strategy.end_epoch({"val/loss": …})
+
+The config's workload is not loaded. Its precision, `accumulate` and `ema` are the script's to carry out.
 """
 
 from __future__ import annotations
