@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import InvalidInput, Problem, first_line
@@ -165,21 +166,22 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
     """Measure a training step: random numbers, state, memory and FLOPs; see `Finding`."""
     batch = model_batch(workload, first_batch(samples_of(workload, "train"), BATCH), dtype)
     model = built_model(workload, seed=config.seed, device=device, dtype=dtype)
-    saved, counter = _SavedTensors(model), FlopCounterMode(display=False)
+    saved, counter, numbers = _SavedTensors(model), FlopCounterMode(display=False), _NumbersRead()
     state = [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
     attributes = _plain_attributes(model)
     versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts in-place writes
-    draws, written, unsaved, output_size = frozenset(KINDS), None, None, 0
+    draws, written, unsaved, chance, output_size = frozenset(KINDS), None, None, None, 0
     with contextlib.suppress(Exception, SystemExit):
         with seeded(0, device):
             before = random_states(device)
-            with saved, counter:
+            with saved, counter, numbers:
                 first = workload.loss(run_model(model.train(), copied(batch).inputs), batch.targets).detach()
             with torch.no_grad():
                 evaluated = run_model(model.eval(), copied(batch).inputs)
             after = random_states(device)
         output_size = sum(tensor.numel() for tensor in tensors(evaluated)) // batch.size
         draws = frozenset(kind for kind in KINDS if before[kind] != after[kind])
+        chance = _chance(workload, model, batch, draws, numbers.values, device)
         written = next((name for name, p in model.named_parameters() if p._version != versions[name]), None)
         if changed := [name for name, value in _plain_attributes(model).items() if attributes.get(name) != value]:
             unsaved = f"{changed[0]} changes in training and is no buffer"
@@ -195,12 +197,46 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
     )
     if unsaved:
         return _cannot_fuse(finding, f"its {unsaved}, and a trial that is resumed begins anew")
+    if chance:
+        return _cannot_fuse(finding, chance)
     if written:
         return _cannot_fuse(finding, f"its parameter {written} changes in a forward pass")
     if device.type == "cpu" and flops > MAX_STEP_FLOPS:
         why = f"a step of {flops / 1e9:.2g} GFLOP gains nothing as a row on a CPU"
         return dataclasses.replace(finding, plain_because=why)
     return finding
+
+
+def _chance(
+    workload: Workload,
+    model: nn.Module,
+    batch: Batch,
+    draws: Container[str],
+    numbers: Sequence[Any],
+    device: torch.device,
+) -> str | None:
+    """Return which random numbers may choose what a step computes, as in layer drop; None if none do.
+
+    A parameter that a step leaves out is skipped by PyTorch's optimizers, which a row cannot do, and the few steps of
+    the probe may have left out none.
+
+    Args:
+        workload: Supplies the loss.
+        model: Computes the batch.
+        batch: The first training samples.
+        draws: The libraries that the model or the loss draws from.
+        numbers: What a forward pass with seed 0 has read from tensors.
+        device: Where the model computes.
+    """
+    for kind, library in (("python", "Python"), ("numpy", "NumPy")):
+        if kind in draws:
+            return f"random numbers of {library} may choose what a step computes"
+    if "torch" in draws and numbers:
+        with seeded(1, device), _NumbersRead() as other:
+            workload.loss(run_model(model.train(), copied(batch).inputs), batch.targets)
+        if other.values != numbers:
+            return "a random number that it reads may choose what a step computes"
+    return None
 
 
 def _repeats(
@@ -253,6 +289,20 @@ def _same_states(
     apart = max((float((plain[name] - fused[name]).abs().max()) for name in floats), default=0.0)
     counts = all(torch.equal(plain[name], fused[name]) for name in saved if name not in floats)
     return counts and apart <= tolerance * moved
+
+
+class _NumbersRead(TorchDispatchMode):
+    """A context that records the numbers that Python reads from tensors, as `if torch.rand(()) < 0.5` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.values.append(value)
+        return value
 
 
 class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
