@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.errors import InvalidInput, Problem, first_line
+from pipeline.errors import DataError, InvalidInput, Problem, first_line
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD
 from pipeline.space.schedules import Constant
@@ -65,7 +65,17 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
 
     An error shows a model that `torch.func.vmap` cannot compute; a different result shows one that `vmap` computes
     wrongly.
+
+    Raises:
+        InvalidInput: The plain trials fail, or the samples cannot be read.
     """
+    try:
+        return _find(workload, config, device, dtype)
+    except DataError as error:
+        raise InvalidInput("workload", [Problem("workload", str(error))]) from error
+
+
+def _find(workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype) -> Finding:
     tolerance = TOLERANCE[config.precision]
     workload = to_device(workload, device=device, dtype=dtype)
     small = _with_samples(workload, SAMPLES)
@@ -285,10 +295,16 @@ def _same_states(
     """Return whether parameters, or buffers, differ by at most `tolerance` times their largest change."""
     saved = [name for name in plain if name in names]
     floats = [name for name in saved if plain[name].is_floating_point()]
-    moved = max((float((plain[name] - start[name]).abs().max()) for name in floats), default=0.0)
-    apart = max((float((plain[name] - fused[name]).abs().max()) for name in floats), default=0.0)
+    moved = max((_largest_difference(plain[name], start[name]) for name in floats), default=0.0)
+    apart = max((_largest_difference(plain[name], fused[name]) for name in floats), default=0.0)
     counts = all(torch.equal(plain[name], fused[name]) for name in saved if name not in floats)
     return counts and apart <= tolerance * moved
+
+
+def _largest_difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference; equal infinities, as a causal mask holds them, do not differ."""
+    differences = torch.where(one == other, 0.0, (one - other).abs())
+    return float(differences.max()) if differences.numel() else 0.0
 
 
 class _NumbersRead(TorchDispatchMode):
