@@ -155,7 +155,7 @@ JOBS = [
         "Truncated backpropagation through time",
         truncated_backpropagation,
         "`order` is sequential; the model keeps its hidden state",
-        "its state is more than parameters and buffers",
+        "its hidden changes in training and is no buffer",
     ),
     Job(
         "GPT",

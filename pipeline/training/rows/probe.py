@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import re
+from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,12 +192,14 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
             after = random_states(device)
         output_size = sum(tensor.numel() for tensor in tensors(evaluated)) // batch.size
         draws = frozenset(kind for kind in KINDS if before[kind] != after[kind])
-        chance = _chance(workload, model, batch, draws, numbers.values, device)
         written = next((name for name, p in model.named_parameters() if p._version != versions[name]), None)
-        if changed := [name for name, value in _plain_attributes(model).items() if attributes.get(name) != value]:
-            unsaved = f"{changed[0]} changes in training and is no buffer"
-        elif not _repeats(workload, model, batch, state, first, device):
+        held, changed = _held_state(model), _changed(attributes, _plain_attributes(model))
+        repeats = _repeats(workload, model, batch, state, first, device)
+        if name := changed or _changed(held, _held_state(model)):
+            unsaved = f"{name} changes in training and is no buffer"
+        elif not repeats:
             unsaved = "state is more than parameters and buffers"
+        chance = _chance(workload, model, batch, draws, numbers.values, device)
     steps = config.batch_size / batch.size
     flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many as the forward pass
     finding = Finding(
@@ -276,6 +279,35 @@ def _plain_attributes(model: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if isinstance(value, int | float | str) and name != "training"
     }
+
+
+def _held_state(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's attributes hold besides parameters and buffers, to be compared."""
+    registered = ("_parameters", "_buffers", "_modules", "training")
+    return {
+        f"{prefix}.{name}".lstrip("."): _comparable(value)
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name not in registered
+    }
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value that is equal as long as a list, a dict, a tensor or a generator holds the same."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, torch.Generator):
+        return _comparable(value.get_state())
+    if isinstance(value, Mapping):
+        return [(str(key), _comparable(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return [_comparable(item) for item in value]
+    return value if isinstance(value, int | float | str) else None
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """Return the name of a value that differs."""
+    return next((name for name, value in after.items() if before.get(name) != value), None)
 
 
 def _same_losses(fused: EpochMetrics, plain: EpochMetrics, tolerance: float) -> bool:
