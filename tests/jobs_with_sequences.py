@@ -244,7 +244,8 @@ class Speech(nn.Module):
         self.body = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 5, 3, padding=1))
 
     def forward(self, sound: Tensor) -> Tensor:
-        return self.body(sound).permute(2, 0, 1).log_softmax(dim=-1)
+        probabilities: Tensor = self.body(sound).permute(2, 0, 1).log_softmax(dim=-1)
+        return probabilities
 
 
 def ctc_loss(outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:

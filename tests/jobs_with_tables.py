@@ -60,7 +60,7 @@ class R2Score:
     """The coefficient of determination, with the interface of torchmetrics."""
 
     def __init__(self) -> None:
-        self.reset()
+        self.residual, self.sum, self.squares, self.count = 0.0, 0.0, 0.0, 0
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         self.residual += float((predictions - targets).square().sum())
@@ -202,7 +202,7 @@ class GraphNetwork(nn.Module):
         self.own, self.others, self.head = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 1)
 
     def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor, graphs: int) -> Tensor:
-        source, target = edge_index
+        source, target = edge_index.unbind()
         messages = torch.zeros_like(x).index_add(0, target, x[source])
         hidden = F.relu(self.own(x) + self.others(messages))
         pooled = hidden.new_zeros(graphs, 8).index_add(0, batch, hidden)
@@ -241,7 +241,8 @@ class ForwardDerivative(Decay):
     """The same with a forward derivative."""
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        u, slope = torch.func.jvp(self.net, (t,), (torch.ones_like(t),))
+        derivative: Any = torch.func.jvp(self.net, (t,), (torch.ones_like(t),))
+        u, slope = derivative
         start: Tensor = self.net(torch.zeros_like(t[:1]))
         return slope + u, start - 1
 

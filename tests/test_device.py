@@ -182,19 +182,25 @@ def test_trying_the_memory_computes_a_training_and_an_evaluation_batch() -> None
 
 
 class Spread(nn.Module):
-    """A metric that is a module and gets batch after batch, as those of torchmetrics."""
-
-    total: Tensor
+    """A metric as those of torchmetrics: a module that gets batch after batch, and whose state is no buffer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("total", torch.zeros(()))
+        self.total = torch.zeros(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.total.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.total = fn(self.total)
+        return self
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        self.total = self.total + (outputs.amax(dim=1) - outputs.amin(dim=1)).sum()
+        self.total += (outputs.amax(dim=1) - outputs.amin(dim=1)).sum()
 
     def compute(self) -> Tensor:
-        return self.total
+        return self.total.sum()
 
     def reset(self) -> None:
         self.total = torch.zeros_like(self.total)
@@ -219,9 +225,9 @@ def test_a_loss_and_a_metric_that_hold_tensors_move_with_the_data(trainer: Calla
         workload = dataclasses.replace(workload, **hot)  # type: ignore[arg-type]
     configs = {number: tiny_config(optimizer(base_lr=0.01)) for number, optimizer in enumerate((SGD, Adam))}
     here = trainer(configs, workload, device=CPU)
-    expected = [here.train_epoch(), here.test()]
+    expected, tested = here.train_epoch(), here.test()
     with pretended_device():
         there = trainer(configs, workload, device=DEVICE)
-        assert same([there.train_epoch(), there.test()], expected)
-    assert expected[1][0]["test/spread"] > 0
-    assert expected[1][0]["test/loss_again"] == pytest.approx(expected[1][0]["test/loss"])
+        assert same([there.train_epoch(), there.test()], [expected, tested])
+    assert tested[0]["test/spread"] > 0
+    assert tested[0]["test/loss_again"] == pytest.approx(tested[0]["test/loss"])

@@ -77,6 +77,7 @@ from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.probe import probe
 from pipeline.workloads.custom import check_form
 from pipeline.workloads.data import epoch_order
+from pipeline.workloads.random_state import random_states
 from pipeline.workloads.workload import Workload
 
 pytestmark = [
@@ -428,7 +429,7 @@ def test_what_a_model_draws_from_python_or_numpy_repeats(job: Callable[[], Workl
     for seed in range(3):
         random.seed(seed)
         np.random.seed(seed)
-        states = random.getstate(), np.random.get_state()[1].tolist()
+        states = random_states()
         executor = LocalExecutor(job(), config, device=CPU)
         if placements:  # as `pipeline.train` trains a trial again
             group = executor.build({1: config}, placement=placements)
@@ -438,7 +439,7 @@ def test_what_a_model_draws_from_python_or_numpy_repeats(job: Callable[[], Workl
         histories.append(history)
         if seed == 1:
             placements = [epoch.placement for epoch in history if epoch.placement is not None]
-        assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+        assert random_states() == states
     assert histories[0] == histories[1] == histories[2]
 
 

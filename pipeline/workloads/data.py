@@ -250,16 +250,17 @@ def on_device(function: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return function if same else functools.partial(inner, *bound[0], **bound[1])
     if isinstance(function, Tensor):
         return move(function, device=device, dtype=dtype)
-    if not isinstance(function, nn.Module) or all(
-        move(t, device=device, dtype=dtype) is t for t in _tensors_of(function)
-    ):
+    if not isinstance(function, nn.Module) or _is_module_on(function, device, dtype):
         return function
     return copy.deepcopy(function)._apply(functools.partial(move, device=device, dtype=dtype))
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _is_module_on(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a module is on a device; a metric of torchmetrics has no buffers, and says where it is."""
+    said = [getattr(part, "device", None) for part in module.modules()]
+    return all(not isinstance(place, torch.device) or place == device for place in said) and all(
+        move(tensor, device=device, dtype=dtype) is tensor for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def _splits(workload: Workload) -> dict[str, Split | Streamed | Dataset]:

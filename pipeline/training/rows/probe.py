@@ -177,7 +177,7 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
     """Measure a training step: random numbers, state, memory and FLOPs; see `Finding`."""
     batch = model_batch(workload, first_batch(samples_of(workload, "train"), BATCH), dtype)
     model = built_model(workload, seed=config.seed, device=device, dtype=dtype)
-    saved, counter, numbers = _SavedTensors(model), FlopCounterMode(display=False), _NumbersRead()
+    saved, counter, numbers = _SavedTensors(model), FlopCounterMode(display=False), _RandomNumbersRead()
     state = [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
     attributes = _plain_attributes(model)
     versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts in-place writes
@@ -199,7 +199,7 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
             unsaved = f"{name} changes in training and is no buffer"
         elif not repeats:
             unsaved = "state is more than parameters and buffers"
-        chance = _chance(workload, model, batch, draws, numbers.values, device)
+        chance = _chance(draws, reads=numbers.found)
     steps = config.batch_size / batch.size
     flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many as the forward pass
     finding = Finding(
@@ -220,36 +220,20 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
     return finding
 
 
-def _chance(
-    workload: Workload,
-    model: nn.Module,
-    batch: Batch,
-    draws: Container[str],
-    numbers: Sequence[Any],
-    device: torch.device,
-) -> str | None:
+def _chance(draws: Container[str], *, reads: bool) -> str | None:
     """Return which random numbers may choose what a step computes, as in layer drop; None if none do.
 
     A parameter that a step leaves out is skipped by PyTorch's optimizers, which a row cannot do, and the few steps of
     the probe may have left out none.
 
     Args:
-        workload: Supplies the loss.
-        model: Computes the batch.
-        batch: The first training samples.
         draws: The libraries that the model or the loss draws from.
-        numbers: What a forward pass with seed 0 has read from tensors.
-        device: Where the model computes.
+        reads: Whether Python has read a random number from a tensor.
     """
     for kind, library in (("python", "Python"), ("numpy", "NumPy")):
         if kind in draws:
             return f"random numbers of {library} may choose what a step computes"
-    if "torch" in draws and numbers:
-        with seeded(1, device), _NumbersRead() as other:
-            workload.loss(run_model(model.train(), copied(batch).inputs), batch.targets)
-        if other.values != numbers:
-            return "a random number that it reads may choose what a step computes"
-    return None
+    return "a random number that Python reads may choose what a step computes" if reads else None
 
 
 def _repeats(
@@ -339,17 +323,21 @@ def _largest_difference(one: Tensor, other: Tensor) -> float:
     return float(differences.max()) if differences.numel() else 0.0
 
 
-class _NumbersRead(TorchDispatchMode):
-    """A context that records the numbers that Python reads from tensors, as `if torch.rand(()) < 0.5` does."""
+class _RandomNumbersRead(TorchDispatchMode):
+    """A context that notes whether Python reads a random number from a tensor, as `if torch.rand(()) < 0.5` does."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.values: list[Any] = []
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+        self._random: dict[int, Tensor] = {}
+        """Tensors that depend on random numbers, by their identity."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.values.append(value)
+        inputs = tensors((args, kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags or any(id(tensor) in self._random for tensor in inputs):
+            self.found = self.found or func is torch.ops.aten._local_scalar_dense.default
+            self._random |= {id(tensor): tensor for tensor in tensors(value)}
         return value
 
 
