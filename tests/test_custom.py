@@ -331,6 +331,16 @@ class Exits(TinyModel):
         return super().forward(inputs)
 
 
+class Slope(TinyModel):
+    """Takes derivatives by its input, in validation too."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.detach().requires_grad_()
+        logits = super().forward(inputs)
+        (slope,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+        return logits + slope[:, :3]
+
+
 class ExitingData:
     """A data set that exits at one sample, or as it is asked for its length."""
 
@@ -561,6 +571,10 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "a loss with parameters": (
         {"loss": Centers()},
         "workload: the loss has parameters, which no optimizer would train; give them to the model",
+    ),
+    "derivatives in validation": (
+        {"build_model": Slope},
+        "workload: in validation, which computes no gradients, the model raised RuntimeError on an input (6, 6): ",
     ),
     "exit in build_model": ({"build_model": exits}, "workload: build_model raised SystemExit: 3, in "),
     "exit in training": ({"build_model": lambda: Exits(training=True)}, "workload: the model raised SystemExit on an "),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from jobs_with_sequences import text_classifier, truncated_backpropagation
 from jobs_with_tables import R2Score, graph_list, largest_error, mlp, multi_task, regression, table, tabular
 from tiny import ONE_GROUP, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD, AdamW
@@ -28,7 +31,10 @@ from pipeline.workloads.workload import Metric, Split, Workload
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "small_batches"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more workers than cores
+    pytest.mark.filterwarnings(
+        "ignore:This DataLoader will create:UserWarning",  # more workers than cores
+        "ignore:There is a performance drop because we have not yet implemented the batching rule for aten.._weight_norm",
+    ),
 ]
 
 CPU = torch.device("cpu")
@@ -251,6 +257,80 @@ def test_state_beyond_parameters_is_found_and_a_resumed_trial_equals_one_that_wa
     for number in trials:
         for key, value in group.model_state(number).items():
             assert torch.equal(resumed.model_state(number)[key], value)
+
+
+class Locked(TinyModel):
+    """Holds a lock, which cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with self.lock:
+            return super().forward(inputs)
+
+
+class MixedTypes(TinyModel):
+    """Has a parameter in double precision, and one buffer of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.register_buffer("order", torch.arange(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (super().forward(inputs).double() * self.scale).float()
+
+
+class CachesTable(TinyModel):
+    """Computes a table once, as rotary embeddings do."""
+
+    table: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 6)
+        return super().forward(inputs * self.table)
+
+
+def weight_normed() -> nn.Module:
+    model = TinyModel()
+    with warnings.catch_warnings(action="ignore"):  # the old one is deprecated
+        nn.utils.weight_norm(model.hidden)
+    return model
+
+
+def pruned() -> nn.Module:
+    model = TinyModel()
+    prune.l1_unstructured(model.hidden, "weight", amount=0.5)
+    return model
+
+
+MODELS: list[tuple[Callable[[], nn.Module], str]] = [
+    (Locked, "None"),
+    (weight_normed, "None"),
+    (pruned, "None"),
+    (CachesTable, "None"),
+    (MixedTypes, "the parameter scale is torch.float64, and a row is torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("build_model", "why"), MODELS)
+def test_a_model_of_an_unusual_kind_stays_as_it_is_built_trains_and_resumes(
+    build_model: Callable[[], nn.Module], why: str
+) -> None:
+    trials = configs(0.01, 0.03)
+    executor = LocalExecutor(tiny_workload(build_model), trials[0], device=CPU)
+    assert why in str(executor.plain_because)
+    group, resumed = executor.build(trials), executor.build(trials)
+    group.train_epoch()
+    resumed.load_state_dict(group.state_dict())
+    epoch = group.train_epoch()
+    assert resumed.train_epoch() == epoch
+    assert all(metrics.finished for metrics in epoch.values())
+    built = {name: value.dtype for name, value in build_model().state_dict().items()}
+    assert {name: value.dtype for name, value in group.model_state(1).items()} == built
 
 
 def test_a_resumed_trial_with_state_beyond_parameters_has_its_model_before_it_trains_on() -> None:
