@@ -33,7 +33,8 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread", "small_batches"),
     pytest.mark.filterwarnings(
         "ignore:This DataLoader will create:UserWarning",  # more workers than cores
-        "ignore:There is a performance drop because we have not yet implemented the batching rule for aten.._weight_norm",
+        "ignore:There is a performance drop because we have not yet implemented the batching rule for "
+        "aten.._weight_norm",
     ),
 ]
 
