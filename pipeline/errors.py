@@ -4,6 +4,7 @@
     ├── InvalidInput         a file, option or workload cannot be used: all problems of a stage at once, exit status 2
     ├── StudyBusy            another process runs the study, exit status 1
     ├── StorageError         a store cannot be read or written, exit status 1
+    ├── TrainingEnded        a config diverged or raised in its training again, exit status 1
     ├── DataError            a data set raised during training, exit status 1
     └── DeviceError          the device failed, so nothing can train on it, exit status 1
 
@@ -17,6 +18,11 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+MAX_PROBLEMS = 20
+"""Problems that a message lists."""
+MAX_PLACE, MAX_MESSAGE = 200, 600
+"""Characters of a problem that are shown; the middle of more is cut, since a long value stands in the middle."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -28,7 +34,9 @@ class Problem:
     """The rule, the value that was given, and the remedy."""
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.message}" if self.place else self.message
+        """Return one line of printable characters."""
+        place, message = shortened(self.place, MAX_PLACE), shortened(self.message, MAX_MESSAGE)
+        return printable(f"{place}: {message}" if place else message)
 
 
 class PipelineError(Exception):
@@ -36,26 +44,31 @@ class PipelineError(Exception):
 
     exit_status = 1
 
+    def __str__(self) -> str:
+        """Return lines of printable characters."""
+        return "\n".join(map(printable, super().__str__().split("\n")))
+
 
 class InvalidInput(PipelineError):
     """A file, an option or a workload cannot be used as written."""
 
     exit_status = 2
 
-    def __init__(self, source: str, problems: Iterable[Problem], *, remedy: str = "", show: int | None = None) -> None:
+    def __init__(self, source: str, problems: Iterable[Problem], *, remedy: str = "", show: int = MAX_PROBLEMS) -> None:
         """Collect every problem of `source`, a file name or an option.
 
         Args:
             source: What has the problems.
             problems: All of them.
             remedy: The last line of the message, for a remedy that all problems share.
-            show: The message lists at most so many problems, and says how many more there are; None: all.
+            show: The message lists at most so many problems, and says how many more there are.
         """
         self.source = source
         self.problems = tuple(problems)
         count = counted(len(self.problems), "problem")
         shown = self.problems[:show]
         more = f"… ({len(self.problems) - len(shown)} more)" if len(shown) < len(self.problems) else ""
+        source = printable(shortened(source, MAX_PLACE))
         super().__init__("\n  ".join([f"{source}: {count}", *map(str, shown), *filter(None, (more, remedy))]))
 
 
@@ -65,6 +78,10 @@ class StudyBusy(PipelineError):
 
 class StorageError(PipelineError):
     """A store cannot be read or written."""
+
+
+class TrainingEnded(PipelineError):
+    """The one config that was to be trained diverged, or its model, loss or metric raised."""
 
 
 class DataError(PipelineError):
@@ -84,11 +101,22 @@ def collect(problems: list[Problem]) -> Iterator[None]:
         problems += error.problems
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes for what is not printable, such as control characters, which a terminal would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text with its middle cut out if it has more characters than `limit`."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]}… ({len(text) - 2 * half} more) …{text[-half:]}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known name, or all of them."""
-    known = list(known)
-    nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
-    return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    by_lower_case = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
+    return f"did you mean {by_lower_case[nearest[0]]}?" if nearest else f"known: {', '.join(by_lower_case.values())}"
 
 
 def listed(names: Sequence[str], *, show: int = 8) -> str:

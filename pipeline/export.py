@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from pipeline.app import cli
 
@@ -22,5 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     return export(arguments.root, study=arguments.study, trial=arguments.trial, out=arguments.out)
 
 
-if __name__ == "__main__":
+def script() -> NoReturn:
+    """Run the command line as a console script does, and exit."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

@@ -7,6 +7,7 @@ bounds of `base_lr`, which `--write` puts into the file.
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from pipeline.app import cli
 
@@ -36,5 +37,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-if __name__ == "__main__":
+def script() -> NoReturn:
+    """Run the command line as a console script does, and exit."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

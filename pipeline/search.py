@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.app import cli
 
 if TYPE_CHECKING:
-    from pipeline.app.run_search import SearchResult
+    from pipeline.app.result import SearchResult
     from pipeline.space.overrides import Overrides
     from pipeline.workloads.workload import Workload
 
@@ -27,8 +27,12 @@ def main(argv: list[str] | None = None) -> int:
         from pipeline.app.delete import delete
 
         return delete(arguments.root, arguments.delete, sure=arguments.yes)
-    return search(
-        arguments.space,
+
+    from pipeline.app.start_search import start_search
+
+    return start_search(
+        space=arguments.space,
+        workload=None,
         overrides=cli.overrides_of(arguments),
         trials=arguments.trials,
         timeout=arguments.timeout,
@@ -36,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         root=arguments.root,
         device=arguments.device,
         rows=arguments.rows,
+        changed_code=arguments.changed_code,
+        from_python=False,
     ).exit_status
 
 
@@ -50,6 +56,7 @@ def search(
     root: Path | str = ".",
     device: str = "auto",
     rows: int | None = None,
+    changed_code: bool = False,
     quiet: bool = False,
 ) -> SearchResult:
     """Run or continue a search, as the command line does.
@@ -64,6 +71,7 @@ def search(
         root: Folder that holds `mlflow.db` and `mlruns/`; made if it does not exist.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         rows: At most this many trials in a matrix; None: as many as train fastest.
+        changed_code: Go on with a study although the workload's code, data or model has changed.
         quiet: Print nothing.
 
     Raises:
@@ -81,6 +89,8 @@ def search(
         root=root,
         device=device,
         rows=rows,
+        changed_code=changed_code,
+        from_python=True,
         quiet=quiet,
     )
 
@@ -96,6 +106,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_device(parser)
     rows_help = "train at most N trials as rows of one matrix (default: auto)"
     parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)
+    help = "go on with a study although the code, data or model of its workload has changed"
+    parser.add_argument("--changed-code", action="store_true", help=help)
     cli.add_delete(parser)
     return parser.parse_args(argv)
 
@@ -104,5 +116,10 @@ def _rows(text: str) -> int | None:
     return None if text == "auto" else cli.whole_number(1)(text)
 
 
-if __name__ == "__main__":
+def script() -> NoReturn:
+    """Run the command line as a console script does, and exit."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

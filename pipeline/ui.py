@@ -6,6 +6,7 @@ A bare `mlflow ui` in the same folder shows the same runs.
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from pipeline.app import cli
 
@@ -23,5 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     return serve_page(arguments.root, port=arguments.port)
 
 
-if __name__ == "__main__":
+def script() -> NoReturn:
+    """Run the command line as a console script does, and exit."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

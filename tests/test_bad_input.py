@@ -82,6 +82,17 @@ def content(data: str | bytes, *words: str) -> Refused:
 
 
 RANGE = "{low: 1e-3, high: 1.0, log: true}"
+
+
+def own_optimizer(name: str, values: str, *words: str) -> Refused:
+    """Refuse a search with an optimizer of the person's own, whose code is `own_optimizers.py` as `own.py`."""
+    return space(f"sgd: {{base_lr: {RANGE}}}", f"'{name}': {{base_lr: {RANGE}{values}}}", *words)
+
+
+def own_schedule(name: str, values: str, *words: str) -> Refused:
+    return space("constant: {}", f"'{name}': {{{values}}}", *words)
+
+
 NAME_RULE = "argument --study: must be 1 to 100 letters, digits, '_', '-' and '.'"
 NO_STUDY = "holds no study; run `python -m pipeline.search`, or name another --root"
 
@@ -158,6 +169,37 @@ REFUSED = [
     space("constant: {}", "cosine: {eta_min: 0.1}", "eta_min: must be at most the smallest rate, 0.001 of sgd"),
     space("constant: {}", "plateau: {metric: loss}", "unknown metric 'loss'; did you mean val/loss?"),
     space("constant: {}", "onecycle: {pct_start: 0.01}", "pct_start: must be above 0.0125", "got 0.01"),
+    # Optimizers and schedules of one's own.
+    own_optimizer("own.py:Lino", "", "optimizer.own.py:Lino: own.py has no Lino; did you mean Lion?"),
+    own_optimizer("own.py:", "", "must be path/to/file.py:Class or package.module:Class, got 'own.py:'"),
+    own_optimizer("absent.py:Lion", "", "there is no file absent.py; a path is relative to the working folder"),
+    own_optimizer("lion_pytroch:Lion", "", "there is no module lion_pytroch; install it, or name a file, path/to/"),
+    own_optimizer(
+        "broken.py:Lion", "", "broken.py raised ZeroDivisionError: division by zero, in /", "broken.py, line 1"
+    ),
+    own_optimizer("own.py:noam", "", "must be a subclass of torch.optim.Optimizer, got function"),
+    own_optimizer("torch:Tensor", "", "must be a subclass of torch.optim.Optimizer, got the class Tensor"),
+    own_optimizer("own.py:Fixed", "", "must take the argument lr, which base_lr becomes, got (params, momentum)"),
+    own_optimizer("own.py:Lion", ", beta1: 0.9", "optimizer.own.py:Lion.beta1: unknown key; did you mean betas?"),
+    own_optimizer("own.py:Lion", ", lr: 0.1", "optimizer.own.py:Lion.lr: unknown key; known: base_lr, betas, weight_"),
+    own_optimizer("own.py:Lion", ", betas: [1.5, 0.9]", "raised ValueError: betas must be below 1, got (1.5, 0.9), in"),
+    own_optimizer("own.py:NeedsClosure", "", "raised TypeError: ", "missing 1 required positional argument: 'closure'"),
+    own_schedule("own.py:naom", "", "scheduler.own.py:naom: own.py has no naom; did you mean noam?"),
+    own_schedule("own.py:STEPS", "", "must be a function (step, total, …), got int"),
+    own_schedule("own.py:Lion", "", "must be a function (step, total, …), got the class Lion"),
+    own_schedule("own.py:turned", "", "must be a function (step, total, …), got (total, step)"),
+    own_schedule("shutil:rmtree", "", "must be a function (step, total, …), got (path, ignore_errors, onerror"),
+    own_schedule("own.py:taken", "", "its argument interval has the name of a key that every scheduler has; rename it"),
+    own_schedule("own.py:noam", "", "scheduler.own.py:noam.warmup_steps: is missing and has no default; add it"),
+    own_schedule("own.py:noam", "warmup_steps: 2.5", "noam.warmup_steps: must be a whole number, got 2.5"),
+    own_schedule("own.py:noam", "warmup_stesp: 3, warmup_steps: 3", "unknown key; did you mean warmup_steps?"),
+    own_schedule(
+        "own.py:below", "floor: -1.0", "scheduler.own.py:below: returned -0.5 at step 3 of 4; a factor must be"
+    ),
+    own_schedule("own.py:below", "floor: -1.0", "finite number of at least 0, with floor -1.0"),
+    own_schedule("own.py:nothing", "", "scheduler.own.py:nothing: returned None at step 0 of 4; a factor must be a"),
+    own_schedule("own.py:divides", "", "raised ZeroDivisionError: ", "own.py, line ", ", at step 2 of 4"),
+    own_schedule("own.py:a b", "", "must be path/to/file.py:function or package.module:function, got 'own.py:a b'"),
     # Groups.
     space('all: {pattern: "*"}', 'head: {pattern: "fc.*"}', "no group takes hidden1.weight", "pattern '*'"),
     space(
@@ -165,6 +207,42 @@ REFUSED = [
     ),
     space('"*"', '"*", lr_ratio: -1', "param_groups.all.lr_ratio: must be >= 0, got -1"),
     space('"*"', '"*", lr_ratio: 0', "param_groups: every group can be frozen (lr_ratio 0) at once"),
+    space('pattern: "*"', "lr_ratio: 2", "param_groups.all: needs a pattern, dims or layers", "such as pattern: '*'"),
+    space('"*"', '"*", dims: -1', "param_groups.all.dims.0: must be >= 0, got -1"),
+    space('"*"', '"*", dims: {low: 1, high: 2}', "param_groups.all.dims.0: must be a whole number, got {'low': 1"),
+    space(
+        "all:", "norms: {dims: 3}\n  all:", "param_groups.norms: dims 3 matches no parameter; the model has hidden1."
+    ),
+    space(
+        "all:", "norms: {dims: 1}\n  biases: {pattern: '*bias'}\n  all:", "param_groups.biases: pattern '*bias' is left"
+    ),
+    space(
+        'pattern: "*"', "dims: 1", "no group takes hidden1.weight (dims 2), hidden2.weight (dims 2), fc.weight (dims 2)"
+    ),
+    space('pattern: "*"', 'layers: ["*"]', "param_groups.all.layer_decay: is missing, and layers need it"),
+    space('"*"', '"*", layer_decay: 0.75', "param_groups.all.layer_decay: needs layers"),
+    space('"*"', '"*", layers: [a], layer_decay: 0.75', "param_groups.all.layers: stand in place of a pattern"),
+    space('pattern: "*"', 'layers: ["*"], layer_decay: 1.5', "param_groups.all.layer_decay: must be <= 1, got 1.5"),
+    space('pattern: "*"', 'layers: "*", layer_decay: 1', "param_groups.all.layers: must be a list, got the text '*'"),
+    space('pattern: "*"', 'layers: ["*", 3], layer_decay: 1', "param_groups.all.layers.1.0: must be text, got 3"),
+    space(
+        'pattern: "*"',
+        'layers: ["hidden.{n}.*", "*"], layer_decay: 0.75',
+        "param_groups.all.layers: pattern 'hidden.{n}.*' matches no parameter; the model has hidden1.weight",
+    ),
+    space(
+        'pattern: "*"',
+        'layers: ["hidden{n}.*"], layer_decay: 0.75',
+        "param_groups: no group takes fc.weight",
+    ),
+    space("epochs: 4", "epochs: 4\nno_weight_decay: {}", "no_weight_decay: needs a pattern or dims in each rule"),
+    space("epochs: 4", "epochs: 4\nno_weight_decay: []", "no_weight_decay: must hold at least one value"),
+    space(
+        "epochs: 4", "epochs: 4\nno_weight_decay: {dim: 1}", "no_weight_decay.0.dim: unknown key; did you mean dims?"
+    ),
+    space(
+        "epochs: 4", "epochs: 4\nno_weight_decay: [{dims: 1}, {pattern: norm*}]", "no_weight_decay: pattern 'norm*' "
+    ),
     space("all:", "a.b:", "param_groups.a.b: must be letters, digits, '_' and '-'"),
     # Data, model, objective.
     space(
@@ -175,6 +253,28 @@ REFUSED = [
     space("model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"),
     space("epochs: 4", "epochs: 0", "epochs: must be >= 1, got 0"),
     space("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("size: 64", "size: {choices: [64, 1258]}", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("size: 64", "size: {low: 8, high: 64}", "batch_size: must be one value or `{choices: […]}`, got a range"),
+    space("size: 64", "size: {choices: [64, 0]}", "batch_size.choices.1: must be >= 1, got 0"),
+    space(
+        "size: 64",
+        "size: {choices: [64, 32]}\nenqueue: [{batch_size: 16}]",
+        "enqueue.0.batch_size: must be one of 64, 32, as in this space, got 16",
+    ),
+    space(
+        "size: 64", "size: {choices: [64, 32]}\nsteps_per_epoch: 20", "must be one number for each batch_size, 2, got 1"
+    ),
+    space(
+        "name: digits, model: mlp",
+        "name: own, function: a.py:f, arguments: {width: {choices: [8, 16]}}",
+        "workload.arguments.width: arguments of a workload cannot be searched, got {'choices': [8, 16]}",
+    ),
+    space(
+        "name: digits, model: mlp",
+        "name: own, function: a.py:f, arguments: {net: {width: {low: 8, high: 16}}}",
+        "workload.arguments.net.width: arguments of a workload cannot be searched, got {'low': 8, 'high': 16}",
+    ),
+    space("epochs: 4", "epochs: 4\nobjective: {of: bets}", "objective.of: must be one of last, best", "mean best?"),
     space("epochs: 4", "epochs: 4\nobjective: {metric: val/acuracy}", "unknown metric", "did you mean val/accuracy?"),
     space(
         "epochs: 4", "epochs: 4\nobjective: {metric: val/loss}", "objective.direction: must be minimize for val/loss"
@@ -184,6 +284,7 @@ REFUSED = [
     space("{name: digits, model: mlp}", "{name: mnist, modell: resnet9}", "workload.modell: unknown", "model?"),
     space("{name: digits, model: mlp}", "{name: image_folder, folder: photos}", "there is no folder 'photos'"),
     space("{name: digits, model: mlp}", "{name: image_folder}", "workload.folder: is missing"),
+    space("{name: digits, model: mlp}", '{name: image_folder, folder: "\\e]0;x\\a"}', "is no folder '\\x1b]0;x\\x07';"),
     space("{name: digits, model: mlp}", "{name: image_folder, folder: a, image_size: 4}", "must be >= 8, got 4"),
     # A config to train.
     option("train", "the following arguments are required: CONFIG"),
@@ -200,6 +301,9 @@ REFUSED = [
         "mine.yaml with --set epochs --set seed: 1 problem",
         "epochs: must be",
     ),
+    option("search --set \x1b[31m=[", "argument --set: \\x1b[31m: expected the node", "got '['"),
+    option("search --set \x1b[31m=1", "default.yaml with --set \\x1b[31m: 1 problem", "\\x1b[31m: unknown key"),
+    option(f"search --set {'x' * 9999}=1", "default.yaml with --set xxx", "xxx… (9799 more) …xxx", "xxx: unknown key"),
     option("search --workload task.py", "--workload: must name a function, task.py:function, got 'task.py'"),
     option("search --workload own", "argument --workload: unknown workload 'own'; known: digits, "),
     option("search --set workload=mnist", "own.yaml with --set workload: 1 problem", "workload: must be a mapping"),
@@ -216,7 +320,16 @@ REFUSED = [
         "model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"
     ),
     config("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    config("size: 64", "size: {choices: [64, 32]}", "batch_size: must be one value in a config, got a choice"),
+    config(
+        "epochs: 4", "epochs: 4\nobjective: {metric: val/f1, of: best}", "objective.metric: unknown metric 'val/f1'"
+    ),
     config("epochs: 4", "epochs: 4\nfound: lost", "found: must be a mapping, got 'lost'"),
+    config(
+        "{name: digits, model: mlp}",
+        "{name: own, function: 'python:sine'}",
+        "workload.function: python:sine was made in Python; train it there, with train(…, workload=…)",
+    ),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "line 4, column 9: could not find expected ':'"), CONFIG[:70]),
     Refused("train mine.yaml", ("mine.yaml: 1 problem", "must be UTF-8 text, got byte 0x80"), bytes(range(256))),
     # No study.
@@ -241,8 +354,8 @@ def refuse(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def listing() -> dict[Path, bytes | None]:
-    """Return all that is below the working folder, but for what SQLite itself does with a database that is read."""
-    paths = [path for path in Path().rglob("*") if not path.name.endswith(("-wal", "-shm"))]
+    """Return all that is below the working folder, but for what SQLite and Python do with files that are read."""
+    paths = [path for path in Path().rglob("*") if not path.name.endswith(("-wal", "-shm", ".pyc", "__pycache__"))]
     return {path: path.read_bytes() if path.is_file() and path.suffix != ".db" else None for path in paths}
 
 
@@ -251,9 +364,33 @@ def test_a_bad_input_is_refused_in_plain_words_and_nothing_is_written(
     case: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which the folder of own code is added
+    shutil.copy(Path(__file__).parent / "own_optimizers.py", "own.py")
+    Path("broken.py").write_text("1 / 0\n")
     Path("mine.yaml").write_bytes(case.content if isinstance(case.content, bytes) else case.content.encode())
     said = refuse(case.command, capsys)
     assert [word for word in case.words if word not in said] == [], said
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SPACE + "".join(f"key{n}: 1\n" for n in range(3000)),
+        SPACE + "a" * 50_000 + ": 1\n",
+        SPACE.replace("name: digits", f"name: {'d' * 50_000}"),
+        SPACE.replace(RANGE, f"{{choices: [{', '.join('a' for _ in range(9000))}]}}"),
+        SPACE + f"objective: {{metric: {'loss' * 9000}}}\n",
+    ],
+    ids=["many keys", "a long key", "a long name", "many choices", "a long metric"],
+)
+def test_a_message_is_short_however_long_the_values_are(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(content)
+    said = refuse("search --space mine.yaml", capsys)
+    assert "mine.yaml: " in said
+    assert len(said) < 5000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

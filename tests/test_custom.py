@@ -90,7 +90,7 @@ def _own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield
     for name in set(sys.modules) - modules:
-        if name.startswith("custom_workload_") or name in ("neighbour", "broken"):
+        if name.startswith("custom_") or name in ("neighbour", "broken"):
             del sys.modules[name]
 
 
@@ -265,7 +265,7 @@ NAN_INPUTS[4, 2] = torch.nan
 )
 def test_data_model_loss_and_metrics_are_tried_before_the_search(changes: dict[str, Any], expected: list[str]) -> None:
     workload = to_device(dataclasses.replace(tiny_workload(), **changes), device=CPU, dtype=torch.float32)
-    found = [str(problem) for problem in workload_problems(workload, batch_size=8)]
+    found = [str(problem) for problem in workload_problems(workload, batch_sizes=[8])]
     assert len(found) == len(expected)
     for problem, beginning in zip(found, expected, strict=True):
         assert problem.startswith(beginning)
@@ -687,7 +687,7 @@ def test_a_search_from_python_makes_its_root_and_returns_its_result(
         {"workload": {"name": "digits"}, **SPACE},
         workload=workload,
         overrides={"objective": objective},
-        trials="6",  # type: ignore[arg-type]  # as a form or an environment has it
+        trials=6,
         root=tmp_path / "new" / "root",
         device="cpu",
         quiet=True,
@@ -708,7 +708,12 @@ def test_a_search_from_python_makes_its_root_and_returns_its_result(
     ("given", "message"),
     [
         ({"trials": 0}, "trials: must be a whole number from 1 to 1000000000, got '0'"),
-        ({"trials": 2.5}, "trials: must be a whole number from 1 to 1000000000, got '2.5'"),
+        ({"trials": 2.5}, "trials: must be a whole number, got 2.5"),
+        ({"trials": "5"}, "trials: must be a whole number, got '5'"),
+        ({"rows": True}, "rows: must be a whole number, got True"),
+        ({"timeout": "1"}, "timeout: must be a number, got '1'"),
+        ({"study": 1}, "study: must be a text, got 1"),
+        ({"root": None}, "root: must be a path, got None"),
         ({"rows": -3, "timeout": -1}, "rows: must be a whole number from 1 to 1000000000, got '-3'"),
         ({"study": "../x"}, "study: must be 1 to 100 letters"),
         ({"device": "tpu"}, "device: must be auto"),

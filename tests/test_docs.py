@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import sys
 import textwrap
 import types
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pytest
 
 from pipeline.space.config import WORKLOADS
-from pipeline.space.limits import Interval, ShareOf
+from pipeline.space.limits import Interval, OrOne, ShareOf
 from pipeline.space.load import build_space, file_form
 from pipeline.space.optimizers import OPTIMIZERS
-from pipeline.space.param_groups import ParamGroup
+from pipeline.space.param_groups import ParameterRule, ParamGroup
 from pipeline.space.pruners import Median, NoPruner, SuccessiveHalving
 from pipeline.space.schedules import SCHEDULERS
 from pipeline.space.search_space import Objective, Sampler
@@ -32,6 +33,7 @@ TABLES: dict[str, dict[str, type[Any]]] = {
     "optimizer": dict(OPTIMIZERS),
     "scheduler": dict(SCHEDULERS),
     "param_groups": {"": ParamGroup},
+    "no_weight_decay": {"": ParameterRule},
     "sampler": {"": Sampler},
     "pruner": {"successive_halving": SuccessiveHalving, "median": Median, "none": NoPruner},
 }
@@ -95,7 +97,10 @@ def _meanings(cls: type[Any]) -> dict[str, str]:
 def _legal(annotation: Any) -> Iterator[str]:
     """Yield in words what values an annotation allows; None is a default and not a value."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
+    if origin is Annotated and OrOne() in arguments:
+        yield from _legal(get_args(arguments[0])[0])
+        yield "or a list"
+    elif origin is Annotated:
         yield from _legal(arguments[0])
         for interval in (item for item in arguments[1:] if isinstance(item, Interval)):
             signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
@@ -135,17 +140,24 @@ def test_the_reference_has_every_key_of_a_file(key: str) -> None:
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in REFERENCE.parent.glob("*.md")))
-def test_every_yaml_block_of_a_page_is_a_search_space_or_a_part_of_one(page: str) -> None:
+def test_every_yaml_block_of_a_page_is_a_search_space_or_a_part_of_one(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.files.strict_yaml import loads
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for code in _blocks(REFERENCE.parent / page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            Path(name[1]).write_text(code)
     example = next(block for block in _blocks(REFERENCE) if "epochs" in block)
     whole = loads(example, source="example")
     for block in _blocks(REFERENCE.parent / page):
         build_space({**whole, **loads(block, source=page)}, source=page, name="example")
 
 
-def _blocks(page: Path) -> list[str]:
-    return re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+def _blocks(page: Path, language: str = "yaml") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in REFERENCE.parent.glob("*.md")))

@@ -284,6 +284,18 @@ class MixedTypes(TinyModel):
         return (super().forward(inputs).double() * self.scale).float()
 
 
+class NotesFeatures(TinyModel):
+    """Keeps its last features for whoever looks at them; nothing is computed from them."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.3)
+        self.features: Tensor | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.features = self.dropout(self.hidden(inputs)).detach()
+        return super().forward(inputs)
+
+
 class CachesTable(TinyModel):
     """Computes a table once, as rotary embeddings do."""
 
@@ -313,6 +325,7 @@ MODELS: list[tuple[Callable[[], nn.Module], str]] = [
     (weight_normed, "None"),
     (pruned, "None"),
     (CachesTable, "None"),
+    (NotesFeatures, "None"),
     (MixedTypes, "the parameter scale is torch.float64, and a row is torch.float32"),
 ]
 

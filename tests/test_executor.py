@@ -146,4 +146,4 @@ def test_rules_of_another_kind_of_device_are_not_adopted() -> None:
     executor.adopt(dataclasses.replace(executor.rules, device="cuda", row_limit=1))
     assert executor.rules.row_limit == 3
     executor.adopt(dataclasses.replace(executor.rules, row_limit=2, processes=5, plain_because={}))
-    assert (executor.rules.row_limit, executor.rules.processes, executor.rules.plain_because) == (2, 5, {"": None})
+    assert (executor.rules.row_limit, executor.rules.processes, executor.rules.plain_because) == (2, 5, {"8:": None})

@@ -33,6 +33,7 @@ def test_a_list_may_be_a_choice_and_one_pattern_need_be_no_list() -> None:
     assert read(MultiStep, milestones={"choices": [[2], [2, 4]]}).milestones.choices == ((2,), (2, 4))
     assert read(ParamGroup, pattern="fc.*").pattern == ("fc.*",)
     assert read(ParamGroup, pattern=["fc.*", "head.*"]).pattern == ("fc.*", "head.*")
+    assert read(ParamGroup, dims=1, layers=["a.*", ["b.*", "c"]]).layers == (("a.*",), ("b.*", "c"))
 
 
 @pytest.mark.parametrize(

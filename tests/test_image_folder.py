@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -15,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import pipeline.search
-from pipeline.errors import InvalidInput
+from pipeline.errors import DataError, InvalidInput
 from pipeline.files.strict_yaml import dumps, loads
 from pipeline.space.config import ImageFolder, TrialConfig
 from pipeline.space.optimizers import SGD
@@ -221,12 +223,74 @@ def test_a_path_that_the_system_refuses_is_refused(tmp_path: Path) -> None:
     assert refusal(folder) == [f"workload.folder: '{folder}' cannot be read: File name too long"]
 
 
-def test_no_more_than_twenty_images_that_cannot_be_read_are_named(photos: Path) -> None:
+def test_the_message_names_twenty_images_that_cannot_be_read(photos: Path) -> None:
     for file in photos.rglob("*.*"):
         file.write_text("no image")
-    *named, last = refusal(photos)
+    with pytest.raises(InvalidInput) as caught:
+        image_folder(choice(photos))
+    first, *named, last = str(caught.value).splitlines()
+    assert (first, last) == ("workload: 40 problems", "  … (20 more)")
     assert len(named) == 20
-    assert last == "workload.folder: 20 more images cannot be read"
+
+
+def test_names_that_begin_with_a_dot_are_left_out(photos: Path) -> None:
+    before = image_folder(choice(photos), memory=0)
+    shutil.copytree(photos / "cat", photos / ".ipynb_checkpoints")
+    shutil.copytree(photos / "cat", photos / "cat" / ".thumbnails")
+    (photos / "cat" / "._00.png").write_text("what a Mac leaves beside a file")
+    (photos / "dog" / ".DS_Store").touch()
+    after = image_folder(choice(photos), memory=0)
+    for one, other in ((before.train, after.train), (before.val, after.val), (before.test, after.test)):
+        assert isinstance(one, Images)
+        assert isinstance(other, Images)
+        assert one.files == other.files
+
+
+def test_a_hidden_folder_is_no_class(photos: Path) -> None:
+    one_class(photos)
+    write_photos(photos, {".git": 2})
+    assert refusal(photos) == [
+        f"workload.folder: '{photos}' must have a folder of images for each of two or more classes, it has only 'emu'"
+    ]
+
+
+def test_images_in_folders_of_a_class_belong_to_it(photos: Path) -> None:
+    write_photos(photos / "cat", {"black": 3, "white": 4})
+    train = image_folder(choice(photos, val_fraction=0.01, test_fraction=0), memory=0).train
+    assert isinstance(train, Images)
+    assert train.labels.bincount().tolist() == [26, 12, 6]
+
+
+def test_an_image_that_cannot_be_read_is_refused_also_where_images_are_not_kept(photos: Path) -> None:
+    truncate(photos)
+    with pytest.raises(InvalidInput, match=r"workload: 2 problems\n.*cat/01\.jpg' cannot be read.*\n.*emu/02\.png'"):
+        image_folder(choice(photos), memory=0)
+
+
+def test_an_image_that_is_damaged_later_is_named_when_it_is_read(photos: Path) -> None:
+    train = image_folder(choice(photos), memory=0).train
+    assert isinstance(train, Images)
+    Path(train.files[0]).write_text("no image")
+    message = f"'{train.files[0]}' cannot be read (cannot identify image file"
+    with pytest.raises(DataError, match=re.escape(message)):
+        train[0]
+
+
+def test_images_of_12_bits_are_scaled_alike_in_the_whole_folder(photos: Path) -> None:
+    for shade, name in ((4095, "cat/bright.png"), (2048, "dog/middle.png"), (0, "emu/black.png")):
+        Image.fromarray(np.full((8, 8), shade, np.uint16)).save(photos / name)
+    parts = splits(image_folder(choice(photos), memory=ENOUGH))
+    shades = [image.flatten() for part in parts.values() for image in part.inputs]
+    assert sorted(int(shade[0]) for shade in shades if shade.unique().numel() == 1) == [0, 127, 255]
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;x\x07.png", "two\nlines.png", "\x9b31m.jpg", "\u202egnp.exe.png"])
+def test_control_characters_in_a_name_are_escaped(name: str, photos: Path) -> None:
+    (photos / "cat" / name).write_text("no image")
+    with pytest.raises(InvalidInput) as caught:
+        image_folder(choice(photos))
+    assert all(line.isprintable() for line in str(caught.value).splitlines())
+    assert f"/cat/{name.encode('unicode_escape').decode()}' cannot be read" in str(caught.value)
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused(photos: Path) -> None:

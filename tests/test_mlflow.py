@@ -21,6 +21,7 @@ from pipeline.space.config import Digits, TrialConfig
 from pipeline.space.optimizers import AdamW
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import OneCycle, Scheduler, Step
+from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.tracking.mlflow import MLflowTracker
 from pipeline.tracking.paths import relocate
@@ -41,13 +42,18 @@ CLOSE_S = 600.0
 DONE = StudySummary(finished=True, note="done")
 
 
-def study(name: str = "default-1", *, workload: str = "digits-cnn", identity: str | None = None) -> StudyInfo:
+def study(
+    name: str = "default-1",
+    *,
+    workload: str = "digits-cnn",
+    identity: str | None = None,
+    objective: Objective = Objective(),  # noqa: B008 - a frozen value
+) -> StudyInfo:
     return StudyInfo(
         identity=identity or f"made {name}",
         name=name,
         workload=workload,
-        metric="val/accuracy",
-        direction="maximize",
+        objective=objective,
         groups=("head", "body"),
         searched=("optimizer", "base_lr", "momentum", "step_size", "lr_ratio.head"),
         shared=("optimizer", "base_lr", "step_size", "lr_ratio.head"),
@@ -297,6 +303,7 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
         study="s 1",
         identity="7.5",
         metric="val/loss",
+        ranking="val/loss.best",
         direction="minimize",
         columns=["optimizer"],
         axes=["optimizer"],
@@ -307,11 +314,11 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
     packed = json.loads(value)["state"].removeprefix("deflate;")
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
     assert state["searchFilter"] == "tags.`hpo.kind` = 'trial' and tags.`hpo.study_id` = '7.5'"
-    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/loss`", True)
-    assert state["selectedColumns"][:2] == ["metrics.`val/loss`", "params.`optimizer`"]
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val/loss.best`", True)
+    assert state["selectedColumns"][:2] == ["metrics.`val/loss.best`", "params.`optimizer`"]
     parallel, *lines = state["compareRunCharts"]
-    assert (parallel["selectedParams"], parallel["selectedMetrics"]) == (["optimizer"], ["val/loss"])
-    assert [line["metricKey"] for line in lines] == ["lr/head", "lr/body", "val/loss", "train/loss"]
+    assert (parallel["selectedParams"], parallel["selectedMetrics"]) == (["optimizer"], ["val/loss.best"])
+    assert [line["metricKey"] for line in lines] == ["lr/head", "lr/body", "val/loss.best", "val/loss", "train/loss"]
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
         section["uuid"] for section in state["compareRunSections"]
     }

@@ -29,7 +29,7 @@ FROZEN_BODY = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(patte
 
 
 def rules(**values: Any) -> PlacementRules:
-    return PlacementRules(**{"device": "cpu", "plain_because": {"": None, "body": None}, **values})
+    return PlacementRules(**{"device": "cpu", "plain_because": {"8:": None, "8:body": None}, **values})
 
 
 def rows(*numbers: int) -> Shard:
@@ -58,9 +58,19 @@ MIXED = {
         (SEVEN, rules(processes=2), [rows(0, 1, 2), rows(3, 4, 5, 6)]),
         (SEVEN, rules(processes=3, row_limit=2), [rows(0), rows(1, 2), rows(3, 4), rows(5, 6)]),
         (SEVEN, rules(processes=9), [rows(number) for number in range(7)]),
-        (SEVEN, rules(plain_because={"": "too large"}), [plain(number) for number in range(7)]),
+        (SEVEN, rules(plain_because={"8:": "too large"}), [plain(number) for number in range(7)]),
         (MIXED, rules(), [rows(1, 4, 0, 3), rows(5), plain(2)]),
         (MIXED, rules(processes=2), [rows(1, 4), rows(0, 3), rows(5), plain(2)]),
+        (
+            {n: tiny_config(SGD(base_lr=0.1), batch_size=8 if n % 3 else 16) for n in range(6)},
+            rules(processes=2, plain_because={"8:": None, "16:": None}),
+            [rows(0), rows(3), rows(1, 2), rows(4, 5)],
+        ),
+        (
+            {n: tiny_config(SGD(base_lr=0.1), batch_size=8 if n % 3 else 16) for n in range(6)},
+            rules(plain_because={"8:": None, "16:": "too large"}),
+            [rows(1, 2, 4, 5), plain(0), plain(3)],
+        ),
         ({}, rules(), []),
     ],
 )

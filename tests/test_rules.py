@@ -38,6 +38,11 @@ def group(**values: Any) -> dict[str, Any]:
     return {"param_groups": {"all": {"pattern": "*", **values}}}
 
 
+def layers(lowest: float) -> dict[str, Any]:
+    deep = {"layers": ["conv1.*", "*"], "layer_decay": {"low": lowest, "high": 1.0}}
+    return {"param_groups": {"all": deep}}
+
+
 # The broken sections, what is said about them, and the nearest sections that are accepted. A run has 4 epochs.
 BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     (
@@ -98,6 +103,16 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         schedule("onecycle", interval="epoch", pct_start=0.5, three_phase=True),
     ),
     (
+        {**schedule("onecycle", interval="epoch"), "epochs": 1},
+        "scheduler.onecycle.interval: needs at least 2 epochs, or `interval: step`, got the 1 epoch of the run",
+        {**schedule("onecycle", interval="step"), "epochs": 1},
+    ),
+    (
+        {**group(weight_decay=0.1), "optimizer": {"sgd": {"base_lr": LR}, "rprop": {"base_lr": LR}}},
+        "param_groups.all.weight_decay: must be absent with rprop, which has no weight decay",
+        {**group(weight_decay=0.1), "optimizer": {"sgd": {"base_lr": LR}}},
+    ),
+    (
         schedule("cosine", eta_min=1e-2),
         "scheduler.cosine.eta_min: must be at most the smallest rate, 0.001 of sgd times its lr_ratio, got 0.01",
         schedule("cosine", eta_min=1e-3),
@@ -141,6 +156,16 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {**rprop(), **group(weight_decay=0.1)},
         "param_groups.all.weight_decay: must be absent with rprop, which has no weight decay",
         {**rprop(), **group(weight_decay=None)},
+    ),
+    (
+        {**rprop(), "no_weight_decay": {"dims": 1}},
+        "no_weight_decay: must be absent with rprop, which has no weight decay",
+        {**sgd(), "no_weight_decay": {"dims": 1}},
+    ),
+    (
+        {**schedule("cosine", eta_min=0.0006), **layers(0.5)},
+        "scheduler.cosine.eta_min: must be at most the smallest rate, 0.0005 of sgd times its lr_ratio, got 0.0006",
+        {**schedule("cosine", eta_min=0.0006), **layers(0.9)},
     ),
     (
         group(lr_ratio={"choices": [0, 1]}),

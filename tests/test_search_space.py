@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.errors import InvalidInput
 from pipeline.files.strict_yaml import dumps, loads
 from pipeline.space.config import SETTINGS, TrialConfig
-from pipeline.space.load import load_config, load_space, schema_text, space_from_document
+from pipeline.space.load import load_config, load_space, schema_text, space_from_document, with_layers, with_steps
 from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.schedules import SCHEDULERS
 from pipeline.space.search_space import SearchSpace
@@ -63,6 +63,7 @@ EVERY_SCHEDULER: dict[str, Any] = {
 }
 GROUPS: dict[str, Any] = {
     "head": {"pattern": ["fc.*"], "lr_ratio": {"low": 0.1, "high": 10, "log": True}, "weight_decay": {"choices": [0]}},
+    "deep": {"layers": [["embed.*", "pos"], "blocks.*"], "layer_decay": {"low": 0.5, "high": 1.0}, "dims": [1, 2]},
     "body": {"pattern": "*", "lr_ratio": {"choices": [0.0, 0.5, 1.0]}},
 }
 RPROP = {"rprop": {"base_lr": LR, "eta_minus": BETA, "eta_plus": {"low": 1.1, "high": 1.5, "step": 0.1}}}
@@ -94,7 +95,8 @@ class RandomTrial:
 
 def big_space(*, rprop: bool) -> SearchSpace:
     """Every optimizer and every schedule; Rprop goes with a constant rate only, so it has its own."""
-    everything = {"optimizer": EVERY_OPTIMIZER, "scheduler": EVERY_SCHEDULER, "param_groups": GROUPS}
+    everything: dict[str, Any] = {"optimizer": EVERY_OPTIMIZER, "scheduler": EVERY_SCHEDULER, "param_groups": GROUPS}
+    everything |= {"no_weight_decay": [{"dims": 1}, {"pattern": "pos"}]}
     alone = {"optimizer": RPROP, "scheduler": {"constant": {}}, "param_groups": {"all": {"pattern": "*"}}}
     rest = {"workload": {"name": "digits"}, "epochs": 8, "batch_size": 64, "channels_last": rprop}
     return space_from_document({**rest, **(alone if rprop else everything)}, name="big")
@@ -128,7 +130,7 @@ def test_a_ready_made_space_loads_and_its_sample_reads_back(path: Path, tmp_path
     space = load_space(path)
     assert space.name == path.stem
     assert space_from_document(json.loads(json.dumps(space.document)), name=space.name) == space
-    config = space.sample(RandomTrial(0))
+    config = with_steps(space, 20).sample(RandomTrial(0))
     file = tmp_path / "config.yaml"
     file.write_text(dumps(config.to_dict()))
     assert load_config(file)[1] == config
@@ -181,6 +183,44 @@ def test_enqueued_configs_become_parameters_by_their_names(space_file: SpaceFile
         {"lr_ratio.head": 5, "lr_ratio.body": 0.5},
         {},
     ]
+
+
+NUMBERED = {"layers": ["embed.*", "blocks.{n}.*"], "layer_decay": {"low": 0.5, "high": 1.0}}
+BLOCKS = ["embed.weight", "blocks.1.weight", "blocks.0.weight"]
+
+
+def test_layers_are_numbered_by_the_model_and_their_decay_is_one_searched_number(space_file: SpaceFile) -> None:
+    space = load_space(space_file(param_groups={"body": NUMBERED}, no_weight_decay={"dims": 1}))
+    numbered = with_layers(space, BLOCKS)
+    assert numbered.param_groups["body"]["layers"] == (("embed.*",), ("blocks.0.*",), ("blocks.1.*",))
+    assert with_layers(numbered, BLOCKS) is numbered
+    assert numbered.searched_hyperparameters() == ("base_lr", "layer_decay.body")
+    trial = RandomTrial(0)
+    config = numbered.sample(trial)
+    assert trial.names == ["sgd.base_lr", "layer_decay.body"]
+    assert config.group_names == ("body.0", "body.1", "body.2")
+    assert config.hyperparameters()["layer_decay.body"] == config.param_groups["body"].layer_decay
+    assert TrialConfig.from_dict(config.to_dict()) == config
+
+
+def test_an_enqueued_config_may_have_the_layers_as_the_file_or_as_a_trial_has_them(space_file: SpaceFile) -> None:
+    as_numbered = [["embed.*"], ["blocks.0.*"], ["blocks.1.*"]]
+    entries = [
+        {"param_groups": {"body": {"layers": layers, "layer_decay": 0.75}}}
+        for layers in (NUMBERED["layers"], as_numbered)
+    ]
+    space = with_layers(load_space(space_file(param_groups={"body": NUMBERED}, enqueue=entries)), BLOCKS)
+    assert [dict(entry) for entry in space.enqueue] == [{"layer_decay.body": 0.75}] * 2
+    space = load_space(space_file(param_groups={"body": NUMBERED}, enqueue=entries))
+    with pytest.raises(InvalidInput, match=r"enqueue\.1\.param_groups\.body\.layers: must be .*, as in this space"):
+        with_layers(space, [*BLOCKS, "blocks.2.weight"])
+
+
+def test_a_share_of_the_smallest_rate_is_one_of_the_first_layers_rate(space_file: SpaceFile) -> None:
+    sgd, cosine = {"sgd": {"base_lr": 0.8}}, {"cosine": {"eta_min": "50%"}}
+    groups = {"body": {"layers": ["a.*", "b.*", "c.*"], "layer_decay": 0.5}}
+    config = load_space(space_file(optimizer=sgd, scheduler=cosine, param_groups=groups), searching=False).example()
+    assert config.scheduler.eta_min == 0.1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

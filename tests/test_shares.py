@@ -28,8 +28,10 @@ from pipeline.study.store import Store
 
 SpaceFile = Callable[..., Path]
 NO_SHARE = "must be a share of the run such as 10%, above 0% to 100%, got"
+SAMPLES = 1257
+"""Training samples of the digits."""
 STEPS_PER_EPOCH = 20
-"""1,257 digits in batches of 64."""
+"""Of the digits in batches of 64."""
 
 
 def scheduled(space_file: SpaceFile, name: str, epochs: int, **values: Any) -> SearchSpace:
@@ -210,16 +212,16 @@ def test_shares_of_optimizer_steps_are_resolved_with_the_data_and_kept_with_the_
     assert [dict(entry) for entry in space.enqueue] == [{"step.step_size": 18}]
     assert space.document == {**read.document, "steps_per_epoch": STEPS_PER_EPOCH}
     again = space_from_document(json.loads(json.dumps(space.document)), name=space.name)
-    assert again == space == with_steps(again, STEPS_PER_EPOCH)
+    assert again == space == with_steps(again, SAMPLES)
     with pytest.raises(
         InvalidInput, match=r"steps_per_epoch: must be 21, as data and batch_size say, got 20; remove it"
     ):
-        with_steps(space, 21)
+        with_steps(space, SAMPLES + 64)
 
 
 def test_a_space_without_such_shares_stays_as_it_is_read(space_file: SpaceFile) -> None:
     space = load_space(space_file(scheduler={"step": {"step_size": "50%"}, "cosine": {"interval": "step"}}))
-    assert with_steps(space, STEPS_PER_EPOCH) is space
+    assert with_steps(space, SAMPLES) is space
 
 
 def test_an_enqueued_config_may_be_in_percent_too(space_file: SpaceFile) -> None:

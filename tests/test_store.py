@@ -120,6 +120,38 @@ def test_choose_goes_on_with_the_newest_unfinished_study_of_the_same_search(stor
     assert store.choose(space_with(seed=2), trials=2, name=None) == ("small-1", False)
 
 
+def test_a_study_that_is_older_than_a_setting_goes_on_with_its_default(store: Store) -> None:
+    create(store, space_with(), name="older", trials=2, ended=1)
+    study = optuna.load_study(study_name="older", storage=f"sqlite:///{store.database}")
+    header = study.user_attrs["pipeline"]
+    del header["document"]["objective"]["of"]
+    study.set_user_attr("pipeline", header)
+    assert store.choose(space_with(), trials=2, name=None) == ("older", True)
+    assert store.choose(space_with(), trials=2, name="older") == ("older", True)
+    best = {"metric": "val/accuracy", "of": "best"}
+    with pytest.raises(InvalidInput, match=r'objective\.of: the study has "last", this search "best"'):
+        store.choose(space_with(objective=best), trials=2, name="older")
+
+
+def test_a_study_whose_code_or_data_have_changed_goes_on_only_if_that_is_meant(store: Store) -> None:
+    before = {"code of task.py": "abc", "train": "200 samples of (1, 1), abc"}
+    now = {"code of task.py": "def", "train": "201 samples of (1, 1), def"}
+    store.create(space_with(), name="mine", trials=2, rules=RULES, fingerprint=before)
+    assert store.choose(space_with(), trials=2, name=None, fingerprint=before) == ("mine", True)
+    assert store.choose(space_with(), trials=2, name=None, fingerprint=now) == ("small-1", False)
+    with pytest.raises(InvalidInput) as refused:
+        store.choose(space_with(), trials=2, name="mine", fingerprint=now)
+    assert str(refused.value).splitlines()[:3] == [
+        "--study mine: 2 problems",
+        "  code of task.py: has changed",
+        "  train: was 200 samples of (1, 1) and is 201 samples of (1, 1)",
+    ]
+    assert "--changed-code" in str(refused.value)
+    assert store.choose(space_with(), trials=2, name="mine") == ("mine", True)
+    store.open("mine", fingerprint=now)
+    assert store.choose(space_with(), trials=2, name="mine", fingerprint=now) == ("mine", True)
+
+
 def test_a_new_studys_name_is_the_first_number_that_is_free(store: Store) -> None:
     for name in ("small-1", "small-3"):
         create(store, space_with(), name=name, trials=1, ended=1)

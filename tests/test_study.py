@@ -402,7 +402,25 @@ def test_verdicts_count_trials_of_the_group_that_have_ended_and_of_earlier_group
         study.next_group(12)
         epochs = tuple(epoch_metrics(epoch, accuracy, 0.5) for epoch in (1, 2))
         study.add(ended_trial(number, state=TrialState.PRUNED, value=None, epochs=epochs))
-    running = {4: epoch_metrics(2, 0.85, 0.5), 5: epoch_metrics(2, 0.3, 0.5)}
+    running = {n: [epoch_metrics(e, accuracy, 0.5) for e in (1, 2)] for n, accuracy in ((4, 0.85), (5, 0.3))}
     # Three of six go on: 0.9, 0.85 and 0.8.
     assert study.stops(2, running) == {5}
     assert study.stops(1, running) == set()
+
+
+def test_with_the_best_epoch_as_objective_pruning_and_the_sampler_see_the_best_so_far(store: Store) -> None:
+    study = new_study(store, space_with(objective={"metric": "val/accuracy", "of": "best"}), trials=12)
+    for number, accuracies in enumerate([(0.9, 0.2), (0.3, 0.5), (0.6, 0.1)]):
+        study.next_group(12)
+        epochs = tuple(epoch_metrics(epoch, accuracy, 0.5) for epoch, accuracy in enumerate(accuracies, 1))
+        study.add(ended_trial(number, state=TrialState.PRUNED, value=None, epochs=epochs))
+    assert [trial.intermediate_values for trial in stored(store, study).get_trials()] == [
+        {1: 0.9, 2: 0.9},
+        {1: 0.3, 2: 0.5},
+        {1: 0.6, 2: 0.6},
+    ]
+    unmeasured = epoch_metrics(2, math.nan, 0.5)
+    study.next_group(12)
+    study.add(ended_trial(3, state=TrialState.DIVERGED, value=None, epochs=(epoch_metrics(1, 0.8, 0.5), unmeasured)))
+    running = {n: [epoch_metrics(1, first, 0.5), epoch_metrics(2, 0.4, 0.5)] for n, first in ((4, 0.7), (5, 0.3))}
+    assert study.stops(2, running) == {5}  # two of five go on: 0.9 and 0.7

@@ -23,7 +23,7 @@ STEPS_PER_EPOCH = 5
 """Four batches of 8 and one of 5."""
 
 ONE_GROUP = {"all": ParamGroup(pattern=("*",))}
-RULES = PlacementRules(device="cpu", plain_because={"": None, "body": None})
+RULES = PlacementRules(device="cpu", plain_because={"8:": None, "8:body": None})
 """Placement rules for a study that is not trained."""
 BODY_AND_HEAD = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("*",))}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import sys
 from pathlib import Path
 from typing import Any
 
 from pipeline.app import cli
+from pipeline.app.found import record
 from pipeline.errors import InvalidInput, Problem, counted
 from pipeline.files import strict_yaml
 from pipeline.files.atomic import write_atomic
@@ -45,19 +47,18 @@ def export(root: Path, *, study: str | None, trial: int | None, out: Path | None
 
 
 def config_file(study: Study, trial: EndedTrial) -> str:
-    """Return a trial as YAML: its config, and under `found` its metrics, environment and study."""
+    """Return a trial as YAML: its config and objective, and under `found` its metrics, environment and study."""
+    objective = study.space.objective
     found: dict[str, Any] = {
         "study": study.name,
         "trial": trial.number,
         "state": trial.state.value,
-        "objective": {"metric": study.space.objective.metric, "direction": study.space.objective.direction},
-        "epochs": len(trial.epochs),
-        "metrics": dict(trial.metrics),
         "date": datetime.datetime.fromtimestamp(trial.ended).isoformat(timespec="seconds"),
-        "environment": dict(trial.environment),
+        **record(trial, objective),
     }
     comment = f"Trial {trial.number} of study {study.name}: {_score_line(study, trial)}."
-    return strict_yaml.dumps({**trial.config.to_dict(), FOUND: found}, comment=comment)
+    content = {**trial.config.to_dict(), "objective": dataclasses.asdict(objective), FOUND: found}
+    return strict_yaml.dumps(content, comment=comment)
 
 
 def choose_trial(study: Study, number: int | None) -> EndedTrial:
@@ -79,7 +80,10 @@ def choose_trial(study: Study, number: int | None) -> EndedTrial:
 
 
 def _score_line(study: Study, trial: EndedTrial) -> str:
-    metric = study.space.objective.metric
-    if metric not in trial.metrics:
+    found = record(trial, study.space.objective)
+    if "value" not in found:
         return f"{trial.state.value}, {trial.reason}"
-    return f"{metric} {number(trial.metrics[metric])} after {counted(len(trial.epochs), 'epoch')}, {trial.state.value}"
+    after = f"after {counted(found['epoch'], 'epoch')}"
+    if study.space.objective.of == "best":
+        after = f"at epoch {found['epoch']} of {len(trial.epochs)}"
+    return f"{study.space.objective.metric} {number(found['value'])} {after}, {trial.state.value}"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean
+from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean, printable
 from pipeline.files.atomic import check_writable
 from pipeline.files.signals import CtrlC
 from pipeline.space.config import WORKLOADS, Own
@@ -105,12 +105,17 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def say_own_code(space: SearchSpace, say: Callable[[str], None] = print) -> None:
     """Name the user's function before it runs, if the workload is one."""
     if isinstance(space.workload, Own):
-        say(f"workload from {space.workload.function}")
+        say(f"workload from {printable(space.workload.function)}")
 
 
 def warn(warning: str) -> None:
     """Print a warning."""
-    print(f"warning: {warning}", file=sys.stderr)
+    print(f"warning: {printable(warning)}", file=sys.stderr)
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, cut if it is long."""
+    return repr(value)[:MAX_SHOWN]
 
 
 def quoted(path: Path) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console, Group, RenderableType
+from rich import get_console
+from rich.console import Console, Group
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -14,13 +17,36 @@ from rich.text import Text
 
 from pipeline.files.signals import Interrupts
 from pipeline.space.config import TrialConfig
-from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EpochMetrics
-from pipeline.study.study import Study
+from pipeline.space.search_space import Objective, SearchSpace
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+
+if TYPE_CHECKING:
+    from pipeline.study.study import Study
+
+REFRESHES_PER_SECOND = 4
+TABLE_WIDTH = 200
+"""Characters per line of the table of best trials; a narrow terminal wraps a line instead of cutting off numbers."""
+MAX_REASON = 200
+"""Most characters of a reason in a line."""
+BEST = 5
+"""Trials in the table of the best."""
+
+
+def build_console(*, quiet: bool) -> Console:
+    """Return the console of a search; in a notebook it prints plain text, in which long lines wrap."""
+    is_terminal = False if _in_notebook() else None
+    return Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+
+
+def _in_notebook() -> bool:
+    return get_console().is_jupyter
 
 
 class Progress:
-    """Show trials done, the best strategy so far and the time left: live on a terminal, as lines in a pipe.
+    """Show trials done, the best strategy so far and the time left.
+
+    On a terminal and in a notebook this is one display that changes, whose last state stays; in a pipe it is a line per
+    group.
 
     Args:
         study: The study whose trials are counted.
@@ -39,19 +65,25 @@ class Progress:
         self._epochs = 0
         self._in_group = 0.0
         self._spread = ""
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._runs = False
+        self._display: _Display | None = None
+        if _in_notebook() and not console.quiet:
+            self._display = _NotebookDisplay(self._render)
+        elif console.is_terminal:
+            self._display = _TerminalDisplay(self._render, console)
 
     def __enter__(self) -> Progress:
-        """Start the live display."""
-        if self._console.is_terminal:
-            self._live.start()
+        """Start the display."""
+        self._runs = True
+        if self._display is not None:
+            self._display.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stop the live display, and print its last state."""
-        if self._console.is_terminal:
-            self._live.stop()
-            self._console.print(self._render())
+        """Stop the display, and leave its last state."""
+        self._runs = False
+        if self._display is not None:
+            self._display.stop()
 
     def group_begins(self, spread: str) -> None:
         """Set the text that says how a group's trials are spread over matrices."""
@@ -61,15 +93,17 @@ class Progress:
         """Count an epoch of a group."""
         self._epochs += len(metrics)
         self._in_group = sum(m.epoch for m in metrics.values()) / self._study.space.epochs
+        if self._display is not None:
+            self._display.changed()
 
     def group_ended(self) -> None:
         """Count a group as stored; in a pipe, print a line."""
         self._in_group = 0.0
-        if not self._console.is_terminal:
+        if self._display is None:
             parts = (self._done(), self._best_strategy(), self._line_of_counts())
             self._console.print("   ".join(part for part in parts if part), soft_wrap=True, highlight=False)
 
-    def _render(self) -> RenderableType:
+    def _render(self) -> Constrain:
         done = len(self._study.ended) + self._in_group
         bar = ProgressBar(
             total=self._trials,
@@ -81,9 +115,9 @@ class Progress:
         head = Table.grid(padding=(0, 1))
         head.add_row("", bar, Text(f"{self._done()}   {self._time_left(done)}"))
         below = [Text(f"  {line}", style="dim") for line in (self._best_strategy(), self._line_of_counts()) if line]
-        if self._interrupts.exit_status and self._live.is_started:
+        if self._interrupts.exit_status and self._runs:
             below.append(Text("  ends after this epoch; Ctrl-C again ends at once"))
-        return Group(head, *below)
+        return Constrain(Group(head, *below))  # unlike a Group, a notebook can show it
 
     def _done(self) -> str:
         best = self._study.best()
@@ -92,11 +126,10 @@ class Progress:
 
     def _best_strategy(self) -> str:
         best = self._study.best()
-        return strategy_line(best[0].config) if best else ""
+        return strategy_line(best[0].config, self._study.space) if best else ""
 
     def _line_of_counts(self) -> str:
-        counts = Counter(trial.state for trial in self._study.ended)
-        states = " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
+        states = counts_of_states(self._study.ended)
         rate = self._epochs / max(time.monotonic() - self._started, 1e-9)
         speed = f"{rate:.0f} trial-epochs/s" if rate >= 10 else f"{rate:.2g} trial-epochs/s"
         return "   ".join(part for part in (states, speed, self._spread) if part)
@@ -109,27 +142,124 @@ class Progress:
         return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
 
-def best_table(study: Study, *, count: int = 5) -> Table:
-    """Return a table of the best complete trials, with a column per group whose `lr_ratio` is searched."""
-    metric = study.space.objective.metric
-    groups = _searched_groups(study.space)
+class _Display(Protocol):
+    """Shows a text that changes."""
+
+    def start(self) -> None:
+        """Show the text."""
+
+    def changed(self) -> None:
+        """Show what the text has become."""
+
+    def stop(self) -> None:
+        """Leave the last state."""
+
+
+class _TerminalDisplay:
+    """Draws over its last state, also between two changes."""
+
+    def __init__(self, render: Callable[[], Constrain], console: Console) -> None:
+        self._render = render
+        self._console = console
+        self._live = Live(
+            console=console, get_renderable=render, refresh_per_second=REFRESHES_PER_SECOND, transient=True
+        )
+
+    def start(self) -> None:
+        self._live.start()
+
+    def changed(self) -> None:
+        """Do nothing: a thread draws."""
+
+    def stop(self) -> None:
+        self._live.stop()
+        self._console.print(self._render())
+
+
+class _NotebookDisplay:
+    """Replaces one output of a notebook's cell, which a saved notebook keeps in its last state.
+
+    Unlike rich's own display for notebooks, this needs no ipywidgets, and an exported notebook shows it.
+    """
+
+    def __init__(self, render: Callable[[], Constrain]) -> None:
+        self._render = render
+        self._handle: Any = None
+        self._shown = 0.0
+
+    def start(self) -> None:
+        from IPython.display import display
+
+        self._handle = display(self._render(), display_id=True)
+
+    def changed(self) -> None:
+        if time.monotonic() - self._shown >= 1 / REFRESHES_PER_SECOND:
+            self._shown = time.monotonic()
+            self._handle.update(self._render())
+
+    def stop(self) -> None:
+        self._handle.update(self._render())
+
+
+def best_table(ranking: Sequence[EndedTrial], space: SearchSpace) -> Table:
+    """Return a table of the first trials of a ranking, with columns for what is searched."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
-    for column in ("#", metric, "optimizer", "base_lr", "schedule", *(f"{group} ratio" for group in groups)):
+    rows = [_cells(trial, space) for trial in ranking[:BEST]]
+    for column in rows[0] if rows else ():
         table.add_column(column, no_wrap=True)
-    for trial in study.best(count):
-        config = trial.config
-        ratios = [f"{config.param_groups[group].lr_ratio:.3g}" for group in groups]
-        rate = f"{config.optimizer.base_lr:.2e}"
-        table.add_row(str(trial.number), trial.score, config.optimizer.name, rate, schedule_line(config), *ratios)
+    for row in rows:
+        table.add_row(*row.values())
     return table
 
 
-def strategy_line(config: TrialConfig) -> str:
-    """Return a strategy in a few words: `adamw 3.1e-03, step 6 × 0.21, head ×2.4`."""
-    ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in config.param_groups.items() if group.lr_ratio != 1]
+def _cells(trial: EndedTrial, space: SearchSpace) -> dict[str, str]:
+    """Return the row of a trial, by the titles of its columns."""
+    config, objective = trial.config, space.objective
+    cells = {"#": str(trial.number), objective.metric: trial.score}
+    if objective.of == "best":
+        cells["epoch"] = f"{objective.deciding(trial.epochs).epoch} of {len(trial.epochs)}"
+    cells |= {"optimizer": config.optimizer.name, "base_lr": f"{config.optimizer.base_lr:.2e}"}
+    if len(space.batch_sizes) > 1:
+        cells["batch_size"] = str(config.batch_size)
+    cells["schedule"] = schedule_line(config)
+    values = config.hyperparameters()
+    return cells | {head: f"{values[name]:.3g}" for name, head in _group_columns(space).items()}
+
+
+def score_line(trial: EndedTrial, objective: Objective) -> str:
+    """Return the score of a complete trial and the epoch of a best: `0.9963`, or `0.9963 at epoch 17 of 20`."""
+    at = f" at epoch {objective.deciding(trial.epochs).epoch} of {len(trial.epochs)}"
+    return trial.score + (at if objective.of == "best" else "")
+
+
+def failure_line(trials: Sequence[EndedTrial]) -> str:
+    """Return the reason of the first trial that failed, and how many failed; empty if none did."""
+    failed = [trial for trial in trials if trial.state is TrialState.FAILED]
+    if not failed:
+        return ""
+    (reason, *_) = (failed[0].reason or "").strip().splitlines() or [""]
+    count = f"; {len(failed)} trials failed" if len(failed) > 1 else ""
+    return f"trial {failed[0].number} failed: {reason[:MAX_REASON]}{count}"
+
+
+def counts_of_states(trials: Sequence[EndedTrial]) -> str:
+    """Return how many trials ended in which state: `complete 11 · pruned 39`."""
+    counts = Counter(trial.state for trial in trials)
+    return " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
+
+
+def strategy_line(config: TrialConfig, space: SearchSpace) -> str:
+    """Return a strategy in a few words: `adamw 3.1e-03, batch 64, step 6 × 0.21, head ×2.4`.
+
+    The batch size is left out unless the space searches it.
+    """
+    groups = config.param_groups.items()
+    ratios = [f"{name} ×{group.lr_ratio:.2g}" for name, group in groups if group.lr_ratio != 1]
+    decays = [f"{name} layers ×{group.layer_decay:.2g}" for name, group in groups if group.layer_decay is not None]
     rate = f"{config.optimizer.name} {config.optimizer.base_lr:.1e}"
     clip = [f"clip {config.clip_grad_norm:.2g}"] if config.clip_grad_norm is not None else []
-    return ", ".join([rate, schedule_line(config), *ratios, *clip])
+    batch = [f"batch {config.batch_size}"] if len(space.batch_sizes) > 1 else []
+    return ", ".join([rate, *batch, schedule_line(config), *ratios, *decays, *clip])
 
 
 def schedule_line(config: TrialConfig) -> str:
@@ -138,5 +268,8 @@ def schedule_line(config: TrialConfig) -> str:
     return f"{config.scheduler}, warm-up {warmup}" if warmup else str(config.scheduler)
 
 
-def _searched_groups(space: SearchSpace) -> list[str]:
-    return [name.split(".", 1)[1] for name in space.searched_hyperparameters() if name.startswith("lr_ratio.")]
+def _group_columns(space: SearchSpace) -> dict[str, str]:
+    """Return the searched rates of groups, such as `lr_ratio.head`, and the heads of their columns."""
+    parts = [name.partition(".") for name in space.searched_hyperparameters()]
+    words = {"lr_ratio": "ratio", "layer_decay": "layer decay"}
+    return {f"{field}.{group}": f"{group} {words[field]}" for field, _, group in parts if field in words}

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import numbers
 import os
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from pipeline.space import rules
 from pipeline.space.config import Own
 from pipeline.space.load import build_space, study_name
 from pipeline.space.overrides import Overrides, override, source_of
+from pipeline.space.own_code import is_own
 from pipeline.space.ready_made import find_space
 from pipeline.space.search_space import SearchSpace
 
@@ -30,6 +34,20 @@ if TYPE_CHECKING:
     from pipeline.workloads.workload import Workload
 
 DEFAULT_TRIALS = 50
+IN_PYTHON = "python:"
+"""Begins the place of a workload that was made in Python and that no file has, such as `python:sine`."""
+NO_NAME = "…"
+"""Stands in messages for a value from Python whose name is not known."""
+OPTIONS: Mapping[str, tuple[Any, str, Callable[[str], Any]]] = {
+    "config": (str | Path | None, "a path", cli.file),
+    "trials": (numbers.Integral | None, "a whole number", cli.whole_number(1)),
+    "timeout": (numbers.Real | None, "a number", cli.positive_number),
+    "study": (str | None, "a text", cli.study_name),
+    "root": (str | Path, "a path", cli.folder),
+    "device": (str, "a name", cli.device_name),
+    "rows": (numbers.Integral | None, "a whole number", cli.whole_number(1)),
+}
+"""Argument of a call from Python to its types, their name, and the reader of the same option of the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +77,62 @@ class SearchOptions:
     root: Path
     device: str
     rows: int | None
+    changed_code: bool
+    """Whether a study goes on although its code, data or model has changed."""
+    from_python: bool
+    """Whether the search was called from Python, so that messages name calls in place of commands."""
+    workload_name: str | None
+    """The workload from Python as source text, such as `sine`."""
+    file: Path | None
+    """The file of the space; None: a mapping from Python, or the space of a stored study."""
+    overrides: Overrides
+    """Changes to the space, besides a workload from Python."""
 
-    def command(self, study: str) -> str:
-        """Return the command that continues the search after a stop."""
-        choice = self.space.workload
-        if isinstance(choice, Own) and choice.function.startswith("python:"):
-            call = f"pipeline.search.search(study={study!r}, trials={self.trials}, workload=…)"
-            return f"{call}, with the workload that it had"
-        workload = f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
+    def resume(self, study: str) -> str:
+        """Return the command, or the call, that continues the search after a stop; it names the user's code again."""
+        if self.from_python:
+            return _call(
+                "search",
+                **self._code_from_python(),
+                study=repr(study),
+                trials=repr(self.trials),
+                root=None if self.root == Path() else repr(str(self.root)),
+                device=None if self.device == "auto" else repr(self.device),
+                rows=None if self.rows is None else repr(self.rows),
+            )
         root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
-        return f"python -m pipeline.search --study {study} --trials {self.trials}{workload}{root}{device}{rows}"
+        return f"python -m pipeline.search --study {study} --trials {self.trials}{self._code()}{root}{device}{rows}"
+
+    def _code_from_python(self) -> dict[str, str | None]:
+        """Return the arguments that name the user's code: the space with its changes, or only the workload."""
+        choice = self.space.workload
+        if self.space.own_code():
+            return {
+                "space": NO_NAME if self.file is None else repr(str(self.file)),
+                "workload": self.workload_name,
+                "overrides": repr(dict(self.overrides)) if self.overrides else None,
+            }
+        return {"workload": self.workload_name or (repr(choice.function) if isinstance(choice, Own) else None)}
+
+    def _code(self) -> str:
+        """Return the options that name the user's code: the space with its changes, or only the workload."""
+        if self.space.own_code():
+            assert self.file is not None
+            changes = [
+                f" --set {shlex.quote(f'{place}={json.dumps(value)}')}" for place, value in self.overrides.items()
+            ]
+            return "".join([f" --space {cli.quoted(self.file)}", *changes])
+        choice = self.space.workload
+        return f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
+
+    def train_again(self, config: Path) -> str:
+        """Return the command, or the call, that trains a config of the search again."""
+        if self.from_python:
+            call = _call("train", repr(str(config)), workload=self.workload_name)
+            return f"from pipeline.train import train; {call}"
+        return f"python -m pipeline.train {cli.quoted(config)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +177,8 @@ def read_search(
     space: Path | str | Mapping[str, Any] | None,
     workload: Callable[[], Workload] | Workload | str | None,
     overrides: Overrides,
+    changed_code: bool,
+    from_python: bool,
     **options: Any,
 ) -> SearchOptions:
     """Read the options of a search; `pipeline.search.search` describes each argument.
@@ -124,9 +188,14 @@ def read_search(
     Raises:
         InvalidInput: With every problem of the options, else of the workload or the space.
     """
-    read = _read_options(space, workload, overrides, options)
-    changes, made = _with_workload(workload, overrides)
+    wrong: list[Problem] = []
+    if not (space is None or isinstance(space, str | Path | Mapping)):
+        wrong.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
+    read = read_options("search", options, workload=workload, overrides=overrides, problems=wrong)
     stored = _stored_study(read["root"], read["study"])
+    changes, made = with_workload(
+        workload, overrides, stored=stored.document["workload"] if space is None and stored is not None else {}
+    )
     if space is None and stored is not None:
         found = _stored_space(stored, changes)
     else:
@@ -134,7 +203,17 @@ def read_search(
     for warning in rules.warnings(found.space):
         cli.warn(warning)
     read["trials"] = read["trials"] or (stored.trials if stored else DEFAULT_TRIALS)
-    return SearchOptions(space=found.space, source=found.source, workload=made, **read)
+    return SearchOptions(
+        space=found.space,
+        source=found.source,
+        workload=made,
+        changed_code=changed_code,
+        from_python=from_python,
+        workload_name=None if made is None else _name_of(workload),
+        file=found.file,
+        overrides=changes if made is None else overrides,
+        **read,
+    )
 
 
 def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
@@ -156,37 +235,54 @@ def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
     return RangeTestOptions(space=space, source=found.source, device=arguments.device, picture=picture, write=write)
 
 
-def _read_options(space: Any, workload: Any, overrides: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Read each option as the command line does, including a text such as trials="5" from Python."""
-    readers: dict[str, Callable[[str], Any]] = {
-        "trials": cli.whole_number(1),
-        "timeout": cli.positive_number,
-        "study": cli.study_name,
-        "root": cli.folder,
-        "device": cli.device_name,
-        "rows": cli.whole_number(1),
-    }
-    problems = []
+def read_options(
+    call: str, options: Mapping[str, Any], *, workload: Any, overrides: Any, problems: Sequence[Problem]
+) -> dict[str, Any]:
+    """Read the options of a call as the command line reads its own; a number must be a number, and no text.
+
+    Args:
+        call: Name of the function that was called, for messages.
+        options: Arguments by name, each one of `OPTIONS`.
+        workload: Checked if it is a name.
+        overrides: Checked to be a mapping from places.
+        problems: What is known to be wrong with other arguments.
+
+    Raises:
+        InvalidInput: With every problem.
+    """
+    problems = [*problems]
     read: dict[str, Any] = {}
-    for name, reader in {**readers, "workload": cli.workload_choice}.items():
-        value = workload if name == "workload" and isinstance(workload, str) else options.get(name)
+    for name, value in options.items():
+        types, wanted, reader = OPTIONS[name]
+        if not isinstance(value, types) or isinstance(value, bool):
+            problems.append(Problem(name, f"must be {wanted}, got {cli.shown(value)}"))
+            continue
         try:
             read[name] = None if value is None else reader(str(value))
         except argparse.ArgumentTypeError as error:
             problems.append(Problem(name, str(error)))
-    if not (space is None or isinstance(space, str | Path | Mapping)):
-        problems.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
+    if isinstance(workload, str):
+        try:
+            cli.workload_choice(workload)
+        except argparse.ArgumentTypeError as error:
+            problems.append(Problem("workload", str(error)))
     if not isinstance(overrides, Mapping) or not all(isinstance(place, str) for place in overrides):
         problems.append(Problem("overrides", "must be a mapping from places, such as epochs, to values"))
     if problems:
-        raise InvalidInput("search", problems)
-    return {name: read[name] for name in readers}
+        raise InvalidInput(call, problems)
+    return read
 
 
-def _with_workload(
-    workload: Callable[[], Workload] | Workload | str | None, overrides: Overrides
+def with_workload(
+    workload: Callable[[], Workload] | Workload | str | None, overrides: Overrides, *, stored: Mapping[str, Any]
 ) -> tuple[Overrides, Workload | None]:
-    """Return the changes to the space with the workload among them, and the workload if Python gave one."""
+    """Return the changes to a file with the workload among them, and the workload if Python gave one.
+
+    Args:
+        workload: A workload, a function that returns one, a name as `--workload` takes, or None.
+        overrides: Other changes.
+        stored: The workload that the file has; its function, given again, is called with its arguments.
+    """
     if workload is None:
         return overrides, None
     if isinstance(workload, str):
@@ -196,13 +292,34 @@ def _with_workload(
 
     place = _place_of(workload)
     if callable(workload):
-        made = custom.call(workload, place or "workload")
+        arguments = stored.get("arguments", {}) if place and place == stored.get("function") else {}
+        made = custom.call(workload, place or "workload", **arguments)
     elif isinstance(workload, Workload):
         made = custom.check_form(workload, "workload")
     else:
         message = f"must be a Workload, a function that returns one, or a name, got {type(workload).__name__}"
-        raise InvalidInput("search", [Problem("workload", message)])
-    return {"workload": {"name": "own", "function": place or f"python:{made.name}"}, **overrides}, made
+        raise InvalidInput("workload", [Problem("workload", message)])
+    return {"workload": {"name": "own", "function": place or f"{IN_PYTHON}{made.name}"}, **overrides}, made
+
+
+def without_same_function(overrides: Overrides, stored: Mapping[str, Any]) -> Overrides:
+    """Return changes without a workload whose function a file names already, with arguments of its own."""
+    named = overrides.get("workload")
+    if not isinstance(named, Mapping) or "function" not in named or named["function"] != stored.get("function"):
+        return overrides
+    return {place: value for place, value in overrides.items() if place != "workload"}
+
+
+def _name_of(workload: Any) -> str:
+    """Return the name of a function as the person's code has it; a workload does not know its name."""
+    name: str = getattr(workload, "__qualname__", "")
+    return name if name.isidentifier() else NO_NAME
+
+
+def _call(function: str, *given: str, **options: str | None) -> str:
+    """Return a call as source text, without the options that are None."""
+    named = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return f"{function}({', '.join([*given, *named])})"
 
 
 def _place_of(workload: Any) -> str | None:
@@ -234,14 +351,20 @@ def _stored_space(stored: StudyHeader, overrides: Overrides) -> FoundSpace:
 def _agreed_overrides(stored: StudyHeader, overrides: Overrides) -> Overrides:
     """Return the changes to a stored space; refuse to run code that only the database names.
 
-    A database may come from anyone, so the user must name a function again before the function runs. A function that
-    is named as it is stored keeps its stored arguments.
+    A database may come from anyone, so the user must name code again before it runs: a workload's function, or the file
+    with optimizers and schedules. A function that is named as it is stored keeps its stored arguments.
     """
     choice, named = stored.document["workload"], overrides.get("workload")
+    own = [name for kind in ("optimizer", "scheduler") for name in stored.document[kind] if is_own(name)]
+    only = "code that is run only when you name it"
+    if own:
+        message = f"trains with {' and '.join(own)}, {only}: add --space FILE, its file, and the changes to it"
+        raise InvalidInput("--study", [Problem(stored.name, message)])
     if choice["name"] != "own":
         return overrides
     if named is None:
-        message = f"trains {choice['function']}, code that is run only when you name it: add --workload"
-        raise InvalidInput("--study", [Problem(stored.name, f"{message} {choice['function']}")])
-    same = isinstance(named, Mapping) and named.get("function") == choice["function"]
-    return {place: value for place, value in overrides.items() if not (same and place == "workload")}
+        remedy = f"add --workload {choice['function']}"
+        if choice["function"].startswith(IN_PYTHON):
+            remedy = f"from Python, {_call('search', study=repr(stored.name), workload=NO_NAME)}"
+        raise InvalidInput("--study", [Problem(stored.name, f"trains {choice['function']}, {only}: {remedy}")])
+    return without_same_function(overrides, choice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,19 @@ from torch import nn
 
 from pipeline import __version__
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
-from pipeline.space.load import with_steps
+from pipeline.files.code import where
+from pipeline.space.load import with_layers, with_steps
+from pipeline.space.own_code import loaded
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
+from pipeline.training.check import own_code_problems
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.precision import current_settings
+from pipeline.training.precision import current_settings, dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
-from pipeline.workloads.custom import where
-from pipeline.workloads.data import to_device
+from pipeline.workloads.data import epoch_length, to_device
+from pipeline.workloads.fingerprint import fingerprint
 from pipeline.workloads.load import load_workload
 from pipeline.workloads.workload import Workload
 
@@ -44,7 +48,7 @@ def prepare(
         space: The space of a search, or a config as a space of one point.
         source: Name of the space's file, for messages.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" is CUDA if there is a CUDA device, else the CPU.
-        searching: Whether to check the objective.
+        searching: Whether to check the objective; one that chooses the best epoch is always checked.
         rows: Most trials in a matrix; None: the trials divided by the processes, as far as memory allows.
         workload: Replaces the workload that the space names.
 
@@ -56,39 +60,51 @@ def prepare(
     """
     chosen = choose_device(device)
     try:
-        workload = _placed(workload or load_workload(space.workload), chosen)
-        model = _first_model(workload, space.seed)
-        space = with_steps(space, -(-len(workload.train) // space.batch_size))
+        dtype = dtype_of(space.precision)
+        workload = _placed(workload or load_workload(space.workload), chosen, dtype)
+        model = _first_model(workload, space.seed, dtype)
+        space = with_layers(space, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+        space = with_steps(space, epoch_length(workload, space.seed))
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
+    except DataError as error:
+        raise InvalidInput(source, [Problem("workload", str(error))]) from None
     problems = [*problems_with_model(space, workload, model)]
-    problems += objective_problems(space, workload) if searching else ()
+    problems += objective_problems(space, workload) if searching or space.objective.of == "best" else ()
     problems += _precision_problems(space, chosen)
-    problems += workload_problems(workload, batch_size=space.batch_size, seed=space.seed) if not problems else []
+    if not problems:
+        problems = list(workload_problems(workload, batch_sizes=space.batch_sizes, seed=space.seed, dtype=dtype))
+    if not problems:
+        problems = list(own_code_problems(space, workload, model, device=chosen))
     if problems:
         raise InvalidInput(source, problems)
+    config = dataclasses.replace(space.example(), batch_size=max(space.batch_sizes))
     processes = torch.get_num_threads()
-    return space, LocalExecutor(workload, space.example(), device=chosen, rows=rows, processes=processes)
+    return space, LocalExecutor(workload, config, device=chosen, dtype=dtype, rows=rows, processes=processes)
 
 
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
     """Yield the problems of a space with its model and data."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not names:
+    dims = {name: parameter.ndim for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not dims:
         yield Problem("workload.model", "has no parameter to train")
         return
-    yield from assign_groups(names, {name: group["pattern"] for name, group in space.param_groups.items()})[1]
-    if space.batch_size > len(workload.train):
-        message = f"must be at most the {len(workload.train)} training samples, got {space.batch_size}"
-        yield Problem("batch_size", message)
+    config = space.example()
+    yield from assign_groups(dims, config.param_groups, config.no_weight_decay, tied=_tied_names(model))[1]
+    samples = epoch_length(workload, space.seed)
+    for size in space.batch_sizes:
+        if size > samples:
+            yield Problem("batch_size", f"must be at most the {samples} training samples, got {size}")
+        elif space.accumulate > (batches := -(-samples // size)):
+            yield Problem("accumulate", f"must be at most the {batches} batches of an epoch, got {space.accumulate}")
     plateau = space.schedulers.get("plateau")
     if plateau and plateau["metric"] not in workload.directions:
         message = f"unknown metric {plateau['metric']!r}; {did_you_mean(plateau['metric'], workload.directions)}"
         yield Problem("scheduler.plateau.metric", message)
-    steps_per_epoch = -(-len(workload.train) // space.batch_size)
-    for name, scheduler in space.schedulers.items():
-        if scheduler["interval"] == "step":
-            yield from length_problems(space, name, steps_per_epoch=steps_per_epoch)
+    for name in (name for name, scheduler in space.schedulers.items() if scheduler["interval"] == "step"):
+        for size in space.batch_sizes:
+            named = size if len(space.batch_sizes) > 1 else None
+            yield from length_problems(space, name, steps_per_epoch=-(-samples // size), batch_size=named)
 
 
 def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
@@ -102,18 +118,25 @@ def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Probl
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
 
 
-def _placed(workload: Workload, device: torch.device) -> Workload:
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Return each further name of a parameter that several modules share, and the name in `named_parameters()`."""
+    listed = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: listed[id(p)] for name, p in every if listed.get(id(p), name) != name}
+
+
+def _placed(workload: Workload, device: torch.device, dtype: torch.dtype) -> Workload:
     try:
-        return to_device(workload, device=device, dtype=torch.float32)
+        return to_device(workload, device=device, dtype=dtype)
     except DataError as error:
         split, _, why = str(error).partition(": ")
         raise InvalidInput("workload", [Problem(f"workload.{split}", why)]) from None
 
 
-def _first_model(workload: Workload, seed: int) -> torch.nn.Module:
+def _first_model(workload: Workload, seed: int, dtype: torch.dtype) -> torch.nn.Module:
     try:
         cpu = torch.device("cpu")
-        model, second = (built_model(workload, seed=seed, device=cpu, dtype=torch.float32) for _ in range(2))
+        model, second = (built_model(workload, seed=seed, device=cpu, dtype=dtype) for _ in range(2))
     except InvalidInput:
         raise
     except (Exception, SystemExit) as error:
@@ -175,12 +198,20 @@ def choose_device(name: str) -> torch.device:
 def _precision_problems(space: SearchSpace, device: torch.device) -> list[Problem]:
     """Return the problem of a precision that the device lacks; PyTorch would silently use another."""
     remedy = "set precision to fp32" + ("" if device.type == "mps" else " or bf16")
+    if space.precision == "fp64" and device.type == "mps":
+        return [Problem("precision", f"fp64 is more than Metal devices compute; {remedy}, or use --device cpu")]
     if space.precision == "tf32" and device.type != "cuda":
         return [Problem("precision", f"tf32 needs a CUDA device, and trials train on {device.type}; {remedy}")]
     if space.precision == "tf32" and torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return [Problem("precision", f"tf32 needs a CUDA device of capability 8.0, which {name} is not; {remedy}")]
     return []
+
+
+def fingerprint_of(space: SearchSpace, executor: LocalExecutor) -> dict[str, str]:
+    """Return each part of what a search trains, such as its code, with a text that changes with it."""
+    model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
+    return fingerprint(executor.workload, model, map(loaded, space.own_code()))
 
 
 def environment(executor: LocalExecutor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.space.schedules import Constant
-from pipeline.workloads.data import with_fewer_samples
+from pipeline.workloads.data import epoch_length, with_fewer_samples
 
 if TYPE_CHECKING:
     from pipeline.space.config import TrialConfig
@@ -81,14 +81,18 @@ def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, s
     """Train one of a space's optimizers at every rate of `RATES`, at a constant rate and on the same batches.
 
     Args:
-        space: Gives everything but the rate; other searched hyperparameters are drawn evenly from their whole ranges.
+        space: Gives everything but the rate; other searched hyperparameters are drawn evenly from their whole ranges,
+            but the batch size is the smallest.
         optimizer: Name of an optimizer of the space.
         executor: Trains the workload of the space.
         steps: Least number of optimizer steps of a run: whole passes over a random part of the data, or all of it.
     """
-    executor = executor.on(_shortened(executor.workload, steps * space.batch_size, seed=space.seed))
-    epochs = math.ceil(steps * space.batch_size / len(executor.workload.train))
-    space = dataclasses.replace(space, optimizers={optimizer: space.optimizers[optimizer]})
+    batch_size = min(space.batch_sizes)
+    samples = steps * batch_size * space.accumulate
+    executor = executor.on(_shortened(executor.workload, samples, seed=space.seed))
+    epochs = math.ceil(samples / epoch_length(executor.workload, space.seed))
+    settings = {**space.settings, "batch_size": batch_size}
+    space = dataclasses.replace(space, optimizers={optimizer: space.optimizers[optimizer]}, settings=settings)
     draws = 1 if executor.why_plain(space.example()) else DRAWS
     configs = {
         number: dataclasses.replace(_with_rate(config, rate), scheduler=Constant(), epochs=epochs)

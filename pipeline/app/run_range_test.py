@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from pipeline.app.options import RangeTestOptions
 from pipeline.app.prepare import prepare
 from pipeline.app.range_picture import range_png, range_table, rate_text
 from pipeline.app.range_test import MIN_STEPS, RATES, RateCurve, range_test
-from pipeline.errors import InvalidInput, Problem
+from pipeline.errors import InvalidInput, Problem, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.space.edit import write_bounds
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import optimizer_class
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.rows.update_rules import has_rule
@@ -38,10 +39,14 @@ def run_range_test(options: RangeTestOptions) -> int:
 
 def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapping[str, RateCurve]:
     """Test every optimizer of a space, and show the losses and the bounds that they suggest."""
-    what = f"{executor.workload.name} · at least {MIN_STEPS} steps at each of {len(RATES)} rates · {executor.device}"
-    if executor.plain_because is not None:
-        what += f", one after another, since {executor.plain_because}"
-    elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
+    name = printable(executor.workload.name)
+    what = f"{name} · at least {MIN_STEPS} steps at each of {len(RATES)} rates · {executor.device}"
+    if len(space.batch_sizes) > 1:
+        what += f", batch_size {min(space.batch_sizes)}, the smallest"
+    config = dataclasses.replace(space.example(), batch_size=min(space.batch_sizes))
+    if (why := executor.plain_with_any_optimizer(config)) is not None:
+        what += f", one after another, since {why}"
+    elif alone := [name for name in space.optimizers if not has_rule(optimizer_class(name))]:
         what += f", those of {' and '.join(alone)} one after another"
     console.print(f"{what}   seed {space.seed}", soft_wrap=True)
     curves: dict[str, RateCurve] = {}

@@ -6,22 +6,23 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
-from pipeline.app.display import Progress, best_table, strategy_line
+from pipeline.app.display import TABLE_WIDTH, Progress, best_table, failure_line, score_line, strategy_line
 from pipeline.app.options import SearchOptions
-from pipeline.app.prepare import environment, prepare
-from pipeline.errors import DataError, DeviceError, StorageError, counted
+from pipeline.app.prepare import environment, fingerprint_of, prepare
+from pipeline.app.result import SearchResult
+from pipeline.errors import DataError, DeviceError, StorageError, counted, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
-from pipeline.space.optimizers import OPTIMIZERS
-from pipeline.space.trial import EndedTrial
+from pipeline.space.optimizers import optimizer_class
+from pipeline.space.own_code import is_own
+from pipeline.space.search_space import SearchSpace
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
@@ -32,24 +33,6 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
 
-TABLE_WIDTH = 200
-"""Characters per line of the table of best trials; a narrow terminal wraps a line instead of cutting off numbers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """The outcome of a search."""
-
-    study: str
-    trials: tuple[EndedTrial, ...]
-    """Every ended trial, in number order."""
-    best: EndedTrial | None
-    """The best complete trial."""
-    config_file: Path | None
-    """`best.yaml`, the config of the best trial."""
-    exit_status: int
-    """Exit status of the command line: 0 if every trial has ended and at least one is complete."""
-
 
 def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console) -> SearchResult:
     """Run or continue a search: prepare the workload, train group after group, write best.yaml.
@@ -57,7 +40,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     Everything that can be refused is refused before the first file or folder is written.
     """
     space, trials = options.space, options.trials
-    cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
+    if options.workload is None:
+        cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
     space, executor = prepare(
         space,
         source=options.source,
@@ -67,33 +51,37 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         workload=options.workload,
     )
     store = Store(options.root)
-    name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows)
-    resume = options.command(name)
-    interrupts = Interrupts(options.timeout, exit_message=f"ended at once; go on with: {resume}")
+    trained = fingerprint_of(space, executor)
+    compared = None if options.changed_code else trained
+    name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
+    resume = options.resume(name)
+    message = f"ended at once; go on with: {resume}"
+    interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
     with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
         # Another search may have begun the study meanwhile.
-        _, exists = store.choose(space, trials=trials, name=name, rows=options.rows)
+        _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
         if exists:
-            study = store.open(name, trials=trials)
+            study = store.open(name, trials=trials, fingerprint=trained)
             executor.adopt(study.rules)
         else:
-            study = store.create(space, name=name, trials=trials, rules=executor.rules)
-        console.print(_headline(study, executor, trials), soft_wrap=True)
+            study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
+        console.print(_headline(study, executor, options), soft_wrap=True)
         with _tracked(study, tracker), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, executor, checkpoints, tracker, interrupts, console)
-            _finish(study, store, tracker, console, finished=len(study.ended) >= trials)
+            _finish(study, store, tracker, console, options)
             if len(study.ended) < trials:
                 console.print(f"{interrupts.reason}; go on with: {resume}", soft_wrap=True)
-    best = next(iter(study.best()), None)
-    status = 0 if best else 1
+    ranking = tuple(study.best(len(study.ended)))
+    status = 0 if ranking else 1
     if len(study.ended) < trials:
         status = interrupts.exit_status
     return SearchResult(
         study=study.name,
+        space=study.space,
         trials=tuple(study.ended),
-        best=best,
-        config_file=_best_file(study, store) if best else None,
+        ranking=ranking,
+        config_file=_best_file(study, store) if ranking else None,
         exit_status=status,
     )
 
@@ -137,13 +125,13 @@ def _run(
 def _tracked(study: Study, tracker: TrackerProcess) -> Iterator[None]:
     """Have MLflow record a study; a failure of MLflow is only a warning."""
     space = study.space
+    charted = {name.partition(".")[0]: name for name in space.example().group_names}  # the last of a group's layers
     info = StudyInfo(
         name=study.name,
         identity=study.identity,
         workload=space.workload.title,
-        metric=space.objective.metric,
-        direction=space.objective.direction,
-        groups=tuple(space.param_groups),
+        objective=space.objective,
+        groups=tuple(charted.values()),
         searched=space.searched_hyperparameters(),
         shared=space.shared_hyperparameters(),
         space=dumps(space.document),
@@ -169,7 +157,7 @@ def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
         raise
 
 
-def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Console, *, finished: bool) -> None:
+def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Console, options: SearchOptions) -> None:
     """Write best.yaml, finish MLflow's record, and print the best trials and where to find them."""
     best = study.best()
     path = _best_file(study, store)
@@ -184,37 +172,53 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
     else:
         console.print()
         console.width = max(console.width, TABLE_WIDTH)
-        console.print(best_table(study), crop=False)
+        console.print(best_table(study.best(len(study.ended)), study.space), crop=False)
         console.print()
-        note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {study.space.objective.metric} "
-        note += f"{best[0].score}, {strategy_line(best[0].config)}. "
-        note += "Train it again: `python -m pipeline.train best.yaml`."
+        objective = study.space.objective
+        note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {objective.metric} "
+        note += f"{score_line(best[0], objective)}, {strategy_line(best[0].config, study.space)}. "
+        note += f"Train it again: `{options.train_again(Path('best.yaml'))}`."
+    if failure := failure_line(study.ended):
+        console.print(failure, soft_wrap=True)
+    if best:
         try:
             write_atomic(path, config_file(study, best[0]))
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
-        train = f"train it again: python -m pipeline.train {cli.quoted(path)}"
-        console.print(f"best config   {path}   {train}", soft_wrap=True)
+        console.print(f"best config   {path}   train it again: {options.train_again(path)}", soft_wrap=True)
     winner, files = (best[0], (path.absolute(),)) if best else (None, ())
+    finished = len(study.ended) >= options.trials
     tracker.finish(StudySummary(finished=finished, note=note, best=winner, files=files))
     if best:
         for link in tracker.links():
             console.print(f"compare       {link}", soft_wrap=True)
 
 
-def _headline(study: Study, executor: LocalExecutor, trials: int) -> str:
-    space, size = study.space, min(study.group_size, trials)
+def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> str:
+    space, trials, size = study.space, options.trials, min(study.group_size, options.trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
-    if executor.plain_because is not None:
-        together += f", each alone, since {executor.plain_because}"
-    elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
-        together += f", those of {' and '.join(alone)} each alone"
-    what = f"{executor.workload.name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
+    together += _which_alone(space, executor)
+    name = printable(executor.workload.name)
+    what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if len(study.ended) >= trials:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
-        resumed = f": {those} ended; ask for more with --trials"
+        resumed = f": {those} ended; ask for more with {'trials=' if options.from_python else '--trials'}"
     return f"{what}   study {study.name}, seed {space.seed}{resumed}"
+
+
+def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
+    """Return in words which trials train plain, and why."""
+    config = space.example()
+    sized = [dataclasses.replace(config, batch_size=size) for size in space.batch_sizes]
+    plain = {str(c.batch_size): why for c in sized if (why := executor.plain_with_any_optimizer(c)) is not None}
+    why = next(iter(plain.values()), "")
+    if len(plain) == len(sized):
+        return f", each alone, since {why}"
+    words = f", those of batch_size {' and '.join(plain)} each alone, since {why}" if plain else ""
+    alone = [name for name in space.optimizers if not has_rule(optimizer_class(name))]
+    alone += filter(is_own, space.schedulers)
+    return words + (f", those of {' and '.join(alone)} each alone" if alone else "")
 
 
 def _best_file(study: Study, store: Store) -> Path:

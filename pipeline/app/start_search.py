@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from pipeline.app import cli
+from pipeline.app.display import build_console
 from pipeline.app.options import read_search
 from pipeline.tracking.process import TrackerProcess
 
 if TYPE_CHECKING:
-    from pipeline.app.run_search import SearchResult
+    from pipeline.app.result import SearchResult
 
 
-def start_search(*, quiet: bool, **given: Any) -> SearchResult:
-    """Run or continue a search; `pipeline.search.search` describes the arguments."""
+def start_search(*, quiet: bool = False, **given: Any) -> SearchResult:
+    """Run or continue a search; `pipeline.app.options.read_search` takes the other arguments."""
     options = read_search(**given)
     cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
-    console = Console(highlight=False, markup=False, quiet=quiet)
+    console = build_console(quiet=quiet)
     with contextlib.closing(TrackerProcess(options.root)) as tracker:
         with console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext():
             # Here, not above: bad options are refused without the seconds that these imports take, and the tracker's

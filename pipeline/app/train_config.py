@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
+from pipeline.app.found import Found
 from pipeline.app.prepare import device_name, machine, prepare
-from pipeline.errors import InvalidInput, Problem
-from pipeline.space.placement import Placement, from_run_lengths
-from pipeline.space.search_space import SearchSpace
+from pipeline.errors import InvalidInput, Problem, TrainingEnded
+from pipeline.space.config import TrialConfig
+from pipeline.space.placement import Placement
+from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EpochMetrics, number
-from pipeline.training.contract import TrialGroup
+from pipeline.training.precision import dtype_of
+from pipeline.workloads.build import built_model
+from pipeline.workloads.workload import Workload
 
 SAME_MACHINE = {"cpu": ("device", "cpu", "cpu_capability", "torch"), "cuda": ("device", "torch")}
 """Keys that are equal on machines of one kind, where a CPU repeats a trial to the bit."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """The section `found` of a config file: a search's record of the trial."""
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A config that was trained; its `repr` shows the metrics alone."""
 
-    epochs: int
-    """Number of epochs that the search trained."""
+    model: nn.Module = field(repr=False)
+    """The trained model, on the CPU and in evaluation mode."""
     metrics: Mapping[str, float]
-    """Metrics of the last of these epochs."""
-    environment: Mapping[str, Any]
-    placements: Sequence[Placement]
-    """Placement in each epoch."""
-
-    @classmethod
-    def read(cls, found: Mapping[str, Any], *, source: str) -> Found | None:
-        """Read the section; return None if it is empty.
-
-        Raises:
-            InvalidInput: The section differs from the form that a search writes.
-        """
-        if not found:
-            return None
-        try:
-            placements = from_run_lengths(found["environment"]["placement"])
-            epochs, metrics = found["epochs"], {**found["metrics"]}
-            if type(epochs) is not int or epochs < len(placements):
-                raise ValueError(f"epochs {epochs!r} for {len(placements)} placements")
-            if wrong := [name for name, value in metrics.items() if type(value) not in (int, float)]:
-                raise ValueError(f"{wrong[0]} {metrics[wrong[0]]!r}")
-            return cls(epochs, metrics, found["environment"], placements)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            remedy = "restore it, or remove `found` to train the config without comparing"
-            message = f"must be as a search wrote it, got {type(error).__name__}: {error}; {remedy}"
-            raise InvalidInput(source, [Problem("found", message)]) from None
+    """Metrics of the epoch whose model this is, and `test/…` if they were asked for."""
+    history: tuple[EpochMetrics, ...] = field(repr=False)
+    """Results of each epoch; `pandas.DataFrame(epoch.metrics for epoch in history)` is a table of them."""
 
 
 def train_config(
@@ -62,29 +45,35 @@ def train_config(
     device: str,
     fast: bool,
     test: bool,
-    say: Callable[[str], None] = print,
-) -> tuple[TrialGroup, bool]:
+    say: Callable[[str], None],
+    workload: Workload | None = None,
+) -> Trained:
     """Train a config for all its epochs, and report each epoch.
+
+    The model is the one after the last epoch; after the best epoch, if that is what the config's objective ranks by.
 
     Args:
         space: The config, as a space of one point.
         found: A search's record of the trial: its placement is repeated, its metrics are compared.
-        source: Name of the config's file, for messages.
+        source: Name of the config, for messages.
         device: Name of the device, as `--device` takes it.
         fast: Whether to train alone, with every core, even if a search recorded the placement.
         test: Whether to report the test split too.
         say: Takes each line of the report.
+        workload: Replaces the workload that the config names.
 
-    Returns:
-        The group of the trial, which has number 0, and whether the trial finished all its epochs.
+    Raises:
+        InvalidInput: With every problem of the config for its workload.
+        TrainingEnded: The config diverged, or its model, loss or metric raised.
     """
-    space, executor = prepare(space, source=source, device=device, searching=False)
+    space, executor = prepare(space, source=source, device=device, searching=False, workload=workload)
     config = space.example()
     if test and executor.workload.test is None:
-        raise InvalidInput("--test", [Problem("", f"{executor.workload.name} has no test split; leave --test away")])
+        raise InvalidInput("test", [Problem("", f"{executor.workload.name} has no test split; train it without test")])
     repeats = executor.device.type == "cpu" or config.deterministic
     replays = found is not None and bool(found.placements) and repeats and not fast
     compared: list[str] = []
+    objective, history, best = space.objective, list[EpochMetrics](), {}
     for line in _differences(found, executor.device) if found and replays else []:
         say(line)
     alone = Placement(trainer="plain", threads=torch.get_num_threads())
@@ -93,21 +82,52 @@ def train_config(
         epoch = group.train_epoch()[0]
         say(_epoch_line(epoch, config.epochs))
         if not epoch.finished:
-            say(f"ended: {epoch.diverged or epoch.failed}")
-            return group, False
+            raise TrainingEnded(f"{source}: training ended: {epoch.diverged or epoch.failed}")
+        history.append(epoch)
+        measured = objective.measured(history) if objective.of == "best" else []
+        if measured and objective.deciding(measured) is epoch:
+            best = copy.deepcopy(group.state_dict())
         if found and epoch.epoch == found.epochs:
             compared = _comparison(epoch, found, "in the places that it had" if replays else "alone")
     for line in compared:
         say(line)
+    metrics = dict(history[-1].metrics)
+    if best:
+        group.load_state_dict(best)
+        measured = objective.measured(history)
+        metrics = dict(objective.deciding(measured).metrics)
+        say(_best_line(objective, measured, found, config.epochs))
     if test:
-        say("test          " + "  ".join(f"{name} {number(value)}" for name, value in group.test()[0].items()))
-    return group, True
+        tested = group.test()[0]
+        say("test          " + "  ".join(f"{name} {number(value)}" for name, value in tested.items()))
+        metrics |= tested
+    model = _model(executor.workload, config, group.model_state(0))
+    return Trained(model=model, metrics=metrics, history=tuple(history))
+
+
+def _model(workload: Workload, config: TrialConfig, state: Mapping[str, Any]) -> nn.Module:
+    """Return a workload's model with a trained state; what is no part of the state is as it was when training began."""
+    dtype = dtype_of(config.precision)
+    model = built_model(workload, seed=config.seed, device=torch.device("cpu"), dtype=dtype)
+    model.load_state_dict({**model.state_dict(), **state})
+    return model.eval()
 
 
 def _epoch_line(epoch: EpochMetrics, epochs: int) -> str:
     metrics = "  ".join(f"{name} {number(value)}" for name, value in epoch.metrics.items())
     rates = "  ".join(f"lr/{name} {points[-1][1]:.2e}" for name, points in epoch.lr.items())
     return f"epoch {epoch.epoch:>3}/{epochs}  {metrics}  {rates}"
+
+
+def _best_line(objective: Objective, measured: Sequence[EpochMetrics], found: Found | None, epochs: int) -> str:
+    """Return a line that says which epoch was the best, and whether the search said the same."""
+    epoch, value = objective.deciding(measured).epoch, objective.value(measured)
+    line = f"best          {objective.metric} {number(value)} at epoch {epoch} of {epochs}, whose model this is"
+    if found is None or found.value is None:
+        return line
+    if found.value == (value, epoch):
+        return f"{line}; the search had the same"
+    return f"{line}; the search had {number(found.value[0])} at epoch {found.value[1]}"
 
 
 def _differences(found: Found, device: torch.device) -> list[str]:

@@ -45,19 +45,22 @@ class CtrlC:
 
 
 class Interrupts:
-    """Note Ctrl-C, SIGTERM and the time limit for the loop to ask about; end the process at the second signal.
+    """Note Ctrl-C, SIGTERM and the time limit for the loop to ask about; the second signal ends the loop at once.
 
     Args:
         minutes: The time limit; None for no limit.
-        exit_message: Text for standard error if the process ends at once.
+        exit_message: Text for people if the second signal comes.
+        exits: Whether the second signal ends the process, as is right for a command. If not, it raises
+            KeyboardInterrupt, so that a notebook keeps its variables.
     """
 
-    def __init__(self, minutes: float | None, *, exit_message: str = "") -> None:
+    def __init__(self, minutes: float | None, *, exit_message: str = "", exits: bool = True) -> None:
         self.reason: str | None = None
         self.exit_status = 0
         self._deadline = time.monotonic() + minutes * 60 if minutes is not None else None
         self._minutes = minutes
         self._exit_message = exit_message
+        self._exits = exits
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -79,7 +82,11 @@ class Interrupts:
         return self.reason is not None
 
     def _on_signal(self, number: int, frame: object) -> None:
+        if self.exit_status and not self._exits:
+            raise KeyboardInterrupt(self._exit_message)
         if self.exit_status:  # stored trials are on the disk, and the tracker process ends after this one
+            for stop in STOPS:
+                signal.signal(stop, signal.SIG_IGN)  # else the next one repeats the message
             with contextlib.suppress(OSError):
                 cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # the progress display hides the cursor
                 os.write(2, f"{cursor}{self._exit_message}\n".encode())

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
-from pipeline.space.limits import SEARCHABLE, Count, Interval, Positive
-from pipeline.space.optimizers import OPTIMIZERS, Optimizer
-from pipeline.space.param_groups import ParamGroup
-from pipeline.space.schedules import SCHEDULERS, Scheduler
+from pipeline.space.limits import SEARCHABLE, Count, Interval, Positive, as_tuples
+from pipeline.space.optimizers import Optimizer, make_optimizer
+from pipeline.space.own_code import recorded_name
+from pipeline.space.param_groups import ParameterRule, ParamGroup, TorchGroup, torch_groups
+from pipeline.space.schedules import Scheduler, make_scheduler
 
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,18 +142,23 @@ class Settings:
 
     epochs: Count
     """Passes over the training data per trial."""
-    batch_size: Count
-    """Samples per optimizer step; the last step of an epoch takes the rest."""
+    batch_size: Count = field(metadata=SEARCHABLE)
+    """Samples per batch; the last batch of an epoch takes the rest. A search may choose among several sizes."""
     seed: Annotated[int, Interval(ge=0, le=2**32 - 1)] = 0
     """Decides proposals, initial weights, data order and dropout; the same for every trial of a search."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward passes: "tf32" lets a CUDA device round the factors of products to 10 bits,
-    "bf16" is `torch.autocast`; parameters stay float32."""
+    "bf16" is `torch.autocast`; parameters stay float32. "fp64" makes data, parameters and arithmetic double."""
     deterministic: bool = False
     """Whether a CUDA device uses only algorithms that give the same numbers each time; a CPU always does."""
     channels_last: bool = False
     """Whether images, and the convolution weights of plain trials, are stored with the channels last; see
     https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html."""
+    accumulate: Count = 1
+    """Batches whose gradients are averaged for one optimizer step; the last step of an epoch takes the rest."""
+    ema: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    """Decay per optimizer step of an exponential average of the parameters, which is validated, tested and saved in
+    place of the last parameters."""
     clip_grad_norm: Positive | None = field(default=None, metadata=SEARCHABLE)
     """Largest norm of the gradient of all trained parameters together; a longer gradient is scaled down to it."""
 
@@ -169,17 +175,30 @@ class TrialConfig(Settings):
     optimizer: Optimizer
     scheduler: Scheduler
     param_groups: Mapping[str, ParamGroup]
-    """Group name to group, in the order in which patterns are tried."""
+    """Group name to group, in the order in which they are tried."""
+    no_weight_decay: tuple[ParameterRule, ...] = ()
+    """Parameters that any of the rules takes have no weight decay, in every group."""
+
+    def torch_groups(self) -> dict[str, TorchGroup]:
+        """Return the parameter groups of the torch optimizer by name."""
+        return torch_groups(self.param_groups, self.no_weight_decay)
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The names under which learning rates are recorded: `head`, and `body.0`, `body.1`, … for layers."""
+        return tuple(torch_groups(self.param_groups))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values in the words of a search-space file; `from_dict` gives back an equal config."""
         settings = {name: getattr(self, name) for name in SETTINGS}
+        undecayed = [_plain(dataclasses.asdict(rule)) for rule in self.no_weight_decay]
         return {
-            "workload": _plain(self.workload),
+            "workload": _plain(dataclasses.asdict(self.workload)),
             **{name: value for name, value in settings.items() if value is not None},
-            "optimizer": {self.optimizer.name: _plain(self.optimizer)},
-            "scheduler": {self.scheduler.name: _plain(self.scheduler)},
-            "param_groups": {name: _plain(group) for name, group in self.param_groups.items()},
+            "optimizer": {self.optimizer.name: _plain(self.optimizer.values())},
+            "scheduler": {self.scheduler.name: _plain(self.scheduler.values())},
+            "param_groups": {name: _plain(dataclasses.asdict(group)) for name, group in self.param_groups.items()},
+            **({"no_weight_decay": undecayed} if undecayed else {}),
         }
 
     @classmethod
@@ -190,31 +209,39 @@ class TrialConfig(Settings):
         return cls(
             workload=WORKLOADS[data["workload"]["name"]](**data["workload"]),
             **{name: data[name] for name in SETTINGS if name in data},
-            optimizer=OPTIMIZERS[optimizer](**_frozen(optimizer_values)),
-            scheduler=SCHEDULERS[scheduler](**_frozen(scheduler_values)),
+            optimizer=make_optimizer(optimizer, _frozen(optimizer_values)),
+            scheduler=make_scheduler(scheduler, _frozen(scheduler_values)),
             param_groups={name: ParamGroup(**_frozen(group)) for name, group in data["param_groups"].items()},
+            no_weight_decay=tuple(ParameterRule(**_frozen(rule)) for rule in data.get("no_weight_decay", ())),
         )
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return every hyperparameter of the strategy in a flat dict, such as `base_lr` and `lr_ratio.head`."""
-        flat: dict[str, Any] = {"optimizer": self.optimizer.name, **_plain(self.optimizer)}
-        flat |= {"scheduler": self.scheduler.name, **_plain(self.scheduler)}
+        flat: dict[str, Any] = {}
+        for kind, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            flat[kind] = owner.name
+            flat |= {recorded_name(kind, owner.name, name): value for name, value in _plain(owner.values()).items()}
         for name, group in self.param_groups.items():
             flat[f"lr_ratio.{name}"] = group.lr_ratio
+            if group.layer_decay is not None:
+                flat[f"layer_decay.{name}"] = group.layer_decay
             if group.weight_decay is not None:
                 flat[f"weight_decay.{name}"] = group.weight_decay
         settings = {name: getattr(self, name) for name in SEARCHABLE_SETTINGS}
         return flat | {name: value for name, value in settings.items() if value is not None}
 
 
-def _plain(value: Any) -> dict[str, Any]:
-    """Return the fields of a value as a file has them: lists for tuples; without None, which is always a default."""
-    fields = dataclasses.asdict(value).items()
-    return {key: list(item) if isinstance(item, tuple) else item for key, item in fields if item is not None}
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as a file has them: lists for tuples; without None, which is always a default."""
+    return {key: _lists(item) for key, item in values.items() if item is not None}
 
 
 def _frozen(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
+    return {key: as_tuples(item) for key, item in values.items()}
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:

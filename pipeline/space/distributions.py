@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.space.limits import Share
+from pipeline.space.limits import Share, as_tuples
 
 T = TypeVar("T")
 Step = TypeVar("Step")
@@ -122,10 +122,14 @@ def label(choice: Any) -> Any:
     return _text(choice) if isinstance(choice, tuple | list | Share) else choice
 
 
+def as_stored(distribution: Any, value: Any) -> Any:
+    """Return a value of a distribution as Optuna stores it: a share of a range is a number, a choice has its label."""
+    return float(value) if isinstance(distribution, Range) and isinstance(value, Share) else label(value)
+
+
 def contains(distribution: Any, value: Any) -> bool:
     """Say whether a value could be chosen from a distribution."""
-    if isinstance(value, list):
-        value = tuple(value)
+    value = as_tuples(value)
     match distribution:
         case Choices(choices=choices):
             return any(_same(choice, value) for choice in choices)

@@ -14,6 +14,7 @@ import itertools
 import re
 import sys
 import types
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -33,10 +34,11 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import Problem, did_you_mean
 from pipeline.space.distributions import Choices, Range
-from pipeline.space.limits import Interval, Share, ShareOf
+from pipeline.space.limits import Interval, OrOne, Share, ShareOf
+from pipeline.space.own_code import OwnCode, is_plain
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern")
+NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern", "dims", "layers")
 """Fields that no search varies: they say what a strategy is, not how large a number is."""
 
 MAX_COUNT = 10**9
@@ -70,9 +72,37 @@ def fields_of(cls: type[Any], *, searchable: bool) -> dict[str, Any]:
 
 
 def one_or_more(name: str, classes: Mapping[str, type[Any]]) -> type[BaseModel]:
-    """Derive the pydantic model of a mapping from a class's name to its fields, for classes such as optimizers."""
+    """Derive the pydantic model of a mapping from a class's name to its fields, for classes such as optimizers.
+
+    The schema allows a person's own too, by the colon of their names; `own_form` checks those.
+    """
+    own: Any = {"type": "object", "description": "A class or function of one's own, with its hyperparameters."}
+    config = ConfigDict(**FORM, json_schema_extra={"patternProperties": {":": own}})
     fields: dict[str, Any] = {key: (form_of(cls, searchable=True), None) for key, cls in classes.items()}
-    return create_model(name, __config__=FORM, **fields)
+    return create_model(name, __config__=config, **fields)
+
+
+def own_form(cls: type[Any], shared: str, values: Mapping[str, Any], code: OwnCode | None) -> type[BaseModel]:
+    """Derive the pydantic model of an optimizer or a schedule of a person's own.
+
+    Args:
+        cls: Declares the field that all of them share.
+        shared: Name of that field.
+        values: Content of the file. It says what a range is of where the code does not: of whole numbers, if both
+            ends are.
+        code: Hyperparameters of the signature; None: the code was not loaded, so that each of `values` is one.
+    """
+    known = code.hyperparameters if code else {}
+    fields = {shared: fields_of(cls, searchable=True)[shared]}
+    if code is None or code.takes_any:
+        free = {name: (_as_written(value), ...) for name, value in values.items() if _is_argument(name)}
+        fields = free | fields
+    for name, hyperparameter in known.items():
+        kind = distribution_of(hyperparameter.kind) if hyperparameter.kind else _as_written(values.get(name))
+        fields[name] = (kind, ... if hyperparameter.required else hyperparameter.default)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a hyperparameter such as `copy`, which pydantic's models have
+        return create_model(cls.__name__, __config__=FORM, **fields)
 
 
 def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
@@ -83,6 +113,11 @@ def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
         # Pydantic calls a list with a wrong item too short besides.
         found = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
         return None, [_problem(form, details) for details in found]
+
+
+def one_or_list(form: type[BaseModel]) -> Any:
+    """Return the type of a list of mappings, which a file may write as its one mapping."""
+    return _strict(Annotated[tuple[form, ...], OrOne()])  # type: ignore[valid-type]
 
 
 @functools.cache
@@ -101,10 +136,38 @@ def distribution_of(annotation: Any) -> Any:
     return Annotated[Union[tuple(kinds)], Discriminator(_share_kind if share else _number_kind)]  # noqa: UP007
 
 
+def one_or_several(element: Any) -> Any:
+    """Return the type of a value, or of a list of such values."""
+    several = Annotated[tuple[element, ...], Field(min_length=1), Tag(_CHOICES)]
+    kind = Discriminator(lambda data: _CHOICES if isinstance(data, list | tuple) else _VALUE)
+    return Annotated[Annotated[element, Tag(_VALUE)] | several, kind]
+
+
 def named_union(*classes: type[Any]) -> Any:
     """Return the type of a mapping with the fields of one of the classes, which their `name` tells apart."""
     union: Any = Union[tuple(form_of(cls, searchable=False) for cls in classes)]  # noqa: UP007 - built at run time
     return Annotated[union, Field(discriminator="name")]
+
+
+def _as_written(data: Any) -> Any:
+    """Return the type of a hyperparameter of which nothing is known but what a file has for it."""
+    if not isinstance(data, dict) or "choices" in data:
+        return distribution_of(_FREE)
+    return distribution_of(int if all(type(data.get(end)) is int for end in ("low", "high")) else float)
+
+
+def _is_argument(name: str) -> bool:
+    return name.isidentifier() and not name.startswith("_")
+
+
+def _read_free(value: Any) -> Any:
+    if not is_plain(value):
+        raise ValueError(f"must be a finite number, true, false, text, or a list of these, got {_shown(value)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+_FREE = Annotated[Any, PlainValidator(_read_free)]
+"""The type of a value that may be any that a file can hold."""
 
 
 def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -170,17 +233,11 @@ def _strict(annotation: Any) -> Any:
         kinds = Annotated[number, Tag(_VALUE)] | Annotated[share, Tag(_SHARE)]  # type: ignore[valid-type]
         return Annotated[kinds, Discriminator(_end_kind)]
     if origin is Annotated:
-        intervals = [Field(**_bounds(item)) if isinstance(item, Interval) else item for item in arguments[1:]]
-        return Annotated[(_strict(arguments[0]), *intervals)]
+        return Annotated[(_strict(arguments[0]), *(_constraint(item, arguments[0]) for item in arguments[1:]))]
     if origin in (types.UnionType, Union):
         return Union[tuple(_strict(argument) for argument in arguments)]  # noqa: UP007
     if origin is tuple:
-        several = Annotated[tuple[_strict(arguments[0]), ...], Field(min_length=1)]  # type: ignore[misc, valid-type]
-        return (
-            Annotated[several, BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-            if arguments[0] is str
-            else several
-        )
+        return Annotated[tuple[_strict(arguments[0]), ...], Field(min_length=1)]  # type: ignore[misc]
     if annotation is float:
         return Annotated[float, Field(strict=True, allow_inf_nan=False)]
     if annotation is int:
@@ -219,8 +276,20 @@ def _without_share(annotation: Any) -> Any:
     return Annotated[(number, *(item for item in rest if not isinstance(item, ShareOf)))]
 
 
+def _constraint(mark: Any, annotation: Any) -> Any:
+    """Return a mark of an annotation for pydantic."""
+    match mark:
+        case Interval():
+            return Field(**_bounds(mark))
+        case OrOne():
+            item = _strict(get_args(annotation)[0])
+            several = Annotated[list[item], Field(min_length=1)]  # type: ignore[valid-type]
+            return BeforeValidator(_listed, json_schema_input_type=item | several)
+    return mark
+
+
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _bounds(interval: Interval) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Legal intervals of hyperparameters, and numbers that a file may write in percent."""
+"""Legal intervals of hyperparameters, and what a file may write in another form: numbers in percent, lists."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class ShareOf:
     whole: Literal["run", "rate"]
     may_be_whole: bool = True
     """Whether 100% is legal."""
+
+
+@dataclass(frozen=True)
+class OrOne:
+    """Marks a list that a file may write as its one item, without brackets."""
 
 
 class Share(float):
@@ -68,6 +73,11 @@ Warmup = Annotated[int, Interval(ge=0), ShareOf("run", may_be_whole=False)]
 """A `Pause` that is shorter than the run."""
 Floor = Annotated[float, Interval(ge=0), ShareOf("rate")]
 """A learning rate that a schedule does not go below, or a share of the trial's smallest rate."""
+
+
+def as_tuples(value: Any) -> Any:
+    """Return a value of a file with a tuple for every list in it."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 SEARCHABLE: Mapping[str, bool] = {"searchable": True}

@@ -60,16 +60,17 @@ class PlacementRules:
     row_limit: int | None = None
     """Most rows of a matrix, by `rows` and memory; None: no limit. Becomes lower when memory runs out."""
     plain_because: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-    """Frozen groups, joined by commas, to the probe's verdict: why trials that freeze them train plain, or None."""
+    """`matrix_key` of trials to the probe's verdict: why such trials train plain, or None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `PlacementRules(**values)` gives back equal rules."""
         return dataclasses.asdict(self)
 
 
-def frozen_groups(config: TrialConfig) -> str:
-    """Return the names of the groups that a trial freezes, joined by commas."""
-    return ",".join(name for name, group in config.param_groups.items() if group.lr_ratio == 0)
+def matrix_key(config: TrialConfig) -> str:
+    """Return what the rows of a matrix have in common, batch size and frozen groups, such as `64:` or `64:body`."""
+    frozen = ",".join(name for name, group in config.param_groups.items() if group.lr_ratio == 0)
+    return f"{config.batch_size}:{frozen}"
 
 
 def run_lengths(placements: Sequence[Placement]) -> list[dict[str, Any]]:

@@ -5,18 +5,21 @@ A config is a space of one point, so `load_config` reads it by the same rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pipeline.space.config import SEARCHABLE_SETTINGS, TrialConfig, WorkloadChoice
-from pipeline.space.distributions import Choices, Suggests, is_searched, suggest
+from pipeline.space.distributions import Choices, Suggests, extremes, is_searched, suggest
 from pipeline.space.limits import Interval
-from pipeline.space.optimizers import OPTIMIZERS
-from pipeline.space.param_groups import ParamGroup
-from pipeline.space.pruners import Pruner
-from pipeline.space.schedules import SCHEDULERS
-from pipeline.space.shares import resolve_floors
+from pipeline.space.optimizers import make_optimizer
+from pipeline.space.own_code import is_own, recorded_name
+from pipeline.space.param_groups import ParameterRule, ParamGroup
+from pipeline.space.pruners import Pruner, Score, score
+from pipeline.space.schedules import make_scheduler, scheduler_class
+from pipeline.space.shares import resolve_floors, resolve_lengths
+from pipeline.space.trial import EpochMetrics
 
 Domains = Mapping[str, Any]
 """Hyperparameter name to a value or to a distribution, `Choices` or `Range`, that a search draws from."""
@@ -24,10 +27,32 @@ Domains = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The validation metric that ranks trials, after the last epoch."""
+    """The validation metric that ranks trials."""
 
     metric: str = "val/accuracy"
     direction: Literal["minimize", "maximize"] = "maximize"
+    of: Literal["last", "best"] = "last"
+    """The epoch whose metric is a trial's value. The best of many noisy epochs is biased: the more epochs, the better
+    it looks."""
+
+    def measured(self, epochs: Sequence[EpochMetrics]) -> list[EpochMetrics]:
+        """Return the epochs that were completed with a finite metric; only such epochs can decide."""
+        return [epoch for epoch in epochs if epoch.finished and math.isfinite(epoch.metrics[self.metric])]
+
+    def deciding(self, epochs: Sequence[EpochMetrics]) -> EpochMetrics:
+        """Return which of a trial's epochs gives its value; of equally good ones, the earliest."""
+        return epochs[-1] if self.of == "last" else min(epochs, key=self._score_after)
+
+    def value(self, epochs: Sequence[EpochMetrics]) -> float:
+        """Return the value of a trial with these epochs."""
+        return self.deciding(epochs).metrics[self.metric]
+
+    def score(self, epochs: Sequence[EpochMetrics]) -> Score:
+        """Return the score of a trial with these epochs, by which trials are ranked."""
+        return self._score_after(self.deciding(epochs))
+
+    def _score_after(self, epoch: EpochMetrics) -> Score:
+        return score(epoch.metrics[self.metric], epoch.metrics["val/loss"], direction=self.direction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +73,16 @@ class SearchSpace:
     workload: WorkloadChoice
     settings: Domains
     """Each of `SETTINGS` with its value; one of `SEARCHABLE_SETTINGS` may have a distribution instead."""
-    steps_per_epoch: int | None
-    """Optimizer steps per epoch; None unless a schedule that moves every step has a share of the run."""
+    steps_per_epoch: Mapping[int, int] | None
+    """Batch size to optimizer steps per epoch; None unless a schedule that moves every step has a share of the run."""
     objective: Objective
     optimizers: Mapping[str, Domains]
     """Optimizer name to its hyperparameters; a trial has one optimizer."""
     schedulers: Mapping[str, Domains]
     param_groups: Mapping[str, Domains]
-    """Group name to `pattern`, `lr_ratio` and `weight_decay`, in the order in which patterns are tried."""
+    """Group name to the fields of a `ParamGroup`, in the order in which groups are tried."""
+    no_weight_decay: tuple[ParameterRule, ...]
+    """Parameters that any of the rules takes have no weight decay, in every group."""
     sampler: Sampler
     pruner: Pruner
     enqueue: tuple[Mapping[str, Any], ...]
@@ -69,9 +96,14 @@ class SearchSpace:
         return int(self.settings["epochs"])
 
     @property
-    def batch_size(self) -> int:
-        """Samples per optimizer step."""
-        return int(self.settings["batch_size"])
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Each number of samples per optimizer step that a trial may have."""
+        return extremes(self.settings["batch_size"])
+
+    @property
+    def accumulate(self) -> int:
+        """Batches per optimizer step."""
+        return int(self.settings["accumulate"])
 
     @property
     def seed(self) -> int:
@@ -83,22 +115,41 @@ class SearchSpace:
         """Arithmetic of forward and backward passes."""
         return str(self.settings["precision"])
 
+    def run_length(self, interval: str, *, batch_size: int | None = None) -> int | None:
+        """Return the length of a run in a schedule's interval; None while the number of steps is not known.
+
+        Args:
+            interval: "epoch" or "step".
+            batch_size: Of the trial; None: of every trial, whose steps are known only if there is one batch size.
+        """
+        if interval == "epoch":
+            return self.epochs
+        size = self.batch_sizes[0] if len(self.batch_sizes) == 1 else batch_size
+        return None if size is None or self.steps_per_epoch is None else self.epochs * self.steps_per_epoch[size]
+
     def sample(self, trial: Suggests) -> TrialConfig:
         """Let a trial choose a value for every searched parameter."""
         optimizer = suggest(trial, "optimizer", _one_of(self.optimizers))
         optimizer_values = _suggest_all(trial, self.optimizers[optimizer], prefix=f"{optimizer}.")
         scheduler = suggest(trial, "scheduler", _one_of(self.schedulers))
         scheduler_values = _suggest_all(trial, self.schedulers[scheduler], prefix=f"{scheduler}.")
-        groups = {name: _suggest_all(trial, group, suffix=f".{name}") for name, group in self.param_groups.items()}
-        ratios = [group["lr_ratio"] for group in groups.values() if group["lr_ratio"] > 0]
+        groups = {
+            name: ParamGroup(**_suggest_all(trial, group, suffix=f".{name}"))
+            for name, group in self.param_groups.items()
+        }
+        ratios = [ratio for group in groups.values() for ratio in group.ratios() if ratio > 0]
         lowest = optimizer_values["base_lr"] * min(ratios, default=1.0)
-        scheduler_values = resolve_floors(SCHEDULERS[scheduler], scheduler_values, rate=lowest)
+        scheduler_values = resolve_floors(scheduler_class(scheduler), scheduler_values, rate=lowest)
+        settings = _suggest_all(trial, self.settings)
+        total = self.run_length(scheduler_values["interval"], batch_size=settings["batch_size"])
+        scheduler_values = resolve_lengths(scheduler_class(scheduler), scheduler_values, total=total)
         return TrialConfig(
             workload=self.workload,
-            **_suggest_all(trial, self.settings),
-            optimizer=OPTIMIZERS[optimizer](**optimizer_values),
-            scheduler=SCHEDULERS[scheduler](**scheduler_values),
-            param_groups={name: ParamGroup(**values) for name, values in groups.items()},
+            **settings,
+            optimizer=make_optimizer(optimizer, optimizer_values),
+            scheduler=make_scheduler(scheduler, scheduler_values),
+            param_groups=groups,
+            no_weight_decay=self.no_weight_decay,
         )
 
     def example(self) -> TrialConfig:
@@ -117,22 +168,31 @@ class SearchSpace:
 
     def searched_hyperparameters(self) -> tuple[str, ...]:
         """Return the hyperparameters that differ between trials, named as in `TrialConfig.hyperparameters`."""
-        parts = {name: name.split(".") for name, domain in self.parameters().items() if is_searched(domain)}
-        owners = {*self.optimizers, *self.schedulers}
-        names = [part[1] if part[0] in owners and len(part) > 1 else name for name, part in parts.items()]
+        recorded = {
+            f"{owner}.{name}": recorded_name(kind, owner, name)
+            for kind, options in self._options().items()
+            for owner, domains in options.items()
+            for name in domains
+        }
+        names = [recorded.get(name, name) for name, domain in self.parameters().items() if is_searched(domain)]
         return tuple(dict.fromkeys(names))
 
     def shared_hyperparameters(self) -> tuple[str, ...]:
         """Return the searched hyperparameters that every trial has, whatever its optimizer and schedule."""
-        owned = {
-            name for options in (self.optimizers, self.schedulers) for domains in options.values() for name in domains
-        }
-        shared = {
-            name
-            for options in (self.optimizers, self.schedulers)
-            for name in set.intersection(*(set(domains) for domains in options.values()))
-        }
+        owned: set[str] = set()
+        shared: set[str] = set()
+        for kind, options in self._options().items():
+            names = [{recorded_name(kind, owner, name) for name in domains} for owner, domains in options.items()]
+            owned |= set.union(*names)
+            shared |= set.intersection(*names)
         return tuple(name for name in self.searched_hyperparameters() if name in shared or name not in owned)
+
+    def own_code(self) -> tuple[str, ...]:
+        """Return the names of the optimizers and schedules that are a person's own."""
+        return tuple(name for options in self._options().values() for name in options if is_own(name))
+
+    def _options(self) -> dict[str, Mapping[str, Domains]]:
+        return {"optimizer": self.optimizers, "scheduler": self.schedulers}
 
 
 def _one_of(options: Mapping[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """Shares become numbers: `step_size: 25%` of a run of 20 epochs is 5, `eta_min: 10%` of a rate of 0.02 is 0.002.
 
 A share of the run is resolved once, when a space is read, so Optuna and the records see whole numbers. A share of the
-smallest rate is resolved when a trial's config is sampled.
+smallest rate is resolved when a trial's config is sampled. So is a share of the steps of a run, if trials differ in
+batch size.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def resolve_lengths(
     longest = max(extremes(resolved.get("warmup", 0))) if warmup is None else warmup
     rest = [name for name in values if name in least and name != "warmup"]
     return resolved | {name: resolve(name, max(1, total - longest)) for name in rest}
+
+
+def has_shares_of_run(schedule: type[Any], values: Mapping[str, Any]) -> bool:
+    """Say whether a schedule has a share of the run that is not resolved yet."""
+    return resolve_lengths(schedule, values, total=1) != values
 
 
 def resolve_floors(schedule: type[Any], values: Mapping[str, Any], *, rate: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -21,10 +21,10 @@ class EpochMetrics:
     """Optimizer updates made so far."""
     metrics: Mapping[str, float]
     """Metric name to value: `train/loss`, `val/loss`, and the workload's metrics, such as `val/accuracy`."""
-    lr: Mapping[str, tuple[tuple[int, float], ...]]
+    lr: Mapping[str, tuple[tuple[int, float], ...]] = field(repr=False)
     """Group name to points (step, learning rate): the rate of update number `step`, counted from 1. A schedule that
     moves every epoch has one point, at the epoch's last step; a schedule that moves every step has every step."""
-    placement: Placement | None = None
+    placement: Placement | None = field(default=None, repr=False)
     """None if the trial failed, or if the epoch was read from a study, which stores placements in the environment."""
     diverged: str | None = None
     """Where the loss or a metric stopped being finite; None if all are finite."""
@@ -57,25 +57,25 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EndedTrial:
-    """The complete record of one trial."""
+    """The complete record of one trial; its `repr` is what was chosen and how the trial ended."""
 
     number: int
     """Counts from 0 in the study."""
-    config: TrialConfig
+    config: TrialConfig = field(repr=False)
     params: Mapping[str, Any]
     """Optuna's parameter name, such as `adamw.base_lr`, to the value that the sampler chose."""
     state: TrialState
     reason: str | None
     """Why the trial ended before its last epoch; None for a complete trial."""
     value: float | None
-    """The objective after the last epoch; None unless complete."""
-    epochs: tuple[EpochMetrics, ...]
+    """The objective, of the last epoch or of the best, as the study says; None unless complete."""
+    epochs: tuple[EpochMetrics, ...] = field(repr=False)
     """Results of each epoch."""
-    started: float
+    started: float = field(repr=False)
     """Seconds since 1970."""
-    ended: float
+    ended: float = field(repr=False)
     """Seconds since 1970."""
-    environment: Mapping[str, Any]
+    environment: Mapping[str, Any] = field(repr=False)
     """Everything but the config that the numbers may depend on: placement, device, machine, versions."""
 
     @property

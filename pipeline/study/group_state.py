@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement, from_run_lengths, run_lengths
+from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 
 Proposals = Mapping[int, tuple[TrialConfig, dict[str, Any]]]
@@ -25,7 +26,7 @@ class GroupState:
         ended: Trials of the group that the study has stored, by number. They train again up to the epoch in which they
             ended, since the placement of the other trials depends on them.
         study: Identity of the study.
-        metric: Name of the objective.
+        objective: Gives the value of a complete trial.
         environment: Recorded with each trial: device, machine, versions.
         row_limit: Most rows of a matrix as the group begins.
     """
@@ -36,7 +37,7 @@ class GroupState:
         ended: Mapping[int, EndedTrial],
         *,
         study: str,
-        metric: str,
+        objective: Objective,
         environment: Mapping[str, Any],
         row_limit: int | None,
     ) -> None:
@@ -45,7 +46,7 @@ class GroupState:
         self.epoch = 0
         """Number of epochs with metrics."""
         self._study = study
-        self._metric = metric
+        self._objective = objective
         self._environment = dict(environment)
         self._started = time.time()
         self._epochs: dict[int, list[EpochMetrics]] = {number: [] for number in proposals}
@@ -74,6 +75,10 @@ class GroupState:
             if placement is not None and self._is_broken(number):
                 placement = dataclasses.replace(placement, broken=True)
             self._epochs[number].append(dataclasses.replace(metrics, placement=placement))
+
+    def history(self, number: int) -> Sequence[EpochMetrics]:
+        """Return the metrics of each epoch of a trial so far."""
+        return self._epochs[number]
 
     def mark_broken(self) -> None:
         """Mark the placements from now on as broken: epochs with metrics were trained again in other places."""
@@ -156,7 +161,7 @@ class GroupState:
             params=params,
             state=state,
             reason=reason,
-            value=epochs[-1].metrics[self._metric] if state is TrialState.COMPLETE else None,
+            value=self._objective.value(epochs) if state is TrialState.COMPLETE else None,
             epochs=epochs,
             started=self._started,
             ended=ended,

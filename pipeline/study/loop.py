@@ -49,14 +49,13 @@ def run_group(
         InvalidInput: The checkpoint belongs to these trials, but does not fit their model.
         StorageError: A checkpoint cannot be written.
     """
-    metric = study.space.objective.metric
     ended = {number: study.ended[number] for number in proposals if number < len(study.ended)}
     study.keep_rules(rules())
     state = GroupState(
         proposals,
         ended,
         study=study.identity,
-        metric=metric,
+        objective=study.space.objective,
         environment=environment,
         row_limit=study.rules.row_limit,
     )
@@ -66,7 +65,7 @@ def run_group(
         results = _train_epoch(group, state, checkpoints, rules)
         on_epoch(results)
         state.add(results)
-        for number, (outcome, reason) in _outcomes(results, proposals, study).items():
+        for number, (outcome, reason) in _outcomes(results, state, study).items():
             state.end(number, outcome, reason)
             group.drop(number)
         yield from state.pop_ended()
@@ -161,7 +160,7 @@ def _does_not_fit(path: Path, error: Exception) -> InvalidInput:
 
 
 def _outcomes(
-    results: Mapping[int, EpochMetrics], proposals: Proposals, study: Study
+    results: Mapping[int, EpochMetrics], state: GroupState, study: Study
 ) -> dict[int, tuple[TrialState, str | None]]:
     """Return the state and the reason of each trial that ends with this epoch."""
     outcomes: dict[int, tuple[TrialState, str | None]] = {}
@@ -174,12 +173,12 @@ def _outcomes(
         elif not math.isfinite(value := metrics.metrics[study.space.objective.metric]):
             reason = f"{study.space.objective.metric} became {value} after epoch {metrics.epoch}"
             outcomes[number] = TrialState.DIVERGED, reason
-        elif metrics.epoch == proposals[number][0].epochs:
+        elif metrics.epoch == state.proposals[number][0].epochs:
             outcomes[number] = TrialState.COMPLETE, None
         else:
-            judged[number] = metrics
+            judged[number] = state.history(number)
     if judged:
-        epoch = next(iter(judged.values())).epoch
+        epoch = next(iter(judged.values()))[-1].epoch
         reason = f"{study.space.pruner.name} after epoch {epoch}"
         outcomes |= dict.fromkeys(study.stops(epoch, judged), (TrialState.PRUNED, reason))
     return outcomes

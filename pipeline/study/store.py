@@ -49,6 +49,8 @@ class StudyHeader:
     """Number of trials that are proposed at a time."""
     placement: Mapping[str, Any]
     """`PlacementRules` as plain values."""
+    fingerprint: Mapping[str, str] | None
+    """Part of the workload, such as its code, to a text that changes with it; None in studies of earlier versions."""
     ended: int
     """Number of stored trials."""
     created: float
@@ -94,20 +96,30 @@ class Store:
                 message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
                 raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
             values = {key: header[key] for key in ("space", "document", "trials", "group_size", "placement", "created")}
+            values["fingerprint"] = header.get("fingerprint")
             headers.append(StudyHeader(name=summary.study_name, ended=summary.n_trials, **values))
         return sorted(headers, key=lambda header: header.created)
 
-    def choose(self, space: SearchSpace, *, trials: int, name: str | None, rows: int | None = None) -> tuple[str, bool]:
+    def choose(
+        self,
+        space: SearchSpace,
+        *,
+        trials: int,
+        name: str | None,
+        rows: int | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> tuple[str, bool]:
         """Choose the study that a search resumes or begins; write nothing.
 
         Without a name, choose the newest unfinished study of the same space, seed, number of trials and, if given,
-        rows; else a new `<space>-N`.
+        rows and fingerprint; else a new `<space>-N`.
 
         Returns:
             The study's name, and whether the study exists.
 
         Raises:
-            InvalidInput: The named study has another space or other rows; the message shows the differences.
+            InvalidInput: The named study has another space, fingerprint or other rows; the message shows the
+                differences.
         """
         known = {header.name: header for header in self.headers()}
         if name is None:
@@ -116,8 +128,9 @@ class Store:
                 if (
                     header.trials == trials
                     and header.ended < trials
-                    and header.document == space.document
                     and same_rows
+                    and not list(fingerprint_changes(header.fingerprint, fingerprint))
+                    and _with_defaults(header) == space.document
                 ):
                     return header.name, True
             taken = self._names()
@@ -127,17 +140,29 @@ class Store:
                 message = "was made by another program in the same database; choose another name"
                 raise InvalidInput("--study", [Problem(name, message)])
             return name, False
-        if differences := list(_differences(known[name].document, space.document)):
+        if differences := list(_differences(_with_defaults(known[name]), space.document)):
             remedy = "a study keeps its space; choose another --study, or the space that it was made with"
             if [problem.place for problem in differences] == ["seed"]:
                 remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
             raise InvalidInput(f"--study {name}", differences, remedy=remedy, show=8)
+        if changed := [Problem(part, how) for part, how in fingerprint_changes(known[name].fingerprint, fingerprint)]:
+            remedy = "its trials would be ranked with others; change it back, choose another --study, or, if what "
+            remedy += "changed does not matter, add --changed-code"
+            raise InvalidInput(f"--study {name}", changed, remedy=remedy)
         if rows not in (None, stored := known[name].placement["rows"]):
             kept = f"the study trains with {'auto' if stored is None else stored}, on which its numbers depend"
             raise InvalidInput("--rows", [Problem(str(rows), f"{kept}; leave --rows away, or choose another --study")])
         return name, True
 
-    def create(self, space: SearchSpace, *, name: str, trials: int, rules: PlacementRules) -> Study:
+    def create(
+        self,
+        space: SearchSpace,
+        *,
+        name: str,
+        trials: int,
+        rules: PlacementRules,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> Study:
         """Begin a study.
 
         Raises:
@@ -150,6 +175,7 @@ class Store:
             "trials": trials,
             "group_size": group_size(trials),
             "placement": rules.to_dict(),
+            "fingerprint": fingerprint,
             "created": time.time(),
         }
         storage = self._storage(create=True)
@@ -164,8 +190,10 @@ class Store:
             study.set_user_attr(HEADER, header)
         return self.open(name)
 
-    def open(self, name: str | None, *, trials: int | None = None) -> Study:
-        """Open a study, by default the newest, with its stored space; store a new total of trials.
+    def open(
+        self, name: str | None, *, trials: int | None = None, fingerprint: Mapping[str, str] | None = None
+    ) -> Study:
+        """Open a study, by default the newest, with its stored space; store a new total of trials, or fingerprint.
 
         Raises:
             InvalidInput: There is no such study.
@@ -173,9 +201,11 @@ class Store:
         header = self.header(name)
         storage = self._storage()
         with storage_errors(f"opening study {header.name}"):
-            if trials is not None and trials != header.trials:
+            stored = {"trials": header.trials, "fingerprint": header.fingerprint}
+            wanted = {"trials": trials or header.trials, "fingerprint": fingerprint or header.fingerprint}
+            if wanted != stored:
                 study = optuna.load_study(study_name=header.name, storage=storage)
-                study.set_user_attr(HEADER, study.user_attrs[HEADER] | {"trials": trials})
+                study.set_user_attr(HEADER, study.user_attrs[HEADER] | wanted)
             space = space_from_document(header.document, name=header.space)
             identity, size = header.identity, header.group_size
             return Study(space, name=header.name, identity=identity, group_size=size, storage=storage)
@@ -279,6 +309,26 @@ def _readable(database: Path) -> Iterator[None]:
     except StorageError as error:
         message = f"cannot be used as Optuna's database: {error}; move it away, or name another --root"
         raise InvalidInput(str(database), [Problem("", message)]) from None
+
+
+def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
+    """Return the document of a study's space with the defaults of settings that are newer than the study."""
+    try:
+        return space_from_document(header.document, name=header.space).document
+    except InvalidInput:  # of another version, so that it equals no space of this one
+        return header.document
+
+
+def fingerprint_changes(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
+    """Yield each part that differs between two fingerprints, and how; nothing if one is not known."""
+    if before is None or now is None:
+        return
+    for part in {**before, **now}:
+        if part not in before or part not in now:
+            yield part, "is new" if part in now else "is no longer there"
+        elif before[part] != now[part]:
+            was, does = before[part].rpartition(", "), now[part].rpartition(", ")
+            yield part, "has changed" if was[0] == does[0] else f"was {was[0]} and is {does[0]}"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:

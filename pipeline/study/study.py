@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from optuna.trial import TrialState as OptunaState
 from pipeline.errors import StorageError
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import PlacementRules
-from pipeline.space.pruners import Score, score
+from pipeline.space.pruners import Score
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.samplers import build_sampler, distributions
@@ -121,11 +121,16 @@ class Study:
             self._stored.set_user_attr(HEADER, header)
         self.rules = rules
 
-    def stops(self, epoch: int, running: Mapping[int, EpochMetrics]) -> set[int]:
-        """Return which running trials of a group stop after an epoch, by the pruner's verdict on the whole group."""
+    def stops(self, epoch: int, running: Mapping[int, Sequence[EpochMetrics]]) -> set[int]:
+        """Return which running trials of a group stop after an epoch, by the pruner's verdict on the whole group.
+
+        Args:
+            epoch: Counts from 1.
+            running: Trial number to the epochs that the trial has trained.
+        """
         asked = self._group_of(min(running))
         assert asked is not None
-        group = {number: self._score(metrics) for number, metrics in running.items()}
+        group = {number: self.space.objective.score(epochs) for number, epochs in running.items()}
         group |= {n: s for n, s in self._scores_at(epoch, range(asked.first, len(self.ended))) if n not in running}
         earlier = [s for _, s in self._scores_at(epoch, range(asked.known))]
         return self.space.pruner.stops(epoch, group, earlier) & running.keys()
@@ -146,7 +151,7 @@ class Study:
     def best(self, count: int = 1) -> list[EndedTrial]:
         """Return the best complete trials, best first: by objective, then validation loss, then number."""
         complete = [trial for trial in self.ended if trial.state is TrialState.COMPLETE]
-        return sorted(complete, key=lambda trial: (self._score(trial.epochs[-1]), trial.number))[:count]
+        return sorted(complete, key=lambda trial: (self.space.objective.score(trial.epochs), trial.number))[:count]
 
     def _group_of(self, number: int) -> AskedGroup | None:
         """Return the group in which a trial was proposed."""
@@ -161,15 +166,11 @@ class Study:
         self._groups.append(group)
         return group
 
-    def _score(self, metrics: EpochMetrics) -> Score:
-        objective = self.space.objective
-        return score(metrics.metrics[objective.metric], metrics.metrics["val/loss"], direction=objective.direction)
-
     def _scores_at(self, epoch: int, numbers: Iterable[int]) -> Iterator[tuple[int, Score]]:
         for number in numbers:
-            epochs = self.ended[number].epochs
-            if len(epochs) >= epoch and epochs[epoch - 1].finished:
-                yield number, self._score(epochs[epoch - 1])
+            epochs = self.space.objective.measured(self.ended[number].epochs)
+            if len(epochs) >= epoch:
+                yield number, self.space.objective.score(epochs[:epoch])
 
 
 def group_size(trials: int) -> int:
@@ -201,15 +202,15 @@ def _root_cause(error: BaseException) -> str:
 
 def _to_optuna(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
     """Return a trial as Optuna stores it; a diverged trial has no values, so that no sampler ranks its early epochs."""
-    metric = space.objective.metric
-    history = [dict(epoch.metrics) for epoch in trial.epochs if epoch.finished]
+    finished = [epoch for epoch in trial.epochs if epoch.finished]
+    history = [dict(epoch.metrics) for epoch in finished]
     reached = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     frozen = optuna.trial.create_trial(
         state=_OPTUNA_STATES[trial.state],
         value=trial.value,
         params=dict(trial.params),
         distributions={name: d for name, d in distributions(space).items() if name in trial.params},
-        intermediate_values={e: values[metric] for e, values in enumerate(history, 1)} if reached else {},
+        intermediate_values={n + 1: space.objective.value(finished[: n + 1]) for n in range(len(finished)) if reached},
         user_attrs={
             "state": trial.state.value,
             "reason": trial.reason,

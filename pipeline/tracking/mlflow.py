@@ -23,7 +23,15 @@ from pipeline.tracking.mlflow_store import (
     refuse_broken,
     remote_uri,
 )
-from pipeline.tracking.record import lr_csv, lr_metric, metric_points, trial_params, trial_tags
+from pipeline.tracking.record import (
+    lr_csv,
+    lr_metric,
+    metric_points,
+    objective_name,
+    objective_points,
+    trial_params,
+    trial_tags,
+)
 from pipeline.tracking.tracker import StudyInfo, StudySummary, root_cause
 from pipeline.tracking.view import TAG_PREFIX, mlflow_name, saved_view, view_path
 
@@ -176,10 +184,12 @@ class MLflowTracker:
             "hpo.kind": "study",
             "hpo.study": study.name,
             "hpo.study_id": study.identity,
-            "hpo.metric": study.metric,
-            "hpo.direction": study.direction,
+            "hpo.metric": study.objective.metric,
+            "hpo.direction": study.objective.direction,
+            "hpo.of": study.objective.of,
             "hpo.seed": str(study.seed),
-            "mlflow.note.content": f"Study **{study.name}**, seed {study.seed}: {study.direction} `{study.metric}`.\n\n"
+            "mlflow.note.content": f"Study **{study.name}**, seed {study.seed}: {study.objective.direction} "
+            f"`{study.objective.metric}` of a trial's {study.objective.of} epoch.\n\n"
             f"[Compare its trials]({self._view_path()[1:]})\n\n```yaml\n{study.space.strip()}\n```\n",
         }
         for run in self._search("tags.`hpo.kind` = 'study'"):
@@ -202,8 +212,9 @@ class MLflowTracker:
         key, value = saved_view(
             study=study.name,
             identity=study.identity,
-            metric=study.metric,
-            direction=study.direction,
+            metric=study.objective.metric,
+            ranking=objective_name(study.objective),
+            direction=study.objective.direction,
             columns=[mlflow_name(name) for name in study.searched],
             axes=["log10_base_lr" if name == "base_lr" else mlflow_name(name) for name in study.shared],
             lr_metrics=[lr_metric(group) for group in study.groups],
@@ -240,7 +251,7 @@ class MLflowTracker:
     def _log_values(self, run_id: str, trial: EndedTrial) -> None:
         from mlflow.entities import Metric, Param
 
-        points = metric_points(trial)
+        points = metric_points(trial) + objective_points(trial, self._study.objective)
         last_step = max((step for _, step, _ in points), default=1)
         duration = trial.ended - trial.started
         self._client.log_batch(  # splits what exceeds MLflow's limits for one call

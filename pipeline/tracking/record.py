@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 
+from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial
 from pipeline.tracking.view import mlflow_name
 
@@ -55,7 +56,6 @@ def trial_params(trial: EndedTrial) -> dict[str, str]:
         # MLflow's parallel coordinates have no logarithmic axis.
         "log10_base_lr": math.log10(config.optimizer.base_lr),
         "epochs": config.epochs,
-        "batch_size": config.batch_size,
         "seed": config.seed,
         **{"workload" if key == "name" else key: value for key, value in config.to_dict()["workload"].items()},
     }
@@ -70,8 +70,21 @@ def metric_points(trial: EndedTrial) -> list[tuple[str, int, float]]:
     return points
 
 
+def objective_name(objective: Objective) -> str:
+    """Return the name of the metric whose last point is a trial's value."""
+    return objective.metric if objective.of == "last" else f"{objective.metric}.best"
+
+
+def objective_points(trial: EndedTrial, objective: Objective) -> list[tuple[str, int, float]]:
+    """Return the points of the best value so far, which is no metric of an epoch; none if the last epoch's counts."""
+    if objective.of == "last":
+        return []
+    epochs, name = objective.measured(trial.epochs), objective_name(objective)
+    return [(name, epoch.step, objective.value(epochs[:n])) for n, epoch in enumerate(epochs, 1)]
+
+
 def _lr_history(trial: EndedTrial) -> dict[str, list[tuple[int, float]]]:
-    groups = trial.config.param_groups
+    groups = trial.config.group_names
     return {group: list(chain.from_iterable(epoch.lr.get(group, ()) for epoch in trial.epochs)) for group in groups}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial
 
 
@@ -19,12 +20,10 @@ class StudyInfo:
     """Differs between two studies of the same name, such as one that was deleted and one that took the name."""
     workload: str
     """Title of the workload; studies of one workload can be compared."""
-    metric: str
-    """The objective, such as `val/accuracy`."""
-    direction: str
-    """Direction of the objective: "maximize" or "minimize"."""
+    objective: Objective
+    """The metric that ranks trials."""
     groups: tuple[str, ...]
-    """Names of the parameter groups."""
+    """Names of the parameter groups whose learning rates have a chart."""
     searched: tuple[str, ...]
     """Hyperparameters that differ between trials, such as `optimizer`, `base_lr`, `momentum`, `lr_ratio.head`."""
     shared: tuple[str, ...]

@@ -43,6 +43,7 @@ def saved_view(
     study: str,
     identity: str,
     metric: str,
+    ranking: str,
     direction: str,
     columns: Sequence[str],
     axes: Sequence[str],
@@ -54,7 +55,8 @@ def saved_view(
     Args:
         study: Name of the view.
         identity: The value of the tag `hpo.study_id` of the trials to show.
-        metric: The objective, by which trials are sorted.
+        metric: The metric of the objective.
+        ranking: The metric that holds a trial's value, by which trials are sorted.
         direction: Direction of the objective, "maximize" or "minimize".
         columns: Parameters worth a column.
         axes: Parameters worth an axis of the parallel coordinates, which show only trials with all of these.
@@ -63,14 +65,14 @@ def saved_view(
     """
     state = {
         "searchFilter": f"tags.`hpo.kind` = 'trial' and tags.`hpo.study_id` = {_quoted(identity)}",
-        "orderByKey": f"metrics.`{metric}`",
+        "orderByKey": f"metrics.`{ranking}`",
         "orderByAsc": direction == "minimize",
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
-            f"metrics.`{metric}`",
+            f"metrics.`{ranking}`",
             *(f"params.`{name}`" for name in columns),
             "tags.`hpo.state`",
             "attributes.`Duration`",
@@ -78,7 +80,7 @@ def saved_view(
         "columnOrder": [],
         "columnWidths": {},
         "runsHiddenMode": "SHOW_ALL",
-        "compareRunCharts": _charts(metric, axes, lr_metrics),
+        "compareRunCharts": _charts(metric, ranking, axes, lr_metrics),
         "compareRunSections": _sections(metric),
         "viewMaximized": False,
         "runListHidden": False,
@@ -99,17 +101,17 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
-def _charts(metric: str, axes: Sequence[str], lr_metrics: Sequence[str]) -> list[dict[str, Any]]:
+def _charts(metric: str, ranking: str, axes: Sequence[str], lr_metrics: Sequence[str]) -> list[dict[str, Any]]:
     return [
         {
             **_chart("PARALLEL", "parallel", "search space"),
             "selectedParams": list(axes),
-            "selectedMetrics": [metric],
+            "selectedMetrics": [ranking],
             "showAllRuns": True,
         },
         *(_line(name, scale="log") for name in lr_metrics),
         # A dict, because the objective can be the validation loss itself.
-        *(_line(name, scale="linear") for name in dict.fromkeys([metric, "val/loss", "train/loss"])),
+        *(_line(name, scale="linear") for name in dict.fromkeys([ranking, metric, "val/loss", "train/loss"])),
     ]
 
 

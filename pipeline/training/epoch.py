@@ -23,11 +23,41 @@ class Record:
     """Values recorded in an epoch so far."""
 
     losses: list[Tensor] = field(default_factory=list)
-    """Loss of each step: a scalar, or (row,)."""
+    """Loss of each batch: a scalar, or (row,)."""
     sizes: list[int] = field(default_factory=list)
-    """Samples of each step."""
+    """Samples of each batch."""
     rates: list[dict[str, float]] = field(default_factory=list)
     """Group name to learning rate of each step."""
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """Which batches of an epoch make up each optimizer step."""
+
+    accumulate: int
+    """Batches per step."""
+    batch_size: int
+    samples: int
+    """Samples of an epoch."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.samples // (self.batch_size * self.accumulate))
+
+    def begins(self, batch: int) -> bool:
+        """Return whether a batch, counted from 0, is the first of a step."""
+        return batch % self.accumulate == 0
+
+    def ends(self, batch: int) -> bool:
+        """Return whether a batch is the last of a step."""
+        return (batch + 1) % self.accumulate == 0 or (batch + 1) * self.batch_size >= self.samples
+
+    def share(self, batch: int) -> float:
+        """Return a batch's share of the samples of its step, by which its gradients count."""
+        first = batch // self.accumulate * self.accumulate * self.batch_size
+        in_step = min(self.accumulate * self.batch_size, self.samples - first)
+        return min(self.batch_size, self.samples - batch * self.batch_size) / in_step
 
 
 def check_shapes(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -90,15 +120,25 @@ def _are_infinite(outputs: Any) -> bool:
 
 
 def mean_loss(losses: list[float], sizes: list[int]) -> float:
-    """Return the mean of an epoch's losses, weighted by the number of samples of each step."""
+    """Return the mean of an epoch's losses, weighted by the number of samples of each batch."""
     return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
-def why_diverged(losses: list[float], metrics: Mapping[str, float], *, first_step: int, epoch: int) -> str | None:
-    """Return where a trial's numbers stopped being finite; None if all are finite."""
-    for step, loss in enumerate(losses, start=first_step):
+def why_diverged(
+    losses: list[float], metrics: Mapping[str, float], *, first_step: int, accumulate: int, epoch: int
+) -> str | None:
+    """Return where a trial's numbers stopped being finite; None if all are finite.
+
+    Args:
+        losses: Of each batch of the epoch.
+        metrics: Of the epoch.
+        first_step: Number of the epoch's first optimizer step.
+        accumulate: Batches per optimizer step.
+        epoch: Number of the epoch.
+    """
+    for batch, loss in enumerate(losses):
         if not math.isfinite(loss):
-            return f"the loss became {loss} at step {step}, in epoch {epoch}"
+            return f"the loss became {loss} at step {first_step + batch // accumulate}, in epoch {epoch}"
     if not math.isfinite(metrics["val/loss"]):
         return f"val/loss became {metrics['val/loss']} after epoch {epoch}"
     return None

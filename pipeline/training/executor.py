@@ -10,6 +10,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -18,7 +20,7 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.space.config import TrialConfig
-from pipeline.space.placement import Placement, PlacementRules, frozen_groups
+from pipeline.space.placement import Placement, PlacementRules, matrix_key
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Map, Stepwise, TrialGroup, train_epoch_together, trial_error
 from pipeline.training.placement import Shard, describe, place, why_plain
@@ -41,7 +43,7 @@ class LocalExecutor:
 
     Args:
         workload: Data, model, loss and metrics.
-        config: Config of any trial, to probe the workload with.
+        config: Config of a trial of the largest batch size, to probe the workload with: its memory gives the row limit.
         device: Where to train.
         dtype: Type of parameters and floating-point data.
         rows: Most trials in a matrix; None: the trials divided by the processes, as far as memory allows.
@@ -64,8 +66,8 @@ class LocalExecutor:
         self._config = config
         self._findings: dict[str, Finding] = {}
         self._processes: list[TrainingProcess] = []
-        self._tried_rows = 0
-        """Rows of the largest matrix for which `try_memory` succeeded."""
+        self._tried_rows = Counter[int]()
+        """Batch size to the rows of the largest matrix for which `try_memory` succeeded."""
         on_cpu = device.type == "cpu"
         self._forks = on_cpu and can_fork() and not is_streamed(self.workload)
         self.rules = PlacementRules(
@@ -91,8 +93,13 @@ class LocalExecutor:
 
     @property
     def plain_because(self) -> str | None:
-        """Why trials like the first config train plain with any optimizer; None if such trials can be rows."""
-        return self.rules.plain_because[frozen_groups(self._config)]
+        """Why trials like the probed config train plain with any optimizer; None if such trials can be rows."""
+        return self.plain_with_any_optimizer(self._config)
+
+    def plain_with_any_optimizer(self, config: TrialConfig) -> str | None:
+        """Return why trials like a config train plain with any optimizer; None if such trials can be rows."""
+        self._probed(config)
+        return self.rules.plain_because[matrix_key(config)]
 
     def why_plain(self, config: TrialConfig) -> str | None:
         """Return why a trial trains plain; None if the trial is a row."""
@@ -111,7 +118,7 @@ class LocalExecutor:
     def on(self, workload: Workload) -> LocalExecutor:
         """Return an executor like this one for other samples of the same data."""
         other = copy.copy(self)
-        other.workload, other._processes = workload, []
+        other.workload, other._processes, other._tried_rows = workload, [], Counter()
         return other
 
     def close(self) -> None:
@@ -119,9 +126,13 @@ class LocalExecutor:
         for process in self._processes:
             process.end()
 
-    def precision(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
         """Return the context in which all trials of a search train."""
-        return precision(self._config, self.device)
+        with precision(self._config, self.device), warnings.catch_warnings():
+            # Of operations that `vmap` computes row by row; the probe has let PyTorch say so once.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            yield
 
     def place(self, configs: Mapping[int, TrialConfig]) -> list[Shard]:
         """Divide running trials into shards."""
@@ -171,10 +182,11 @@ class LocalExecutor:
             with contextlib.suppress(ProcessDied):
                 return self._processes[process - 1].build(configs, plain=plain)
         trainer = self.build_here(configs, plain)
-        if self.device.type != "cpu" and isinstance(trainer, FusedTrials) and len(configs) > self._tried_rows:
+        size = _batch_size(trainer)
+        if self.device.type != "cpu" and isinstance(trainer, FusedTrials) and len(configs) > self._tried_rows[size]:
             with self.precision():
                 trainer.try_memory()
-            self._tried_rows = len(configs)
+            self._tried_rows[size] = len(configs)
         return trainer
 
     def build_here(self, configs: Mapping[int, TrialConfig], plain: bool) -> FusedTrials | PlainTrials:
@@ -188,9 +200,7 @@ class LocalExecutor:
     def train(self, trainers: Sequence[ShardTrainer]) -> list[dict[int, EpochMetrics] | Exception]:
         """Train shards for an epoch, at the same time where possible; return the metrics or the exception of each."""
         if is_streamed(self.workload) and len(trainers) > 1:
-            assert not self._processes
-            with self._map(len(trainers)) as each:
-                return train_epoch_together(cast(Sequence[Stepwise], trainers), each)
+            return self._train_streamed(trainers)
         queues: dict[int, list[ShardTrainer]] = {}
         for index, trainer in enumerate(trainers):
             queues.setdefault(self.process_of(trainer) if self._processes else index, []).append(trainer)
@@ -200,15 +210,26 @@ class LocalExecutor:
         outcomes = {trainer: outcome for queue in found for trainer, outcome in queue}
         return [outcomes[id(trainer)] for trainer in trainers]
 
+    def _train_streamed(self, trainers: Sequence[ShardTrainer]) -> list[dict[int, EpochMetrics] | Exception]:
+        """Train shards for an epoch, reading the data once for those of one batch size."""
+        assert not self._processes
+        outcomes: dict[int, dict[int, EpochMetrics] | Exception] = {}
+        for size in sorted({_batch_size(trainer) for trainer in trainers}):
+            together = [trainer for trainer in trainers if _batch_size(trainer) == size]
+            with self._map(len(together)) as each:
+                found = train_epoch_together(cast(Sequence[Stepwise], together), each)
+            outcomes |= {id(trainer): outcome for trainer, outcome in zip(together, found, strict=True)}
+        return [outcomes[id(trainer)] for trainer in trainers]
+
     def _probed(self, config: TrialConfig) -> Finding:
-        """Probe trials that freeze the same groups, once, and store the verdict in the rules."""
-        groups = frozen_groups(config)
-        if groups not in self._findings:
-            with self.precision():
-                self._findings[groups] = probe(self.workload, config, device=self.device, dtype=self._dtype)
-        finding = self._findings[groups]
-        if groups not in self.rules.plain_because:
-            verdicts = {**self.rules.plain_because, groups: finding.plain_because}
+        """Probe trials of one batch size that freeze the same groups, once, and store the verdict in the rules."""
+        key = matrix_key(config)
+        if key not in self._findings:
+            with precision(self._config, self.device):
+                self._findings[key] = probe(self.workload, config, device=self.device, dtype=self._dtype)
+        finding = self._findings[key]
+        if key not in self.rules.plain_because:
+            verdicts = {**self.rules.plain_because, key: finding.plain_because}
             self.rules = dataclasses.replace(self.rules, plain_because=verdicts)
         return finding
 
@@ -222,6 +243,11 @@ class LocalExecutor:
                 return
             with ThreadPoolExecutor(threads) as pool:
                 yield functools.partial(_map_threads, pool)
+
+
+def _batch_size(trainer: ShardTrainer) -> int:
+    """Return the batch size of a trainer's trials, which is the same for all."""
+    return next(iter(trainer.configs.values())).batch_size
 
 
 def _map_threads(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:

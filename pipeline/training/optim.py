@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from pipeline.space import own_code
 from pipeline.space.config import TrialConfig
-from pipeline.space.optimizers import Muon, Optimizer
+from pipeline.space.optimizers import SGD, Muon, Optimizer, OwnOptimizer
+from pipeline.space.param_groups import assign_groups
 from pipeline.space.schedules import Plateau, Training, WarmedScheduler
 from pipeline.space.trial import EpochMetrics
 
@@ -28,7 +30,7 @@ class Strategy:
 
     Args:
         config: The trial's config.
-        parameters: Group name to (name, tensor) pairs, for every group of the config; frozen groups are skipped.
+        parameters: Torch group to (name, tensor) pairs, for every torch group of the config; frozen ones are skipped.
         steps_per_epoch: Optimizer updates in one epoch.
         directions: Metric name to "minimize" or "maximize", for ReduceLROnPlateau.
         hidden_matrices: Names of the parameters that Muon takes.
@@ -44,6 +46,7 @@ class Strategy:
         hidden_matrices: frozenset[str] = frozenset(),
     ) -> None:
         self.config = config
+        self.torch_groups = config.torch_groups()
         self.optimizers = build_optimizers(config, parameters, hidden_matrices)
         self.schedulers = [
             build_scheduler(config, optimizer, steps_per_epoch=steps_per_epoch, directions=directions)
@@ -53,9 +56,10 @@ class Strategy:
 
     def learning_rates(self) -> dict[str, float]:
         """Return group name to the learning rate of the next update; the rate of a frozen group is 0."""
-        rates = dict.fromkeys(self.config.param_groups, 0.0)
+        rates = {group.name: 0.0 for group in self.torch_groups.values()}
         for optimizer in self.optimizers:
-            rates.update({group["group"]: float(group["lr"]) for group in optimizer.param_groups})
+            for group in optimizer.param_groups:
+                rates[self.torch_groups[group["group"]].name] = float(group["lr"])
         return rates
 
     def zero_grad(self) -> None:
@@ -98,8 +102,10 @@ class Strategy:
 
 
 def over_placeholders(config: TrialConfig, *, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
-    """Build a config's strategy over one placeholder parameter per group, to read learning rates from."""
-    placeholders = {name: [(name, torch.zeros(1))] for name in config.param_groups}
+    """Build a config's strategy over one placeholder parameter per torch group, to read learning rates from."""
+    placeholders = {name: [(name, torch.zeros(1))] for name in config.torch_groups()}
+    if isinstance(config.optimizer, OwnOptimizer):  # which may not take placeholders; its class decides no rate
+        config = dataclasses.replace(config, optimizer=SGD(base_lr=config.optimizer.base_lr))
     strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
     for optimizer in strategy.optimizers:
         optimizer.step()  # changes nothing without gradients; a scheduler warns unless its optimizer has stepped
@@ -116,7 +122,7 @@ def replay_rates(
     strategy = over_placeholders(config, steps_per_epoch=steps, directions=directions)
     replayed = []
     for epoch in epochs:
-        points: dict[str, list[tuple[int, float]]] = {name: [] for name in config.param_groups}
+        points: dict[str, list[tuple[int, float]]] = {name: [] for name in config.group_names}
         for step in range(epoch.step - steps + 1, epoch.step + 1) if strategy.per_step else (epoch.step,):
             for name, rate in strategy.learning_rates().items():
                 points[name].append((step, rate))
@@ -129,12 +135,24 @@ def replay_rates(
     return tuple(replayed)
 
 
+def group_parameters(config: TrialConfig, model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Return torch group to (name, parameter) pairs, for every torch group of the config.
+
+    Parameters that do not require a gradient are left out.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    dims = {name: p.ndim for name, p in parameters.items()}
+    assigned, problems = assign_groups(dims, config.param_groups, config.no_weight_decay)
+    assert not problems, problems
+    return {group: [(name, parameters[name]) for name in names] for group, names in assigned.items()}
+
+
 def build_optimizers(
     config: TrialConfig,
     parameters: Mapping[str, Sequence[tuple[str, Tensor]]],
     hidden_matrices: frozenset[str] = frozenset(),
 ) -> list[torch.optim.Optimizer]:
-    """Build the config's optimizer, with one torch parameter group per group that is not frozen.
+    """Build the config's optimizer, without frozen and empty groups.
 
     Each torch group carries its name under the key `group`. Muon is two optimizers: Muon for `hidden_matrices`, and
     AdamW for the rest.
@@ -178,7 +196,7 @@ def hidden_matrices(model: nn.Module) -> frozenset[str]:
 
 def _torch_groups(config: TrialConfig, parameters: Mapping[str, Sequence[tuple[str, Tensor]]]) -> list[dict[str, Any]]:
     groups = []
-    for name, group in config.param_groups.items():
+    for name, group in config.torch_groups().items():
         if group.lr_ratio == 0 or not parameters[name]:
             continue
         rate = config.optimizer.base_lr * group.lr_ratio
@@ -190,7 +208,9 @@ def _torch_groups(config: TrialConfig, parameters: Mapping[str, Sequence[tuple[s
 
 
 def _build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return _find(optimizer.torch_class, torch.optim)(groups, **optimizer.arguments())  # type: ignore[no-any-return]
+    own = isinstance(optimizer, OwnOptimizer)
+    build = own_code.loaded(optimizer.name) if own else _find(optimizer.torch_class, torch.optim)
+    return build(groups, **optimizer.arguments())  # type: ignore[no-any-return]
 
 
 def _find(name: str, module: ModuleType) -> Any:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.placement import PlacementRules, frozen_groups
+from pipeline.space.placement import PlacementRules, matrix_key
+from pipeline.space.schedules import OwnScheduler
 from pipeline.training.rows.optimizer import row_order
 from pipeline.training.rows.update_rules import has_rule
 
@@ -28,18 +29,18 @@ class Shard:
 def place(configs: Mapping[int, TrialConfig], rules: PlacementRules) -> list[Shard]:
     """Divide the running trials of a group into matrices and plain trials.
 
-    Trials that freeze the same groups share matrices: one per process, or more if the row limit requires. Matrices
-    differ by at most one row; their rows are in `row_order`.
+    Trials of one batch size that freeze the same groups share matrices: one per process, or more if the row limit
+    requires. These matrices differ by at most one row; their rows are in `row_order`.
     """
-    by_frozen: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     plain = []
     for number, config in row_order(configs).items():
         if why_plain(config, rules) is None:
-            by_frozen.setdefault(frozen_groups(config), []).append(number)
+            alike.setdefault(matrix_key(config), []).append(number)
         else:
             plain.append(Shard((number,), plain=True))
     shards = []
-    for numbers in by_frozen.values():
+    for numbers in alike.values():
         limit = min(-(-len(numbers) // rules.processes), rules.row_limit or len(numbers))
         shards += [Shard(tuple(part), plain=False) for part in split(numbers, limit)]
     return shards + plain
@@ -49,7 +50,9 @@ def why_plain(config: TrialConfig, rules: PlacementRules) -> str | None:
     """Return why a trial trains plain; None if the trial is a row."""
     if not has_rule(type(config.optimizer)):
         return f"{config.optimizer.name} has no update rule for rows"
-    return rules.plain_because[frozen_groups(config)]
+    if isinstance(config.scheduler, OwnScheduler):
+        return f"{config.scheduler.name} may raise, which would end every row of a matrix"
+    return rules.plain_because[matrix_key(config)]
 
 
 def describe(shards: Sequence[Shard]) -> str:

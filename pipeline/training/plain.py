@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.param_groups import assign_groups
+from pipeline.space.optimizers import OwnOptimizer
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, copied, ended_by, train_epoch_of, trial_error
 from pipeline.training.epoch import (
+    Accumulation,
     Record,
     autocast,
     check_shapes,
@@ -25,10 +27,10 @@ from pipeline.training.epoch import (
     without_bf16,
 )
 from pipeline.training.evaluation import Evaluation
-from pipeline.training.optim import Strategy, hidden_matrices
+from pipeline.training.optim import Strategy, group_parameters, hidden_matrices
 from pipeline.training.pooling import Pooling
 from pipeline.workloads.build import built_model, run_model
-from pipeline.workloads.data import evaluation_batches, steps_per_epoch, training_batches
+from pipeline.workloads.data import epoch_length, evaluation_batches, training_batches
 from pipeline.workloads.random_state import KINDS
 from pipeline.workloads.trees import map_tensors
 from pipeline.workloads.workload import Batch, Workload
@@ -143,8 +145,10 @@ class PlainTrials:
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
         self._repeat_epochs()
-        state = self._trials[number].model.state_dict()
-        return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
+        trial = self._trials[number]
+        with trial.averaged():
+            state = trial.model.state_dict()
+            return {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every trial."""
@@ -189,26 +193,31 @@ class PlainTrial:
         self.epoch = 0
         self.step = 0
         self.model = built_model(workload, seed=config.seed, device=device, dtype=dtype)
+        self.accumulation = Accumulation(config.accumulate, config.batch_size, epoch_length(workload, config.seed))
+        self.averages: list[Tensor] = []
+        """Averages of the trained parameters with `ema`; empty before the first step."""
         for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        patterns = {name: group.pattern for name, group in config.param_groups.items()}
-        groups, problems = assign_groups(parameters, patterns)
-        assert not problems, problems
-        for name, group in config.param_groups.items():
-            for parameter in groups[name]:
-                parameters[parameter].requires_grad_(group.lr_ratio != 0)
-        self.trained = [p for p in parameters.values() if p.requires_grad]
-        self.strategy = Strategy(
-            config,
-            {group: [(name, parameters[name]) for name in names] for group, names in groups.items()},
-            steps_per_epoch=steps_per_epoch(workload, config),
-            directions=workload.directions,
-            hidden_matrices=hidden_matrices(self.model),
-        )
+        self.groups = group_parameters(config, self.model)
+        for name, group in config.torch_groups().items():
+            for _, parameter in self.groups[name]:
+                parameter.requires_grad_(group.lr_ratio != 0)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.record = Record()
         self.begin_evaluation()
         self.pooling = Pooling(device, channels_last=config.channels_last)
+
+    @functools.cached_property
+    def strategy(self) -> Strategy:
+        """The optimizer and the schedule; built in the first epoch, where an exception fails this trial alone."""
+        with self._seeded_update(0):
+            return Strategy(
+                self.config,
+                self.groups,
+                steps_per_epoch=self.accumulation.steps,
+                directions=self.workload.directions,
+                hidden_matrices=hidden_matrices(self.model),
+            )
 
     def begin_epoch(self) -> None:
         """Begin an epoch: clear the record."""
@@ -223,24 +232,56 @@ class PlainTrial:
     def train_step(self, batch: Batch) -> None:
         """Update the parameters on one batch."""
         record = self.record
-        record.rates.append(self.strategy.learning_rates())
-        self.strategy.zero_grad()
-        with seeded_step(self.draws, self.device, self.config.seed, "step", self.epoch, len(record.sizes)):
+        number = len(record.sizes)
+        if self.accumulation.begins(number):
+            record.rates.append(self.strategy.learning_rates())
+            self.strategy.zero_grad()
+        with seeded_step(self.draws, self.device, self.config.seed, "step", self.epoch, number):
             with autocast(self.config, self.device), self.pooling():
                 loss = self._loss(run_model(self.model, batch.inputs), batch)
-            loss.backward()
-        if self.config.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
-        self.strategy.step()
+            (loss if self.config.accumulate == 1 else loss * self.accumulation.share(number)).backward()
+        if self.accumulation.ends(number):
+            self._step()
         record.losses.append(loss.detach())
         record.sizes.append(batch.size)
+
+    def _step(self) -> None:
+        if self.config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
+        with self._seeded_update(self.step + len(self.record.rates)):
+            self.strategy.step()
+        if self.config.ema is None:
+            return
+        if self.averages:
+            for average, parameter in zip(self.averages, self.trained, strict=True):
+                average.lerp_(parameter.detach(), 1 - self.config.ema)
+        else:
+            self.averages = [parameter.detach().clone() for parameter in self.trained]
+
+    def _seeded_update(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context that seeds an update of an optimizer of a person's own, which may draw random numbers."""
+        kinds = KINDS if isinstance(self.config.optimizer, OwnOptimizer) else ()
+        return seeded_step(kinds, self.device, self.config.seed, "update", step)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages, if there are any, in the place of the trained parameters inside the block."""
+        last = [parameter.data for parameter in self.trained]
+        for parameter, average in zip(self.trained, self.averages or last, strict=True):
+            parameter.data = average
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trained, last, strict=True):
+                parameter.data = value
 
     @torch.no_grad()
     def evaluate_step(self, batch: Batch) -> None:
         """Evaluate one batch of a split."""
         evaluation = self.evaluation
         self.model.eval()
-        with seeded_step(self.draws, self.device, self.config.seed, "evaluation", self.epoch, evaluation.batches):
+        seeded = seeded_step(self.draws, self.device, self.config.seed, "evaluation", self.epoch, evaluation.batches)
+        with seeded, self.averaged():
             with autocast(self.config, self.device), self.pooling():
                 outputs = run_model(self.model, batch.inputs)
             outputs = without_bf16(outputs)
@@ -249,17 +290,18 @@ class PlainTrial:
         evaluation.add(loss.unsqueeze(0), row, batch.targets, size=batch.size)
 
     def _loss(self, outputs: Any, batch: Batch) -> Tensor:
-        return loss_of(self.workload.loss, outputs, batch.targets, step=self.step + len(self.record.sizes))
+        return loss_of(self.workload.loss, outputs, batch.targets, step=self.step + len(self.record.rates) - 1)
 
     def end_epoch(self) -> EpochMetrics:
         """Return the epoch's metrics, and step a schedule that moves every epoch."""
         record = self.record
         first = self.step + 1
-        self.step += len(record.sizes)
+        self.step += len(record.rates)
         self.epoch += 1
         losses = torch.stack(record.losses).tolist()
         metrics = {"train/loss": mean_loss(losses, record.sizes), **self.evaluation.results("val")[0]}
-        diverged = why_diverged(losses, metrics, first_step=first, epoch=self.epoch)
+        accumulate = self.config.accumulate
+        diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self.epoch)
         if diverged is None:
             self.strategy.end_epoch(metrics)
         points = {name: [(first + n, r[name]) for n, r in enumerate(record.rates)] for name in record.rates[0]}
@@ -276,6 +318,7 @@ class PlainTrial:
             "epoch": self.epoch,
             "step": self.step,
             "model": {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())},
+            "averages": list(self.averages),
             "strategy": self.strategy.state_dict(),
         }
 
@@ -286,4 +329,5 @@ class PlainTrial:
         check_shapes(tensors, state["model"])
         for name, value in tensors.items():
             value.data.copy_(state["model"][name])  # unlike `load_state_dict`, also into non-persistent buffers
+        self.averages = [average.to(self.device, copy=True) for average in state["averages"]]
         self.strategy.load_state_dict(state["strategy"])

@@ -50,6 +50,11 @@ def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) ->
         torch.backends.cudnn.benchmark = benchmark
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Return the type of parameters and floating-point data for a config's `precision`."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
 def current_settings(device: torch.device) -> dict[str, Any]:
     """Return PyTorch's present global settings that results depend on."""
     if device.type == "cpu":

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,13 @@ CLASSES_SHOWN = 5
 
 
 def workload_problems(
-    workload: Workload, *, batch_size: int, seed: int = 0, dtype: torch.dtype = torch.float32
+    workload: Workload, *, batch_sizes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Iterator[Problem]:
     """Yield the problems of a workload that `pipeline.workloads.data.to_device` returned.
 
     Args:
         workload: A custom workload, or a built-in one with data from files.
-        batch_size: Samples per step.
+        batch_sizes: Samples per batch.
         seed: The search's.
         dtype: Type of floating-point data.
     """
@@ -57,7 +57,7 @@ def workload_problems(
         problems = (
             list(order_problems(workload, seed))
             or tried.problems()
-            or list(_last_batch_problems(tried, batch_size, seed))
+            or [problem for size in batch_sizes for problem in _last_batch_problems(tried, size, seed)]
         )
     yield from problems
     if not problems:

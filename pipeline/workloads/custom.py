@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.files.code import load_module, where
 from pipeline.space.config import Own
 from pipeline.workloads.trees import described, leaves, tensors
 from pipeline.workloads.workload import Metric, Split, Workload, why_unusable
@@ -30,15 +25,12 @@ def custom_workload(choice: Own) -> Workload:
     Raises:
         InvalidInput: The function cannot be loaded, raises, or returns something else.
     """
-    place, colon, name = choice.function.rpartition(":")
-    if not colon or not place or not name.isidentifier():
-        _refuse(f"must be path/to/file.py:function or package.module:function, got {choice.function!r}")
-    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    module, name = load_module(choice.function, place=PLACE)
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
         known = [key for key, value in vars(module).items() if _makes_workload(value)]
         hint = did_you_mean(name, known) if known else "none of its functions says `-> Workload`"
-        _refuse(f"{place} has no function {name}; {hint}")
+        _refuse(f"{choice.function.rpartition(':')[0]} has no function {name}; {hint}")
     if not _makes_workload(function):
         # Otherwise a file from elsewhere could have any function called, such as one of the standard library.
         _refuse(f"{name} must say that it returns a workload: def {name}(…) -> Workload")
@@ -146,47 +138,6 @@ def _tree_misfits(split: Split) -> Iterator[str]:
         yield f"must have a target for each input, and parts of one length, got {lengths}"
     elif not len(split):
         yield "must hold at least one sample, got none"
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        _refuse(f"there is no file {path}; a path is relative to the working folder")
-    name = f"custom_workload_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look the module up
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        _refuse(f"{path} raised {where(error)}")
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            _refuse(f"there is no module {name}; install it, or name a file, path/to/file.py:function")
-        _refuse(f"{name} raised {where(error)}")
-    except (Exception, SystemExit) as error:
-        _refuse(f"{name} raised {where(error)}")
-
-
-def where(error: BaseException) -> str:
-    """Return an error's message and the last line of the person's own code in its traceback."""
-    text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-    if isinstance(error, SyntaxError):
-        return f"{text}, in {error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    packages = ("site-packages", "importlib", str(Path(__file__).parent.parent))
-    custom = [frame for frame in frames if not any(part in frame.filename for part in packages)]
-    return f"{text}, in {custom[-1].filename}, line {custom[-1].lineno}" if custom else text
 
 
 def _kind(value: Any) -> str:

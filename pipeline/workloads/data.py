@@ -200,11 +200,6 @@ def epoch_length(workload: Workload, seed: int) -> int:
     return len(workload.train) if workload.order is None else len(epoch_order(workload, seed=seed, epoch=0))
 
 
-def steps_per_epoch(workload: Workload, config: TrialConfig) -> int:
-    """Return the number of optimizer steps in an epoch."""
-    return -(-epoch_length(workload, config.seed) // config.batch_size)
-
-
 def epoch_order(workload: Workload, *, seed: int, epoch: int) -> Tensor:
     """Return the order (sample,) in which an epoch visits the training data; it depends on seed and epoch alone.
 
@@ -272,10 +267,8 @@ def _is_on(split: Split | Streamed | Dataset, device: torch.device, dtype: torch
     """Say whether a split's batches are on a device already, floating-point values in `dtype`."""
     if isinstance(split, Streamed):
         return split.to(device, dtype) is split
-    return isinstance(split, Split) and all(
-        tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
-        for tensor in tensors((split.inputs, split.targets))
-    )
+    held = tensors((split.inputs, split.targets)) if isinstance(split, Split) else []
+    return bool(held) and all(move(tensor, device=device, dtype=dtype) is tensor for tensor in held)
 
 
 def _moved(

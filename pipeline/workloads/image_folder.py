@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision import datasets
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pipeline.errors import InvalidInput, Problem, collect, first_line, listed
+from pipeline.errors import DataError, InvalidInput, Problem, collect, first_line, listed
 from pipeline.space.config import ImageFolder
 from pipeline.workloads.data import MEMORY_SHARE, free_memory
+from pipeline.workloads.image_file import check_image, read_image, white_value
 from pipeline.workloads.images import Normalization, part_sizes, shift_and_flip, split_by_class
 from pipeline.workloads.models import input_channels, model_builder
 from pipeline.workloads.workload import Dataset, Metric, Split, Workload, accuracy
@@ -29,8 +28,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of ImageNet's pixels by channel, for which torchvision's weights were trained."""
 MAX_SHIFT_DIVISOR = 8
 """An image is shifted by at most its side divided by this: 28 pixels of 224."""
-IMAGES_SHOWN = 20
-"""Unreadable images that a message names."""
 
 
 @dataclass(frozen=True)
@@ -42,34 +39,35 @@ class Images:
     """(sample,)"""
     size: int
     """Pixels per side of the images that are read."""
+    white: int = 255
+    """Value of white in images of more than 8 bits per channel."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return an image (channel, height, width) of uint8: the middle square, resized."""
-        with Image.open(self.files[index]) as file:
-            file.draft("RGB", (2 * self.size, 2 * self.size))  # decodes a JPEG no larger than needed
-            image = transforms.resize(_rgb(file), [self.size])
-        image = transforms.center_crop(image, [self.size, self.size])
-        return transforms.pil_to_tensor(image), self.labels[index]
+        """Return an image (channel, height, width) of uint8: the middle square, resized.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        file = self.files[index]
+        try:
+            return read_image(file, self.size, white=self.white), self.labels[index]
+        except Exception as error:  # decoders raise exceptions of many classes
+            raise DataError(_unreadable(file, error)) from error
 
     def select(self, indices: Tensor) -> Images:
         """Return some of the images."""
-        return Images([self.files[index] for index in indices.tolist()], self.labels[indices], self.size)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Return an image of 8 bits per channel; Pillow would turn 16-bit pixels above 255 of 65,535 white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return image.convert("RGB")
+        files = [self.files[index] for index in indices.tolist()]
+        return dataclasses.replace(self, files=files, labels=self.labels[indices])
 
 
 def image_folder(choice: ImageFolder, *, memory: int | None = None) -> Workload:
     """Return the workload of a folder of images.
 
-    Every image is read once at the beginning, to find unreadable ones, and kept if memory allows.
+    At the beginning every file is checked for an image that can be read. If memory allows, all images are then read and
+    kept.
 
     Args:
         choice: The folder, the model and how images are split.
@@ -120,46 +118,57 @@ def _find(choice: ImageFolder) -> tuple[list[str], dict[str, Images]]:
     root = Path(choice.folder).expanduser()
     if not root.is_dir():
         raise _refusal([f"there is no folder '{root}'; give one with --set workload.folder=…"])
-    if _holds_folders(root / "val"):
+    if _folders(root / "val"):
         folders = {name: root / name for name in ("train", "val", "test") if name != "test" or (root / name).is_dir()}
-    elif _holds_folders(root / "train"):
+    elif _folders(root / "train"):
         raise _refusal([f"'{root}' has train but no val; add val, or give '{root / 'train'}' to split it"])
     else:
         folders = {"all": root}
-    if wrong := [line for folder in folders.values() for line in _folder_problems(folder)]:
+    found = {name: {path.name: _image_files(path) for path in _folders(folder)} for name, folder in folders.items()}
+    if wrong := [line for name, folder in folders.items() for line in _folder_problems(folder, found[name])]:
         raise _refusal(wrong)
-    found = {name: datasets.ImageFolder(folder) for name, folder in folders.items()}
-    parts = {
-        name: Images([file for file, _ in images.samples], torch.tensor(images.targets), choice.image_size)
-        for name, images in found.items()
-    }
-    classes = next(iter(found.values())).classes
+    parts = {name: _images(files, choice.image_size) for name, files in found.items()}
+    classes = list(next(iter(found.values())))
     if "all" in parts:
         return classes, _cut(choice, parts["all"], classes)
-    if wrong := list(_class_problems({name: images.classes for name, images in found.items()})):
+    if wrong := list(_class_problems(found)):
         raise _refusal(wrong)
     return classes, parts
 
 
-def _holds_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+def _folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder in the order of their names, without those that begin with a dot."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _folder_problems(folder: Path) -> Iterator[str]:
-    """Yield the problems of a folder of classes."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+def _image_files(folder: Path) -> list[str]:
+    """Return the image files below a folder, in order; names that begin with a dot are left out."""
+    files: list[tuple[str, str]] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [(place, name) for name in names if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+    return [str(Path(*file)) for file in sorted(files)]
+
+
+def _images(classes: Mapping[str, Sequence[str]], size: int) -> Images:
+    """Return the images of all classes, given the files of each."""
+    labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    return Images([file for files in classes.values() for file in files], torch.tensor(labels), size)
+
+
+def _folder_problems(folder: Path, classes: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the problems of a folder of classes, given the files of each."""
     if len(classes) < 2:
-        only = f"only '{classes[0].name}'" if classes else "none"
+        only = f"only '{next(iter(classes))}'" if classes else "none"
         yield f"'{folder}' must have a folder of images for each of two or more classes, it has {only}"
-        return
-    images = datasets.ImageFolder(folder, allow_empty=True)
-    empty = [f"'{folder / name}'" for name, label in images.class_to_idx.items() if label not in images.targets]
-    if empty:
-        known = " ".join(datasets.folder.IMG_EXTENSIONS)
+    elif empty := [f"'{folder / name}'" for name, files in classes.items() if not files]:
+        known = " ".join(IMG_EXTENSIONS)
         yield f"no image in {listed(empty)}; remove what is no class, or put images there ({known})"
 
 
-def _class_problems(classes: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _class_problems(classes: Mapping[str, Collection[str]]) -> Iterator[str]:
     """Yield the differences between the classes of a split and those of the training images."""
     train = classes["train"]
     for name, others in classes.items():
@@ -196,35 +205,51 @@ def _cut(choice: ImageFolder, images: Images, classes: Sequence[str]) -> dict[st
     return {name: images.select(indices) for name, indices in parts.items() if len(indices)}
 
 
-def _read(parts: Mapping[str, Images], *, keep: bool) -> dict[str, Split | Dataset]:
-    """Read every image once, in threads; return the splits, in memory if `keep`.
+def _read(parts: Mapping[str, Images], *, keep: bool) -> Mapping[str, Split | Dataset]:
+    """Check every image in threads; return the splits, in memory if `keep`.
 
     Raises:
         InvalidInput: Some images cannot be read.
     """
-    splits: dict[str, Split | Dataset] = {}
-    broken: list[str] = []
-    for name, images in parts.items():
-        shape = (len(images) if keep else 0, 3, images.size, images.size)
-        pixels = torch.empty(shape, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = list(pool.map(_largest_value, [file for images in parts.values() for file in images.files]))
+        if broken := [line for line in checked if isinstance(line, str)]:
+            raise _refusal(broken)
+        white = white_value([value for value in checked if isinstance(value, int)])
+        parts = {name: dataclasses.replace(images, white=white) for name, images in parts.items()}
+        return {name: _kept(images, pool) for name, images in parts.items()} if keep else parts
 
-        def read(index: int, images: Images = images, pixels: Tensor = pixels) -> str | None:
-            try:
-                image, _ = images[index]
-            except Exception as error:  # decoders raise exceptions of many classes
-                return f"'{images.files[index]}' cannot be read ({first_line(error)}); replace or remove it"
-            if keep:
-                pixels[index] = image
-            return None
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            broken += [line for line in pool.map(read, range(len(images))) if line]
-        splits[name] = Split(pixels, images.labels) if keep else images
-    if len(broken) > IMAGES_SHOWN:
-        broken = [*broken[:IMAGES_SHOWN], f"{len(broken) - IMAGES_SHOWN} more images cannot be read"]
-    if broken:
+def _largest_value(file: str) -> int | str:
+    """Return what `check_image` returns, or in one line why the image cannot be read."""
+    try:
+        return check_image(file)
+    except Exception as error:
+        return _unreadable(file, error)
+
+
+def _kept(images: Images, pool: ThreadPoolExecutor) -> Split:
+    """Return images in memory.
+
+    Raises:
+        InvalidInput: Some images cannot be read.
+    """
+    pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
+
+    def read(index: int) -> str | None:
+        try:
+            pixels[index] = images[index][0]
+        except DataError as error:
+            return str(error)
+        return None
+
+    if broken := [line for line in pool.map(read, range(len(images))) if line]:
         raise _refusal(broken)
-    return splits
+    return Split(pixels, images.labels)
+
+
+def _unreadable(file: str, error: Exception) -> str:
+    return f"'{file}' cannot be read ({first_line(error)}); replace or remove it"
 
 
 def _refusal(messages: Sequence[str]) -> InvalidInput:

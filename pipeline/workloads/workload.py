@@ -130,7 +130,8 @@ class Split:
 def move(leaf: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
     """Move a leaf of a batch, such as a tensor or a batch of graphs, to a device; real numbers become `dtype`."""
     if isinstance(leaf, Tensor):
-        return leaf.to(device, dtype if leaf.is_floating_point() else None, non_blocking=True)
+        other = dtype.to_complex() if leaf.is_complex() else dtype if leaf.is_floating_point() else None
+        return leaf.to(device, other, non_blocking=True)
     return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
 

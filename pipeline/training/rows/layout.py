@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.param_groups import assign_groups
+from pipeline.training.optim import group_parameters
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Layout:
     shapes: tuple[torch.Size, ...]
     sizes: tuple[int, ...]
     groups: Mapping[str, slice]
-    """Name to columns of each trained group."""
+    """Name to columns of each torch group that trains a parameter."""
 
     def described(self) -> list[str]:
         """Return each parameter's name and shape, in order."""
@@ -34,16 +34,19 @@ class Layout:
 
 def lay_out(model: nn.Module, config: TrialConfig) -> Layout:
     """Lay out the trained parameters: the parameters of groups that are not frozen."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    patterns = {name: group.pattern for name, group in config.param_groups.items()}
-    assigned, problems = assign_groups(parameters, patterns)
-    assert not problems, problems
-    trained = {name: names for name, names in assigned.items() if config.param_groups[name].lr_ratio != 0}
-    names = [name for group in trained.values() for name in group]
+    assigned = group_parameters(config, model)
+    trained = {
+        name: assigned[name] for name, group in config.torch_groups().items() if group.lr_ratio != 0 and assigned[name]
+    }
+    pairs = [pair for group in trained.values() for pair in group]
     groups, start = {}, 0
-    for group, members in trained.items():
-        size = sum(parameters[name].numel() for name in members)
-        groups[group] = slice(start, start + size)
+    for name, members in trained.items():
+        size = sum(parameter.numel() for _, parameter in members)
+        groups[name] = slice(start, start + size)
         start += size
-    shapes = tuple(parameters[name].shape for name in names)
-    return Layout(tuple(names), shapes, tuple(shape.numel() for shape in shapes), groups)
+    return Layout(
+        names=tuple(name for name, _ in pairs),
+        shapes=tuple(parameter.shape for _, parameter in pairs),
+        sizes=tuple(parameter.numel() for _, parameter in pairs),
+        groups=groups,
+    )

@@ -51,7 +51,7 @@ class MatrixOptimizer:
 
     Args:
         configs: Trial number to config, in the order of `row_order`.
-        groups: Name to columns of each trained group.
+        groups: Name to columns of each trained torch group.
         matrix: (row, parameter); gives shape, dtype and device.
         steps_per_epoch: Updates in one epoch.
         directions: Metric name to "minimize" or "maximize".
@@ -84,7 +84,7 @@ class MatrixOptimizer:
         """Read the rates of a whole epoch from every trial's schedulers, and compute the coefficients.
 
         Returns:
-            Trial number to group name to the rate of each step, without frozen groups.
+            Trial number to group name, as rates are recorded, to the rate of each step, without frozen groups.
         """
         steps = self._steps_per_epoch
         settings = {number: list(self._settings(strategy)) for number, strategy in self._strategies.items()}
@@ -99,8 +99,9 @@ class MatrixOptimizer:
             }
             self._plans.append(self._to_plan(block.rule.coefficients(hyper, numbers, block.carry)))
         self._steps += steps
+        recorded = {name: group.name for name, group in self._strategies[members[0]].torch_groups.items()}
         return {
-            number: {name: [values[name]["lr"] for values in _each_step(row, steps)] for name in names}
+            number: {recorded[name]: [values[name]["lr"] for values in _each_step(row, steps)] for name in names}
             for number, row in settings.items()
         }
 

@@ -20,6 +20,7 @@ from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, train_epoch_of
 from pipeline.training.epoch import (
+    Accumulation,
     Record,
     autocast,
     check_shapes,
@@ -36,12 +37,12 @@ from pipeline.training.rows.model import RowModel
 from pipeline.training.rows.optimizer import MatrixOptimizer, row_order
 from pipeline.workloads.build import built_model, run_model
 from pipeline.workloads.data import (
+    epoch_length,
     evaluation_batch_size,
     evaluation_batches,
     first_batch,
     model_batch,
     samples_of,
-    steps_per_epoch,
     training_batches,
 )
 from pipeline.workloads.random_state import KINDS
@@ -98,7 +99,13 @@ class FusedTrials:
         self._each_row = RowModel(
             self._model, {*trained, *self._buffers}, Pooling(device, channels_last=self._config.channels_last)
         )
-        self._steps_per_epoch = steps_per_epoch(workload, self._config)
+        self._accumulation = Accumulation(
+            self._config.accumulate, self._config.batch_size, epoch_length(workload, self._config.seed)
+        )
+        self._accumulated: Tensor | None = None
+        """Gradients (row, parameter) of the batches of a step so far."""
+        self._averages: Tensor | None = None
+        """With `ema`, averages of the parameters (row, parameter); None before the first step."""
         self._record = Record()
         self._evaluation = Evaluation(workload, rows)
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
@@ -106,7 +113,7 @@ class FusedTrials:
             self.configs,
             groups=self._layout.groups,
             matrix=self._matrix,
-            steps_per_epoch=self._steps_per_epoch,
+            steps_per_epoch=self._accumulation.steps,
             directions=workload.directions,
         )
 
@@ -168,16 +175,36 @@ class FusedTrials:
 
     def update(self, losses: Tensor, gradients: Tensor, *, samples: int) -> None:
         """Update every row by its gradients (row, parameter), which are overwritten; record the losses (row,)."""
-        self._optimizer.update(self._matrix, gradients, step=len(self._record.sizes))
+        number, accumulate = len(self._record.sizes), self._config.accumulate
+        if accumulate > 1:
+            gradients.mul_(self._accumulation.share(number))
+            gradients = gradients if self._accumulated is None else self._accumulated.add_(gradients)
+            self._accumulated = None if self._accumulation.ends(number) else gradients
+        if self._accumulation.ends(number):
+            self._optimizer.update(self._matrix, gradients, step=number // accumulate)
+            self._average()
         self._record.losses.append(losses)
         self._record.sizes.append(samples)
+
+    def _average(self) -> None:
+        if self._config.ema is None:
+            return
+        if self._averages is None:
+            self._averages = self._matrix.clone()
+        else:
+            self._averages.lerp_(self._matrix, 1 - self._config.ema)
+
+    @property
+    def _evaluated(self) -> Tensor:
+        """The parameters (row, parameter) that are evaluated and saved."""
+        return self._matrix if self._averages is None else self._averages
 
     @torch.no_grad()
     def evaluate_step(self, batch: Batch) -> None:
         """Evaluate every row on one batch of a split."""
         evaluation = self._evaluation
         self._model.eval()
-        parameters = self._layout.views(self._matrix)
+        parameters = self._layout.views(self._evaluated)
         with seeded_step(self._draws, self._device, self._config.seed, "evaluation", self._epoch, evaluation.batches):
             losses, outputs = self._losses(batch, parameters, evaluating=True)
         evaluation.add(losses, outputs, batch.targets, size=batch.size)
@@ -185,16 +212,16 @@ class FusedTrials:
     def end_epoch(self) -> dict[int, EpochMetrics]:
         """Return the epoch's metrics, step the schedules that move every epoch, and remove diverged rows."""
         record = self._record
-        first = self._step + 1
+        first, accumulate = self._step + 1, self._config.accumulate
         self._epoch += 1
-        self._step += len(record.sizes)
+        self._step += self._accumulation.steps
         evaluated = self._evaluation.results("val")
         results = {}
         threads, rows = torch.get_num_threads(), len(self.configs)
         epochs = zip(self.configs, torch.stack(record.losses, dim=1).tolist(), strict=True)
         for row, (number, losses) in enumerate(epochs):
             metrics = {"train/loss": mean_loss(losses, record.sizes), **evaluated[row]}
-            diverged = why_diverged(losses, metrics, first_step=first, epoch=self._epoch)
+            diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self._epoch)
             if diverged is None:
                 self._optimizer.end_epoch(number, metrics)
             results[number] = EpochMetrics(
@@ -227,7 +254,7 @@ class FusedTrials:
         row = list(self.configs).index(number)
         with torch.no_grad():
             parameters = dict(self._model.named_parameters())
-            for name, value in self._layout.views(self._matrix).items():
+            for name, value in self._layout.views(self._evaluated).items():
                 parameters[name].copy_(value[row])
             buffers = dict(self._model.named_buffers())
             for name, value in self._buffers.items():
@@ -238,12 +265,14 @@ class FusedTrials:
     def state_dict(self) -> dict[str, Any]:
         """Return each trial's row and everything else that the trial's next epoch depends on."""
         matrix, optimizers = self._matrix.cpu(), self._optimizer.row_states()
+        averages = None if self._averages is None else self._averages.cpu()
         buffers = {name: buffer.cpu() for name, buffer in self._buffers.items()}
         return {
             str(number): {
                 "epoch": self._epoch,
                 "step": self._step,
                 "row": matrix[row].clone(),
+                "average": None if averages is None else averages[row].clone(),
                 "layout": self._layout.described(),
                 "buffers": {name: buffer[row].clone() for name, buffer in buffers.items()},
                 "optimizer": optimizers[number],
@@ -259,6 +288,9 @@ class FusedTrials:
             self._check_layout(saved)
             self._epoch, self._step = saved["epoch"], saved["step"]
             self._matrix[row] = saved["row"]
+            if saved["average"] is not None:
+                self._averages = torch.empty_like(self._matrix) if self._averages is None else self._averages
+                self._averages[row] = saved["average"]
             for name, buffer in self._buffers.items():
                 buffer[row] = saved["buffers"][name]
             self._optimizer.load_row_state(number, saved["optimizer"], steps=self._step)
@@ -275,7 +307,7 @@ class FusedTrials:
         """Return each row's loss (row,) on one batch; in an evaluation with metrics also the outputs (row, …)."""
         loss, targets = self._workload.loss, batch.targets
         needs_outputs = evaluating and self._evaluation.needs_outputs
-        step = self._step + len(self._record.sizes)
+        step = self._step + len(self._record.sizes) // self._config.accumulate
 
         def outputs_of(model: nn.Module) -> Any:
             if not evaluating:
@@ -299,9 +331,9 @@ class FusedTrials:
 
     def _lr_points(self, number: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """Return group name to points (step, rate) of a trial in the epoch; the rate of a frozen group is 0."""
-        sizes, rates = self._record.sizes, self._rates[number]
-        all_rates = {name: rates.get(name, [0.0] * len(sizes)) for name in self._config.param_groups}
-        first = self._step - len(sizes) + 1
+        steps, rates = self._accumulation.steps, self._rates[number]
+        all_rates = {name: rates.get(name, [0.0] * steps) for name in self._config.group_names}
+        first = self._step - steps + 1
         points = {name: tuple(enumerate(values, start=first)) for name, values in all_rates.items()}
         if self._optimizer.moves_every_step(number):
             return points
@@ -314,6 +346,7 @@ class FusedTrials:
         staying = [row for row, number in enumerate(self.configs) if number in numbers]
         index = torch.tensor(staying, dtype=torch.long, device=self._device)
         self._matrix = self._matrix[index]
+        self._averages = None if self._averages is None else self._averages[index]
         self._buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
         self._optimizer.keep(staying)
         self.configs = {n: c for n, c in self.configs.items() if n in numbers}

@@ -1,0 +1,46 @@
+"""The outcome of a search, as `pipeline.search.search` returns it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.app.display import TABLE_WIDTH, best_table, counts_of_states
+from pipeline.errors import counted
+from pipeline.space.search_space import SearchSpace
+from pipeline.space.trial import EndedTrial
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SearchResult:
+    """The outcome of a search; its `repr` is a table of the best trials."""
+
+    study: str
+    space: SearchSpace
+    """What was searched."""
+    trials: tuple[EndedTrial, ...]
+    """Every ended trial, in number order."""
+    ranking: tuple[EndedTrial, ...]
+    """Every complete trial, best first."""
+    config_file: Path | None
+    """`best.yaml`, the config of the best trial."""
+    exit_status: int
+    """Exit status of the command line: 0 if every trial has ended and at least one is complete."""
+
+    @property
+    def best(self) -> EndedTrial | None:
+        """The best complete trial."""
+        return self.ranking[0] if self.ranking else None
+
+    def __repr__(self) -> str:
+        counts = counts_of_states(self.trials)
+        lines = [f"study {self.study}: {counted(len(self.trials), 'trial')}{f', {counts}' if counts else ''}"]
+        if self.ranking:
+            text = Console(file=io.StringIO(), width=TABLE_WIDTH, force_terminal=False, force_jupyter=False)
+            with text.capture() as table:
+                text.print(best_table(self.ranking, self.space), crop=False)
+            lines += map(str.rstrip, table.get().splitlines())
+        return "\n".join(lines)
