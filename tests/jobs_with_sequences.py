@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jobs_with_images import generator
 from torch import Tensor, nn
@@ -312,4 +313,40 @@ def text_classifier() -> Workload:
         val=Sentences(20, seed=1),
         loss=lambda outputs, batch: outputs.loss,
         metrics={"accuracy": Metric(lambda outputs, batch: accuracy(outputs.logits, batch["labels"]), "maximize")},
+    )
+
+
+class Oscillation(Dataset[tuple[Any, Any]]):
+    """Windows of a damped oscillation on a large offset, and the value that follows, in double precision."""
+
+    def __init__(self, samples: int, *, begin: int) -> None:
+        time = np.arange(begin, begin + samples + 8) / 5
+        self.values = 1e6 + np.exp(-time / 50) * np.sin(time)
+
+    def __len__(self) -> int:
+        return len(self.values) - 8
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.values[index : index + 8], self.values[index + 8 : index + 9]
+
+
+class Autoregression(nn.Module):
+    """Predicts how far the next value lies from the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, window: Tensor) -> Tensor:
+        following: Tensor = window[:, -1:] + self.net(window.diff(dim=1))
+        return following
+
+
+def time_series() -> Workload:
+    return Workload(
+        name="time series",
+        build_model=Autoregression,
+        train=Oscillation(40, begin=0),
+        val=Oscillation(20, begin=40),
+        loss=F.mse_loss,
     )

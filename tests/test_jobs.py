@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import own_optimizers
 import pytest
 import torch
 from jobs_with_images import (
@@ -38,6 +40,7 @@ from jobs_with_sequences import (
     packed_sequences,
     speech,
     text_classifier,
+    time_series,
     transformer_encoder,
     truncated_backpropagation,
 )
@@ -63,6 +66,7 @@ from jobs_with_tables import (
 from tiny import ONE_GROUP, on_device, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pipeline.train
@@ -103,14 +107,22 @@ SPACE: dict[str, Any] = {
     "scheduler": {"constant": {}},
     "param_groups": {"all": {"pattern": "*"}},
 }
+ADAMW = {"adamw": {"base_lr": {"low": 1e-3, "high": 1e-2, "log": True}, "weight_decay": 0.1}}
 WITHOUT_DECAY: dict[str, Any] = {
-    "optimizer": {"adamw": {"base_lr": {"low": 1e-3, "high": 1e-2, "log": True}, "weight_decay": 0.1}},
+    "optimizer": ADAMW,
     "scheduler": {"cosine": {"warmup": 2, "interval": "step"}},
-    "param_groups": {
-        "no_decay": {"pattern": ["*.bias", "*norm*"], "weight_decay": 0.0},
-        "decay": {"pattern": "*"},
-    },
+    "no_weight_decay": {"dims": 1},
     "clip_grad_norm": 1.0,
+}
+LAYERS = [["embedding.*", "position.*"], "blocks.{n}.*", "norm.*"]
+LAYER_DECAY: dict[str, Any] = {
+    "optimizer": ADAMW,
+    "param_groups": {"all": {"layers": LAYERS, "layer_decay": {"low": 0.5, "high": 1.0}}},
+}
+LION = "own_optimizers:Lion"
+OWN_OPTIMIZER: dict[str, Any] = {
+    "optimizer": {LION: {"base_lr": {"low": 1e-4, "high": 1e-3, "log": True}, "betas": [0.9, 0.99]}},
+    "scheduler": {"own_optimizers:noam": {"warmup_steps": 4, "interval": "step"}},
 }
 
 
@@ -161,9 +173,10 @@ JOBS = [
     Job(
         "GPT",
         gpt,
-        "tied weights; no decay on biases and norms; warm-up and cosine per step; clipping",
+        "tied weights; `no_weight_decay: {dims: 1}`; warm-up and cosine per step; clipping",
         space=WITHOUT_DECAY,
     ),
+    Job("Layer-wise decay", gpt, "`layers` and a searched `layer_decay`", space=LAYER_DECAY),
     Job(
         "`nn.TransformerEncoder`",
         transformer_encoder,
@@ -219,8 +232,17 @@ JOBS = [
         "`torchvision.ops.stochastic_depth`",
         StochasticDepth,
     ),
+    Job("Time series in double precision", time_series, "`precision: fp64`", space={"precision": "fp64"}),
+    Job("Accumulated gradients", class_weights, "`accumulate: 2`", space={"accumulate": 2}),
+    Job("Averaged weights", class_weights, "`ema: 0.9`", space={"ema": 0.9}),
+    Job(
+        "Optimizer and schedule of one's own",
+        class_weights,
+        '`optimizer: {"own_optimizers:Lion": …}`, `scheduler: {"own_optimizers:noam": …}`',
+        "no update rule",
+        space=OWN_OPTIMIZER,
+    ),
 ]
-"""Further jobs, such as an own loop, an own optimizer, accumulation, are a line here each."""
 
 
 def table() -> str:
@@ -242,12 +264,12 @@ def test_the_table_of_jobs_says_what_is_tested_here() -> None:
     assert filled(PAGE.read_text()) == PAGE.read_text(), "run python tests/test_jobs.py"
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.workload.__name__)
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_a_job_passes_the_checks_of_a_search_and_trains(job: Job) -> None:
     space = build_space({**SPACE, **job.space}, source="space", name="space")
     workload = check_form(job.workload(), job.name)
     space, executor = prepare(space, source="space", device="cpu", searching=True, workload=workload)
-    assert (job.plain_because or "None") in str(executor.plain_because)
+    assert (job.plain_because or "None") in str(executor.why_plain(space.example()))
     group = executor.build(dict.fromkeys(range(2), space.example()))
     history = [group.train_epoch() for _ in range(EPOCHS)]
     executor.close()
@@ -259,7 +281,7 @@ def test_a_job_passes_the_checks_of_a_search_and_trains(job: Job) -> None:
     assert history[1][0].metrics["train/loss"] != history[0][0].metrics["train/loss"]
 
 
-@pytest.mark.parametrize("job", [job for job in JOBS if job.remedied], ids=lambda job: job.workload.__name__)
+@pytest.mark.parametrize("job", [job for job in JOBS if job.remedied], ids=lambda job: job.name)
 def test_a_job_with_its_remedy_trains_as_rows(job: Job) -> None:
     assert job.remedied is not None
     workload = dataclasses.replace(job.workload(), build_model=job.remedied)
@@ -319,6 +341,11 @@ def tabular_step(model: nn.Module, batch: Any, noise: torch.Generator | None) ->
     return F.mse_loss(model(categorical, continuous), prices), {}
 
 
+def regression_step(model: nn.Module, batch: Any, noise: torch.Generator | None) -> tuple[Tensor, dict[str, float]]:
+    inputs, targets = batch
+    return F.mse_loss(model(inputs), targets), {}
+
+
 def hits(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
@@ -332,22 +359,50 @@ def as_dataset(split: Any) -> Dataset[Any]:
     return TensorDataset(split.inputs, *(tensor for tensor in targets if tensor is not None))
 
 
-WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 1.0]))
-BY_HAND: list[tuple[Callable[[], Workload], Step, Any]] = [
-    (vae, vae_step, None),
-    (mixup, mixup_step, None),
-    (class_weights, classifying(WEIGHTED), None),
-    (weighted_sampler, classifying(F.cross_entropy), None),
-    (packed_sequences, classifying(F.cross_entropy), packed),
-    (text_classifier, dict_step, None),
-    (speech, ctc_step, None),
-    (multi_task, multi_task_step, None),
-    (tabular, tabular_step, None),
-    (mnist_example, classifying(F.nll_loss), None),
-    (spectral, classifying(F.cross_entropy), None),
-    (layer_drop, classifying(F.cross_entropy), None),
-    (numpy_layer_drop, classifying(F.cross_entropy), None),
-]
+ADAM = functools.partial(torch.optim.Adam, lr=RATE)
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """A job, and how a loop written by hand trains it."""
+
+    job: Callable[[], Workload]
+    step: Step
+    collate: Callable[[list[Any]], Any] | None = None
+    optimizer: Callable[[Any], torch.optim.Optimizer] = ADAM
+    accumulate: int = 1
+    ema: float | None = None
+    dtype: torch.dtype = torch.float32
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What differs in the config."""
+
+
+WEIGHTED = classifying(nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 1.0])))
+ENTROPY = classifying(F.cross_entropy)
+BY_HAND = {
+    "VAE": ByHand(vae, vae_step),
+    "mixup": ByHand(mixup, mixup_step),
+    "class weights": ByHand(class_weights, WEIGHTED),
+    "weighted sampler": ByHand(weighted_sampler, ENTROPY),
+    "packed sequences": ByHand(packed_sequences, ENTROPY, packed),
+    "dict batch": ByHand(text_classifier, dict_step),
+    "CTC": ByHand(speech, ctc_step),
+    "multi-task": ByHand(multi_task, multi_task_step),
+    "tabular": ByHand(tabular, tabular_step),
+    "MNIST example": ByHand(mnist_example, classifying(F.nll_loss)),
+    "spectral layer": ByHand(spectral, ENTROPY),
+    "layer drop by Python": ByHand(layer_drop, ENTROPY),
+    "layer drop by NumPy": ByHand(numpy_layer_drop, ENTROPY),
+    "double precision": ByHand(time_series, regression_step, dtype=torch.float64, config={"precision": "fp64"}),
+    "accumulation": ByHand(class_weights, WEIGHTED, accumulate=2, config={"accumulate": 2}),
+    "averaged weights": ByHand(class_weights, WEIGHTED, ema=0.9, config={"ema": 0.9}),
+    "own optimizer": ByHand(
+        class_weights,
+        WEIGHTED,
+        optimizer=functools.partial(own_optimizers.Lion, lr=RATE, weight_decay=0.1),
+        config={"optimizer": {LION: {"base_lr": RATE, "weight_decay": 0.1}}},
+    ),
+}
 
 
 def seed_all(*purpose: str | int) -> None:
@@ -358,11 +413,15 @@ def seed_all(*purpose: str | int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def trained_by_hand(workload: Workload, step: Step, collate: Any) -> tuple[list[dict[str, float]], nn.Module]:
+def trained_by_hand(by_hand: ByHand) -> tuple[list[dict[str, float]], nn.Module]:
     """Train as a script does: a model, an optimizer, two loops over `DataLoader`s."""
+    workload, step, collate = by_hand.job(), by_hand.step, by_hand.collate
     seed_all("weights")
     model = workload.build_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    if by_hand.dtype == torch.float64:
+        model = model.double()
+    optimizer = by_hand.optimizer(model.parameters())
+    average = None
     preprocess = workload.preprocess or (lambda inputs: inputs)
     val = DataLoader(as_dataset(workload.val), batch_size=len(workload.val), collate_fn=collate)
     history = []
@@ -374,38 +433,51 @@ def trained_by_hand(workload: Workload, step: Step, collate: Any) -> tuple[list[
         for n, batch in enumerate(DataLoader(as_dataset(workload.train), batch_sampler=batches, collate_fn=collate)):
             noise = torch.Generator().manual_seed(derive_seed(0, "augment", epoch, n))
             seed_all("step", epoch, n)
-            optimizer.zero_grad()
-            loss, _ = step(model, _preprocessed(batch, preprocess), noise)
-            loss.backward()
-            optimizer.step()
+            loss, _ = step(model, _prepared(batch, preprocess, by_hand.dtype), noise)
+            together = batches[n - n % by_hand.accumulate :][: by_hand.accumulate]
+            (loss * (len(batches[n]) / sum(map(len, together)))).backward()
+            if batches[n] is together[-1]:
+                optimizer.step()
+                optimizer.zero_grad()
+                if by_hand.ema is not None:
+                    average = average or AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(by_hand.ema))
+                    average.update_parameters(model)
             total += loss.item() * len(batches[n])
-        model.eval()
+        evaluated = model if average is None else average.module
+        evaluated.eval()
         with torch.no_grad():
             (batch,) = val
             seed_all("evaluation", epoch, 0)
-            loss, metrics = step(model, _preprocessed(batch, preprocess), None)
+            loss, metrics = step(evaluated, _prepared(batch, preprocess, by_hand.dtype), None)
         measured = {f"val/{name}": value for name, value in metrics.items()}
         history.append({"train/loss": total / len(order), "val/loss": loss.item(), **measured})
-    return history, model
+    return history, evaluated
 
 
-def _preprocessed(batch: Any, preprocess: Callable[[Any], Any]) -> Any:
-    return [preprocess(batch[0]), *batch[1:]] if isinstance(batch, Sequence) else batch
+def _prepared(batch: Any, preprocess: Callable[[Any], Any], dtype: torch.dtype) -> Any:
+    if not isinstance(batch, Sequence):
+        return batch
+    parts = [preprocess(batch[0]), *batch[1:]]
+    return [part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part for part in parts]
 
 
-def trained_here(workload: Workload) -> tuple[list[dict[str, float]], PlainTrials]:
-    config = tiny_config(Adam(base_lr=RATE), epochs=EPOCHS, batch_size=BATCH, param_groups=ONE_GROUP)
-    trials = PlainTrials({0: config}, on_device(workload, device=CPU), device=CPU)
+def trained_here(
+    workload: Workload, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[list[dict[str, float]], PlainTrials]:
+    document = {**SPACE, "optimizer": {"adam": {"base_lr": RATE}}, **changes}
+    config = build_space(document, source="space", name="space", searching=False).example()
+    trials = PlainTrials({0: config}, on_device(workload, device=CPU, dtype=dtype), device=CPU, dtype=dtype)
     return [dict(trials.train_epoch()[0].metrics) for _ in range(EPOCHS)], trials
 
 
-@pytest.mark.parametrize(("job", "step", "collate"), BY_HAND, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_job_has_the_numbers_of_a_loop_written_by_hand(job: Callable[[], Workload], step: Step, collate: Any) -> None:
-    by_hand, model = trained_by_hand(job(), step, collate)
-    ours, trials = trained_here(job())
-    assert ours == by_hand
-    for name, value in model.state_dict().items():
-        assert torch.equal(trials.model_state(0)[name], value)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_job_has_the_numbers_of_a_loop_written_by_hand(name: str) -> None:
+    by_hand = BY_HAND[name]
+    theirs, model = trained_by_hand(by_hand)
+    ours, trials = trained_here(by_hand.job(), dtype=by_hand.dtype, **by_hand.config)
+    assert ours == theirs
+    for key, value in model.state_dict().items():
+        assert torch.equal(trials.model_state(0)[key], value)
 
 
 def test_complex_parameters_stay_complex() -> None:
