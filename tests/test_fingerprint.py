@@ -41,7 +41,9 @@ def of_files(folder: Path, *, task: str = TASK, parts: str = PARTS) -> dict[str,
     (folder / "task.py").write_text(task)
     (folder / "parts_of_task.py").write_text(parts)
     sys.modules.pop("parts_of_task", None)
-    return parts_of(custom_workload(Own(function=f"{folder / 'task.py'}:task")))
+    workload = custom_workload(Own(function=f"{folder / 'task.py'}:task"))
+    assert isinstance(workload, Workload)
+    return parts_of(workload)
 
 
 def test_a_change_of_code_is_found_in_the_file_and_in_files_beside_it(tmp_path: Path) -> None:

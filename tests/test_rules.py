@@ -187,7 +187,9 @@ def test_a_space_that_breaks_a_rule_is_refused_and_its_neighbour_is_not(
 
 @pytest.fixture(scope="module")
 def digits() -> Workload:
-    return load_workload(Digits())
+    workload = load_workload(Digits())
+    assert isinstance(workload, Workload)
+    return workload
 
 
 def with_model(path: Path, workload: Workload) -> list[str]:

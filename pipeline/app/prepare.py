@@ -229,7 +229,9 @@ def _model_problem(model: Any, second: Any, function: str) -> str | None:
 
 def _difference(model: nn.Module, second: nn.Module) -> str | None:
     """Return the name of a parameter or buffer in which two models differ."""
-    one, other = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, second))
+    one, other = (
+        {name: tensor.detach() for name, tensor in (*m.named_parameters(), *m.named_buffers())} for m in (model, second)
+    )
     for name in {**one, **other}:
         if name not in one or name not in other or one[name].shape != other[name].shape:
             return name

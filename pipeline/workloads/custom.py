@@ -14,7 +14,7 @@ from pipeline.files.code import load_module, where
 from pipeline.space.config import Own
 from pipeline.workloads.loop import Epochs, Loop
 from pipeline.workloads.trees import described, leaves, tensors
-from pipeline.workloads.workload import Metric, Split, Workload
+from pipeline.workloads.workload import Metric, Split, Workload, why_unusable
 
 PLACE = "workload.function"
 _MEMBERS = {"build_model": "a function", "loss": "a function of (outputs, targets)"}
@@ -73,7 +73,11 @@ def check_form(workload: Any, name: str) -> Workload:
     """
     if not isinstance(workload, Workload):
         _refuse(f"{name} must return a pipeline.workloads.workload.Workload, got {type(workload).__name__}")
-    if problems := [Problem(PLACE, f"{name} returns a Workload whose {problem}") for problem in _misfits(workload)]:
+    try:
+        problems = [Problem(PLACE, f"{name} returns a Workload whose {problem}") for problem in _misfits(workload)]
+    except (Exception, SystemExit) as error:
+        _refuse(f"{name} returns a Workload whose data raised {where(error)}")
+    if problems:
         raise InvalidInput("workload", problems)
     return workload
 
@@ -85,6 +89,9 @@ def _misfits(workload: Workload) -> Iterator[str]:
     for member in ("preprocess", "augment", "collate", "order"):
         if not (getattr(workload, member) is None or callable(getattr(workload, member))):
             yield f"{member} must be a function or None, got {_kind(getattr(workload, member))}"
+    splits = [split for split in (workload.train, workload.val, workload.test) if split is not None]
+    if workload.collate is not None and all(isinstance(split, Split) for split in splits):
+        yield "collate makes batches of a data set's samples, and train and val are Splits; give data sets, or None"
     for member in ("train", "val", "test"):
         yield from (f"{member} {problem}" for problem in _split_misfits(getattr(workload, member), member))
     metrics = workload.metrics if isinstance(workload.metrics, Mapping) else {}
@@ -131,19 +138,13 @@ def _tree_misfits(split: Split) -> Iterator[str]:
         yield f"must hold tensors, or tuples or dicts of them, got {_kind(other)}"
     elif not tensors(split.inputs) or not all(part.ndim for part in parts):
         yield "must hold tensors (sample, …), got one without samples"
-    elif kinds := [
-        str(part.layout if part.layout != torch.strided else part.device) for part in parts if _is_unusual(part)
-    ]:
-        yield f"must hold dense tensors with values, got {kinds[0]}; call to_dense(), or load the values"
+    elif why := next(filter(None, map(why_unusable, parts)), None):
+        yield f"must hold dense tensors, got {why}"
     elif len({len(part) for part in parts}) > 1:
         lengths = f"{described(split.inputs)} inputs and {described(split.targets)} targets"
         yield f"must have a target for each input, and parts of one length, got {lengths}"
     elif not len(split):
         yield "must hold at least one sample, got none"
-
-
-def _is_unusual(tensor: Tensor) -> bool:
-    return tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized
 
 
 def _kind(value: Any) -> str:

@@ -80,13 +80,9 @@ def training_batches(
     """Yield the batches of an epoch, counted from 0, as the model sees them; they depend on seed and epoch alone.
 
     Raises:
-        DataError: A function of the workload raised, or `order` gave another number of samples than for epoch 0.
+        DataError: A function of the workload raised, or see `epoch_order`.
     """
     order = epoch_order(workload, seed=config.seed, epoch=epoch)
-    if workload.order is not None and len(order) != (first := epoch_length(workload, config.seed)):
-        raise DataError(
-            f"order must give as many indices in each epoch, got {first} and, in epoch {epoch}, {len(order)}"
-        )
     seed = derive_seed(config.seed, "samples", epoch)
     for step, batch in enumerate(samples_of(workload, "train").batches(order.split(config.batch_size), seed=seed)):
         if workload.augment is not None:
@@ -209,7 +205,8 @@ def epoch_order(workload: Workload, *, seed: int, epoch: int) -> Tensor:
     """Return the order (sample,) in which an epoch visits the training data; it depends on seed and epoch alone.
 
     Raises:
-        DataError: The workload's `order` raised, or gave something other than indices of samples.
+        DataError: The workload's `order` raised, gave something other than indices of samples, or another number of
+            indices than for epoch 0.
     """
     if workload.order is None:
         return _shuffled(len(workload.train), seed=seed, epoch=epoch)
@@ -218,10 +215,15 @@ def epoch_order(workload: Workload, *, seed: int, epoch: int) -> Tensor:
         given = checked_call("order", workload.order, epoch, torch.Generator().manual_seed(order_seed))
         order: Tensor = checked_call("order", _indices, given)
     if order.ndim != 1 or not len(order) or order.is_floating_point() or order.dtype == torch.bool:
-        raise DataError(f"order must return the indices of at least one sample, got {described(order)} {order.dtype}")
+        got = f"{described(order)} {order.dtype}" if order.numel() else "none"
+        raise DataError(f"order must return the indices of at least one sample, got {got}")
     if int(order.min()) < 0 or int(order.max()) >= len(workload.train):
         least, most = int(order.min()), int(order.max())
         raise DataError(f"order must return indices from 0 to {len(workload.train) - 1}, got {least} to {most}")
+    if epoch > 0 and len(order) != (first := epoch_length(workload, seed)):
+        raise DataError(
+            f"order must give as many indices in each epoch, got {first} and, in epoch {epoch}, {len(order)}"
+        )
     return order.long()
 
 
@@ -244,16 +246,17 @@ def on_device(function: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return function if same else functools.partial(inner, *bound[0], **bound[1])
     if isinstance(function, Tensor):
         return move(function, device=device, dtype=dtype)
-    if not isinstance(function, nn.Module) or all(
-        move(t, device=device, dtype=dtype) is t for t in _tensors_of(function)
-    ):
+    if not isinstance(function, nn.Module) or _is_module_on(function, device, dtype):
         return function
     return copy.deepcopy(function)._apply(functools.partial(move, device=device, dtype=dtype))
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _is_module_on(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a module is on a device; a metric of torchmetrics has no buffers, and says where it is."""
+    said = [getattr(part, "device", None) for part in module.modules()]
+    return all(not isinstance(place, torch.device) or place == device for place in said) and all(
+        move(tensor, device=device, dtype=dtype) is tensor for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def _splits(workload: Workload) -> dict[str, Split | Streamed | Dataset]:

@@ -6,15 +6,17 @@ import contextlib
 import dataclasses
 import math
 import re
+from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.errors import InvalidInput, Problem, first_line
+from pipeline.errors import DataError, InvalidInput, Problem, first_line
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD
 from pipeline.space.schedules import Constant
@@ -64,7 +66,17 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
 
     An error shows a model that `torch.func.vmap` cannot compute; a different result shows one that `vmap` computes
     wrongly.
+
+    Raises:
+        InvalidInput: The plain trials fail, or the samples cannot be read.
     """
+    try:
+        return _find(workload, config, device, dtype)
+    except DataError as error:
+        raise InvalidInput("workload", [Problem("workload", str(error))]) from error
+
+
+def _find(workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype) -> Finding:
     tolerance = TOLERANCE[config.precision]
     workload = to_device(workload, device=device, dtype=dtype)
     small = _with_samples(workload, SAMPLES)
@@ -165,27 +177,30 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
     """Measure a training step: random numbers, state, memory and FLOPs; see `Finding`."""
     batch = model_batch(workload, first_batch(samples_of(workload, "train"), BATCH), dtype)
     model = built_model(workload, seed=config.seed, device=device, dtype=dtype)
-    saved, counter = _SavedTensors(model), FlopCounterMode(display=False)
+    saved, counter, numbers = _SavedTensors(model), FlopCounterMode(display=False), _RandomNumbersRead()
     state = [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
     attributes = _plain_attributes(model)
     versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts in-place writes
-    draws, written, unsaved, output_size = frozenset(KINDS), None, None, 0
+    draws, written, unsaved, chance, output_size = frozenset(KINDS), None, None, None, 0
     with contextlib.suppress(Exception, SystemExit):
         with seeded(0, device):
             before = random_states(device)
-            with saved, counter:
+            with saved, counter, numbers:
                 outputs = run_model(model.train(), copied(batch).inputs)
                 workload.loss(outputs, batch.targets)
+            held, changed = _held_state(model), _changed(attributes, _plain_attributes(model))
             with torch.no_grad():
                 evaluated = run_model(model.eval(), copied(batch).inputs)
             after = random_states(device)
         output_size = sum(tensor.numel() for tensor in tensors(evaluated)) // batch.size
         draws = frozenset(kind for kind in KINDS if before[kind] != after[kind])
         written = next((name for name, p in model.named_parameters() if p._version != versions[name]), None)
-        if changed := [name for name, value in _plain_attributes(model).items() if attributes.get(name) != value]:
-            unsaved = f"{changed[0]} changes in training and is no buffer"
-        elif not _repeats(model, batch, state, outputs, device):
+        repeats = _repeats(model, batch, state, outputs, device)
+        if name := changed or _changed(held, _held_state(model)):
+            unsaved = f"{name} changes in training and is no buffer"
+        elif not repeats:
             unsaved = "state is more than parameters and buffers"
+        chance = _chance(draws, reads=numbers.found)
     steps = config.batch_size / batch.size
     flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many as the forward pass
     copies = PARAMETER_COPIES + (config.accumulate > 1) + (config.ema is not None)
@@ -197,12 +212,30 @@ def _measure_step(workload: Workload, config: TrialConfig, device: torch.device,
     )
     if unsaved:
         return _cannot_fuse(finding, f"its {unsaved}, and a trial that is resumed begins anew")
+    if chance:
+        return _cannot_fuse(finding, chance)
     if written:
         return _cannot_fuse(finding, f"its parameter {written} changes in a forward pass")
     if device.type == "cpu" and flops > MAX_STEP_FLOPS:
         why = f"a step of {flops / 1e9:.2g} GFLOP gains nothing as a row on a CPU"
         return dataclasses.replace(finding, plain_because=why)
     return finding
+
+
+def _chance(draws: Container[str], *, reads: bool) -> str | None:
+    """Return which random numbers may choose what a step computes, as in layer drop; None if none do.
+
+    A parameter that a step leaves out is skipped by PyTorch's optimizers, which a row cannot do, and the few steps of
+    the probe may have left out none.
+
+    Args:
+        draws: The libraries that the model or the loss draws from.
+        reads: Whether Python has read a random number from a tensor.
+    """
+    for kind, library in (("python", "Python"), ("numpy", "NumPy")):
+        if kind in draws:
+            return f"random numbers of {library} may choose what a step computes"
+    return "a random number that Python reads may choose what a step computes" if reads else None
 
 
 def _repeats(model: nn.Module, batch: Batch, state: Sequence[Tensor], outputs: Any, device: torch.device) -> bool:
@@ -228,6 +261,35 @@ def _plain_attributes(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _held_state(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's attributes hold besides parameters and buffers, to be compared."""
+    registered = ("_parameters", "_buffers", "_modules", "training")
+    return {
+        f"{prefix}.{name}".lstrip("."): _comparable(value)
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name not in registered
+    }
+
+
+def _comparable(value: Any) -> Any:
+    """Return a value that is equal as long as a list, a dict, a tensor or a generator holds the same."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, torch.Generator):
+        return _comparable(value.get_state())
+    if isinstance(value, Mapping):
+        return [(str(key), _comparable(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return [_comparable(item) for item in value]
+    return value if isinstance(value, int | float | str) else None
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """Return the name of a value that differs."""
+    return next((name for name, value in after.items() if before.get(name) != value), None)
+
+
 def _same_losses(fused: EpochMetrics, plain: EpochMetrics, tolerance: float) -> bool:
     return all(
         math.isclose(fused.metrics[name], plain.metrics[name], rel_tol=tolerance, abs_tol=tolerance)
@@ -245,10 +307,34 @@ def _same_states(
     """Return whether parameters, or buffers, differ by at most `tolerance` times their largest change."""
     saved = [name for name in plain if name in names]
     floats = [name for name in saved if plain[name].is_floating_point()]
-    moved = max((float((plain[name] - start[name]).abs().max()) for name in floats), default=0.0)
-    apart = max((float((plain[name] - fused[name]).abs().max()) for name in floats), default=0.0)
+    moved = max((_largest_difference(plain[name], start[name]) for name in floats), default=0.0)
+    apart = max((_largest_difference(plain[name], fused[name]) for name in floats), default=0.0)
     counts = all(torch.equal(plain[name], fused[name]) for name in saved if name not in floats)
     return counts and apart <= tolerance * moved
+
+
+def _largest_difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference; equal infinities, as a causal mask holds them, do not differ."""
+    differences = torch.where(one == other, 0.0, (one - other).abs())
+    return float(differences.max()) if differences.numel() else 0.0
+
+
+class _RandomNumbersRead(TorchDispatchMode):
+    """A context that notes whether Python reads a random number from a tensor, as `if torch.rand(()) < 0.5` does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+        self._random: dict[int, Tensor] = {}
+        """Tensors that depend on random numbers, by their identity."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        inputs = tensors((args, kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags or any(id(tensor) in self._random for tensor in inputs):
+            self.found = self.found or func is torch.ops.aten._local_scalar_dense.default
+            self._random |= {id(tensor): tensor for tensor in tensors(value)}
+        return value
 
 
 class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
