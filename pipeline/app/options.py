@@ -94,9 +94,9 @@ class SearchOptions:
         if self.from_python:
             return _call(
                 "search",
-                **self._code_from_python(),
                 study=repr(study),
                 trials=repr(self.trials),
+                **self._code_from_python(),
                 root=None if self.root == Path() else repr(str(self.root)),
                 device=None if self.device == "auto" else repr(self.device),
                 rows=None if self.rows is None else repr(self.rows),

@@ -275,7 +275,8 @@ def _held_state(model: nn.Module) -> dict[str, Any]:
 def _comparable(value: Any) -> Any:
     """Return a value that is equal as long as a list, a dict, a tensor or a generator holds the same."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        held = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return tuple(value.shape), hash(held.numpy().tobytes())
     if isinstance(value, torch.Generator):
         return _comparable(value.get_state())
     if isinstance(value, Mapping):
