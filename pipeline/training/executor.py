@@ -30,7 +30,8 @@ from pipeline.training.plain import PlainTrials
 from pipeline.training.precision import precision
 from pipeline.training.process import ProcessDied, RemoteTrials, TrainingProcess, can_fork
 from pipeline.training.replay import ReplayedTrial
-from pipeline.training.rows.probe import Finding, probe
+from pipeline.training.rows.measure import Finding
+from pipeline.training.rows.probe import probe
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.shards import ShardedTrials, ShardTrainer
 from pipeline.workloads.build import built_model
