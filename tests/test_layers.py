@@ -37,6 +37,7 @@ OWNERS = {
     "torch": (
         "training*",
         "workloads*",
+        "app.device",
         "app.prepare",
         "app.range_test",
         "app.train_config",

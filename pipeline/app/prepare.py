@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline import __version__
+from pipeline.app.device import choose_device, precision_problems
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
 from pipeline.files.code import where
 from pipeline.space.config import Settings
@@ -23,7 +21,7 @@ from pipeline.space.search_space import SearchSpace
 from pipeline.training.check import own_code_problems
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.loops import ask
-from pipeline.training.precision import current_settings, dtype_of
+from pipeline.training.precision import dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.data import epoch_length, to_device
@@ -32,8 +30,6 @@ from pipeline.workloads.load import load_workload
 from pipeline.workloads.loop import Loop
 from pipeline.workloads.workload import Workload
 
-TF32_CAPABILITY = (8, 0)
-"""Compute capability of the first CUDA devices with tf32, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
 MADE_BY_LOOPS = ("precision", "channels_last", "accumulate", "ema")
 """Settings that only trainers of this package carry out; tf32 alone is one of PyTorch's own."""
 
@@ -80,7 +76,7 @@ def prepare(
         raise InvalidInput(source, [Problem("workload", str(error))]) from None
     problems = [*problems_with_model(space, workload, model)]
     problems += objective_problems(space, workload) if searching or space.objective.of == "best" else ()
-    problems += _precision_problems(space, chosen)
+    problems += precision_problems(space, chosen)
     if not problems:
         problems = list(workload_problems(workload, batch_sizes=space.batch_sizes, seed=space.seed, dtype=dtype))
     if not problems:
@@ -114,7 +110,7 @@ def _prepare_loop(
     space = with_steps_per_epoch(with_layers(space, _trained_names(asked.model)), steps)
     problems = [*_strategy_problems(space, loop, asked.model, steps=steps)]
     problems += objective_problems(space, loop) if searching or space.objective.of == "best" else ()
-    problems += [*_precision_problems(space, device), *_loop_problems(space)]
+    problems += [*precision_problems(space, device), *_loop_problems(space)]
     if not problems:
         problems = list(own_code_problems(space, asked.model, steps=steps, device=device, closures=True))
     if problems:
@@ -240,78 +236,7 @@ def _difference(model: nn.Module, second: nn.Module) -> str | None:
     return None
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name.
-
-    Raises:
-        InvalidInput: There is no such device.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda:0" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InvalidInput("--device", [Problem(name, "there is no Metal device; use --device cpu, or auto")])
-    if device.type == "cuda" and (device.index or 0) >= count:
-        there = f"there are {count} CUDA devices, cuda:0 to cuda:{count - 1}" if count else "there is no CUDA device"
-        raise InvalidInput("--device", [Problem(name, f"{there}; use --device cpu, or auto")])
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def _precision_problems(space: SearchSpace, device: torch.device) -> list[Problem]:
-    """Return the problem of a precision that the device lacks; PyTorch would silently use another."""
-    remedy = "set precision to fp32" + ("" if device.type == "mps" else " or bf16")
-    if space.precision == "fp64" and device.type == "mps":
-        return [Problem("precision", f"fp64 is more than Metal devices compute; {remedy}, or use --device cpu")]
-    if space.precision == "tf32" and device.type != "cuda":
-        return [Problem("precision", f"tf32 needs a CUDA device, and trials train on {device.type}; {remedy}")]
-    if space.precision == "tf32" and torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return [Problem("precision", f"tf32 needs a CUDA device of capability 8.0, which {name} is not; {remedy}")]
-    return []
-
-
 def fingerprint_of(space: SearchSpace, executor: LocalExecutor) -> dict[str, str]:
     """Return each part of what a search trains, such as its code, with a text that changes with it."""
     model = executor.untrained_model(space.example())
     return fingerprint(executor.workload, model, map(loaded, space.own_code()))
-
-
-def environment(executor: LocalExecutor) -> dict[str, Any]:
-    """Return everything that a trial's numbers may depend on, except config and placement."""
-    device = executor.device
-    with executor.precision():
-        settings = current_settings(device)
-    return {
-        "device": device_name(device),
-        **settings,
-        **machine(),
-        "python": platform.python_version(),
-        "pipeline": __version__,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a CUDA device; of another device, its kind."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def machine() -> dict[str, Any]:
-    """Return the kind of this machine; a CPU of the same kind repeats a trial's metrics to the bit."""
-    return {
-        "machine": platform.machine(),
-        "cpu": _cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": str(torch.__version__),
-    }
-
-
-def _cpu_model() -> str:
-    """Return the name of the CPU and, where the system provides them, its family, model and stepping."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    parts = [values.get(key) for key in ("model name", "cpu family", "model", "stepping")]
-    return " ".join(part for part in parts if part) or platform.processor()

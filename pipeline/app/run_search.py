@@ -12,9 +12,10 @@ from rich.console import Console
 
 from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
+from pipeline.app.device import environment
 from pipeline.app.display import TABLE_WIDTH, Progress, best_table, failure_line, score_line, strategy_line
 from pipeline.app.options import SearchOptions
-from pipeline.app.prepare import environment, fingerprint_of, prepare
+from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.result import SearchResult
 from pipeline.errors import DataError, DeviceError, StorageError, counted, printable
 from pipeline.files.atomic import write_atomic

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from pipeline.app.device import device_name, machine
 from pipeline.app.found import Found
-from pipeline.app.prepare import device_name, machine, prepare
+from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput, Problem, TrainingEnded
 from pipeline.space.placement import Placement
 from pipeline.space.search_space import Objective, SearchSpace
