@@ -33,6 +33,9 @@ DOCUMENT: dict[str, Any] = {
     "scheduler": {"constant": {}},
     "param_groups": {"all": {"pattern": "*"}},
 }
+STUDY_FILES = [
+    f"mlruns/studies/mine/{name}" for name in ("lock", "best.yaml", "checkpoints/trials-to-000001-epoch-000001.pt")
+]
 
 
 def space_with(**changes: Any) -> SearchSpace:
@@ -213,6 +216,46 @@ def test_studies_of_other_programs_are_left_alone(store: Store) -> None:
     create(store, space_with(), name="mine", trials=8)
     optuna.create_study(study_name="theirs", storage=f"sqlite:///{store.database}")
     assert [header.name for header in store.headers()] == ["mine"]
+
+
+def test_a_study_whose_name_leads_out_of_the_root_is_another_programs(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8, ended=1)
+    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
+    for name in ("../../../evil", "/tmp/evil", "..", "", "a" * 101):
+        theirs = optuna.create_study(study_name=name, storage=f"sqlite:///{store.database}", direction="maximize")
+        theirs.set_user_attr("pipeline", study.user_attrs["pipeline"])
+        optuna.create_study(study_name=f"{name}/bare", storage=f"sqlite:///{store.database}")
+    assert [header.name for header in store.headers()] == ["mine"]
+    assert store.choose(space_with(), trials=8, name=None) == ("mine", True)
+    with pytest.raises(InvalidInput, match=r"evil: there is no such study"):
+        store.open("../../../evil")
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["mlruns", "mlruns/optuna.db", "mlruns/studies", "mlruns/studies/mine", *STUDY_FILES],
+)
+def test_no_link_below_the_root_is_followed(tmp_path: Path, link: str) -> None:
+    store = Store(tmp_path / "root")
+    with store.lock("mine"):
+        create(store, space_with(), name="mine", trials=8, ended=1)
+    store.close()
+    for name in STUDY_FILES:
+        (store.root / name).parent.mkdir(exist_ok=True)
+        (store.root / name).write_text(f"the content of {name}")
+    theirs = tmp_path / "theirs"
+    (store.root / link).rename(theirs)
+    (store.root / link).symlink_to(theirs)
+    before = contents(theirs)
+    store = Store(store.root)
+    refused = pytest.raises(InvalidInput, match=rf"{link}: is a link to {theirs}; links below a root are not followed")
+    with refused, store.lock("mine"):
+        create(store, space_with(), name="other", trials=8)
+    assert contents(theirs) == before
+
+
+def contents(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in (path, *path.rglob("*")) if file.is_file()}
 
 
 def test_a_study_of_another_format_is_refused(store: Store) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean, printable
 from pipeline.files.atomic import check_writable
+from pipeline.files.locks import is_study_name, refuse_links
 from pipeline.files.signals import CtrlC
 from pipeline.space.config import WORKLOADS, Own
 from pipeline.space.overrides import parse_override
@@ -170,7 +171,7 @@ def folder(text: str) -> Path:
 
 def study_name(text: str) -> str:
     """Read the name of a study."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", text):
+    if not is_study_name(text):
         rule = "must be 1 to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'"
         raise argparse.ArgumentTypeError(f"{rule}, got {text[:MAX_SHOWN]!r}")
     return text
@@ -207,6 +208,17 @@ def refuse_unwritable(path: Path, place: str) -> None:
         check_writable(path)
     except OSError as error:
         raise InvalidInput(place, [Problem(str(path), f"cannot be written: {error.strerror}; name another")]) from None
+
+
+def refuse_root(root: Path, *names: str) -> None:
+    """Refuse a root in which files of these names, such as `mlruns/optuna.db`, could not be written, or are links.
+
+    Raises:
+        InvalidInput: A permission is missing, something that is no file has the path, or a link is in the way.
+    """
+    refuse_links(root, *(root / name for name in names))
+    for name in names:
+        refuse_unwritable(root / name, "--root")
 
 
 def refuse_out(path: Path) -> None:

@@ -200,8 +200,9 @@ def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
         message = f"is a ready-made search space, {write}; copy that file, and name the copy"
         raise InvalidInput("--write", [Problem(str(arguments.space), message)])
     function = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
-    picture = arguments.root / "mlruns" / f"{'-'.join(['lr_range', space.name, *function])}.png"
-    cli.refuse_unwritable(picture, "--root")
+    name = f"mlruns/{'-'.join(['lr_range', space.name, *function])}.png"
+    cli.refuse_root(arguments.root, name)
+    picture = arguments.root / name
     if write is not None:
         cli.refuse_unwritable(write.resolve(), "--write")
     return RangeTestOptions(space=space, source=found.source, device=arguments.device, picture=picture, write=write)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def start_search(*, quiet: bool = False, **given: Any) -> SearchResult:
     """Run or continue a search; `pipeline.app.options.read_search` takes the other arguments."""
     options = read_search(**given)
-    cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
+    cli.refuse_root(options.root, "mlruns/optuna.db")
     console = build_console(quiet=quiet)
     with contextlib.closing(TrackerProcess(options.root)) as tracker:
         with console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext():

@@ -5,16 +5,42 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from pipeline.errors import InvalidInput, Problem
 
 LOCK = "lock"
 """Name of the file in a study's folder that the search of the study keeps locked."""
 
 
+def is_study_name(text: str) -> bool:
+    """Return whether a text may name a study, and therefore a folder: such a name leads to no other folder."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", text) is not None
+
+
 def study_folder(root: Path, study: str) -> Path:
     """Return the folder of a study's files: `best.yaml`, checkpoints, the lock."""
+    assert is_study_name(study), study
     return root / "mlruns" / "studies" / study
+
+
+def refuse_links(root: Path, *paths: Path) -> None:
+    """Refuse paths below a root of which a part is a link; the root itself may be one.
+
+    A root may come from anyone, and a link in it may lead anywhere, to files that a search would then replace.
+
+    Raises:
+        InvalidInput: With every link.
+    """
+    between = {place for path in paths for place in (path, *path.parents) if place.is_relative_to(root)} - {root}
+    remedy = "links below a root are not followed; put what it leads to in its place, or name another --root"
+    links = sorted(place for place in between if place.is_symlink())
+    if links:
+        raise InvalidInput(
+            "--root", [Problem(str(link), f"is a link to {link.readlink()}; {remedy}") for link in links]
+        )
 
 
 @contextlib.contextmanager

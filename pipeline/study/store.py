@@ -23,7 +23,7 @@ from optuna.study import StudySummary
 
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
 from pipeline.files.atomic import sweep
-from pipeline.files.locks import LOCK, study_folder
+from pipeline.files.locks import LOCK, is_study_name, refuse_links, study_folder
 from pipeline.files.sqlite import create_whole, sqlite_uri
 from pipeline.space.load import space_from_document
 from pipeline.space.placement import PlacementRules
@@ -91,7 +91,7 @@ class Store:
         headers = []
         for summary in self._summaries():
             header = summary.user_attrs.get(HEADER)
-            if header is None:
+            if header is None or not is_study_name(summary.study_name):
                 continue  # another program's study, or an abandoned one
             if header["format"] != FORMAT:
                 message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
@@ -236,8 +236,14 @@ class Store:
             optuna.delete_study(study_name=name, storage=self._storage())
 
     def folder(self, study: str) -> Path:
-        """Return the folder of a study's files: `best.yaml`, checkpoints, lock."""
-        return study_folder(self.root, study)
+        """Return the folder of a study's files: `best.yaml`, checkpoints, lock.
+
+        Raises:
+            InvalidInput: The folder, or something in it, is a link.
+        """
+        folder = study_folder(self.root, study)
+        refuse_links(self.root, folder, *folder.rglob("*"))
+        return folder
 
     @contextlib.contextmanager
     def lock(self, study: str) -> Iterator[None]:
@@ -246,11 +252,12 @@ class Store:
         Raises:
             StudyBusy: Another process holds the lock.
             StorageError: The folder cannot be written.
+            InvalidInput: The folder, or something in it, is a link.
         """
         path = self.folder(study) / LOCK
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
         except OSError as error:
             remedy = "make room or permission for it, or name another --root"
             raise StorageError(f"{path}: cannot be written: {error.strerror}; {remedy}") from None
@@ -276,7 +283,7 @@ class Store:
 
         The folder of such a study exists, since a search takes the lock before it creates the study.
         """
-        bare = HEADER not in study.user_attrs and study.n_trials == 0
+        bare = HEADER not in study.user_attrs and study.n_trials == 0 and is_study_name(study.study_name)
         return bare and self.folder(study.study_name).exists()
 
     def _summaries(self) -> list[StudySummary]:
@@ -288,6 +295,7 @@ class Store:
 
     def _storage(self, *, create: bool = False) -> RDBStorage:
         """Open the database; create it in the journal mode in which others can read while a search writes."""
+        refuse_links(self.root, self.database)
         with _readable(self.database):
             if create:
                 create_whole(self.database, _build_database)
