@@ -376,19 +376,21 @@ def test_a_database_that_is_none_is_refused(
     MLflowTracker(Path())  # which is not used then
 
 
-def test_a_link_to_nothing_is_refused_rather_than_replaced(
+def test_a_link_below_the_root_is_refused_rather_than_followed_or_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(SPACE)
-    Path("mlflow.db").symlink_to("unmounted/mlflow.db")
-    assert "cannot be used as MLflow's database: unable to open" in refuse("search --space mine.yaml", capsys)
-    Path("mlflow.db").unlink()
     Path("mlruns").mkdir()
-    Path("mlruns/optuna.db").symlink_to("unmounted/optuna.db")
-    said = refuse("search --space mine.yaml", capsys)
-    assert "mlruns/optuna.db: cannot be written: Is a link to nothing; name another" in said
-    assert Path("mlruns/optuna.db").is_symlink()
+    Path("elsewhere").mkdir()
+    for name in ("mlflow.db", "mlruns/optuna.db", "mlruns/artifacts", "mlruns/lr_range-mine.png"):
+        for target in (Path("unmounted/file").absolute(), Path("elsewhere").absolute()):
+            Path(name).symlink_to(target)
+            command = "lr_range" if name.endswith("png") else "search"
+            said = refuse(f"{command} --space mine.yaml", capsys)
+            assert f"--root: 1 problem\n  {name}: is a link to {target}; links below a root are not followed" in said
+            assert Path(name).is_symlink()
+            Path(name).unlink()
 
 
 @pytest.mark.parametrize("command", ["train mine.yaml", "export"])

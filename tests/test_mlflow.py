@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -7,6 +8,7 @@ import pickle
 import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import zlib
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.errors import StorageError
 from pipeline.files.strict_yaml import loads
 from pipeline.space.config import Digits, TrialConfig
 from pipeline.space.optimizers import AdamW
@@ -367,6 +370,21 @@ def test_artifacts_that_are_elsewhere_on_purpose_stay_there(root: Path, tmp_path
     relocate(root / "mlflow.db")
     theirs = [e.artifact_location for e in connect(root).search_experiments() if e.name.startswith("theirs")]
     assert sorted(theirs) == sorted(place.as_uri() for place in places)
+
+
+@pytest.mark.parametrize("place", ["experiments.artifact_location", "runs.artifact_uri"])
+def test_a_database_does_not_choose_where_artifacts_are_written(root: Path, tmp_path: Path, place: str) -> None:
+    opened(root, study())
+    table, _, column = place.partition(".")
+    (tmp_path / "theirs").mkdir()
+    link = root / "mlruns" / "artifacts" / "link"
+    link.symlink_to(tmp_path / "theirs")
+    for uri in ((tmp_path / "theirs").as_uri(), link.as_uri(), (root / "mlruns" / "..").as_uri(), "s3://theirs/a"):
+        with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+            database.execute(f"UPDATE {table} SET {column} = ?", [uri])
+        with pytest.raises(StorageError, match=r"^the database keeps artifacts outside the root, in .*; rename that"):
+            opened(root, study())
+    assert list((tmp_path / "theirs").iterdir()) == []
 
 
 def test_odd_group_names_keep_their_own_curves(root: Path) -> None:

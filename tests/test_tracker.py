@@ -36,8 +36,9 @@ class Table:
     def close(self) -> list[str]:
         return ["the disk is nearly full"]
 
-    def delete(self, study: str, *, identity: str) -> None:
+    def delete(self, study: str, *, identity: str) -> list[str]:
         (self.root / f"{study}.csv").unlink()
+        return []
 
     def rows(self) -> list[list[str]]:
         return list(csv.reader(self.path.read_text().splitlines())) if self.path.exists() else []

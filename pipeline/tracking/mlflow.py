@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.trial import EndedTrial, TrialState
 from pipeline.tracking.mlflow_store import (
-    collect_garbage,
     find_runs,
     load_mlflow,
     open_store,
     refuse_broken,
+    refuse_outside,
     remote_uri,
+    remove_runs,
 )
 from pipeline.tracking.record import (
     lr_csv,
@@ -62,8 +63,7 @@ class MLflowTracker:
                 seconds, so that a short search has none; None for no such records.
 
         Raises:
-            InvalidInput: SQLite cannot read `mlflow.db`, or the file is a link to nothing, which a new database would
-                replace.
+            InvalidInput: SQLite cannot read `mlflow.db`, or the file or the folder of artifacts is a link.
         """
         self._root = root
         self._sample_every_s = sample_every_s
@@ -84,6 +84,9 @@ class MLflowTracker:
         self._experiment = self._find_or_create_experiment()
         self._is_new = False
         self._run_id = self._find_or_create_run()
+        if not remote_uri():
+            places = self._experiment.artifact_location, self._client.get_run(self._run_id).info.artifact_uri
+            refuse_outside(self._root.absolute(), *places)
         self._client.log_text(self._run_id, study.space, "space.yaml")
         self._ended: set[int] = set()
         self._unfinished: defaultdict[int, list[str]] = defaultdict(list)
@@ -144,10 +147,10 @@ class MLflowTracker:
         self._stop_monitor()
         return self._warnings
 
-    def delete(self, study: str, *, identity: str) -> None:
+    def delete(self, study: str, *, identity: str) -> list[str]:
         """Delete a study's runs with their files, and its view; a server of MLFLOW_TRACKING_URI only marks the runs."""
         if not remote_uri() and not (self._root / "mlflow.db").exists():
-            return
+            return []
         client = open_store(self._root.absolute())
         from mlflow.entities import ViewType
 
@@ -160,8 +163,8 @@ class MLflowTracker:
         for run in deleted:
             if run.info.lifecycle_stage == "active":
                 client.delete_run(run.info.run_id)
-        if not remote_uri():
-            collect_garbage(self._root, deleted)
+        left = [] if remote_uri() else remove_runs(self._root, deleted)
+        return [f"{uri} is left, since it is no folder of a run below {self._root / 'mlruns'}" for uri in left]
 
     def _view_path(self) -> str:
         return view_path(self._experiment.experiment_id, self._study.name)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlparse
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InvalidInput, Problem
+from pipeline.errors import InvalidInput, Problem, StorageError
+from pipeline.files.locks import refuse_links
 from pipeline.files.sqlite import create_whole, open_existing, sqlite_uri
 from pipeline.tracking.paths import relocate
 
@@ -30,8 +30,6 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 """Defaults; variables that the user set are kept."""
-MAX_RUNS = 500
-"""Runs that one call of `mlflow gc` deletes; a command line has room for the ids of so many."""
 
 
 def remote_uri() -> str | None:
@@ -43,10 +41,13 @@ def refuse_broken(root: Path) -> None:
     """Refuse a `mlflow.db` that cannot be used.
 
     Raises:
-        InvalidInput: SQLite cannot read the file, or it is a link to nothing, which a new database would replace.
+        InvalidInput: SQLite cannot read the file, or it or the folder of artifacts is a link.
     """
+    if remote_uri():
+        return
     database = root / "mlflow.db"
-    if remote_uri() or not os.path.lexists(database):
+    refuse_links(root, database, root / "mlruns" / "artifacts")
+    if not database.exists():
         return
     try:
         _try(database)
@@ -90,16 +91,47 @@ def find_runs(client: MlflowClient, experiment: Experiment, condition: str, *, v
             return
 
 
-def collect_garbage(root: Path, deleted: Sequence[Run]) -> None:
-    """Remove deleted runs from the database, and their files."""
-    uri = sqlite_uri(root / "mlflow.db")
-    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri]
-    for start in range(0, len(deleted), MAX_RUNS):
-        runs = ",".join(run.info.run_id for run in deleted[start : start + MAX_RUNS])
-        subprocess.run([*command, "--run-ids", runs], check=True, capture_output=True)
-    for run in deleted:
-        with contextlib.suppress(OSError):  # MLflow leaves the folder, empty
-            Path(unquote(urlparse(run.info.artifact_uri).path)).parent.rmdir()
+def refuse_outside(root: Path, *uris: str) -> None:
+    """Refuse places of artifacts that are not below `root/mlruns`; a database may come from anyone.
+
+    Raises:
+        StorageError: An artifact would be written outside the root.
+    """
+    for uri in uris:
+        if not _is_below(root, uri):
+            remedy = "rename that experiment, or set MLFLOW_TRACKING_URI to this store to use it as it is"
+            raise StorageError(f"the database keeps artifacts outside the root, in {uri}; {remedy}")
+
+
+def remove_runs(root: Path, runs: Sequence[Run]) -> list[str]:
+    """Remove runs from the database of a root, and their files below `root/mlruns`; return which files are left.
+
+    `mlflow gc` would also remove experiments and models that others have deleted and may restore, and folders outside
+    the root.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    store: Any = SqlAlchemyStore(sqlite_uri(root / "mlflow.db"), str(root / "mlruns"))  # type: ignore[no-untyped-call]
+    left = []
+    for run in runs:
+        store._hard_delete_run(run.info.run_id)
+        uri, folder = run.info.artifact_uri, Path(local_file_uri_to_path(run.info.artifact_uri)).parent
+        if _is_below(root, uri) and folder.name == run.info.run_id and re.fullmatch("[0-9a-f]{32}", folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            left.append(uri)
+    store.engine.dispose()
+    return left
+
+
+def _is_below(root: Path, uri: str) -> bool:
+    """Return whether a place of artifacts is a folder below `root/mlruns`, wherever links lead."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    mlruns = root.resolve() / "mlruns"
+    return is_local_uri(uri) and mlruns in Path(local_file_uri_to_path(uri)).resolve().parents
 
 
 def _try(database: Path) -> None:
