@@ -121,7 +121,7 @@ def test_a_deletion_that_mlflow_fails_leaves_the_study(root: Path) -> None:
         delete(root, "mine", "--yes")
     (root / "kept.db").rename(root / "mlflow.db")
     with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
-        database.execute("UPDATE alembic_version SET version_num = 'of a later MLflow'")
+        database.execute("ALTER TABLE experiments RENAME TO damaged")
     with pytest.raises(StorageError, match=r"^MLflow in .*: .*; study mine is still there$"):
         delete(root, "mine", "--yes")
     assert names(root) == ["mine", "other"]

@@ -556,11 +556,16 @@ def test_a_server_that_is_away_is_a_warning(root: Path, monkeypatch: pytest.Monk
 def test_a_store_named_by_the_environment_takes_the_place_of_the_root(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(root)  # where this store's own artifacts go
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-    opened(tmp_path / "unused", study("elsewhere")).end(ended())
-    assert not (tmp_path / "unused").exists()
-    assert len(runs(root, "trial")) == 1
+    tracker = MLflowTracker(tmp_path / "other", sample_every_s=None)
+    link = tracker.open(study("elsewhere"))
+    tracker.end(ended())
+    assert link
+    assert link.startswith(f"python -m pipeline.ui --root {tmp_path / 'other'}   then open http://127.0.0.1:5000/#/exp")
+    (run,) = runs(root, "trial")
+    assert run.info.artifact_uri.startswith((tmp_path / "other" / "mlruns" / "artifacts").as_uri())
+    assert artifact(root, run, "config.yaml")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mlruns"]
 
 
 def test_a_process_that_takes_too_long_is_ended_with_a_warning(root: Path, background: TrackerProcess) -> None:

@@ -23,6 +23,8 @@ from pipeline.tracking.mlflow_store import (
     refuse_outside,
     remote_uri,
     remove_runs,
+    server_page,
+    server_uri,
 )
 from pipeline.tracking.record import (
     lr_csv,
@@ -63,7 +65,7 @@ class MLflowTracker:
                 seconds, so that a short search has none; None for no such records.
 
         Raises:
-            InvalidInput: SQLite cannot read `mlflow.db`, or the file or the folder of artifacts is a link.
+            InvalidInput: The store cannot be used.
         """
         self._root = root
         self._sample_every_s = sample_every_s
@@ -76,7 +78,7 @@ class MLflowTracker:
         """Import what writing a study needs, which takes seconds."""
         load_mlflow()
 
-    def open(self, study: StudyInfo) -> str:
+    def open(self, study: StudyInfo) -> str | None:
         """Open or create the store, the experiment, the study's run and its view; return how to look at the view."""
         self._study = study
         self._warnings: list[str] = []
@@ -98,8 +100,12 @@ class MLflowTracker:
                 self._ended.add(number)
         self._save_view()
         self._monitor = self._start_monitor()
+        if server_uri():
+            page = server_page()
+            return page and f"{page}{self._view_path()}"
         here = self._root.resolve() == Path.cwd()
-        command = "mlflow ui" if here else f"python -m pipeline.ui --root {shlex.quote(str(self._root))}"
+        root = "" if here else f" --root {shlex.quote(str(self._root))}"
+        command = "mlflow ui" if here and not remote_uri() else f"python -m pipeline.ui{root}"
         return f"{command}   then open http://127.0.0.1:5000{self._view_path()}"
 
     def end(self, trial: EndedTrial) -> None:
@@ -175,7 +181,7 @@ class MLflowTracker:
         if experiment is None:
             # Absolute, because MLflow resolves a relative path against the working folder of whoever reads it.
             folder = self._root.absolute() / "mlruns" / "artifacts" / mlflow_name(name)
-            location = None if remote_uri() else folder.as_uri()
+            location = None if server_uri() else folder.as_uri()
             return self._client.get_experiment(self._client.create_experiment(name, artifact_location=location))
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
