@@ -121,8 +121,13 @@ def test_a_database_that_the_environment_names_is_served_and_its_uri_is_on_no_co
 ) -> None:
     uri = f"sqlite:///{root / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    served = []
-    monkeypatch.setattr(mlflow_page, "serve", lambda *arguments: served.append(arguments) or 0)
+    served: list[tuple[list[str], dict[str, str]]] = []
+
+    def serve(command: list[str], variables: dict[str, str]) -> int:
+        served.append((command, variables))
+        return 0
+
+    monkeypatch.setattr(mlflow_page, "serve", serve)
     assert ui.main(["--root", str(tmp_path / "elsewhere"), "--port", str(free_port)]) == 0
     assert capsys.readouterr().out.startswith("my last ")
     ((command, variables),) = served
