@@ -33,7 +33,7 @@ def export(root: Path, *, study: str | None, trial: int | None, out: Path | None
     """
     if out is not None:
         cli.refuse_out(out)
-    opened = Store(root).open(study)
+    opened = Store(root, warn=cli.warn).open(study)
     text = config_file(opened, choose_trial(opened, trial))
     if out is None:
         sys.stdout.write(text)

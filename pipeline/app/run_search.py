@@ -52,7 +52,7 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         rows=options.rows,
         workload=options.workload,
     )
-    store = Store(options.root)
+    store = Store(options.root, warn=cli.warn)
     model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
     trained = fingerprint(executor.workload, model)
     compared = None if options.changed_code else trained

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.errors import InvalidInput, Problem
+from pipeline.errors import InvalidInput, Problem, StorageError
 
 LOCK = "lock"
 """Name of the file in a study's folder that the search of the study keeps locked."""
@@ -43,17 +43,34 @@ def refuse_links(root: Path, *paths: Path) -> None:
         )
 
 
+def lock(handle: int, path: Path, *, wait: bool = True) -> None:
+    """Lock a file or folder for this process until its handle is closed.
+
+    Raises:
+        BlockingIOError: Another process has locked it, and `wait` is False.
+        StorageError: The file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # as of network file systems
+        remedy = "a search needs a file system with locks; name another --root"
+        raise StorageError(f"{path}: cannot be locked: {error.strerror}; {remedy}") from None
+
+
 @contextlib.contextmanager
 def folder_locked(folder: Path) -> Iterator[None]:
     """Make a folder and lock it, after any other process has unlocked it; the lock ends with the process at the latest.
 
     Raises:
         OSError: The folder cannot be made.
+        StorageError: The file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle, folder)
         yield
     finally:
         os.close(handle)
