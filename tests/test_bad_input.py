@@ -390,7 +390,8 @@ def test_a_link_below_the_root_is_refused_rather_than_followed_or_replaced(
             Path(name).symlink_to(target)
             command = "lr_range" if name.endswith("png") else "search"
             said = refuse(f"{command} --space mine.yaml", capsys)
-            assert f"--root: 1 problem\n  {name}: is a link to {target}; links below a root are not followed" in said
+            assert "--root: 1 problem\n" in said
+            assert f"{name}: is a link to {target}; links below a root are not followed" in said
             assert Path(name).is_symlink()
             Path(name).unlink()
 

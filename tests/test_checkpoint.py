@@ -173,7 +173,8 @@ def peak_memory_growth(action: Callable[[], object]) -> int:
     """Return how many bytes of memory an action takes at its peak, as the system counts."""
 
     def status(field: str) -> int:
-        return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) * 1024
+        (kilobytes,) = re.findall(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(kilobytes) * 1024
 
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -221,8 +221,8 @@ def refuse_root(root: Path, *names: str) -> None:
         refuse_unwritable(root / name, "--root")
 
 
-def refuse_out(path: Path) -> None:
-    """Refuse an `--out` that could not be written, before any work is done for it.
+def writable_out(path: Path) -> Path:
+    """Return the absolute path of an `--out`, before any work is done for it: own code may change the working folder.
 
     Raises:
         InvalidInput: The folder does not exist, or the file cannot be written.
@@ -231,3 +231,4 @@ def refuse_out(path: Path) -> None:
         message = f"there is no folder {path.absolute().parent}; make it first"
         raise InvalidInput("--out", [Problem(str(path), message)])
     refuse_unwritable(path.resolve(), "--out")
+    return path.resolve()

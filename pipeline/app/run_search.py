@@ -52,7 +52,7 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         rows=options.rows,
         workload=options.workload,
     )
-    store = Store(options.root, warn=cli.warn)
+    store = Store(options.folder, warn=cli.warn)
     model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
     trained = fingerprint(executor.workload, model)
     compared = None if options.changed_code else trained
@@ -188,8 +188,9 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
             write_atomic(path, config_file(study, best[0]))
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
-        console.print(f"best config   {path}   train it again: {options.train_again(path)}", soft_wrap=True)
-    winner, files = (best[0], (path.absolute(),)) if best else (None, ())
+        shown = options.root / path.relative_to(options.folder)
+        console.print(f"best config   {shown}   train it again: {options.train_again(shown)}", soft_wrap=True)
+    winner, files = (best[0], (path,)) if best else (None, ())
     finished = len(study.ended) >= options.trials
     tracker.finish(StudySummary(finished=finished, note=note, best=winner, files=files))
     if best:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def start_search(*, quiet: bool = False, **given: Any) -> SearchResult:
     """Run or continue a search; `pipeline.app.options.read_search` takes the other arguments."""
     options = read_search(**given)
-    cli.refuse_root(options.root, "mlruns/optuna.db")
+    cli.refuse_root(options.folder, "mlruns/optuna.db")
     console = build_console(quiet=quiet)
-    with contextlib.closing(TrackerProcess(options.root)) as tracker:
+    with contextlib.closing(TrackerProcess(options.folder)) as tracker:
         with console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext():
             # Here, not above: bad options are refused without the seconds that these imports take, and the tracker's
             # process imports MLflow at the same time.
