@@ -54,11 +54,11 @@ class TrackerProcess:
         self._warnings: list[str] | None = None
         # Not multiprocessing: its new process would import the caller's main module once more.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from pipeline.tracking.process import serve; serve()"],
+            [sys.executable, "-P", "-c", "from pipeline.tracking.process import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
             process_group=0,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -164,6 +164,16 @@ class _Record:
         if end or unanswered:
             self._failures[end or "its process ended too early"] += unanswered
         return [f"{self.name}: {_sentence(cause, lost)}" for cause, lost in self._failures.items()]
+
+
+def _import_path() -> list[str]:
+    """Return where the process imports from: where this process does, but not from the working folder.
+
+    A file there, such as `random.py`, would otherwise run in place of a module. The folder that holds this package may
+    be the working folder, and comes last.
+    """
+    here = Path.cwd()
+    return [folder for folder in sys.path if Path(folder).resolve() != here] + [str(Path(__file__).parents[2])]
 
 
 def serve() -> None:
