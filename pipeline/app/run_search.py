@@ -69,6 +69,9 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         else:
             study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
         console.print(_headline(study, executor, options), soft_wrap=True)
+        if options.timeout is not None:
+            limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
+            console.print(limit, soft_wrap=True)
         with _tracked(study, tracker), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, executor, checkpoints, tracker, interrupts, console)
