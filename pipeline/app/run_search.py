@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
-from pipeline.app.display import TABLE_WIDTH, Progress, best_table, failure_line, score_line, strategy_line
+from pipeline.app.display import TABLE_WIDTH, Progress, best_table, busy, failure_line, score_line, strategy_line
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import environment, prepare
 from pipeline.app.result import SearchResult
@@ -44,17 +44,19 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     space, trials = options.space, options.trials
     if options.workload is None:
         cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
-    space, executor = prepare(
-        space,
-        source=options.source,
-        device=options.device,
-        searching=True,
-        rows=options.rows,
-        workload=options.workload,
-    )
+    with busy(console, "reading the data, and trying model, loss and metrics"):
+        space, executor = prepare(
+            space,
+            source=options.source,
+            device=options.device,
+            searching=True,
+            rows=options.rows,
+            workload=options.workload,
+        )
     store = Store(options.folder, warn=cli.warn)
-    model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
-    trained = fingerprint(executor.workload, model)
+    with busy(console, "comparing code, data and model with those of the study"):
+        model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
+        trained = fingerprint(executor.workload, model)
     compared = None if options.changed_code else trained
     name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
     resume = options.resume(name)
@@ -68,7 +70,9 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             executor.adopt(study.rules)
         else:
             study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
-        console.print(_headline(study, executor, options), soft_wrap=True)
+        with busy(console, "trying whether trials of this model train as rows of one matrix"):
+            headline = _headline(study, executor, options)
+        console.print(headline, soft_wrap=True)
         if options.timeout is not None:
             limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
             console.print(limit, soft_wrap=True)

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from pipeline.app import cli
-from pipeline.app.display import build_console
+from pipeline.app.display import build_console, busy
 from pipeline.app.options import read_search
 from pipeline.tracking.process import TrackerProcess
 
@@ -20,7 +20,7 @@ def start_search(*, quiet: bool = False, **given: Any) -> SearchResult:
     cli.refuse_root(options.folder, "mlruns/optuna.db")
     console = build_console(quiet=quiet)
     with contextlib.closing(TrackerProcess(options.folder)) as tracker:
-        with console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext():
+        with busy(console, "loading PyTorch and Optuna"):
             # Here, not above: bad options are refused without the seconds that these imports take, and the tracker's
             # process imports MLflow at the same time.
             from pipeline.app.run_search import run_search
