@@ -30,6 +30,16 @@ from pipeline.workloads.fingerprint import changes
 
 FORMAT = 3
 """Version of the format in which a study stores its header and its trials."""
+HEADER_TYPES = {
+    "space": str,
+    "document": Mapping,
+    "trials": int,
+    "group_size": int,
+    "placement": Mapping,
+    "created": float,
+    "fingerprint": Mapping | None,
+}
+"""Stored field of a `StudyHeader` to its types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +103,18 @@ class Store:
         ended = self._database.count_trials() if summaries else {}
         for summary in summaries:
             header = summary.user_attrs.get(HEADER)
-            if header is None or not is_study_name(summary.study_name):
+            if not isinstance(header, Mapping) or not is_study_name(summary.study_name):
                 continue  # another program's study, or an abandoned one
-            if header["format"] != FORMAT:
-                message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
+            if header.get("format") != FORMAT:
+                message = (
+                    f"is of format {header.get('format')}, and this version reads format {FORMAT}; use another --root"
+                )
                 raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
-            values = {key: header[key] for key in ("space", "document", "trials", "group_size", "placement", "created")}
-            values["fingerprint"] = header.get("fingerprint")
+            values: dict[str, Any] = {key: header.get(key) for key in HEADER_TYPES}
+            if wrong := [key for key, types in HEADER_TYPES.items() if not isinstance(values[key], types)]:
+                remedy = "restore it, or remove the study with Optuna's command line: optuna delete-study"
+                message = f"another program changed its {wrong[0]}, got {values[wrong[0]]!r}; {remedy}"
+                raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
             headers.append(StudyHeader(name=summary.study_name, ended=ended.get(summary.study_name, 0), **values))
         return sorted(headers, key=lambda header: header.created)
 

@@ -74,7 +74,7 @@ class Study:
         before_write: Called before each change of the storage; raises if the change would be lost.
 
     Raises:
-        StorageError: Another program has removed a trial from the storage.
+        StorageError: Another program has removed or changed a trial.
     """
 
     def __init__(
@@ -97,11 +97,16 @@ class Study:
         self._frozen = _own_trials(stored, study=name)
         self.passed_over = len(stored) - len(self._frozen)
         """Number of trials that other programs have added; they are no part of the search."""
-        self.ended = [_from_optuna(number, trial) for number, trial in enumerate(self._frozen)]
         attrs = self._stored.user_attrs
-        self.rules = PlacementRules(**attrs[HEADER]["placement"])
-        """Rules of the placement of the trials."""
-        self._groups = [AskedGroup(**attrs[key]) for key in sorted(attrs) if key.startswith(_GROUP)]
+        with _as_stored(f"study {name}", study=name):
+            self.rules = PlacementRules(**attrs[HEADER]["placement"])
+            """Rules of the placement of the trials."""
+            self._groups = [AskedGroup(**attrs[key]) for key in sorted(attrs) if key.startswith(_GROUP)]
+        self.ended: list[EndedTrial] = []
+        """Stored trials, in number order."""
+        for number, trial in enumerate(self._frozen):
+            with _as_stored(f"trial {number} of study {name}", study=name):
+                self.ended.append(_from_optuna(number, trial))
 
     def next_group(self, trials: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose the next group of a search of `trials` trials in total.
@@ -259,6 +264,16 @@ def _to_optuna(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
     frozen.datetime_start = datetime.datetime.fromtimestamp(trial.started)
     frozen.datetime_complete = datetime.datetime.fromtimestamp(trial.ended)
     return frozen
+
+
+@contextlib.contextmanager
+def _as_stored(what: str, *, study: str) -> Iterator[None]:
+    """Turn what happens to values that no search stored into a StorageError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        remedy = f"restore it from a copy, or delete the study: python -m pipeline.search --delete {study}"
+        raise StorageError(f"{what} is not as a search stored it: {type(error).__name__} {error}; {remedy}") from error
 
 
 def _own_trials(stored: Sequence[FrozenTrial], *, study: str) -> list[FrozenTrial]:
