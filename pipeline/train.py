@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     arguments = _parse(argv)
-    cli.refuse_out(arguments.out)
-    if arguments.out.resolve() == arguments.config.resolve():
+    file = cli.writable_out(arguments.out)
+    if file == arguments.config.resolve():
         raise InvalidInput("--out", [Problem(str(arguments.out), "is the config itself; name another file")])
     trained = train(
         arguments.config,
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         fast=arguments.fast,
         test=arguments.test,
     )
-    _save(trained, arguments.out)
+    _save(trained, file, shown=arguments.out)
     return 0
 
 
@@ -81,8 +81,8 @@ def train(
     return start_training(config, workload, overrides=overrides, device=device, fast=fast, test=test, say=say)
 
 
-def _save(trained: Trained, out: Path) -> None:
-    """Write the state of a trained model.
+def _save(trained: Trained, file: Path, *, shown: Path) -> None:
+    """Write the state of a trained model, and say so with the path as it was given.
 
     Raises:
         InvalidInput: The file cannot be written.
@@ -95,10 +95,10 @@ def _save(trained: Trained, out: Path) -> None:
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     try:
-        write_atomic(out.resolve(), buffer.getvalue())
+        write_atomic(file, buffer.getvalue())
     except OSError as error:
-        raise InvalidInput("--out", [Problem(str(out), f"cannot be written: {error.strerror}")]) from None
-    print(f"model         {out}   a state dict: torch.load({str(out)!r}, weights_only=True)")
+        raise InvalidInput("--out", [Problem(str(shown), f"cannot be written: {error.strerror}")]) from None
+    print(f"model         {shown}   a state dict: torch.load({str(shown)!r}, weights_only=True)")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

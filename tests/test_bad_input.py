@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from tiny import RULES
 
 from pipeline import export, lr_range, search, train
 from pipeline.app import cli
+from pipeline.errors import InvalidInput
 from pipeline.space.config import Digits, TrialConfig
 from pipeline.space.load import load_space
 from pipeline.space.optimizers import SGD
@@ -421,19 +423,22 @@ def test_a_database_that_is_none_is_refused(
     MLflowTracker(Path())  # which is not used then
 
 
-def test_a_link_to_nothing_is_refused_rather_than_replaced(
+def test_a_link_below_the_root_is_refused_rather_than_followed_or_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(SPACE)
-    Path("mlflow.db").symlink_to("unmounted/mlflow.db")
-    assert "cannot be used as MLflow's database: unable to open" in refuse("search --space mine.yaml", capsys)
-    Path("mlflow.db").unlink()
     Path("mlruns").mkdir()
-    Path("mlruns/optuna.db").symlink_to("unmounted/optuna.db")
-    said = refuse("search --space mine.yaml", capsys)
-    assert "mlruns/optuna.db: cannot be written: Is a link to nothing; name another" in said
-    assert Path("mlruns/optuna.db").is_symlink()
+    Path("elsewhere").mkdir()
+    for name in ("mlflow.db", "mlruns/optuna.db", "mlruns/artifacts", "mlruns/lr_range-mine.png"):
+        for target in (Path("unmounted/file").absolute(), Path("elsewhere").absolute()):
+            Path(name).symlink_to(target)
+            command = "lr_range" if name.endswith("png") else "search"
+            said = refuse(f"{command} --space mine.yaml", capsys)
+            assert "--root: 1 problem\n" in said
+            assert f"{name}: is a link to {target}; links below a root are not followed" in said
+            assert Path(name).is_symlink()
+            Path(name).unlink()
 
 
 @pytest.mark.parametrize("command", ["train mine.yaml", "export"])
@@ -611,6 +616,7 @@ def test_help_and_form_errors_do_not_wait_for_torch(
 import sys
 from pipeline import {module}
 from pipeline.app import cli
+from pipeline.errors import InvalidInput
 try:
     cli.run(lambda: {module}.main({arguments!r}))
 except SystemExit as ended:
@@ -618,3 +624,63 @@ except SystemExit as ended:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == str(status)
+
+
+STORES = {
+    "file:///data/runs": "MLflow no longer writes to folders of files; unset it to use --root, or set it to a "
+    "database, such as sqlite:///ROOT/mlflow.db; `mlflow migrate-filestore --source /data/runs ",
+    "mlruns": "MLflow no longer writes to folders of files; ",
+    "foo://host": "MLflow has no store of the scheme 'foo'; unset it",
+    "ftp://me:secret@host/x?token=abc": "MLflow has no store of the scheme 'ftp'; unset it",
+    "https://": "names no server; write https://host:port, or unset it",
+    "sqlite://": "is a database in memory, which ends with its process; unset it",
+    "sqlite:///:memory:": "is a database in memory, which ends with its process; unset it",
+    "postgresql+foo://me:secret@host/runs?password=secret": "cannot be read: Can't load plugin: ",
+    "postgresql://me:secret@host:port/runs": "cannot be read: ",
+}
+
+
+@pytest.mark.parametrize("uri", STORES)
+def test_a_uri_that_is_no_store_of_mlflows_is_refused_at_once_with_the_remedy(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InvalidInput) as refused:
+        MLflowTracker(tmp_path)
+    said = str(refused.value)
+    assert said.startswith("MLFLOW_TRACKING_URI: 1 problem\n  ")
+    assert STORES[uri].replace("ROOT", str(tmp_path)) in said
+    assert "sqlite:///" in said
+    assert not {"secret", "abc"} & {*re.split(r"\W+", said)}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (
+            "cfd24bdc0731",
+            "is of an earlier version of MLflow; copy the file, then run `mlflow db upgrade sqlite:///FILE`",
+        ),
+        (
+            "v3.2.0.a",
+            "is of schema v3.2.0.a, which the installed MLflow does not know; install the MLflow that made it",
+        ),
+    ],
+)
+def test_a_database_of_another_mlflow_is_refused_at_once_with_the_remedy(
+    version: str, words: str, chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mlflow.db"
+    if chosen:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute("CREATE TABLE alembic_version (version_num)")
+        database.execute("INSERT INTO alembic_version VALUES (?)", [version])
+    before = file.read_bytes()
+    with pytest.raises(InvalidInput) as refused:
+        MLflowTracker(tmp_path / "elsewhere" if chosen else tmp_path)
+    assert words.replace("FILE", str(file)) in str(refused.value)
+    assert str(refused.value).endswith("or set MLFLOW_TRACKING_URI to another" if chosen else "or name another --root")
+    assert file.read_bytes() == before

@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -7,6 +8,7 @@ import pickle
 import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import zlib
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.errors import StorageError
 from pipeline.files.strict_yaml import loads
 from pipeline.space.config import Digits, TrialConfig
 from pipeline.space.optimizers import AdamW
@@ -369,6 +372,21 @@ def test_artifacts_that_are_elsewhere_on_purpose_stay_there(root: Path, tmp_path
     assert sorted(theirs) == sorted(place.as_uri() for place in places)
 
 
+@pytest.mark.parametrize("place", ["experiments.artifact_location", "runs.artifact_uri"])
+def test_a_database_does_not_choose_where_artifacts_are_written(root: Path, tmp_path: Path, place: str) -> None:
+    opened(root, study())
+    table, _, column = place.partition(".")
+    (tmp_path / "theirs").mkdir()
+    link = root / "mlruns" / "artifacts" / "link"
+    link.symlink_to(tmp_path / "theirs")
+    for uri in ((tmp_path / "theirs").as_uri(), link.as_uri(), (root / "mlruns" / "..").as_uri(), "s3://theirs/a"):
+        with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+            database.execute(f"UPDATE {table} SET {column} = ?", [uri])
+        with pytest.raises(StorageError, match=r"^the database keeps artifacts outside the root, in .*; rename that"):
+            opened(root, study())
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
 def test_odd_group_names_keep_their_own_curves(root: Path) -> None:
     groups = ("fc,1", "fc;1", "..", "a/b", "größe 1")
     names = [lr_metric(group) for group in groups]
@@ -538,11 +556,16 @@ def test_a_server_that_is_away_is_a_warning(root: Path, monkeypatch: pytest.Monk
 def test_a_store_named_by_the_environment_takes_the_place_of_the_root(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(root)  # where this store's own artifacts go
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-    opened(tmp_path / "unused", study("elsewhere")).end(ended())
-    assert not (tmp_path / "unused").exists()
-    assert len(runs(root, "trial")) == 1
+    tracker = MLflowTracker(tmp_path / "other", sample_every_s=None)
+    link = tracker.open(study("elsewhere"))
+    tracker.end(ended())
+    assert link
+    assert link.startswith(f"python -m pipeline.ui --root {tmp_path / 'other'}   then open http://127.0.0.1:5000/#/exp")
+    (run,) = runs(root, "trial")
+    assert run.info.artifact_uri.startswith((tmp_path / "other" / "mlruns" / "artifacts").as_uri())
+    assert artifact(root, run, "config.yaml")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mlruns"]
 
 
 def test_a_process_that_takes_too_long_is_ended_with_a_warning(root: Path, background: TrackerProcess) -> None:

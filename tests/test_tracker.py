@@ -36,8 +36,9 @@ class Table:
     def close(self) -> list[str]:
         return ["the disk is nearly full"]
 
-    def delete(self, study: str, *, identity: str) -> None:
+    def delete(self, study: str, *, identity: str) -> list[str]:
         (self.root / f"{study}.csv").unlink()
+        return []
 
     def rows(self) -> list[list[str]]:
         return list(csv.reader(self.path.read_text().splitlines())) if self.path.exists() else []
@@ -99,3 +100,16 @@ def test_a_tracker_that_refuses_the_root_ends_the_search_before_anything_is_writ
     with pytest.raises(InvalidInput, match=r"1 problem\n  must be another folder$"):
         TrackerProcess(tmp_path, trackers=(Table, Refused))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_of_trackers_imports_nothing_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pipeline", "random", "sqlite3"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")  # as `python -m` and notebooks have it
+    tracker = TrackerProcess(tmp_path, trackers=[Table])
+    tracker.open(study())
+    assert tracker.close(CLOSE_S) == [f"tables in {tmp_path}: the disk is nearly full"]
+    assert not (tmp_path / "ran").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich import get_console
@@ -36,6 +37,11 @@ def build_console(*, quiet: bool) -> Console:
     """Return the console of a search; in a notebook it prints plain text, in which long lines wrap."""
     is_terminal = False if _in_notebook() else None
     return Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+
+
+def busy(console: Console, words: str) -> AbstractContextManager[object]:
+    """Show on a terminal what is being done, while it is being done."""
+    return console.status(words) if console.is_terminal else nullcontext()
 
 
 def _in_notebook() -> bool:
@@ -115,8 +121,10 @@ class Progress:
         head = Table.grid(padding=(0, 1))
         head.add_row("", bar, Text(f"{self._done()}   {self._time_left(done)}"))
         below = [Text(f"  {line}", style="dim") for line in (self._best_strategy(), self._line_of_counts()) if line]
-        if self._interrupts.exit_status and self._runs:
+        if self._runs and self._interrupts.exit_status:
             below.append(Text("  ends after this epoch; Ctrl-C again ends at once"))
+        elif self._runs and self._interrupts.is_overdue:
+            below.append(Text("  the time is over; ends after this epoch"))
         return Constrain(Group(head, *below))  # unlike a Group, a notebook can show it
 
     def _done(self) -> str:

@@ -76,6 +76,9 @@ class SearchOptions:
     """Minutes until the search stops; None: no limit."""
     study: str | None
     root: Path
+    """As it was given, for messages."""
+    folder: Path
+    """The root, absolute: own code may change the working folder."""
     device: str
     rows: int | None
     changed_code: bool
@@ -145,9 +148,11 @@ class RangeTestOptions:
     """Names the space in messages."""
     device: str
     picture: Path
-    """File of the picture."""
+    """File of the picture, absolute: own code may change the working folder."""
+    picture_as_given: Path
+    """The same as the user may see it, relative to the given root."""
     write: Path | None
-    """The file that gets the proposed bounds, if any."""
+    """The file that gets the proposed bounds, absolute, if any."""
 
 
 def read_space(given: Path | Mapping[str, Any] | None, overrides: Overrides, *, searching: bool = True) -> FoundSpace:
@@ -193,7 +198,8 @@ def read_search(
     if not (space is None or isinstance(space, str | Path | Mapping)):
         wrong.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
     read = read_options("search", options, workload=workload, overrides=overrides, problems=wrong)
-    stored = _stored_study(read["root"], read["study"])
+    folder = read["root"].absolute()
+    stored = _stored_study(folder, read["study"])
     changes, made = with_workload(
         workload, overrides, stored=stored.document["workload"] if space is None and stored is not None else {}
     )
@@ -208,6 +214,7 @@ def read_search(
         space=found.space,
         source=found.source,
         workload=made,
+        folder=folder,
         changed_code=changed_code,
         from_python=from_python,
         workload_name=None if made is None else _name_of(workload),
@@ -229,11 +236,19 @@ def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
         message = f"is a ready-made search space, {write}; copy that file, and name the copy"
         raise InvalidInput("--write", [Problem(str(arguments.space), message)])
     function = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
-    picture = arguments.root / "mlruns" / f"{'-'.join(['lr_range', space.name, *function])}.png"
-    cli.refuse_unwritable(picture, "--root")
+    name = f"mlruns/{'-'.join(['lr_range', space.name, *function])}.png"
+    cli.refuse_root(arguments.root, name)
+    picture = arguments.root / name
     if write is not None:
         cli.refuse_unwritable(write.resolve(), "--write")
-    return RangeTestOptions(space=space, source=found.source, device=arguments.device, picture=picture, write=write)
+    return RangeTestOptions(
+        space=space,
+        source=found.source,
+        device=arguments.device,
+        picture=picture.absolute(),
+        picture_as_given=picture,
+        write=None if write is None else write.absolute(),
+    )
 
 
 def read_options(

@@ -37,7 +37,7 @@ def run_range_test(options: RangeTestOptions) -> int:
     curves = _test(space, executor, console)
     if options.write is not None:
         _write(options.write, curves, console)
-    _save_picture(options.picture, executor.workload.name, curves, console)
+    _save_picture(options, executor.workload.name, curves, console)
     return 0 if any(curve.bounds() for curve in curves.values()) else 1
 
 
@@ -73,9 +73,9 @@ def _write(path: Path, curves: Mapping[str, RateCurve], console: Console) -> Non
     console.print(f"file      {path}   {news}", soft_wrap=True)
 
 
-def _save_picture(path: Path, title: str, curves: Mapping[str, RateCurve], console: Console) -> None:
+def _save_picture(options: RangeTestOptions, title: str, curves: Mapping[str, RateCurve], console: Console) -> None:
     try:
-        write_atomic(path, range_png(title, curves))
+        write_atomic(options.picture, range_png(title, curves))
     except OSError as error:
-        raise InvalidInput("--root", [Problem(str(path), f"cannot be written: {error.strerror}")]) from None
-    console.print(f"picture   {path}", soft_wrap=True)
+        raise InvalidInput("--root", [Problem(str(options.picture), f"cannot be written: {error.strerror}")]) from None
+    console.print(f"picture   {options.picture_as_given}", soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
 from pipeline.app.device import environment
-from pipeline.app.display import TABLE_WIDTH, Progress, best_table, failure_line, score_line, strategy_line
+from pipeline.app.display import TABLE_WIDTH, Progress, best_table, busy, failure_line, score_line, strategy_line
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.result import SearchResult
@@ -43,16 +43,18 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     space, trials = options.space, options.trials
     if options.workload is None:
         cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
-    space, executor = prepare(
-        space,
-        source=options.source,
-        device=options.device,
-        searching=True,
-        rows=options.rows,
-        workload=options.workload,
-    )
-    store = Store(options.root)
-    trained = fingerprint_of(space, executor)
+    with busy(console, "reading the data, and trying model, loss and metrics"):
+        space, executor = prepare(
+            space,
+            source=options.source,
+            device=options.device,
+            searching=True,
+            rows=options.rows,
+            workload=options.workload,
+        )
+    store = Store(options.folder, warn=cli.warn)
+    with busy(console, "comparing code, data and model with those of the study"):
+        trained = fingerprint_of(space, executor)
     compared = None if options.changed_code else trained
     name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
     resume = options.resume(name)
@@ -66,7 +68,12 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             executor.adopt(study.rules)
         else:
             study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
-        console.print(_headline(study, executor, options), soft_wrap=True)
+        with busy(console, "trying whether trials of this model train as rows of one matrix"):
+            headline = _headline(study, executor, options)
+        console.print(headline, soft_wrap=True)
+        if options.timeout is not None:
+            limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
+            console.print(limit, soft_wrap=True)
         with _tracked(study, tracker), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, executor, checkpoints, tracker, interrupts, console)
@@ -186,8 +193,9 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
             write_atomic(path, config_file(study, best[0]))
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
-        console.print(f"best config   {path}   train it again: {options.train_again(path)}", soft_wrap=True)
-    winner, files = (best[0], (path.absolute(),)) if best else (None, ())
+        shown = options.root / path.relative_to(options.folder)
+        console.print(f"best config   {shown}   train it again: {options.train_again(shown)}", soft_wrap=True)
+    winner, files = (best[0], (path,)) if best else (None, ())
     finished = len(study.ended) >= options.trials
     tracker.finish(StudySummary(finished=finished, note=note, best=winner, files=files))
     if best:

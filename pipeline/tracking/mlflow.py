@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.trial import EndedTrial, TrialState
 from pipeline.tracking.mlflow_store import (
-    collect_garbage,
     find_runs,
     load_mlflow,
     open_store,
     refuse_broken,
+    refuse_outside,
     remote_uri,
+    remove_runs,
+    server_page,
+    server_uri,
 )
 from pipeline.tracking.record import (
     lr_csv,
@@ -62,8 +65,7 @@ class MLflowTracker:
                 seconds, so that a short search has none; None for no such records.
 
         Raises:
-            InvalidInput: SQLite cannot read `mlflow.db`, or the file is a link to nothing, which a new database would
-                replace.
+            InvalidInput: The store cannot be used.
         """
         self._root = root
         self._sample_every_s = sample_every_s
@@ -76,7 +78,7 @@ class MLflowTracker:
         """Import what writing a study needs, which takes seconds."""
         load_mlflow()
 
-    def open(self, study: StudyInfo) -> str:
+    def open(self, study: StudyInfo) -> str | None:
         """Open or create the store, the experiment, the study's run and its view; return how to look at the view."""
         self._study = study
         self._warnings: list[str] = []
@@ -84,6 +86,9 @@ class MLflowTracker:
         self._experiment = self._find_or_create_experiment()
         self._is_new = False
         self._run_id = self._find_or_create_run()
+        if not remote_uri():
+            places = self._experiment.artifact_location, self._client.get_run(self._run_id).info.artifact_uri
+            refuse_outside(self._root.absolute(), *places)
         self._client.log_text(self._run_id, study.space, "space.yaml")
         self._ended: set[int] = set()
         self._unfinished: defaultdict[int, list[str]] = defaultdict(list)
@@ -95,8 +100,12 @@ class MLflowTracker:
                 self._ended.add(number)
         self._save_view()
         self._monitor = self._start_monitor()
+        if server_uri():
+            page = server_page()
+            return page and f"{page}{self._view_path()}"
         here = self._root.resolve() == Path.cwd()
-        command = "mlflow ui" if here else f"python -m pipeline.ui --root {shlex.quote(str(self._root))}"
+        root = "" if here else f" --root {shlex.quote(str(self._root))}"
+        command = "mlflow ui" if here and not remote_uri() else f"python -m pipeline.ui{root}"
         return f"{command}   then open http://127.0.0.1:5000{self._view_path()}"
 
     def end(self, trial: EndedTrial) -> None:
@@ -144,10 +153,10 @@ class MLflowTracker:
         self._stop_monitor()
         return self._warnings
 
-    def delete(self, study: str, *, identity: str) -> None:
+    def delete(self, study: str, *, identity: str) -> list[str]:
         """Delete a study's runs with their files, and its view; a server of MLFLOW_TRACKING_URI only marks the runs."""
         if not remote_uri() and not (self._root / "mlflow.db").exists():
-            return
+            return []
         client = open_store(self._root.absolute())
         from mlflow.entities import ViewType
 
@@ -160,8 +169,8 @@ class MLflowTracker:
         for run in deleted:
             if run.info.lifecycle_stage == "active":
                 client.delete_run(run.info.run_id)
-        if not remote_uri():
-            collect_garbage(self._root, deleted)
+        left = [] if remote_uri() else remove_runs(self._root, deleted)
+        return [f"{uri} is left, since it is no folder of a run below {self._root / 'mlruns'}" for uri in left]
 
     def _view_path(self) -> str:
         return view_path(self._experiment.experiment_id, self._study.name)
@@ -172,7 +181,7 @@ class MLflowTracker:
         if experiment is None:
             # Absolute, because MLflow resolves a relative path against the working folder of whoever reads it.
             folder = self._root.absolute() / "mlruns" / "artifacts" / mlflow_name(name)
-            location = None if remote_uri() else folder.as_uri()
+            location = None if server_uri() else folder.as_uri()
             return self._client.get_experiment(self._client.create_experiment(name, artifact_location=location))
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.errors import StorageError
 from pipeline.files.locks import folder_locked, study_folder
 from pipeline.space.trial import EndedTrial
 from pipeline.tracking.mlflow import MLflowTracker
@@ -53,11 +54,11 @@ class TrackerProcess:
         self._warnings: list[str] | None = None
         # Not multiprocessing: its new process would import the caller's main module once more.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from pipeline.tracking.process import serve; serve()"],
+            [sys.executable, "-P", "-c", "from pipeline.tracking.process import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
             process_group=0,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -165,6 +166,16 @@ class _Record:
         return [f"{self.name}: {_sentence(cause, lost)}" for cause, lost in self._failures.items()]
 
 
+def _import_path() -> list[str]:
+    """Return where the process imports from: where this process does, but not from the working folder.
+
+    A file there, such as `random.py`, would otherwise run in place of a module. The folder that holds this package may
+    be the working folder, and comes last.
+    """
+    here = Path.cwd()
+    return [folder for folder in sys.path if Path(folder).resolve() != here] + [str(Path(__file__).parents[2])]
+
+
 def serve() -> None:
     """Run the trackers of a `TrackerProcess`: read messages from standard input, answer on standard output."""
     for number in (signal.SIGINT, signal.SIGTERM):  # some hosts signal every process; the caller decides
@@ -200,7 +211,7 @@ def _prepare(lock: contextlib.ExitStack, root: Path, study: StudyInfo, environme
     process opens the record: otherwise both would record the same trials.
     """
     os.environ.update(environment)
-    with contextlib.suppress(OSError):  # the folder cannot be made, so no other search can use it either
+    with contextlib.suppress(OSError, StorageError):  # no folder or no lock, so no other search can use it either
         lock.enter_context(folder_locked(study_folder(root, study.name)))
     return study
 
