@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs_with_images import detection, generator, mixup, siamese, vae
@@ -15,8 +16,10 @@ from jobs_with_sequences import text_classifier, truncated_backpropagation
 from jobs_with_tables import R2Score, graph_list, largest_error, mlp, multi_task, regression, table, tabular
 from tiny import ONE_GROUP, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from pipeline.errors import InvalidInput
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD, AdamW
 from pipeline.space.trial import EpochMetrics
@@ -354,3 +357,107 @@ def test_a_resumed_trial_with_state_beyond_parameters_has_its_model_before_it_tr
     resumed.load_state_dict(group.state_dict())
     for key, value in group.model_state(0).items():
         assert torch.equal(resumed.model_state(0)[key], value)
+
+
+class Masked(TinyModel):
+    """One class is masked out: its logit is -inf."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        return super().forward(inputs).masked_fill(torch.tensor([False, False, True]), -torch.inf)
+
+
+@pytest.mark.parametrize("trainer", [PlainTrials, FusedTrials])
+def test_a_metric_has_its_value_where_outputs_are_infinite_and_the_loss_is_not(
+    trainer: type[PlainTrials | FusedTrials],
+) -> None:
+    workload = tiny_workload(Masked)
+    train, val = (
+        dataclasses.replace(s, targets=s.targets % 2) for s in (split(workload, "train"), split(workload, "val"))
+    )
+    group = trainer(configs(0.1, 0.2), dataclasses.replace(workload, train=train, val=val), device=CPU)
+    assert all(0 < epoch.metrics["val/accuracy"] <= 1 for epoch in group.train_epoch().values())
+
+
+def split(workload: Workload, name: str) -> Split:
+    found = getattr(workload, name)
+    assert isinstance(found, Split)
+    return found
+
+
+class LateNoise(TinyModel):
+    """A model that draws random numbers from its sixth step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        assert isinstance(self.steps, Tensor)
+        if self.training:
+            self.steps += 1
+        noise = torch.randn_like(inputs) if self.steps > 5 else 0.0
+        return super().forward(inputs + noise)
+
+
+def projected(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Measure outputs in a direction drawn at random."""
+    return (outputs @ torch.randn(outputs.shape[1])).mean()
+
+
+@pytest.mark.parametrize("per_batch", [True, False])
+def test_random_numbers_of_a_metric_a_late_step_and_preprocess_are_the_same_each_time(per_batch: bool) -> None:
+    workload = dataclasses.replace(
+        tiny_workload(LateNoise),
+        metrics={"projected": Metric(projected, "minimize", per_batch=per_batch)},
+        preprocess=lambda inputs: F.dropout(inputs, 0.2),
+    )
+    histories = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        group = PlainTrials(configs(0.1), workload, device=CPU, draws=())
+        histories.append([group.train_epoch() for _ in range(3)])
+    assert histories[0] == histories[1]
+
+
+class KeepsScale(nn.Module):
+    """A loss that divides by a moving average of itself."""
+
+    scale = 1.0
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return a scalar."""
+        loss = F.cross_entropy(outputs, targets)
+        self.scale = 0.9 * self.scale + 0.1 * float(loss.detach())
+        return loss / self.scale
+
+
+def test_a_loss_that_keeps_state_is_refused() -> None:
+    workload = dataclasses.replace(tiny_workload(), loss=KeepsScale())
+    with pytest.raises(InvalidInput, match="the loss keeps state, since it gives another value for the same batch"):
+        probe(workload, tiny_config(), device=CPU, dtype=torch.float32)
+
+
+class CountsInArray(TinyModel):
+    """A model that counts its steps in an array, which matters from the tenth on."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        if self.training:
+            if isinstance(self.held, set):
+                self.held.add(len(self.held))
+            else:
+                self.held[0] += 1
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("held", [lambda: np.zeros(1), lambda: [np.int64(0)], set])
+def test_a_counter_of_any_kind_is_state(held: Callable[[], Any]) -> None:
+    workload = tiny_workload(lambda: CountsInArray(held()))
+    found = probe(workload, tiny_config(), device=CPU, dtype=torch.float32)
+    assert found.unsaved == "held changes in training and is no buffer"

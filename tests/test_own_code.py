@@ -300,7 +300,7 @@ def test_a_search_from_python_names_its_space_by_python_again() -> None:
     write_space(content(lion(), noam()))
     given = {**OPTIONS, "from_python": True}
     own = read_search(space="space.yaml", workload=tiny_workload, overrides={"seed": 3}, **given)
-    call = "search(space='space.yaml', workload=tiny_workload, overrides={'seed': 3}, study='a', trials=5)"
+    call = "search(study='a', trials=5, space='space.yaml', workload=tiny_workload, overrides={'seed': 3})"
     assert own.resume("a") == call
     own = read_search(space=content(lion(), noam()), workload=None, overrides={}, **given)
     assert own.resume("a") == "search(space=…, study='a', trials=5)"

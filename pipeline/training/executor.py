@@ -239,6 +239,10 @@ class LocalExecutor:
         outcomes: dict[int, dict[int, EpochMetrics] | Exception] = {}
         for size in sorted({_batch_size(trainer) for trainer in trainers}):
             together = [trainer for trainer in trainers if _batch_size(trainer) == size]
+            with self.precision():
+                for trainer in together:
+                    if isinstance(trainer, PlainTrials):
+                        trainer.repeat_epochs()  # one after the other, as all read from one loader
             with self._map(len(together)) as each:
                 found = train_epoch_together(cast(Sequence[Stepwise], together), each)
             outcomes |= {id(trainer): outcome for trainer, outcome in zip(together, found, strict=True)}

@@ -71,6 +71,7 @@ class PlainTrials:
         self._epoch = 0
         self._device, self._dtype = device, dtype
         self._workload = workload
+        draws = {*draws, "torch"}  # seeding torch costs little, and a model may draw later than the probe looked
         self._output_size = output_size
         self._unsaved = unsaved
         self._epochs_to_repeat = 0
@@ -92,7 +93,7 @@ class PlainTrials:
 
     def begin_epoch(self) -> None:
         """Begin an epoch of every trial."""
-        self._repeat_epochs()
+        self.repeat_epochs()
         self._failed = {}
         self._each(PlainTrial.begin_epoch)
 
@@ -135,7 +136,7 @@ class PlainTrials:
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        self._repeat_epochs()
+        self.repeat_epochs()
         for trial in self._trials.values():
             trial.begin_evaluation()
         for batch in self.evaluation_batches("test"):
@@ -145,7 +146,7 @@ class PlainTrials:
 
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
-        self._repeat_epochs()
+        self.repeat_epochs()
         trial = self._trials[number]
         with trial.averaged():
             state = trial.model.state_dict()
@@ -168,7 +169,7 @@ class PlainTrials:
                 trial.load_state_dict(state[str(number)])
                 self._epoch = trial.epoch
 
-    def _repeat_epochs(self) -> None:
+    def repeat_epochs(self) -> None:
         """Train the epochs of a loaded state again, from the beginning, to get at the state that cannot be saved."""
         epochs, self._epochs_to_repeat = self._epochs_to_repeat, 0
         for _ in range(epochs):
@@ -277,8 +278,8 @@ class PlainTrial:
                 outputs = run_model(self.model, batch.inputs)
             outputs = without_bf16(outputs)
             loss = self._loss(outputs, batch)
-        row = map_tensors(lambda tensor: tensor.unsqueeze(0), outputs) if evaluation.needs_outputs else None
-        evaluation.add(loss.unsqueeze(0), row, batch.targets, size=batch.size)
+            row = map_tensors(lambda tensor: tensor.unsqueeze(0), outputs) if evaluation.needs_outputs else None
+            evaluation.add(loss.unsqueeze(0), row, batch.targets, size=batch.size)
 
     def _loss(self, outputs: Any, batch: Batch) -> Tensor:
         return loss_of(self.workload.loss, outputs, batch.targets, step=self.step + len(self.record.rates) - 1)

@@ -87,7 +87,8 @@ def training_batches(
     for step, batch in enumerate(samples_of(workload, "train").batches(order.split(config.batch_size), seed=seed)):
         if workload.augment is not None:
             batch = augmented(workload, batch, seed=derive_seed(config.seed, "augment", epoch, step))
-        yield model_batch(workload, batch, dtype, channels_last=config.channels_last)
+        seed_of_step = derive_seed(config.seed, "preprocess", epoch, step)
+        yield model_batch(workload, batch, dtype, channels_last=config.channels_last, seed=seed_of_step)
 
 
 def evaluation_batches(
@@ -96,8 +97,9 @@ def evaluation_batches(
     """Yield the batches of a split in order, as the model sees them; see `evaluation_batch_size`."""
     split = samples_of(workload, name)
     batches = torch.arange(len(split)).split(evaluation_batch_size(split, config, output_size=output_size))
-    for batch in split.batches(batches, seed=derive_seed(config.seed, name)):
-        yield model_batch(workload, batch, dtype, channels_last=config.channels_last)
+    for number, batch in enumerate(split.batches(batches, seed=derive_seed(config.seed, name))):
+        seed = derive_seed(config.seed, "preprocess", name, number)
+        yield model_batch(workload, batch, dtype, channels_last=config.channels_last, seed=seed)
 
 
 def evaluation_batch_size(split: Samples, config: TrialConfig, *, output_size: int = 0) -> int:
@@ -147,15 +149,25 @@ def device_of(batch: Batch) -> torch.device:
     return next((tensor.device for tensor in tensors(batch.both)), torch.device("cpu"))
 
 
-def model_batch(workload: Workload, batch: Batch, dtype: torch.dtype, *, channels_last: bool = False) -> Batch:
+def model_batch(
+    workload: Workload, batch: Batch, dtype: torch.dtype, *, channels_last: bool = False, seed: int = 0
+) -> Batch:
     """Return a batch with the inputs that the model takes; without targets the loss gets these inputs too.
+
+    Args:
+        workload: Supplies `preprocess`.
+        batch: As the data has it.
+        dtype: Type of floating-point inputs.
+        channels_last: Whether images are laid out with the channels last.
+        seed: Decides what `preprocess` draws from torch's global random state.
 
     Raises:
         DataError: `preprocess` raised.
     """
     inputs = batch.inputs
     if workload.preprocess is not None:
-        inputs = checked_call("preprocess", workload.preprocess, inputs)
+        with seeded(seed, device_of(batch), kinds=("torch",)):
+            inputs = checked_call("preprocess", workload.preprocess, inputs)
 
     def laid_out(values: Tensor) -> Tensor:
         values = values.to(dtype) if values.is_floating_point() else values

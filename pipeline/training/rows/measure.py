@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import pickle
 from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.errors import InvalidInput, Problem
 from pipeline.space.config import TrialConfig
 from pipeline.training.contract import copied
 from pipeline.workloads.build import built_model, run_model
@@ -52,7 +55,11 @@ class Finding:
 
 
 def measure_step(workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype) -> Finding:
-    """Measure a training step: random numbers, state, memory and FLOPs; see `Finding`."""
+    """Measure a training step: random numbers, state, memory and FLOPs; see `Finding`.
+
+    Raises:
+        InvalidInput: The loss keeps state.
+    """
     batch = model_batch(workload, first_batch(samples_of(workload, "train"), BATCH), dtype)
     model = built_model(workload, seed=config.seed, device=device, dtype=dtype)
     saved, counter, numbers = _SavedTensors(model), FlopCounterMode(display=False), _RandomNumbersRead()
@@ -60,12 +67,13 @@ def measure_step(workload: Workload, config: TrialConfig, device: torch.device, 
     attributes = _plain_attributes(model)
     versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts in-place writes
     draws, written, unsaved, chance, output_size = frozenset(KINDS), None, None, None, 0
+    loss_repeats = True
     with contextlib.suppress(Exception, SystemExit):
         with seeded(0, device):
             before = random_states(device)
             with saved, counter, numbers:
                 outputs = run_model(model.train(), copied(batch).inputs)
-                workload.loss(outputs, batch.targets)
+                loss = workload.loss(outputs, batch.targets)
             held, changed = _held_state(model), _changed(attributes, _plain_attributes(model))
             with torch.no_grad():
                 evaluated = run_model(model.eval(), copied(batch).inputs)
@@ -73,12 +81,17 @@ def measure_step(workload: Workload, config: TrialConfig, device: torch.device, 
         output_size = sum(tensor.numel() for tensor in tensors(evaluated)) // batch.size
         draws = frozenset(kind for kind in KINDS if before[kind] != after[kind])
         written = next((name for name, p in model.named_parameters() if p._version != versions[name]), None)
-        repeats = _repeats(model, batch, state, outputs, device)
+        again, loss_again = _computed_again(model, workload, batch, state, device)
+        repeats = _are_close(outputs, again)
+        loss_repeats = not repeats or _are_close(loss, loss_again)
         if name := changed or _changed(held, _held_state(model)):
             unsaved = f"{name} changes in training and is no buffer"
         elif not repeats:
             unsaved = "state is more than parameters and buffers"
         chance = _chance(draws, reads=numbers.found)
+    if not loss_repeats:
+        message = "the loss keeps state, since it gives another value for the same batch; all trials would share it"
+        raise InvalidInput("workload", [Problem("workload", f"{message}; keep it in a buffer of the model")])
     steps = config.batch_size / batch.size
     flops = 3 * counter.get_total_flops() * steps  # the backward pass takes twice as many as the forward pass
     copies = PARAMETER_COPIES + (config.accumulate > 1) + (config.ema is not None)
@@ -116,18 +129,24 @@ def _chance(draws: Container[str], *, reads: bool) -> str | None:
     return "a random number that Python reads may choose what a step computes" if reads else None
 
 
-def _repeats(model: nn.Module, batch: Batch, state: Sequence[Tensor], outputs: Any, device: torch.device) -> bool:
-    """Return whether a model that has seen a batch computes the same outputs again, with its first `state`.
+def _computed_again(
+    model: nn.Module, workload: Workload, batch: Batch, state: Sequence[Tensor], device: torch.device
+) -> tuple[Any, Tensor]:
+    """Return the outputs and the loss of a model that has seen a batch, for the same batch and its first `state`.
 
-    If not, state remains in the model: a hidden state, a list, a random generator of its own.
+    If the outputs differ, state remains in the model: a hidden state, a list, a random generator of its own.
     """
     with torch.no_grad():
         for tensor, value in zip((*model.parameters(), *model.buffers()), state, strict=True):
             tensor.copy_(value)
     with seeded(0, device):
-        again = run_model(model.train(), copied(batch).inputs)
-    pairs = zip(tensors(outputs), tensors(again), strict=True)
-    return all(torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True) for one, other in pairs)
+        outputs = run_model(model.train(), copied(batch).inputs)
+        return outputs, workload.loss(outputs, batch.targets)
+
+
+def _are_close(one: Any, other: Any) -> bool:
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(torch.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True) for first, second in pairs)
 
 
 def _plain_attributes(model: nn.Module) -> dict[str, Any]:
@@ -161,7 +180,14 @@ def _comparable(value: Any) -> Any:
         return [(str(key), _comparable(item)) for key, item in value.items()]
     if isinstance(value, list | tuple | deque):
         return [_comparable(item) for item in value]
-    return value if isinstance(value, int | float | str) else None
+    if isinstance(value, int | float | str):
+        return value
+    if inspect.isroutine(value):  # pickled, `random.random` would be the global random state
+        return None
+    try:
+        return hash(pickle.dumps(value))  # an array, a set, an object that counts
+    except Exception:  # a lock, a function of a function: nothing that can be compared
+        return None
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
