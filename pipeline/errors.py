@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,8 +103,14 @@ def collect(problems: list[Problem]) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes for what is not printable, such as control characters, which a terminal would obey."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Return a text for a terminal: escapes stand for control characters, which it would obey, `***` for passwords."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in masked(text))
+
+
+def masked(text: str) -> str:
+    """Return a text with `***` for the names and passwords in its URLs."""
+    text = re.sub(r"(?<=://)([^\s/@]*:\S*|[^\s/]*)@", "***@", text)
+    return re.sub(r"(?i)([?&][^\s=&]*(?:password|passwd|pwd|secret|token)[^\s=&]*=)[^\s&]*", r"\1***", text)
 
 
 def shortened(text: str, limit: int) -> str:
@@ -114,9 +121,9 @@ def shortened(text: str, limit: int) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known name, or all of them."""
-    known = list(known)
-    nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
-    return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    by_lower_case = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
+    return f"did you mean {by_lower_case[nearest[0]]}?" if nearest else f"known: {', '.join(by_lower_case.values())}"
 
 
 def listed(names: Sequence[str], *, show: int = 8) -> str:

@@ -17,6 +17,7 @@ from pipeline.app import cli
 if TYPE_CHECKING:
     from pipeline.app.result import SearchResult
     from pipeline.space.overrides import Overrides
+    from pipeline.workloads.loop import Epochs
     from pipeline.workloads.workload import Workload
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def search(
     space: Path | str | Mapping[str, Any] | None = None,
     *,
-    workload: Callable[[], Workload] | Workload | str | None = None,
+    workload: Callable[..., Workload | Epochs] | Workload | str | None = None,
     overrides: Overrides = MappingProxyType({}),
     trials: int | None = None,
     timeout: float | None = None,
@@ -63,7 +64,8 @@ def search(
 
     Args:
         space: A search-space file, the name of a ready-made space, or the content of a file; None: a ready-made space.
-        workload: Replaces the space's: a workload, a function that returns one, or a name as `--workload` takes.
+        workload: Replaces the space's: a workload, a function that returns one, a training loop, or a name as
+            `--workload` takes.
         overrides: Changes to the space, dotted place to value, such as `{"optimizer.sgd.base_lr.high": 0.5}`.
         trials: In total; None: as many as the study was last asked for, or 50.
         timeout: In minutes.

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from pipeline.app.start_training import Config
     from pipeline.app.train_config import Trained
     from pipeline.space.overrides import Overrides
+    from pipeline.workloads.loop import Epochs
     from pipeline.workloads.workload import Workload
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     arguments = _parse(argv)
-    cli.refuse_out(arguments.out)
-    if arguments.out.resolve() == arguments.config.resolve():
+    file = cli.writable_out(arguments.out)
+    if file == arguments.config.resolve():
         raise InvalidInput("--out", [Problem(str(arguments.out), "is the config itself; name another file")])
     trained = train(
         arguments.config,
@@ -37,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         fast=arguments.fast,
         test=arguments.test,
     )
-    _save(trained, arguments.out)
+    _save(trained, file, shown=arguments.out)
     return 0
 
 
 def train(
     config: Config,
-    workload: Callable[..., Workload] | Workload | str | None = None,
+    workload: Callable[..., Workload | Epochs] | Workload | str | None = None,
     *,
     overrides: Overrides = MappingProxyType({}),
     device: str = "auto",
@@ -80,8 +81,8 @@ def train(
     return start_training(config, workload, overrides=overrides, device=device, fast=fast, test=test, say=say)
 
 
-def _save(trained: Trained, out: Path) -> None:
-    """Write the state of a trained model.
+def _save(trained: Trained, file: Path, *, shown: Path) -> None:
+    """Write the state of a trained model, and say so with the path as it was given.
 
     Raises:
         InvalidInput: The file cannot be written.
@@ -94,10 +95,10 @@ def _save(trained: Trained, out: Path) -> None:
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     try:
-        write_atomic(out.resolve(), buffer.getvalue())
+        write_atomic(file, buffer.getvalue())
     except OSError as error:
-        raise InvalidInput("--out", [Problem(str(out), f"cannot be written: {error.strerror}")]) from None
-    print(f"model         {out}   a state dict: torch.load({str(out)!r}, weights_only=True)")
+        raise InvalidInput("--out", [Problem(str(shown), f"cannot be written: {error.strerror}")]) from None
+    print(f"model         {shown}   a state dict: torch.load({str(shown)!r}, weights_only=True)")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

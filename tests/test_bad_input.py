@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from tiny import RULES
 
 from pipeline import export, lr_range, search, train
 from pipeline.app import cli
+from pipeline.errors import InvalidInput
 from pipeline.space.config import Digits, TrialConfig
 from pipeline.space.load import load_space
 from pipeline.space.optimizers import SGD
@@ -82,6 +84,17 @@ def content(data: str | bytes, *words: str) -> Refused:
 
 
 RANGE = "{low: 1e-3, high: 1.0, log: true}"
+
+
+def own_optimizer(name: str, values: str, *words: str) -> Refused:
+    """Refuse a search with an optimizer of the person's own, whose code is `own_optimizers.py` as `own.py`."""
+    return space(f"sgd: {{base_lr: {RANGE}}}", f"'{name}': {{base_lr: {RANGE}{values}}}", *words)
+
+
+def own_schedule(name: str, values: str, *words: str) -> Refused:
+    return space("constant: {}", f"'{name}': {{{values}}}", *words)
+
+
 NAME_RULE = "argument --study: must be 1 to 100 letters, digits, '_', '-' and '.'"
 NO_STUDY = "holds no study; run `python -m pipeline.search`, or name another --root"
 
@@ -158,6 +171,37 @@ REFUSED = [
     space("constant: {}", "cosine: {eta_min: 0.1}", "eta_min: must be at most the smallest rate, 0.001 of sgd"),
     space("constant: {}", "plateau: {metric: loss}", "unknown metric 'loss'; did you mean val/loss?"),
     space("constant: {}", "onecycle: {pct_start: 0.01}", "pct_start: must be above 0.0125", "got 0.01"),
+    # Optimizers and schedules of one's own.
+    own_optimizer("own.py:Lino", "", "optimizer.own.py:Lino: own.py has no Lino; did you mean Lion?"),
+    own_optimizer("own.py:", "", "must be path/to/file.py:Class or package.module:Class, got 'own.py:'"),
+    own_optimizer("absent.py:Lion", "", "there is no file absent.py; a path is relative to the working folder"),
+    own_optimizer("lion_pytroch:Lion", "", "there is no module lion_pytroch; install it, or name a file, path/to/"),
+    own_optimizer(
+        "broken.py:Lion", "", "broken.py raised ZeroDivisionError: division by zero, in /", "broken.py, line 1"
+    ),
+    own_optimizer("own.py:noam", "", "must be a subclass of torch.optim.Optimizer, got function"),
+    own_optimizer("torch:Tensor", "", "must be a subclass of torch.optim.Optimizer, got the class Tensor"),
+    own_optimizer("own.py:Fixed", "", "must take the argument lr, which base_lr becomes, got (params, momentum)"),
+    own_optimizer("own.py:Lion", ", beta1: 0.9", "optimizer.own.py:Lion.beta1: unknown key; did you mean betas?"),
+    own_optimizer("own.py:Lion", ", lr: 0.1", "optimizer.own.py:Lion.lr: unknown key; known: base_lr, betas, weight_"),
+    own_optimizer("own.py:Lion", ", betas: [1.5, 0.9]", "raised ValueError: betas must be below 1, got (1.5, 0.9), in"),
+    own_optimizer("own.py:NeedsClosure", "", "raised TypeError: ", "missing 1 required positional argument: 'closure'"),
+    own_schedule("own.py:naom", "", "scheduler.own.py:naom: own.py has no naom; did you mean noam?"),
+    own_schedule("own.py:STEPS", "", "must be a function (step, total, …), got int"),
+    own_schedule("own.py:Lion", "", "must be a function (step, total, …), got the class Lion"),
+    own_schedule("own.py:turned", "", "must be a function (step, total, …), got (total, step)"),
+    own_schedule("shutil:rmtree", "", "must be a function (step, total, …), got (path, ignore_errors, onerror"),
+    own_schedule("own.py:taken", "", "its argument interval has the name of a key that every scheduler has; rename it"),
+    own_schedule("own.py:noam", "", "scheduler.own.py:noam.warmup_steps: is missing and has no default; add it"),
+    own_schedule("own.py:noam", "warmup_steps: 2.5", "noam.warmup_steps: must be a whole number, got 2.5"),
+    own_schedule("own.py:noam", "warmup_stesp: 3, warmup_steps: 3", "unknown key; did you mean warmup_steps?"),
+    own_schedule(
+        "own.py:below", "floor: -1.0", "scheduler.own.py:below: returned -0.5 at step 3 of 4; a factor must be"
+    ),
+    own_schedule("own.py:below", "floor: -1.0", "finite number of at least 0, with floor -1.0"),
+    own_schedule("own.py:nothing", "", "scheduler.own.py:nothing: returned None at step 0 of 4; a factor must be a"),
+    own_schedule("own.py:divides", "", "raised ZeroDivisionError: ", "own.py, line ", ", at step 2 of 4"),
+    own_schedule("own.py:a b", "", "must be path/to/file.py:function or package.module:function, got 'own.py:a b'"),
     # Groups.
     space('all: {pattern: "*"}', 'head: {pattern: "fc.*"}', "no group takes hidden1.weight", "pattern '*'"),
     space(
@@ -312,8 +356,8 @@ def refuse(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def listing() -> dict[Path, bytes | None]:
-    """Return all that is below the working folder, but for what SQLite itself does with a database that is read."""
-    paths = [path for path in Path().rglob("*") if not path.name.endswith(("-wal", "-shm"))]
+    """Return all that is below the working folder, but for what SQLite and Python do with files that are read."""
+    paths = [path for path in Path().rglob("*") if not path.name.endswith(("-wal", "-shm", ".pyc", "__pycache__"))]
     return {path: path.read_bytes() if path.is_file() and path.suffix != ".db" else None for path in paths}
 
 
@@ -322,6 +366,9 @@ def test_a_bad_input_is_refused_in_plain_words_and_nothing_is_written(
     case: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which the folder of own code is added
+    shutil.copy(Path(__file__).parent / "own_optimizers.py", "own.py")
+    Path("broken.py").write_text("1 / 0\n")
     Path("mine.yaml").write_bytes(case.content if isinstance(case.content, bytes) else case.content.encode())
     said = refuse(case.command, capsys)
     assert [word for word in case.words if word not in said] == [], said
@@ -376,19 +423,22 @@ def test_a_database_that_is_none_is_refused(
     MLflowTracker(Path())  # which is not used then
 
 
-def test_a_link_to_nothing_is_refused_rather_than_replaced(
+def test_a_link_below_the_root_is_refused_rather_than_followed_or_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(SPACE)
-    Path("mlflow.db").symlink_to("unmounted/mlflow.db")
-    assert "cannot be used as MLflow's database: unable to open" in refuse("search --space mine.yaml", capsys)
-    Path("mlflow.db").unlink()
     Path("mlruns").mkdir()
-    Path("mlruns/optuna.db").symlink_to("unmounted/optuna.db")
-    said = refuse("search --space mine.yaml", capsys)
-    assert "mlruns/optuna.db: cannot be written: Is a link to nothing; name another" in said
-    assert Path("mlruns/optuna.db").is_symlink()
+    Path("elsewhere").mkdir()
+    for name in ("mlflow.db", "mlruns/optuna.db", "mlruns/artifacts", "mlruns/lr_range-mine.png"):
+        for target in (Path("unmounted/file").absolute(), Path("elsewhere").absolute()):
+            Path(name).symlink_to(target)
+            command = "lr_range" if name.endswith("png") else "search"
+            said = refuse(f"{command} --space mine.yaml", capsys)
+            assert "--root: 1 problem\n" in said
+            assert f"{name}: is a link to {target}; links below a root are not followed" in said
+            assert Path(name).is_symlink()
+            Path(name).unlink()
 
 
 @pytest.mark.parametrize("command", ["train mine.yaml", "export"])
@@ -566,6 +616,7 @@ def test_help_and_form_errors_do_not_wait_for_torch(
 import sys
 from pipeline import {module}
 from pipeline.app import cli
+from pipeline.errors import InvalidInput
 try:
     cli.run(lambda: {module}.main({arguments!r}))
 except SystemExit as ended:
@@ -573,3 +624,63 @@ except SystemExit as ended:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == str(status)
+
+
+STORES = {
+    "file:///data/runs": "MLflow no longer writes to folders of files; unset it to use --root, or set it to a "
+    "database, such as sqlite:///ROOT/mlflow.db; `mlflow migrate-filestore --source /data/runs ",
+    "mlruns": "MLflow no longer writes to folders of files; ",
+    "foo://host": "MLflow has no store of the scheme 'foo'; unset it",
+    "ftp://me:secret@host/x?token=abc": "MLflow has no store of the scheme 'ftp'; unset it",
+    "https://": "names no server; write https://host:port, or unset it",
+    "sqlite://": "is a database in memory, which ends with its process; unset it",
+    "sqlite:///:memory:": "is a database in memory, which ends with its process; unset it",
+    "postgresql+foo://me:secret@host/runs?password=secret": "cannot be read: Can't load plugin: ",
+    "postgresql://me:secret@host:port/runs": "cannot be read: ",
+}
+
+
+@pytest.mark.parametrize("uri", STORES)
+def test_a_uri_that_is_no_store_of_mlflows_is_refused_at_once_with_the_remedy(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InvalidInput) as refused:
+        MLflowTracker(tmp_path)
+    said = str(refused.value)
+    assert said.startswith("MLFLOW_TRACKING_URI: 1 problem\n  ")
+    assert STORES[uri].replace("ROOT", str(tmp_path)) in said
+    assert "sqlite:///" in said
+    assert not {"secret", "abc"} & {*re.split(r"\W+", said)}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (
+            "cfd24bdc0731",
+            "is of an earlier version of MLflow; copy the file, then run `mlflow db upgrade sqlite:///FILE`",
+        ),
+        (
+            "v3.2.0.a",
+            "is of schema v3.2.0.a, which the installed MLflow does not know; install the MLflow that made it",
+        ),
+    ],
+)
+def test_a_database_of_another_mlflow_is_refused_at_once_with_the_remedy(
+    version: str, words: str, chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mlflow.db"
+    if chosen:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute("CREATE TABLE alembic_version (version_num)")
+        database.execute("INSERT INTO alembic_version VALUES (?)", [version])
+    before = file.read_bytes()
+    with pytest.raises(InvalidInput) as refused:
+        MLflowTracker(tmp_path / "elsewhere" if chosen else tmp_path)
+    assert words.replace("FILE", str(file)) in str(refused.value)
+    assert str(refused.value).endswith("or set MLFLOW_TRACKING_URI to another" if chosen else "or name another --root")
+    assert file.read_bytes() == before

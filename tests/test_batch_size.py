@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from pipeline.training.contract import TrialGroup
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.plain import PlainTrials
-from pipeline.training.rows import probe as probing
+from pipeline.training.rows import measure as measuring
 from pipeline.workloads.streamed import Streamed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,7 +101,7 @@ def test_data_that_are_read_batch_by_batch_are_read_once_for_each_batch_size() -
                 passes.append(len(indices[0]))
             return super().batches(indices, seed=seed)
 
-    streamed = dataclasses.replace(workload, train=Counted(workload.train, device=CPU, dtype=torch.float32))
+    streamed = dataclasses.replace(workload, train=cast(Any, Counted(workload.train, device=CPU, dtype=torch.float32)))
     group = LocalExecutor(streamed, tiny_config(), device=CPU, rows=8).build(mixed())
     passes.clear()
     history = train(group)
@@ -111,7 +111,7 @@ def test_data_that_are_read_batch_by_batch_are_read_once_for_each_batch_size() -
 
 def test_the_probe_decides_for_each_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     per_sample = 2 * 3 * (6 * 8 + 8 * 3)  # FLOPs
-    monkeypatch.setattr(probing, "MAX_STEP_FLOPS", 20 * per_sample)
+    monkeypatch.setattr(measuring, "MAX_STEP_FLOPS", 20 * per_sample)
     executor = executor_of(rows=8)
     assert "gains nothing as a row" in str(executor.why_plain(mixed()[6]))
     assert executor.why_plain(mixed()[3]) is None

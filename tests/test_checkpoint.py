@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import pickle
+import re
+import resource
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,6 +165,45 @@ def test_a_checkpoint_that_cannot_be_written_says_why_and_leaves_the_others(fold
     with pytest.raises(StorageError, match=r"002\.pt: cannot be written: Is a directory$"):
         saved(folder, 2)
     (folder.path / "002.pt").rmdir()
+    assert folder.names() == ["001.pt"]
+    assert values(folder) == [1]
+
+
+def peak_memory_growth(action: Callable[[], object]) -> int:
+    """Return how many bytes of memory an action takes at its peak, as the system counts."""
+
+    def status(field: str) -> int:
+        (kilobytes,) = re.findall(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(kilobytes) * 1024
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    action()
+    return status("VmHWM") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux counts it")
+def test_saving_takes_no_copy_of_the_whole_and_loading_takes_one(folder: Folder) -> None:
+    size = 1 << 25
+    state = {str(number): {"row": torch.full((size // 4,), float(number))} for number in range(6)}
+    assert peak_memory_growth(lambda: folder.open().save("001.pt", lambda: state)) < 1.5 * size
+    loaded: list[Any] = []
+    assert peak_memory_growth(lambda: loaded.extend(folder.open().load())) < 7.5 * size
+    assert all(torch.equal(loaded[0][1][number]["row"], state[number]["row"]) for number in state)
+
+
+def test_a_full_disk_in_the_middle_of_a_checkpoint_is_told_and_leaves_the_others(folder: Folder) -> None:
+    saved(folder, 1)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(StorageError, match=r"002\.pt: cannot be written: File too large$"):
+            folder.open().save("002.pt", lambda: {"tensor": torch.zeros(1 << 20), "more": torch.zeros(1 << 20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, handler)
     assert folder.names() == ["001.pt"]
     assert values(folder) == [1]
 
@@ -362,6 +405,7 @@ def test_a_checkpoint_of_another_version_of_torch_is_not_used(
     assert len(warnings) == 2
     assert "not used, its trials train from the beginning: the torch was 2 and is 3" in warnings[0]
     assert epochs == whole[0]
+    assert files(store) == []  # neither what was put aside, when its trials have ended
 
 
 def test_a_group_goes_on_as_it_was_asked_for_when_more_trials_are_wanted(store: Store) -> None:

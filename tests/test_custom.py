@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from pipeline.training.plain import PlainTrials
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.data import to_device
 from pipeline.workloads.load import load_workload
-from pipeline.workloads.workload import Metric, Split
+from pipeline.workloads.workload import Metric, Split, Workload
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
@@ -88,7 +90,7 @@ def _own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield
     for name in set(sys.modules) - modules:
-        if name.startswith("custom_workload_") or name in ("neighbour", "broken"):
+        if name.startswith("custom_") or name in ("neighbour", "broken"):
             del sys.modules[name]
 
 
@@ -107,6 +109,7 @@ def problems_of(function: str, **arguments: Any) -> list[str]:
 
 def test_a_function_in_a_file_makes_a_workload_with_its_arguments_and_neighbours(task: Path) -> None:
     workload = load_workload(Own(function=f"{task}:line", arguments={"slope": 3.0}))
+    assert isinstance(workload, Workload)
     assert workload.name == "line 3.0"
     assert len(workload.train) == 40
 
@@ -312,6 +315,306 @@ def test_what_cannot_be_read_or_built_is_refused(changes: dict[str, Any], messag
         prepare(space, source="mine.yaml", device="cpu", searching=True, workload=workload)
 
 
+def exits(*arguments: Any) -> Any:
+    sys.exit(3)
+
+
+class Exits(TinyModel):
+    """Exits in validation, or in training."""
+
+    def __init__(self, *, training: bool) -> None:
+        super().__init__()
+        self.exits_in_training = training
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training == self.exits_in_training:
+            sys.exit(3)
+        return super().forward(inputs)
+
+
+class Slope(TinyModel):
+    """Takes derivatives by its input, in validation too."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.detach().requires_grad_()
+        logits = super().forward(inputs)
+        (slope,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+        return logits + slope[:, :3]
+
+
+class ExitingData:
+    """A data set that exits at one sample, or as it is asked for its length."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+
+    def __len__(self) -> int:
+        return SAMPLES if self.at is not None else exits()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        torch.rand(1)  # a data set that draws is read during training
+        return exits() if index == self.at else (torch.ones(6), index % 3)
+
+
+class ExitingMetric:
+    """Exits as it is asked for its value."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take a batch."""
+
+    def compute(self) -> Any:
+        return exits()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    """Samples without numbers."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield torch.ones(6), 0
+
+
+class Centers(nn.Module):
+    """A loss that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(torch.ones(3))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs - self.centers, targets)
+
+
+def numbered(build_model: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
+    """Return a function that builds another model each time."""
+    numbers = itertools.count()
+    return lambda: build_model(next(numbers))
+
+
+def filled(number: int) -> nn.Module:
+    model = nn.Linear(6, 3)
+    nn.init.constant_(model.weight, number)
+    return model
+
+
+def quantized(values: Tensor) -> Tensor:
+    with warnings.catch_warnings(action="ignore"):  # PyTorch will remove quantized tensors
+        made: Tensor = torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)
+        return made
+
+
+SAMPLES = 37
+X = torch.ones(6)
+GOOD = [(torch.ones(6), index % 3) for index in range(SAMPLES)]
+LABELS = torch.arange(SAMPLES) % 3
+INPUTS = torch.ones(SAMPLES, 6)
+DIFFER = "differ in form; a `collate` may pad or list them"
+PARTS = "workload.function: workload returns a Workload whose train must"
+
+BATCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "no parts": ({"train": [()] * 10}, "workload.train: sample 0 must give (inputs…, target), got nothing"),
+    "None for a sample": (
+        {"val": [None] * 10},
+        "workload.val: sample 0 must hold tensors, arrays or numbers, got NoneType; a `collate` takes anything",
+    ),
+    "another number of parts": (
+        {"train": [(X, 0)] * 5 + [(X, X, 0)] + [(X, 0)] * 5},
+        f"workload.train: samples 0, 1, 2, … differ, ((6), int) and ((6), (6), int) {DIFFER}",
+    ),
+    "a tensor among dicts": (
+        {"train": [({"x": X}, 0)] * 5 + [(X, 0)]},
+        f"workload.train: samples 0, 1, 2, … differ, {{x: (6)}} and (6) {DIFFER}",
+    ),
+    "another shape": (
+        {"train": [(X, 0)] * 5 + [(X[1:], 0)]},
+        "workload.train: samples 0, 1, 2, … differ, with shapes (6,) and (5,); a `collate` may pad or list them",
+    ),
+    "a key too many": (
+        {"train": [({"inputs": X, "mask": X}, 0)] * 10},
+        "the model's forward is given the dict's keys inputs, mask, and got an unexpected keyword argument 'mask'",
+    ),
+    "a key that lacks": (
+        {"train": Split({"x": INPUTS}, LABELS)},
+        "the model's forward is given the dict's keys x, and missing a required argument: 'inputs'",
+    ),
+    "an argument too many": (
+        {"train": [(X, X, 0)] * 10},
+        "takes 2 positional arguments but 3 were given; a tuple gives the arguments one by one, a list gives one",
+    ),
+    "inputs of unlike length": (
+        {"train": Split({"a": INPUTS, "b": INPUTS[1:]}, LABELS)},
+        f"{PARTS} have a target for each input, and parts of one length, got {{a: (37, 6), b: (36, 6)}} inputs",
+    ),
+    "targets of unlike length": (
+        {"train": Split(INPUTS, {"y": LABELS, "z": LABELS[1:]})},
+        f"{PARTS} have a target for each input, and parts of one length, got (37, 6) inputs and {{y: (37), z: (36)}}",
+    ),
+    "collate raises": (
+        {"train": GOOD, "collate": lambda samples: samples.nothing},
+        "workload.train: collate raised AttributeError: 'list' object has no attribute 'nothing'",
+    ),
+    "collate takes nothing": (
+        {"train": GOOD, "collate": lambda: None},
+        "workload.train: collate raised TypeError: ",
+    ),
+    "collate returns None": (
+        {"train": GOOD, "collate": lambda samples: None},
+        "workload.train: collate must give (inputs…, target), got None",
+    ),
+    "collate returns nothing": (
+        {"train": GOOD, "collate": lambda samples: ()},
+        "workload.train: collate must give (inputs…, target), got nothing",
+    ),
+    "collate returns text": (
+        {"train": GOOD, "collate": lambda samples: ("a batch", LABELS[: len(samples)])},
+        "workload: the model raised TypeError on an input str: ",
+    ),
+    "collate loses a sample": (
+        {"train": GOOD, "collate": lambda samples: (INPUTS[1 : len(samples)], LABELS[: len(samples)])},
+        "workload: the loss raised ValueError on outputs (3, 3) and targets (4): ",
+    ),
+    "collate without a data set": (
+        {"collate": lambda samples: samples},
+        "whose collate makes batches of a data set's samples, and train and val are Splits; give data sets, or None",
+    ),
+    "order beyond the data": (
+        {"order": lambda epoch, generator: [0, 37]},
+        "workload: order must return indices from 0 to 36, got 0 to 37",
+    ),
+    "order from the end": (
+        {"order": lambda epoch, generator: [-1, 0]},
+        "workload: order must return indices from 0 to 36, got -1 to 0",
+    ),
+    "order of nothing": (
+        {"order": lambda epoch, generator: []},
+        "workload: order must return the indices of at least one sample, got none",
+    ),
+    "order of fractions": (
+        {"order": lambda epoch, generator: [0.5]},
+        "workload: order must return the indices of at least one sample, got (1) torch.float32",
+    ),
+    "order returns None": (
+        {"order": lambda epoch, generator: None},
+        "workload: order raised TypeError: 'NoneType' object is not iterable",
+    ),
+    "order without the generator": ({"order": lambda epoch: [0]}, "workload: order raised TypeError: "),
+    "order is a list": ({"order": [0, 1]}, "whose order must be a function or None, got list"),
+    "order of another length": (
+        {"order": lambda epoch, generator: range(10 + epoch)},
+        "workload: order must give as many indices in each epoch, got 10 and, in epoch 1, 11",
+    ),
+    "outputs that the loss cannot take": (
+        {"loss": lambda outputs, targets: F.nll_loss(outputs.T, targets)},
+        "workload: the loss raised ValueError on outputs (6, 3) and targets (6): ",
+    ),
+    "targets of NumPy without an axis": (
+        {"loss": F.mse_loss, "build_model": lambda: nn.Linear(6, 1), "train": [(X.double().numpy(), 1.0)] * 9},
+        "workload.train: outputs (4, 1) and targets (4) differ by an axis of 1; give both the same",
+    ),
+    "data on meta": (
+        {"train": Split(INPUTS.to("meta"), LABELS)},
+        f"{PARTS} hold dense tensors, got a tensor on meta, which has no values; load them",
+    ),
+    "sparse data": (
+        {"train": Split(INPUTS.to_sparse(), LABELS)},
+        f"{PARTS} hold dense tensors, got sparse_coo; call to_dense()",
+    ),
+    "quantized data": (
+        {"train": Split(quantized(INPUTS), LABELS)},
+        f"{PARTS} hold dense tensors, got a quantized tensor; call dequantize()",
+    ),
+    "a sample on meta": (
+        {"train": [(X.to("meta"), 0)] * 9},
+        "workload.train: sample 0 must hold dense tensors, got a tensor on meta, which has no values; load them",
+    ),
+    "a sparse sample": (
+        {"train": [(X.to_sparse(), 0)] * 9},
+        "workload.train: sample 0 must hold dense tensors, got sparse_coo; call to_dense()",
+    ),
+    "preprocess returns None": (
+        {"preprocess": lambda inputs: None},
+        "workload: preprocess must return the model's inputs, got NoneType, on inputs (6, 6)",
+    ),
+    "augment returns None": (
+        {"augment": lambda inputs, generator: None},
+        "workload: augment must keep the shape of a batch: of inputs (6, 6) it made NoneType",
+    ),
+    "augment loses the targets": (
+        {"augment": lambda inputs, targets, generator: inputs},
+        "workload: augment takes targets too, so it must return (inputs, targets), got (6, 6)",
+    ),
+    "augment returns three": (
+        {"augment": lambda inputs, targets, generator: (inputs, targets, 1)},
+        "workload: augment takes targets too, so it must return (inputs, targets), got ((6, 6), (6), int)",
+    ),
+    "augment shortens the targets": (
+        {"augment": lambda inputs, targets, generator: (inputs, targets[:2])},
+        "workload: the loss raised ValueError on outputs (6, 3) and targets (2): ",
+    ),
+    "a DataLoader": (
+        {"train": torch.utils.data.DataLoader(GOOD)},  # type: ignore[arg-type]
+        f"{PARTS} be a data set, got a DataLoader; give its `dataset`, its `collate_fn` as `collate`, and in place",
+    ),
+    "an iterable data set": (
+        {"train": Endless()},
+        f"{PARTS} have samples that are read by their number, got an IterableDataset; read it into a list, or write",
+    ),
+    "other weights from one seed": (
+        {"build_model": numbered(filled)},
+        "workload: build_model must give the same model from the same seed, got weight twice otherwise; draw weights",
+    ),
+    "other layers from one seed": (
+        {"build_model": numbered(lambda number: nn.Sequential(*[nn.Linear(6, 6)] * (number % 2), nn.Linear(6, 3)))},
+        "workload: build_model must give the same model from the same seed, got 0.weight twice otherwise; draw",
+    ),
+    "a loss with parameters": (
+        {"loss": Centers()},
+        "workload: the loss has parameters, which no optimizer would train; give them to the model",
+    ),
+    "derivatives in validation": (
+        {"build_model": Slope},
+        "workload: in validation, which computes no gradients, the model raised RuntimeError on an input (6, 6): ",
+    ),
+    "exit in build_model": ({"build_model": exits}, "workload: build_model raised SystemExit: 3, in "),
+    "exit in training": ({"build_model": lambda: Exits(training=True)}, "workload: the model raised SystemExit on an "),
+    "exit in validation": ({"build_model": lambda: Exits(training=False)}, "workload: the model raised SystemExit on "),
+    "exit in the loss": ({"loss": exits}, "workload: the loss raised SystemExit on outputs (6, 3) and targets (6): 3"),
+    "exit in a metric": ({"metrics": {"a": Metric(exits, "minimize")}}, "workload: the metric a raised SystemExit on "),
+    "exit in a metric's value": (
+        {"metrics": {"a": Metric(ExitingMetric(), "minimize")}},
+        "workload: the metric a raised SystemExit on outputs (6, 3) and targets (6): 3",
+    ),
+    "exit in augment": ({"augment": lambda inputs, generator: exits()}, "workload: augment raised SystemExit: 3"),
+    "exit in preprocess": ({"preprocess": exits}, "workload: preprocess raised SystemExit: 3"),
+    "exit in collate": ({"train": GOOD, "collate": exits}, "workload.train: collate raised SystemExit: 3"),
+    "exit in order": ({"order": lambda epoch, generator: exits()}, "workload: order raised SystemExit: 3"),
+    "exit in the first sample": ({"train": ExitingData(0)}, "workload.train: sample 0 raised SystemExit: 3"),
+    "exit in a later sample": ({"train": ExitingData(20)}, "workload: sample 20 raised SystemExit: 3"),
+    "exit in the length": ({"train": ExitingData(None)}, "returns a Workload whose data raised SystemExit: 3, in "),
+}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_that_cannot_be_trained_on_are_refused_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.workloads.streamed._reader_count", lambda: 0)
+    changes, message = BATCHES[name]
+
+    def job() -> Workload:
+        return dataclasses.replace(tiny_workload(), **{"metrics": {}, **changes})
+
+    with pytest.raises(InvalidInput) as refused:
+        search(SPACE | {"workload": {"name": "digits"}}, workload=job, trials=1, root=tmp_path / "new", device="cpu")
+    (problem,) = refused.value.problems
+    assert message in str(problem)
+    assert "\n" not in str(problem)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_input_ends_with_a_message_and_leaves_nothing(task: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for function in (f"{task}:raises", f"{task}:line"):
         with pytest.raises(InvalidInput) as caught:
@@ -495,6 +798,7 @@ def test_batch_norm_dropout_residuals_ties_and_odd_names_train_the_same_as_rows_
     assert trainer.plain_because is None
     rows = trainer.build(configs)
     assert trainer.describe(configs) == "rows 3"
+    assert isinstance(trainer.workload, Workload)
     plain = PlainTrials(configs, trainer.workload, device=CPU, dtype=torch.float64)
     for _ in range(4):
         ours, theirs = rows.train_epoch(), plain.train_epoch()

@@ -121,7 +121,38 @@ def test_a_deletion_that_mlflow_fails_leaves_the_study(root: Path) -> None:
         delete(root, "mine", "--yes")
     (root / "kept.db").rename(root / "mlflow.db")
     with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
-        database.execute("UPDATE alembic_version SET version_num = 'of a later MLflow'")
+        database.execute("ALTER TABLE experiments RENAME TO damaged")
     with pytest.raises(StorageError, match=r"^MLflow in .*: .*; study mine is still there$"):
         delete(root, "mine", "--yes")
     assert names(root) == ["mine", "other"]
+
+
+def test_a_deletion_leaves_what_is_outside_the_root_and_what_others_have_deleted(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = connect(root)
+    mine = [run for kind in ("study", "trial") for run in runs(root, kind) if run.data.tags["hpo.study"] == "mine"]
+    ours = {run.data.tags["hpo.kind"]: run.info for run in mine}
+    precious = tmp_path / ours["trial"].run_id / "artifacts"
+    inside = root / "mlruns" / "studies" / "other"
+    for folder in (precious, inside):
+        (folder / "kept").mkdir(parents=True)
+    deleted = client.create_experiment("deleted by a person", artifact_location=tmp_path.as_uri())
+    client.create_run(deleted)
+    client.delete_experiment(deleted)
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        for kind, folder in (("trial", precious.as_uri()), ("study", str(inside))):
+            assert ours[kind].artifact_uri.startswith("file://")
+            change = "UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?"
+            database.execute(change, [folder, ours[kind].run_id])
+    assert delete(root, "mine", "--yes") == 0
+    assert (precious / "kept").exists()
+    assert (inside / "kept").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(said) == sorted(
+        f"warning: {folder} is left, since it is no folder of a run below {root / 'mlruns'}"
+        for folder in (precious.as_uri(), inside)
+    )
+    assert [run.data.tags["hpo.study"] for kind in ("study", "trial") for run in runs(root, kind)] == ["other"] * 2
+    client.restore_experiment(deleted)
+    assert len(client.search_runs([deleted])) == 1

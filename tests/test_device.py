@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from pretended import DEVICE, pretended_device
 from tiny import ONE_GROUP, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.optimizers import OPTIMIZERS, Adafactor
+from pipeline.space.optimizers import OPTIMIZERS, SGD, Adafactor, Adam
 from pipeline.space.schedules import Cosine, OneCycle, Plateau, Step
 from pipeline.training.contract import TrialGroup
 from pipeline.training.epoch import Record
@@ -21,7 +23,7 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.rows.update_rules import has_rule
-from pipeline.workloads.workload import Workload
+from pipeline.workloads.workload import Metric, Split, Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,3 +179,55 @@ def test_trying_the_memory_computes_a_training_and_an_evaluation_batch() -> None
     sizes.clear()
     group.try_memory()
     assert sizes == [(8, True), (20, False)]
+
+
+class Spread(nn.Module):
+    """A metric as those of torchmetrics: a module that gets batch after batch, and whose state is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.zeros(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.total.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.total = fn(self.total)
+        return self
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.total += (outputs.amax(dim=1) - outputs.amin(dim=1)).sum()
+
+    def compute(self) -> Tensor:
+        return self.total.sum()
+
+    def reset(self) -> None:
+        self.total = torch.zeros_like(self.total)
+
+
+WEIGHT = torch.tensor([0.5, 1.0, 2.0])
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "weight": nn.CrossEntropyLoss(weight=WEIGHT),
+    "bound": functools.partial(F.cross_entropy, weight=WEIGHT),
+    "pos_weight": nn.BCEWithLogitsLoss(pos_weight=WEIGHT),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("trainer", [plain, fused, in_shards])
+def test_a_loss_and_a_metric_that_hold_tensors_move_with_the_data(trainer: Callable[..., Trials], name: str) -> None:
+    metrics = {"spread": Metric(Spread(), "maximize"), "loss_again": Metric(LOSSES[name], "minimize", per_batch=True)}
+    workload = dataclasses.replace(tiny_workload(), loss=LOSSES[name], metrics=metrics)
+    if name == "pos_weight":
+        splits = {split: getattr(workload, split) for split in ("train", "val", "test")}
+        hot = {key: Split(split.inputs, F.one_hot(split.targets, 3).float()) for key, split in splits.items()}
+        workload = dataclasses.replace(workload, **hot)  # type: ignore[arg-type]
+    configs = {number: tiny_config(optimizer(base_lr=0.01)) for number, optimizer in enumerate((SGD, Adam))}
+    here = trainer(configs, workload, device=CPU)
+    expected, tested = here.train_epoch(), here.test()
+    with pretended_device():
+        there = trainer(configs, workload, device=DEVICE)
+        assert same([there.train_epoch(), there.test()], [expected, tested])
+    assert tested[0]["test/spread"] > 0
+    assert tested[0]["test/loss_again"] == pytest.approx(tested[0]["test/loss"])

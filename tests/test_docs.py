@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import sys
 import textwrap
 import types
 from collections.abc import Iterator
@@ -139,17 +140,24 @@ def test_the_reference_has_every_key_of_a_file(key: str) -> None:
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in REFERENCE.parent.glob("*.md")))
-def test_every_yaml_block_of_a_page_is_a_search_space_or_a_part_of_one(page: str) -> None:
+def test_every_yaml_block_of_a_page_is_a_search_space_or_a_part_of_one(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.files.strict_yaml import loads
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for code in _blocks(REFERENCE.parent / page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            Path(name[1]).write_text(code)
     example = next(block for block in _blocks(REFERENCE) if "epochs" in block)
     whole = loads(example, source="example")
     for block in _blocks(REFERENCE.parent / page):
         build_space({**whole, **loads(block, source=page)}, source=page, name="example")
 
 
-def _blocks(page: Path) -> list[str]:
-    return re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+def _blocks(page: Path, language: str = "yaml") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in REFERENCE.parent.glob("*.md")))

@@ -21,6 +21,23 @@ def test_what_is_not_printable_is_escaped(text: str, expected: str) -> None:
     assert printable(expected) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("runs are at http://me:pw@host:5000/x, not here", "runs are at http://***@host:5000/x, not here"),
+        ("postgresql+psycopg2://me:p@/w:@host/runs", "postgresql+psycopg2://***@host/runs"),
+        ("https://token@host", "https://***@host"),
+        ("postgresql://host/runs?user=me&password=pw&sslmode=require", None),
+        ("http://host/?access_token=pw", "http://host/?access_token=***"),
+        ("http://127.0.0.1:5000/#/experiments/1, file:///home/me, me@host, a//b@c", None),
+    ],
+)
+def test_a_password_in_a_url_is_masked(text: str, expected: str | None) -> None:
+    assert printable(text) == (expected or text.replace("password=pw", "password=***"))
+    assert str(StorageError(text)) == printable(text)
+    assert str(InvalidInput(text, [Problem(text, text)])).count("pw") == 0
+
+
 @pytest.mark.parametrize("cls", [PipelineError, DataError, StorageError])
 def test_a_message_keeps_its_lines_and_escapes_the_rest(cls: type[PipelineError]) -> None:
     assert str(cls("a\x1b[31m\nb")) == "a\\x1b[31m\nb"

@@ -11,8 +11,9 @@ import torch
 from tiny import TinyModel, on_device, tiny_workload
 
 from pipeline.space.config import Own
+from pipeline.study.store import fingerprint_changes
 from pipeline.workloads.custom import custom_workload
-from pipeline.workloads.fingerprint import changes, fingerprint
+from pipeline.workloads.fingerprint import fingerprint
 from pipeline.workloads.workload import Split, Workload
 
 CPU = torch.device("cpu")
@@ -40,26 +41,32 @@ def of_files(folder: Path, *, task: str = TASK, parts: str = PARTS) -> dict[str,
     (folder / "task.py").write_text(task)
     (folder / "parts_of_task.py").write_text(parts)
     sys.modules.pop("parts_of_task", None)
-    return parts_of(custom_workload(Own(function=f"{folder / 'task.py'}:task")))
+    workload = custom_workload(Own(function=f"{folder / 'task.py'}:task"))
+    assert isinstance(workload, Workload)
+    return parts_of(workload)
 
 
 def test_a_change_of_code_is_found_in_the_file_and_in_files_beside_it(tmp_path: Path) -> None:
     before = of_files(tmp_path)
     assert {"code of task.py", "code of parts_of_task.py"} <= before.keys()
-    assert not list(changes(before, of_files(tmp_path, task=TASK.replace("# a comment\n", "# another comment\n\n"))))
+    assert not list(
+        fingerprint_changes(before, of_files(tmp_path, task=TASK.replace("# a comment\n", "# another comment\n\n")))
+    )
     other_loss = of_files(tmp_path, parts=PARTS.replace("abs()", "square()"))
-    assert list(changes(before, other_loss)) == [("code of parts_of_task.py", "has changed")]
+    assert list(fingerprint_changes(before, other_loss)) == [("code of parts_of_task.py", "has changed")]
 
 
 def test_other_data_and_another_model_are_found() -> None:
     workload = tiny_workload()
     assert isinstance(workload.val, Split)
     before = parts_of(workload)
-    assert not list(changes(before, parts_of(tiny_workload())))
+    assert not list(fingerprint_changes(before, parts_of(tiny_workload())))
     more = dataclasses.replace(workload, val=workload.val.take(torch.arange(19)))
     was, now = "was 20 samples of (1, 6)", "is 19 samples of (1, 6)"
-    assert list(changes(before, parts_of(more))) == [("val", f"{was} and {now}")]
+    assert list(fingerprint_changes(before, parts_of(more))) == [("val", f"{was} and {now}")]
     other = dataclasses.replace(workload, val=Split(workload.val.inputs + 1, workload.val.targets))
-    assert list(changes(before, parts_of(other))) == [("val", "has changed")]
+    assert list(fingerprint_changes(before, parts_of(other))) == [("val", "has changed")]
     with_norm = parts_of(tiny_workload(functools.partial(TinyModel, batch_norm=True)))
-    assert list(changes(before, with_norm)) == [("model", "was TinyModel of 4 tensors and is TinyModel of 9 tensors")]
+    assert list(fingerprint_changes(before, with_norm)) == [
+        ("model", "was TinyModel of 4 tensors and is TinyModel of 9 tensors")
+    ]

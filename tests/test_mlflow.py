@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import csv
 import dataclasses
 import io
@@ -8,6 +9,7 @@ import pickle
 import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import zlib
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.errors import StorageError
 from pipeline.space.config import Digits, TrialConfig
 from pipeline.space.optimizers import AdamW
 from pipeline.space.param_groups import ParamGroup
@@ -518,6 +521,29 @@ def test_artifacts_that_are_elsewhere_on_purpose_stay_there(root: Path, tmp_path
     assert sorted(theirs) == sorted(place.as_uri() for place in places)
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "experiments SET artifact_location = ?",
+        "runs SET artifact_uri = ?",
+        "runs SET artifact_uri = ? WHERE run_uuid IN (SELECT run_uuid FROM tags WHERE value = 'trial')",
+    ],
+)
+def test_a_database_does_not_choose_where_artifacts_are_written(root: Path, tmp_path: Path, place: str) -> None:
+    opened(root, study()).end(ended())
+    (tmp_path / "theirs").mkdir()
+    link = root / "mlruns" / "artifacts" / "link"
+    link.symlink_to(tmp_path / "theirs")
+    for uri in ((tmp_path / "theirs").as_uri(), link.as_uri(), (root / "mlruns" / "..").as_uri(), "s3://theirs/a"):
+        with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+            database.execute(f"UPDATE {place}", [uri])
+        with pytest.raises(
+            StorageError, match=r"^the database keeps artifacts outside the root, in .*; name another --root, or"
+        ):
+            opened(root, study())
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
 def test_odd_group_names_keep_their_own_curves(root: Path) -> None:
     groups = ("fc,1", "fc;1", "..", "a/b", "größe 1")
     names = [lr_metric(group) for group in groups]
@@ -621,32 +647,6 @@ def test_a_store_that_the_environment_names_after_the_process_began_is_the_one(
     assert connect(root).get_experiment_by_name("digits-cnn") is None
 
 
-def test_a_killed_process_begins_again_and_records_what_was_under_way(root: Path, background: TrackerProcess) -> None:
-    background.begin(begun(0))
-    background.epoch({0: epoch(1)})
-    assert background.links()
-    os.kill(background.pid, signal.SIGKILL)
-    background.epoch({0: epoch(2)})
-    background.end(ended(0, epochs=(epoch(1), epoch(2), epoch(3))))
-    background.end(ended(1))
-    background.finish(DONE)
-    assert background.close(stalled_s=CLOSE_S) == []
-    assert not background.incomplete
-    first, second = runs(root, "trial")
-    assert [step for step, _ in history(root, first, "val/loss")] == [10, 20, 30]
-    assert (first.info.status, second.info.status) == ("FINISHED", "FINISHED")
-    assert runs(root, "study")[0].info.status == "FINISHED"
-
-
-def test_a_process_that_is_killed_before_the_study_is_known_begins_again(root: Path) -> None:
-    tracker = TrackerProcess(root)
-    os.kill(tracker.pid, signal.SIGKILL)
-    tracker.open(study())
-    tracker.end(ended())
-    assert tracker.close(stalled_s=CLOSE_S) == []
-    assert len(runs(root, "trial")) == 1
-
-
 def test_a_process_that_is_killed_each_time_is_a_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.process.MAX_RESTARTS", 0)
     tracker = background_tracker(root, study())
@@ -720,11 +720,16 @@ def test_a_server_that_is_away_is_a_warning(root: Path, monkeypatch: pytest.Monk
 def test_a_store_named_by_the_environment_takes_the_place_of_the_root(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(root)  # where this store's own artifacts go
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-    opened(tmp_path / "unused", study("elsewhere")).end(ended())
-    assert not (tmp_path / "unused").exists()
-    assert len(runs(root, "trial")) == 1
+    tracker = MLflowTracker(tmp_path / "other", sample_every_s=None)
+    link = tracker.open(study("elsewhere"))
+    tracker.end(many_rates())
+    assert link
+    assert link.startswith(f"python -m pipeline.ui --root {tmp_path / 'other'}   then open http://127.0.0.1:5000/#/exp")
+    (run,) = runs(root, "trial")
+    assert run.info.artifact_uri.startswith((tmp_path / "other" / "mlruns" / "artifacts").as_uri())
+    assert artifact(root, run, "lr_history.csv")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mlruns"]
 
 
 def test_a_process_that_takes_too_long_is_ended_with_a_warning(root: Path, background: TrackerProcess) -> None:

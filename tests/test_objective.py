@@ -24,7 +24,7 @@ from pipeline.space.search_space import Objective
 from pipeline.space.trial import EpochMetrics
 from pipeline.study.store import Store
 from pipeline.study.study import Study
-from pipeline.training.rows import probe
+from pipeline.training.rows import measure
 from pipeline.workloads.workload import Metric, Workload
 
 # MLflow's own use of SQLAlchemy 2.1.
@@ -80,7 +80,7 @@ def _surroundings() -> Iterator[None]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     root, printed = tmp_path_factory.mktemp("search"), io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "MAX_STEP_FLOPS", 12 * 3 * 2 * (6 * 8 + 8 * 3))  # a step of 12 samples
+        patch.setattr(measure, "MAX_STEP_FLOPS", 12 * 3 * 2 * (6 * 8 + 8 * 3))  # a step of 12 samples
         result = search(SPACE, trials=4, root=root, device="cpu")
     assert result.config_file is not None
     return Found(root, printed.getvalue(), result.config_file)

@@ -13,7 +13,8 @@ import torch
 from tiny import TinyModel, tiny_config, tiny_workload
 from torch import Tensor, nn
 
-from pipeline.app.prepare import choose_device, environment, prepare
+from pipeline.app.device import choose_device, environment
+from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput
 from pipeline.space.load import load_space
 from pipeline.training.executor import LocalExecutor

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
@@ -195,6 +197,45 @@ class Fading(TinyModel):
         return super().forward(inputs) * self.faded
 
 
+class Masked(TinyModel):
+    """Adds a buffer with infinities, as a causal mask has them, and has a buffer without numbers."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(diagonal=1))
+        self.register_buffer("nothing", torch.zeros(0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        return super().forward(inputs @ self.mask.softmax(dim=1))
+
+
+class SeldomDropped(TinyModel):
+    """Leaves out a layer in one step of a thousand; the probe's few steps leave it in."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        super().__init__()
+        self.draw = draw
+        self.extra = nn.Linear(6, 6)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        return super().forward(inputs if self.draw() < 1e-3 else inputs + self.extra(inputs))
+
+
+class Longest(TinyModel):
+    """Reads a number of the data, and draws random numbers that choose nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (batch, 6) to logits (batch, class)."""
+        return super().forward(inputs[:, : int((inputs * 0 + 6).max())])
+
+
 def why_plain(build_model: Callable[[], nn.Module], **changes: Any) -> str | None:
     return probe(tiny_workload(build_model), tiny_config(**changes), device=CPU, dtype=torch.float32).plain_because
 
@@ -218,6 +259,12 @@ CANNOT_FUSE: list[tuple[Callable[[], nn.Module], str]] = [
     (Following, "its parameter average.weight changes in a forward pass"),
     (Fading, "its parameter faded changes in a forward pass"),
     (TransposedDropout, "as rows it trains to other numbers"),
+    (lambda: SeldomDropped(random.random), "random numbers of Python may choose what a step computes"),
+    (lambda: SeldomDropped(np.random.rand), "random numbers of NumPy may choose what a step computes"),
+    (
+        lambda: SeldomDropped(lambda: torch.rand(())),
+        "a random number that Python reads may choose what a step computes",
+    ),
 ]
 
 
@@ -254,6 +301,8 @@ CAN_FUSE: dict[str, Callable[[], nn.Module]] = {
     "spatial norm": SpatialNorm,
     "tied weights": Residual,
     "group norm": grouped,
+    "a mask of infinities": Masked,
+    "a number of the data": Longest,
 }
 
 

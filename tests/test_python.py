@@ -22,7 +22,9 @@ import torch
 from tiny import TinyModel, tiny_config, tiny_workload
 from torch.nn import functional as F
 
+import pipeline.train as train_command
 from pipeline.app.display import failure_line
+from pipeline.app.options import read_search
 from pipeline.app.result import SearchResult
 from pipeline.errors import InvalidInput, TrainingEnded
 from pipeline.files.signals import Interrupts
@@ -131,6 +133,7 @@ def test_what_a_stopped_search_prints_goes_on_with_it(script: Ran) -> None:
     assert len(script.names["result"].trials) == 2
     assert "seed 0, goes on from trial 2\n" in script.printed  # as the page's last call, the same one, did
     assert "9/9   best " in script.printed
+    assert script.printed.count("time limit    1e-09 minutes; an epoch that trains then is finished first\n") == 1
 
 
 def test_what_a_search_prints_trains_its_best_trial(notebook: Ran, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,3 +277,30 @@ def test_the_second_interrupt_of_a_search_from_python_raises() -> None:
         assert interrupts.asked()
         with pytest.raises(KeyboardInterrupt, match=re.escape("go on with: search()")):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_own_code_that_changes_the_working_folder_changes_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def task() -> Workload:
+        os.chdir(tmp_path / "elsewhere")
+        return tiny_workload()
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    imports = "import os\nfrom tiny import tiny_workload\nfrom pipeline.workloads.workload import Workload\n"
+    body = "def task() -> Workload:\n    os.chdir('elsewhere')\n    return tiny_workload()\n"
+    (tmp_path / "task.py").write_text(imports + body)
+    config = tiny_config(epochs=1).to_dict() | {"workload": {"name": "own", "function": "task.py:task"}}
+    (tmp_path / "mine.yaml").write_text(dumps(config))
+    assert train_command.main(["mine.yaml", "--device", "cpu", "--out", "model.pt"]) == 0
+    assert (tmp_path / "model.pt").exists()
+    assert "model         model.pt   a state dict" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    content = config | {"optimizer": {"sgd": {"base_lr": {"low": 0.1, "high": 1.0}}}}
+    rest: dict[str, Any] = dict.fromkeys(("trials", "timeout", "study", "rows"))
+    given = {**rest, "root": "mine", "device": "cpu", "changed_code": False, "from_python": True}
+    options = read_search(space=content, workload=task, overrides={}, **given)
+    assert Path.cwd() == tmp_path / "elsewhere"
+    assert options.folder == tmp_path / "mine"
+    assert list((tmp_path / "elsewhere").iterdir()) == []

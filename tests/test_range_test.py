@@ -135,8 +135,8 @@ class Numbers:
 @pytest.mark.parametrize("count", [4, 10])
 def test_part_of_the_data_is_the_same_random_part_whether_in_memory_or_read(count: int) -> None:
     kept = Split(torch.arange(10.0).unsqueeze(1), torch.arange(10))
-    read, behind = (Streamed(data, device=CPU, dtype=torch.float32) for data in (Numbers(), kept))
-    workloads = [dataclasses.replace(tiny_workload(), train=samples, val=samples) for samples in (kept, read, behind)]
+    all_samples: list[Any] = [kept, *(Streamed(data, device=CPU, dtype=torch.float32) for data in (Numbers(), kept))]
+    workloads = [dataclasses.replace(tiny_workload(), train=samples, val=samples) for samples in all_samples]
     parts: list[Any] = [with_fewer_samples(workload, train=count, val=10, seed=0).train for workload in workloads]
     taken = [[batch.targets.tolist() for batch in part.batches([torch.arange(count)], seed=0)] for part in parts]
     assert [len(part) for part in parts] == [count] * 3

@@ -103,6 +103,16 @@ BROKEN: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         schedule("onecycle", interval="epoch", pct_start=0.5, three_phase=True),
     ),
     (
+        {**schedule("onecycle", interval="epoch"), "epochs": 1},
+        "scheduler.onecycle.interval: needs at least 2 epochs, or `interval: step`, got the 1 epoch of the run",
+        {**schedule("onecycle", interval="step"), "epochs": 1},
+    ),
+    (
+        {**group(weight_decay=0.1), "optimizer": {"sgd": {"base_lr": LR}, "rprop": {"base_lr": LR}}},
+        "param_groups.all.weight_decay: must be absent with rprop, which has no weight decay",
+        {**group(weight_decay=0.1), "optimizer": {"sgd": {"base_lr": LR}}},
+    ),
+    (
         schedule("cosine", eta_min=1e-2),
         "scheduler.cosine.eta_min: must be at most the smallest rate, 0.001 of sgd times its lr_ratio, got 0.01",
         schedule("cosine", eta_min=1e-3),
@@ -177,7 +187,9 @@ def test_a_space_that_breaks_a_rule_is_refused_and_its_neighbour_is_not(
 
 @pytest.fixture(scope="module")
 def digits() -> Workload:
-    return load_workload(Digits())
+    workload = load_workload(Digits())
+    assert isinstance(workload, Workload)
+    return workload
 
 
 def with_model(path: Path, workload: Workload) -> list[str]:

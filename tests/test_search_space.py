@@ -95,7 +95,7 @@ class RandomTrial:
 
 def big_space(*, rprop: bool) -> SearchSpace:
     """Every optimizer and every schedule; Rprop goes with a constant rate only, so it has its own."""
-    everything = {"optimizer": EVERY_OPTIMIZER, "scheduler": EVERY_SCHEDULER, "param_groups": GROUPS}
+    everything: dict[str, Any] = {"optimizer": EVERY_OPTIMIZER, "scheduler": EVERY_SCHEDULER, "param_groups": GROUPS}
     everything |= {"no_weight_decay": [{"dims": 1}, {"pattern": "pos"}]}
     alone = {"optimizer": RPROP, "scheduler": {"constant": {}}, "param_groups": {"all": {"pattern": "*"}}}
     rest = {"workload": {"name": "digits"}, "epochs": 8, "batch_size": 64, "channels_last": rprop}

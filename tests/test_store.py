@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import io
 import json
 import os
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +22,7 @@ import pytest
 from optuna_dashboard._app import create_app  # type: ignore[import-untyped]
 from tiny import RULES
 
-from pipeline.errors import InvalidInput, StudyBusy
+from pipeline.errors import InvalidInput, StorageError, StudyBusy
 from pipeline.files.locks import folder_locked
 from pipeline.files.sqlite import create_whole
 from pipeline.space.config import TrialConfig
@@ -33,6 +39,9 @@ DOCUMENT: dict[str, Any] = {
     "scheduler": {"constant": {}},
     "param_groups": {"all": {"pattern": "*"}},
 }
+STUDY_FILES = [
+    f"mlruns/studies/mine/{name}" for name in ("lock", "best.yaml", "checkpoints/trials-to-000001-epoch-000001.pt")
+]
 
 
 def space_with(**changes: Any) -> SearchSpace:
@@ -215,6 +224,45 @@ def test_studies_of_other_programs_are_left_alone(store: Store) -> None:
     assert [header.name for header in store.headers()] == ["mine"]
 
 
+def test_a_study_whose_name_leads_out_of_the_root_is_another_programs(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8, ended=1)
+    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
+    for name in ("../../../evil", "/tmp/evil", ".."):
+        theirs = optuna.create_study(study_name=name, storage=f"sqlite:///{store.database}", direction="maximize")
+        theirs.set_user_attr("pipeline", study.user_attrs["pipeline"])
+        optuna.create_study(study_name=f"{name}/bare", storage=f"sqlite:///{store.database}")
+    assert [header.name for header in store.headers()] == ["mine"]
+    assert store.choose(space_with(), trials=8, name=None) == ("mine", True)
+    with pytest.raises(InvalidInput, match=r"evil: there is no such study"):
+        store.open("../../../evil")
+
+
+def test_no_link_below_the_root_is_followed(tmp_path: Path) -> None:
+    root, theirs = tmp_path / "root", tmp_path / "theirs"
+    with Store(root).lock("mine"):
+        create(Store(root), space_with(), name="mine", trials=8, ended=1)
+    for name in STUDY_FILES:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(f"the content of {name}")
+    for link in ("mlruns", "mlruns/optuna.db", "mlruns/studies", "mlruns/studies/mine", *STUDY_FILES):
+        (root / link).rename(theirs)
+        (root / link).symlink_to(theirs)
+        before = contents(theirs)
+        store = Store(root)
+        words = (
+            rf"{link}: is a link to {theirs}; links below a root are not followed; put what it leads to in its place"
+        )
+        with pytest.raises(InvalidInput, match=words), store.lock("mine"):
+            create(store, space_with(), name="other", trials=8)
+        assert contents(theirs) == before
+        (root / link).unlink()
+        theirs.rename(root / link)
+
+
+def contents(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in (path, *path.rglob("*")) if file.is_file()}
+
+
 def test_a_study_of_another_format_is_refused(store: Store) -> None:
     create(store, space_with(), name="mine", trials=8)
     study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
@@ -367,3 +415,210 @@ def test_optuna_dashboard_serves_a_study(store: Store) -> None:
     assert summary["study_name"] == "mine"
     trials = get(f"/api/studies/{summary['study_id']}")["trials"]
     assert [trial["values"] for trial in trials] == [[0.75], [0.75]]
+
+
+def theirs(store: Store) -> optuna.Study:
+    """Return the study `mine` as another program opens it."""
+    return optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
+
+
+def test_trials_that_other_programs_add_are_passed_over_with_a_word(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    store = Store(tmp_path, warn=warnings.append)
+    create(store, space_with(), name="mine", trials=3, ended=1)
+    rate = {"sgd.base_lr": 0.5}
+    theirs(store).enqueue_trial(rate)
+    study = store.open("mine")
+    assert study.rules == RULES
+    study.add(ended_trial(1))
+    theirs(store).ask()
+    theirs(store).add_trials([theirs(store).trials[0]])  # a copy of one of ours
+    rates = optuna.distributions.FloatDistribution(1e-3, 1.0, log=True)
+    best = optuna.trial.create_trial(value=1.0, params=rate, distributions={"sgd.base_lr": rates})
+    theirs(store).add_trial(best)
+    study = store.open("mine")
+    assert [trial.number for trial in study.ended] == [0, 1]
+    assert [trial.params for trial in study.ended] == [ended_trial(0).params, ended_trial(1).params]
+    assert study.best()[0].number == 0
+    assert list(study.next_group(3)) == [2]
+    assert store.choose(space_with(), trials=3, name=None) == ("mine", True)
+    study.add(ended_trial(2))
+    assert [trial.number for trial in store.open("mine").ended] == [0, 1, 2]
+    assert warnings[-1] == "3 trials of study mine, added by another program, passed over: no search trained it"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"config": {}},
+            "trial 1 of study mine is not as a search stored it: KeyError 'optimizer'; restore it from a ",
+        ),
+        ({"history": None}, "trial 1 of study mine is not as a search stored it: "),
+        ({"state": "won"}, "trial 1 of study mine is not as a search stored it: ValueError 'won' is not a valid Trial"),
+    ],
+)
+def test_a_trial_that_another_program_changed_is_told(store: Store, change: dict[str, Any], words: str) -> None:
+    create(store, space_with(), name="mine", trials=3, ended=1)
+    changed = optuna.trial.create_trial(
+        value=0.5, user_attrs=theirs(store).trials[0].user_attrs | {"number": 1} | change
+    )
+    theirs(store).add_trial(changed)
+    with pytest.raises(StorageError) as told:
+        store.open("mine")
+    assert str(told.value).startswith(words)
+    assert str(told.value).endswith("or delete the study: python -m pipeline.search --delete mine")
+
+
+def test_a_header_that_another_program_changed_is_told(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=3)
+    header = theirs(store).user_attrs["pipeline"]
+    changes: dict[str, dict[str, Any]] = {
+        "mine: another program changed its trials, got 'many'; restore it, or remove the study": {"trials": "many"},
+        "mine: another program changed its document, got None; restore it": {"document": None},
+        "mine: is of format None, and this version reads format 3": {"format": None},
+    }
+    for words, change in changes.items():
+        theirs(store).set_user_attr("pipeline", header | change)
+        with pytest.raises(InvalidInput) as refused:
+            store.headers()
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_a_trial_that_another_program_removed_is_missed(store: Store, numbered: bool) -> None:
+    create(store, space_with(), name="mine", trials=3, ended=3)
+    with contextlib.closing(sqlite3.connect(store.database)) as database, database:
+        database.execute("DELETE FROM trials WHERE number = 1")
+        if not numbered:  # as an earlier version stored them
+            database.execute("DELETE FROM trial_user_attributes WHERE key = 'number'")
+    if numbered:
+        with pytest.raises(StorageError, match=r"^trial 1 of study mine was removed .*; restore .* --delete mine$"):
+            store.open("mine")
+    else:
+        assert [trial.params for trial in store.open("mine").ended] == [ended_trial(n).params for n in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [
+        ("v2.6.0.a", "copy the file, then run `optuna storage upgrade --storage sqlite:///DATABASE`, or name another"),
+        ("v99.0.0.a", "does not know them; install the Optuna that made them, or name another --root"),
+    ],
+)
+def test_tables_of_another_optuna_are_refused_with_the_command_that_upgrades_them(
+    store: Store, version: str, remedy: str
+) -> None:
+    create(store, space_with(), name="mine", trials=3)
+    store.close()
+    with contextlib.closing(sqlite3.connect(store.database)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = ?", [version])
+    with pytest.raises(InvalidInput) as refused:
+        Store(store.root).headers()
+    assert str(refused.value).startswith(f"{store.database}: 1 problem\n  has tables of another version of Optuna: ")
+    assert remedy.replace("DATABASE", str(store.database)) in str(refused.value)
+
+
+def test_a_database_of_another_program_is_refused_and_gets_no_tables(store: Store) -> None:
+    store.database.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(store.database)) as database, database:
+        database.execute("CREATE TABLE theirs (x)")
+    before = store.database.read_bytes()
+    with pytest.raises(
+        InvalidInput, match=r"cannot be used as Optuna's database: opening: no such table: version_info"
+    ):
+        store.headers()
+    assert store.database.read_bytes() == before
+
+
+def test_a_file_system_without_locks_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    words = r": cannot be locked: No locks available; a search needs a file system with locks; name another --root$"
+    with pytest.raises(StorageError, match=f"^{store.root}/mlruns/studies/mine/lock{words}"), store.lock("mine"):
+        pass
+    with pytest.raises(StorageError, match=f"^{store.root}/new{words}"), folder_locked(store.root / "new"):
+        pass
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_database_that_is_removed_or_replaced_in_mid_run_is_noticed_at_the_next_trial(
+    store: Store, tmp_path: Path, replaced: bool
+) -> None:
+    create(store, space_with(), name="mine", trials=3, ended=1)
+    study = store.open("mine")
+    if replaced:
+        shutil.copy(store.database, tmp_path / "copy.db")
+        (tmp_path / "copy.db").replace(store.database)
+    else:
+        store.database.unlink()
+    words = (
+        r"optuna\.db was removed or replaced by another program meanwhile; put it back; without it, the same command"
+    )
+    with pytest.raises(StorageError, match=words):
+        study.add(ended_trial(1))
+    with pytest.raises(StorageError, match=words):
+        study.next_group(3)
+    assert len(study.ended) == 1
+
+
+def test_a_study_that_is_removed_in_mid_run_is_noticed_at_the_next_trial(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=3, ended=1)
+    study = store.open("mine")
+    optuna.delete_study(study_name="mine", storage=f"sqlite:///{store.database}")
+    for write in (lambda: study.add(ended_trial(1)), lambda: study.next_group(3)):
+        with pytest.raises(StorageError, match=r": study mine was removed by another program meanwhile; the same com"):
+            write()
+
+
+def test_a_search_waits_for_a_database_that_another_program_has_locked_and_says_so(tmp_path: Path) -> None:
+    warnings: list[str] = []
+
+    def unlock(warning: str) -> None:
+        warnings.append(warning)
+        other.rollback()
+
+    store = Store(tmp_path, warn=unlock)
+    create(store, space_with(), name="mine", trials=3)
+    study = store.open("mine")
+    with contextlib.closing(sqlite3.connect(store.database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        study.add(ended_trial(0))
+    assert warnings == [f"{store.database} is locked by another program; the search waits until it is unlocked"]
+    assert len(store.open("mine").ended) == 1
+
+
+EXPORTS = """
+import os, sys
+from pipeline import export
+for root in sys.argv[1:]:
+    export.main(["--root", root])
+    if os.geteuid() == 0:
+        os.setgid(65534), os.setuid(65534)  # nobody, after the first export has imported everything
+"""
+
+
+def test_a_root_that_may_not_be_written_is_read() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # which, unlike pytest's own, others may enter
+        Path(folder).chmod(0o755)
+        writable, killed, closed = (Path(folder) / name for name in ("writable", "killed", "closed"))
+        store = Store(writable)
+        create(store, space_with(), name="mine", trials=3, ended=1)
+        shutil.copytree(writable, killed)
+        store.close()
+        shutil.copytree(writable, closed)
+        logs = [root.joinpath("mlruns", "optuna.db-wal").exists() for root in (killed, closed)]
+        assert logs == [True, False]
+        before = [contents(root) for root in (killed, closed)]
+        for path in (path for root in (killed, closed) for path in (root, *root.rglob("*"))):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        command = [sys.executable, "-c", EXPORTS, *map(str, (writable, killed, closed))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        for path in (path for root in (killed, closed) for path in (root, *root.rglob("*"))):
+            path.chmod(0o755)
+        assert (done.returncode, done.stderr) == (0, "")
+        first, *others = done.stdout.split("# Trial 0 of study mine: ")[1:]
+        assert others == [first, first]
+        assert [contents(root) for root in (killed, closed)] == before

@@ -1,9 +1,11 @@
 import csv
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from test_mlflow import CLOSE_S, DONE, ended, study
+from test_mlflow import CLOSE_S, DONE, begun, ended, epoch, study
 
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
@@ -43,8 +45,9 @@ class Table:
     def close(self) -> list[str]:
         return ["the disk is nearly full"]
 
-    def delete(self, study: str, *, identity: str) -> None:
+    def delete(self, study: str, *, identity: str) -> list[str]:
         (self.root / f"{study}.csv").unlink()
+        return []
 
     def rows(self) -> list[list[str]]:
         return list(csv.reader(self.path.read_text().splitlines())) if self.path.exists() else []
@@ -63,6 +66,28 @@ class Closed(Table):
 
     def open(self, study: StudyInfo) -> str:
         raise PermissionError(13, "Permission denied", "/somewhere")
+
+
+class Told(Table):
+    """Notes every call in a file of its own."""
+
+    def open(self, study: StudyInfo) -> str:
+        self.note("open")
+        return super().open(study)
+
+    def begin(self, trial: BegunTrial) -> None:
+        self.note("begin", trial.number)
+
+    def epochs(self, metrics: Mapping[int, EpochMetrics], at: float) -> None:
+        for number, measured in metrics.items():
+            self.note("epoch", number, measured.epoch)
+
+    def end(self, trial: EndedTrial) -> None:
+        self.note("end", trial.number)
+
+    def note(self, *words: object) -> None:
+        with (self.root / "told").open("a") as file:
+            print(*words, file=file)
 
 
 class Refused(Table):
@@ -102,7 +127,48 @@ def test_a_tracker_that_fails_leaves_the_others_alone(failing: type[Table], warn
     assert len((tmp_path / "mine.csv").read_text().splitlines()) == 3
 
 
+def test_a_killed_process_begins_again_and_is_told_once_more_what_is_not_recorded(tmp_path: Path) -> None:
+    process = TrackerProcess(tmp_path, trackers=[Told])
+    process.open(study())
+    process.end(ended(0))
+    while process.missing:
+        pass
+    process.begin(begun(1))
+    process.epoch({1: epoch(1)})
+    os.kill(process.pid, signal.SIGKILL)
+    process.epoch({1: epoch(2)})
+    process.end(ended(1))
+    process.finish(DONE)
+    assert process.close(stalled_s=CLOSE_S) == [f"tables in {tmp_path}: the disk is nearly full"]
+    assert not process.incomplete
+    before, again = (tmp_path / "told").read_text().split("open\n")[1:]
+    assert before.startswith("end 0\n")
+    assert again.splitlines() == ["begin 1", "epoch 1 1", "epoch 1 2", "end 1"]
+
+
+def test_a_process_that_is_killed_before_the_study_is_known_begins_again(tmp_path: Path) -> None:
+    process = TrackerProcess(tmp_path, trackers=[Table])
+    os.kill(process.pid, signal.SIGKILL)
+    process.open(study("mine"))
+    process.end(ended())
+    assert process.close(stalled_s=CLOSE_S) == [f"tables in {tmp_path}: the disk is nearly full"]
+    assert (tmp_path / "mine.csv").read_text().splitlines() == ["0,complete,0.9"]
+
+
 def test_a_tracker_that_refuses_the_root_ends_the_search_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"1 problem\n  must be another folder$"):
         TrackerProcess(tmp_path, trackers=(Table, Refused))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_of_trackers_imports_nothing_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pipeline", "random", "sqlite3"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")  # as `python -m` and notebooks have it
+    tracker = TrackerProcess(tmp_path, trackers=[Table])
+    tracker.open(study())
+    assert tracker.close(stalled_s=CLOSE_S) == [f"tables in {tmp_path}: the disk is nearly full"]
+    assert not (tmp_path / "ran").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from pipeline.space.param_groups import ParameterRule, ParamGroup
 from pipeline.space.ready_made import find_space
 from pipeline.space.schedules import Cosine
 from pipeline.study.store import Store
-from pipeline.tracking.record import metric_points, trial_params
+from pipeline.tracking.record import epoch_points, trial_params
 from pipeline.training.optim import group_parameters, replay_rates
 from pipeline.training.plain import PlainTrial, PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
@@ -91,7 +92,7 @@ def transformer() -> Workload:
     )
 
 
-def layered(optimizer: Optimizer, layer_decay: float, **changes: object) -> TrialConfig:
+def layered(optimizer: Optimizer, layer_decay: float, **changes: Any) -> TrialConfig:
     groups = {
         "norm": ParamGroup(pattern=("norm.*",), lr_ratio=3.0),
         "body": ParamGroup(layers=(("embed.*", "pos"), ("blocks.0.*",), ("blocks.1.*",)), layer_decay=layer_decay),
@@ -157,6 +158,8 @@ def test_rows_with_layers_equal_plain_trials() -> None:
 
 def test_a_trial_with_layers_equals_a_loop_by_hand() -> None:
     workload, config = transformer(), CONFIGS[1]
+    assert isinstance(workload.train, Split)
+    assert isinstance(workload.val, Split)
     trial = PlainTrials({0: config}, workload, device=CPU)
     torch.manual_seed(0)
     model = Transformer()
@@ -225,11 +228,12 @@ def test_a_search_of_the_ready_made_space_finds_one_layer_decay_and_records_ever
     decay = best.config.param_groups["all"].layer_decay
     assert decay is not None
     assert best.params["layer_decay.all"] == decay
-    assert f"all layers ×{decay:.2g}" in strategy_line(best.config)
-    table = best_table(study)
+    assert f"all layers ×{decay:.2g}" in strategy_line(best.config, space)
+    table = best_table(study.best(), space)
     assert (table.columns[-1].header, next(iter(table.columns[-1].cells))) == ("all layer decay", f"{decay:.3g}")
-    assert trial_params(best)["layer_decay.all"] == str(decay)
-    first = {name: value for name, step, value in metric_points(best) if name.startswith("lr/") and step == 1}
+    assert trial_params(best.config)["layer_decay.all"] == str(decay)
+    points = epoch_points(best.epochs[0], epochs=best.config.epochs)
+    first = {name: value for name, step, value in points if name.startswith("lr/") and step == 1}
     assert list(first) == ["lr/all.0", "lr/all.1", "lr/all.2", "lr/all.3"]
     ratios = [rate / best.config.optimizer.base_lr for rate in first.values()]
     assert ratios == pytest.approx([0.01 * decay**3, 0.01 * decay**2, 0.01 * decay, 0.01])

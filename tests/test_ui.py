@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import optuna
 import pytest
 
 from pipeline import ui
@@ -102,26 +103,59 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path, free_port: int) -
 def test_a_store_elsewhere_is_named_where_the_root_has_none(
     tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracking:5000")
     done = run_ui("--root", str(tmp_path), "--port", str(free_port))
-    assert messages(done)[1].endswith("with MLFLOW_TRACKING_URI set, runs are at http://tracking:5000")
+    assert messages(done)[1].endswith("with MLFLOW_TRACKING_URI set, runs are at http://***@tracking:5000")
 
 
 def test_studies_come_newest_first_without_deleted_ones(root: Path) -> None:
-    assert mlflow_page.newest_studies(root / "mlflow.db") == [("4", "my last"), ("4", "first")]
+    assert mlflow_page.newest_studies(f"sqlite:///{root / 'mlflow.db'}") == [("4", "my last"), ("4", "first")]
+
+
+def test_a_database_that_the_environment_names_is_served_and_its_uri_is_on_no_command_line(
+    root: Path,
+    tmp_path: Path,
+    free_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    served: list[tuple[list[str], dict[str, str]]] = []
+
+    def serve(command: list[str], variables: dict[str, str]) -> int:
+        served.append((command, variables))
+        return 0
+
+    monkeypatch.setattr(mlflow_page, "serve", serve)
+    assert ui.main(["--root", str(tmp_path / "elsewhere"), "--port", str(free_port)]) == 0
+    assert capsys.readouterr().out.startswith("my last ")
+    ((command, variables),) = served
+    assert variables == {"MLFLOW_BACKEND_STORE_URI": uri}
+    assert uri not in " ".join(command)
+
+
+def test_names_from_a_database_are_escaped(
+    root: Path, free_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        database.execute("UPDATE tags SET value = ? WHERE value = 'first'", ["\x1b]0;x\x07"])
+    monkeypatch.setattr(mlflow_page, "serve", lambda command, variables: 0)
+    ui.main(["--root", str(root), "--port", str(free_port)])
+    assert "\\x1b]0;x\\x07" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_the_server_gets_this_store_this_machine_and_one_worker(tmp_path: Path) -> None:
     command = mlflow_page.server_command(tmp_path, 5001)
     assert command[:4] == [sys.executable, "-m", "mlflow", "ui"]
     options = dict(zip(command[4::2], command[5::2], strict=True))
+    folder = Path(optuna.__file__).parent.parent  # where packages are
     assert options == {
-        "--backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db",
-        "--artifacts-destination": f"{tmp_path}/mlruns",
+        "--artifacts-destination": f"{tmp_path}/mlruns/artifacts",
         "--host": "127.0.0.1",
         "--port": "5001",
         "--workers": "1",
-        "--uvicorn-opts": "--log-level warning",
+        "--uvicorn-opts": f"--log-level warning --app-dir {folder}",
     }
 
 
@@ -129,7 +163,7 @@ def test_ctrl_c_ends_the_server_and_leaves_quietly() -> None:
     # `serve` as the command line runs it, with a server that says when it listens.
     server = "print('listening', flush=True); import signal; signal.pause()"
     code = "import sys; from pipeline.app.mlflow_page import serve; "
-    code += f"sys.exit(serve([sys.executable, '-c', {server!r}]))"
+    code += f"sys.exit(serve([sys.executable, '-c', {server!r}], {{}}))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"listening\n"
@@ -141,7 +175,7 @@ def test_ctrl_c_ends_the_server_and_leaves_quietly() -> None:
 def test_the_link_of_the_newest_study_is_printed_first(
     root: Path, free_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(mlflow_page, "serve", lambda command: 0)
+    monkeypatch.setattr(mlflow_page, "serve", lambda command, variables: 0)
     assert ui.main(["--root", str(root), "--port", str(free_port)]) == 0
     link = (
         f"http://127.0.0.1:{free_port}/#/experiments/4/runs?workflowType=machine_learning&viewStateShareKey=my%20last"

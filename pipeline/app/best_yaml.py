@@ -31,18 +31,17 @@ def export(root: Path, *, study: str | None, trial: int | None, out: Path | None
     Raises:
         InvalidInput: There is no such study or trial, or the file cannot be written.
     """
-    if out is not None:
-        cli.refuse_out(out)
-    opened = Store(root).open(study)
+    file = None if out is None else cli.writable_out(out)
+    opened = Store(root, warn=cli.warn).open(study)
     text = config_file(opened, choose_trial(opened, trial))
-    if out is None:
+    if file is None:
         sys.stdout.write(text)
         return 0
     try:
-        write_atomic(out.resolve(), text)
+        write_atomic(file, text)
     except OSError as error:
         raise InvalidInput("--out", [Problem(str(out), f"cannot be written: {error.strerror}")]) from None
-    print(f"{out}   train it: python -m pipeline.train {cli.quoted(out)}")
+    print(f"{out}   train it: python -m pipeline.train {cli.quoted(out or file)}")
     return 0
 
 

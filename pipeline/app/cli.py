@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean, printable
 from pipeline.files.atomic import check_writable
+from pipeline.files.locks import is_study_name, refuse_links
 from pipeline.files.signals import CtrlC
 from pipeline.space.config import WORKLOADS, Own
 from pipeline.space.overrides import parse_override
@@ -90,7 +91,7 @@ def add_space(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add `--workload` and `--set`, which change the values of a file; `overrides_of` reads both."""
-    help = "path/to/file.py:function or package.module:function that returns a Workload, or a built-in name"
+    help = "path/to/file.py:function or package.module:function that returns a Workload or Epochs, or a built-in name"
     parser.add_argument("--workload", type=workload_choice, metavar="NAME", help=help)
     help = "change a value of the file, such as batch_size=32 or optimizer.sgd.base_lr.high=0.5; null removes it"
     parser.add_argument("--set", type=parse_override, metavar="PLACE=VALUE", action="append", default=[], help=help)
@@ -170,7 +171,7 @@ def folder(text: str) -> Path:
 
 def study_name(text: str) -> str:
     """Read the name of a study."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", text):
+    if not is_study_name(text):
         rule = "must be 1 to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'"
         raise argparse.ArgumentTypeError(f"{rule}, got {text[:MAX_SHOWN]!r}")
     return text
@@ -209,8 +210,19 @@ def refuse_unwritable(path: Path, place: str) -> None:
         raise InvalidInput(place, [Problem(str(path), f"cannot be written: {error.strerror}; name another")]) from None
 
 
-def refuse_out(path: Path) -> None:
-    """Refuse an `--out` that could not be written, before any work is done for it.
+def refuse_root(root: Path, *names: str) -> None:
+    """Refuse a root in which files of these names, such as `mlruns/optuna.db`, could not be written, or are links.
+
+    Raises:
+        InvalidInput: A permission is missing, something that is no file has the path, or a link is in the way.
+    """
+    refuse_links(root, *(root / name for name in names))
+    for name in names:
+        refuse_unwritable(root / name, "--root")
+
+
+def writable_out(path: Path) -> Path:
+    """Return the absolute path of an `--out`, before any work is done for it: own code may change the working folder.
 
     Raises:
         InvalidInput: The folder does not exist, or the file cannot be written.
@@ -219,3 +231,4 @@ def refuse_out(path: Path) -> None:
         message = f"there is no folder {path.absolute().parent}; make it first"
         raise InvalidInput("--out", [Problem(str(path), message)])
     refuse_unwritable(path.resolve(), "--out")
+    return path.resolve()

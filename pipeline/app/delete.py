@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from pipeline.app import cli
 from pipeline.errors import InvalidInput, Problem, StorageError, counted
 from pipeline.files.locks import folder_locked
 from pipeline.study.store import Store
@@ -36,7 +37,8 @@ def delete(root: Path, name: str, *, sure: bool) -> int:
     with store.lock(name), folder_locked(store.folder(name)):  # a search that was killed leaves its tracker process
         for tracker in trackers:
             try:
-                tracker.delete(name, identity=header.identity)
+                for warning in tracker.delete(name, identity=header.identity):
+                    cli.warn(warning)
             except Exception as error:
                 raise StorageError(f"{tracker}: {root_cause(error)}; study {name} is still there") from error
         store.delete(name)

@@ -44,6 +44,11 @@ def build_console(*, quiet: bool) -> Console:
     return Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
 
 
+def busy(console: Console, words: str) -> contextlib.AbstractContextManager[object]:
+    """Show on a terminal what is being done, while it is being done."""
+    return console.status(words) if console.is_terminal else contextlib.nullcontext()
+
+
 def _in_notebook() -> bool:
     return get_console().is_jupyter
 
@@ -121,8 +126,10 @@ class Progress:
         head = Table.grid(padding=(0, 1))
         head.add_row("", bar, Text(f"{self._done()}   {self._time_left(done)}"))
         below = [Text(f"  {line}", style="dim") for line in (self._best_strategy(), self._line_of_counts()) if line]
-        if self._interrupts.exit_status and self._runs:
+        if self._runs and self._interrupts.exit_status:
             below.append(Text("  ends after this epoch; Ctrl-C again ends at once"))
+        elif self._runs and self._interrupts.is_overdue:
+            below.append(Text("  the time is over; ends after this epoch"))
         return Constrain(Group(head, *below))  # unlike a Group, a notebook can show it
 
     def _done(self) -> str:

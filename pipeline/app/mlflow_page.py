@@ -6,17 +6,17 @@ The server is MLflow's own, without its job runners: 2 processes and 0.5 GB inst
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from importlib.metadata import distribution
 from pathlib import Path
 
-from pipeline.errors import InvalidInput, Problem
-from pipeline.files.sqlite import open_existing, sqlite_uri
+from pipeline.errors import InvalidInput, Problem, masked, printable
+from pipeline.tracking.mlflow_store import database_file, database_uri, refuse_broken, remote_uri, server_uri
 from pipeline.tracking.paths import relocate
 from pipeline.tracking.view import runs_path, view_path
 
@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "PYTHONWARNINGS": "ignore",  # deprecations within MLflow
+    "PYTHONSAFEPATH": "1",  # a file mlflow.py in the working folder is not MLflow
 }
 """Defaults; variables that the user has set keep their values."""
 MAX_STUDIES = 5
@@ -38,7 +39,6 @@ JOIN tags AS kind ON kind.run_uuid = runs.run_uuid AND kind.key = 'hpo.kind' AND
 JOIN tags AS study ON study.run_uuid = runs.run_uuid AND study.key = 'hpo.study'
 WHERE runs.lifecycle_stage = 'active'
 ORDER BY runs.start_time DESC
-LIMIT ?
 """
 
 
@@ -51,11 +51,12 @@ def serve_page(root: Path, *, port: int) -> int:
     studies = check(root, port)
     address = f"http://{HOST}:{port}"
     for experiment_id, study in studies:
-        print(f"{study:<16} {address}{view_path(experiment_id, study)}")
+        print(printable(f"{study:<16} {address}{view_path(experiment_id, study)}"))
     for path in dict.fromkeys(runs_path(experiment_id) for experiment_id, _ in studies) or [""]:
-        print(f"{'all runs':<16} {address}{path}")
+        print(printable(f"{'all runs':<16} {address}{path}"))
     print("ready in about ten seconds; Ctrl-C stops it", flush=True)
-    return serve(server_command(root, port))
+    # A variable, since others on this machine see the command line, and the URI of a database may hold a password.
+    return serve(server_command(root, port), {"MLFLOW_BACKEND_STORE_URI": database_uri(root.absolute())})
 
 
 def check(root: Path, port: int) -> list[tuple[str, str]]:
@@ -64,40 +65,44 @@ def check(root: Path, port: int) -> list[tuple[str, str]]:
     Raises:
         InvalidInput: There is no store, or the port is not free.
     """
+    from sqlalchemy.exc import SQLAlchemyError
+
     problems: list[Problem] = []
     studies: list[tuple[str, str]] = []
-    database = root.absolute() / "mlflow.db"
+    database = database_file(root.absolute())
     if root.exists() and not os.access(root, os.R_OK | os.X_OK):
         problems.append(Problem("--root", f"must be a folder that can be read, got {root.absolute()}"))
-    elif not database.is_file():
+    elif database and not database.is_file():
         remedy = "search first, `python -m pipeline.search`, or name the folder of a search that ran"
-        if remote := os.environ.get("MLFLOW_TRACKING_URI"):
-            remedy += f"; with MLFLOW_TRACKING_URI set, runs are at {remote}"
+        if chosen := remote_uri():
+            remedy += f"; with MLFLOW_TRACKING_URI set, runs are at {chosen}"
         problems.append(Problem("--root", f"must hold an mlflow.db, got {root.absolute()}; {remedy}"))
     else:
+        refuse_broken(root.absolute())
         try:
-            relocate(database)
-            studies = newest_studies(database)
-        except sqlite3.Error as error:
-            problems.append(
-                Problem(
-                    "--root",
-                    f"must hold MLflow's database, got {database}: {error}; move it away, or name another --root",
-                )
-            )
-    if why := why_not_free(port):
-        problems.append(
-            Problem("--port", f"must be free, got {port}: {why}; choose another, such as --port {port + 1}")
-        )
+            if database and (server_uri() or not remote_uri()):
+                relocate(database)
+            studies = newest_studies(database_uri(root.absolute()))
+        except SQLAlchemyError as error:
+            why = f"must be MLflow's database: {getattr(error, 'orig', error)}; name another"
+            problems.append(Problem(masked(database_uri(root.absolute())), why))
+    if taken := why_not_free(port):
+        message = f"must be free, got {port}: {taken}; choose another, such as --port {port + 1}"
+        problems.append(Problem("--port", message))
     if problems:
         raise InvalidInput("pipeline.ui", problems)
     return studies
 
 
-def newest_studies(database: Path) -> list[tuple[str, str]]:
-    """Return studies as (experiment id, name), newest first; importing MLflow for it would take seconds."""
-    with closing(open_existing(database)) as connection:
-        return [(str(experiment_id), study) for experiment_id, study in connection.execute(STUDIES, [MAX_STUDIES])]
+def newest_studies(uri: str) -> list[tuple[str, str]]:
+    """Return the studies of a database as (experiment id, name), newest first; importing MLflow would take seconds."""
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(uri)
+    with engine.connect() as connection:
+        found = connection.execute(text(STUDIES)).fetchmany(MAX_STUDIES)
+    engine.dispose()
+    return [(str(experiment_id), study) for experiment_id, study in found]
 
 
 def why_not_free(port: int) -> str | None:
@@ -115,23 +120,23 @@ def why_not_free(port: int) -> str | None:
 
 def server_command(root: Path, port: int) -> list[str]:
     """Return the command that serves the store of `root` with the MLflow of this Python, on this machine only."""
-    root = root.absolute()
+    app_folder = distribution("mlflow").locate_file("")  # where uvicorn looks first, by default in the working folder
     return [
         *(sys.executable, "-m", "mlflow", "ui"),
-        *("--backend-store-uri", sqlite_uri(root / "mlflow.db")),
-        *("--artifacts-destination", str(root / "mlruns")),
+        *("--artifacts-destination", str(root.absolute() / "mlruns" / "artifacts")),
         *("--host", HOST, "--port", str(port), "--workers", "1"),
-        *("--uvicorn-opts", "--log-level warning"),  # no line per request
+        # No line per request.
+        *("--uvicorn-opts", f"--log-level warning --app-dir {shlex.quote(str(app_folder))}"),
     ]
 
 
-def serve(command: Sequence[str]) -> int:
+def serve(command: Sequence[str], variables: Mapping[str, str]) -> int:
     """Run MLflow's server until it ends or this process is told to stop; return the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     # In a process group of its own: Ctrl-C in the terminal would reach each process of the server, and each would print
     # a traceback; on SIGTERM they end quietly.
-    server = subprocess.Popen(command, env=ENVIRONMENT | os.environ, process_group=0)
+    server = subprocess.Popen(command, env={**ENVIRONMENT, **os.environ, **variables}, process_group=0)
     try:
         return server.wait()
     except KeyboardInterrupt:

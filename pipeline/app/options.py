@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import numbers
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +25,13 @@ from pipeline.space import rules
 from pipeline.space.config import Own
 from pipeline.space.load import build_space, study_name
 from pipeline.space.overrides import Overrides, override, source_of
+from pipeline.space.own_code import is_own
 from pipeline.space.ready_made import find_space
 from pipeline.space.search_space import SearchSpace
 
 if TYPE_CHECKING:
     from pipeline.study.store import StudyHeader
+    from pipeline.workloads.loop import Epochs, Loop
     from pipeline.workloads.workload import Workload
 
 DEFAULT_TRIALS = 50
@@ -65,13 +69,16 @@ class SearchOptions:
     space: SearchSpace
     source: str
     """Names the space in messages."""
-    workload: Workload | None
+    workload: Workload | Loop | None
     """A workload from Python, in place of the one that the space names."""
     trials: int
     timeout: float | None
     """Minutes until the search stops; None: no limit."""
     study: str | None
     root: Path
+    """As it was given, for messages."""
+    folder: Path
+    """The root, absolute: own code may change the working folder."""
     device: str
     rows: int | None
     changed_code: bool
@@ -80,26 +87,49 @@ class SearchOptions:
     """Whether the search was called from Python, so that messages name calls in place of commands."""
     workload_name: str | None
     """The workload from Python as source text, such as `sine`."""
+    file: Path | None
+    """The file of the space; None: a mapping from Python, or the space of a stored study."""
+    overrides: Overrides
+    """Changes to the space, besides a workload from Python."""
 
     def resume(self, study: str) -> str:
-        """Return the command, or the call, that continues the search after a stop."""
-        choice = self.space.workload
+        """Return the command, or the call, that continues the search after a stop; it names the user's code again."""
         if self.from_python:
-            stored = repr(choice.function) if isinstance(choice, Own) else None
             return _call(
                 "search",
                 study=repr(study),
                 trials=repr(self.trials),
-                workload=self.workload_name or stored,
+                **self._code_from_python(),
                 root=None if self.root == Path() else repr(str(self.root)),
                 device=None if self.device == "auto" else repr(self.device),
                 rows=None if self.rows is None else repr(self.rows),
             )
-        workload = f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
         root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
-        return f"python -m pipeline.search --study {study} --trials {self.trials}{workload}{root}{device}{rows}"
+        return f"python -m pipeline.search --study {study} --trials {self.trials}{self._code()}{root}{device}{rows}"
+
+    def _code_from_python(self) -> dict[str, str | None]:
+        """Return the arguments that name the user's code: the space with its changes, or only the workload."""
+        choice = self.space.workload
+        if self.space.own_code():
+            return {
+                "space": NO_NAME if self.file is None else repr(str(self.file)),
+                "workload": self.workload_name,
+                "overrides": repr(dict(self.overrides)) if self.overrides else None,
+            }
+        return {"workload": self.workload_name or (repr(choice.function) if isinstance(choice, Own) else None)}
+
+    def _code(self) -> str:
+        """Return the options that name the user's code: the space with its changes, or only the workload."""
+        if self.space.own_code():
+            assert self.file is not None
+            changes = [
+                f" --set {shlex.quote(f'{place}={json.dumps(value)}')}" for place, value in self.overrides.items()
+            ]
+            return "".join([f" --space {cli.quoted(self.file)}", *changes])
+        choice = self.space.workload
+        return f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
 
     def train_again(self, config: Path) -> str:
         """Return the command, or the call, that trains a config of the search again."""
@@ -118,9 +148,11 @@ class RangeTestOptions:
     """Names the space in messages."""
     device: str
     picture: Path
-    """File of the picture."""
+    """File of the picture, absolute: own code may change the working folder."""
+    picture_as_given: Path
+    """The same as the user may see it, relative to the given root."""
     write: Path | None
-    """The file that gets the proposed bounds, if any."""
+    """The file that gets the proposed bounds, absolute, if any."""
 
 
 def read_space(given: Path | Mapping[str, Any] | None, overrides: Overrides, *, searching: bool = True) -> FoundSpace:
@@ -149,7 +181,7 @@ def read_space(given: Path | Mapping[str, Any] | None, overrides: Overrides, *, 
 def read_search(
     *,
     space: Path | str | Mapping[str, Any] | None,
-    workload: Callable[[], Workload] | Workload | str | None,
+    workload: Callable[..., Workload | Epochs] | Workload | str | None,
     overrides: Overrides,
     changed_code: bool,
     from_python: bool,
@@ -166,7 +198,8 @@ def read_search(
     if not (space is None or isinstance(space, str | Path | Mapping)):
         wrong.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
     read = read_options("search", options, workload=workload, overrides=overrides, problems=wrong)
-    stored = _stored_study(read["root"], read["study"])
+    folder = read["root"].absolute()
+    stored = _stored_study(folder, read["study"])
     changes, made = with_workload(
         workload, overrides, stored=stored.document["workload"] if space is None and stored is not None else {}
     )
@@ -181,9 +214,12 @@ def read_search(
         space=found.space,
         source=found.source,
         workload=made,
+        folder=folder,
         changed_code=changed_code,
         from_python=from_python,
         workload_name=None if made is None else _name_of(workload),
+        file=found.file,
+        overrides=changes if made is None else overrides,
         **read,
     )
 
@@ -200,11 +236,19 @@ def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
         message = f"is a ready-made search space, {write}; copy that file, and name the copy"
         raise InvalidInput("--write", [Problem(str(arguments.space), message)])
     function = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
-    picture = arguments.root / "mlruns" / f"{'-'.join(['lr_range', space.name, *function])}.png"
-    cli.refuse_unwritable(picture, "--root")
+    name = f"mlruns/{'-'.join(['lr_range', space.name, *function])}.png"
+    cli.refuse_root(arguments.root, name)
+    picture = arguments.root / name
     if write is not None:
         cli.refuse_unwritable(write.resolve(), "--write")
-    return RangeTestOptions(space=space, source=found.source, device=arguments.device, picture=picture, write=write)
+    return RangeTestOptions(
+        space=space,
+        source=found.source,
+        device=arguments.device,
+        picture=picture.absolute(),
+        picture_as_given=picture,
+        write=None if write is None else write.absolute(),
+    )
 
 
 def read_options(
@@ -246,12 +290,15 @@ def read_options(
 
 
 def with_workload(
-    workload: Callable[[], Workload] | Workload | str | None, overrides: Overrides, *, stored: Mapping[str, Any]
-) -> tuple[Overrides, Workload | None]:
+    workload: Callable[..., Workload | Epochs] | Workload | str | None,
+    overrides: Overrides,
+    *,
+    stored: Mapping[str, Any],
+) -> tuple[Overrides, Workload | Loop | None]:
     """Return the changes to a file with the workload among them, and the workload if Python gave one.
 
     Args:
-        workload: A workload, a function that returns one, a name as `--workload` takes, or None.
+        workload: A workload, a function that returns one, a training loop, a name as `--workload` takes, or None.
         overrides: Other changes.
         stored: The workload that the file has; its function, given again, is called with its arguments.
     """
@@ -263,6 +310,7 @@ def with_workload(
     from pipeline.workloads.workload import Workload
 
     place = _place_of(workload)
+    made: Workload | Loop
     if callable(workload):
         arguments = stored.get("arguments", {}) if place and place == stored.get("function") else {}
         made = custom.call(workload, place or "workload", **arguments)
@@ -323,16 +371,20 @@ def _stored_space(stored: StudyHeader, overrides: Overrides) -> FoundSpace:
 def _agreed_overrides(stored: StudyHeader, overrides: Overrides) -> Overrides:
     """Return the changes to a stored space; refuse to run code that only the database names.
 
-    A database may come from anyone, so the user must name a function again before the function runs. A function that
-    is named as it is stored keeps its stored arguments.
+    A database may come from anyone, so the user must name code again before it runs: a workload's function, or the file
+    with optimizers and schedules. A function that is named as it is stored keeps its stored arguments.
     """
     choice, named = stored.document["workload"], overrides.get("workload")
+    own = [name for kind in ("optimizer", "scheduler") for name in stored.document[kind] if is_own(name)]
+    only = "code that is run only when you name it"
+    if own:
+        message = f"trains with {' and '.join(own)}, {only}: add --space FILE, its file, and the changes to it"
+        raise InvalidInput("--study", [Problem(stored.name, message)])
     if choice["name"] != "own":
         return overrides
     if named is None:
         remedy = f"add --workload {choice['function']}"
         if choice["function"].startswith(IN_PYTHON):
             remedy = f"from Python, {_call('search', study=repr(stored.name), workload=NO_NAME)}"
-        message = f"trains {choice['function']}, code that is run only when you name it: {remedy}"
-        raise InvalidInput("--study", [Problem(stored.name, message)])
+        raise InvalidInput("--study", [Problem(stored.name, f"trains {choice['function']}, {only}: {remedy}")])
     return without_same_function(overrides, choice)

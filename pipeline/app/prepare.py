@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline import __version__
+from pipeline.app.device import choose_device, precision_problems
 from pipeline.errors import DataError, InvalidInput, Problem, did_you_mean
-from pipeline.space.load import with_layers, with_steps
+from pipeline.files.code import where
+from pipeline.space.config import Settings
+from pipeline.space.load import with_layers, with_steps_per_epoch
+from pipeline.space.own_code import loaded
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.rules import length_problems
 from pipeline.space.search_space import SearchSpace
+from pipeline.training.check import own_code_problems
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.precision import current_settings, dtype_of
+from pipeline.training.loops import ask
+from pipeline.training.precision import dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
-from pipeline.workloads.custom import where
 from pipeline.workloads.data import epoch_length, to_device
+from pipeline.workloads.fingerprint import fingerprint
 from pipeline.workloads.load import load_workload
+from pipeline.workloads.loop import Loop
 from pipeline.workloads.workload import Workload
 
-TF32_CAPABILITY = (8, 0)
-"""Compute capability of the first CUDA devices with tf32, https://docs.nvidia.com/cuda/cuda-c-programming-guide/."""
+MADE_BY_LOOPS = ("precision", "channels_last", "accumulate", "ema")
+"""Settings that only trainers of this package carry out; tf32 alone is one of PyTorch's own."""
 
 
 def prepare(
@@ -37,7 +41,7 @@ def prepare(
     device: str,
     searching: bool,
     rows: int | None = None,
-    workload: Workload | None = None,
+    workload: Workload | Loop | None = None,
 ) -> tuple[SearchSpace, LocalExecutor]:
     """Load a space's workload, choose the device, and build the executor.
 
@@ -58,19 +62,25 @@ def prepare(
     chosen = choose_device(device)
     try:
         dtype = dtype_of(space.precision)
-        workload = _placed(workload or load_workload(space.workload), chosen, dtype)
+        workload = workload or load_workload(space.workload)
+        if isinstance(workload, Loop):
+            return _prepare_loop(space, workload, device=chosen, searching=searching, rows=rows)
+        workload = _placed(workload, chosen, dtype)
         model = _first_model(workload, space.seed, dtype)
-        space = with_layers(space, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
-        space = with_steps(space, epoch_length(workload, space.seed))
+        space = with_layers(space, _trained_names(model))
+        steps = _steps_per_epoch(space, workload)
+        space = with_steps_per_epoch(space, steps)
     except InvalidInput as error:
         raise InvalidInput(source, error.problems) from None
     except DataError as error:
         raise InvalidInput(source, [Problem("workload", str(error))]) from None
     problems = [*problems_with_model(space, workload, model)]
     problems += objective_problems(space, workload) if searching or space.objective.of == "best" else ()
-    problems += _precision_problems(space, chosen)
+    problems += precision_problems(space, chosen)
     if not problems:
         problems = list(workload_problems(workload, batch_sizes=space.batch_sizes, seed=space.seed, dtype=dtype))
+    if not problems:
+        problems = list(own_code_problems(space, model, steps=steps, device=chosen))
     if problems:
         raise InvalidInput(source, problems)
     config = dataclasses.replace(space.example(), batch_size=max(space.batch_sizes))
@@ -78,39 +88,95 @@ def prepare(
     return space, LocalExecutor(workload, config, device=chosen, dtype=dtype, rows=rows, processes=processes)
 
 
+def _prepare_loop(
+    space: SearchSpace, loop: Loop, *, device: torch.device, searching: bool, rows: int | None
+) -> tuple[SearchSpace, LocalExecutor]:
+    """Run a training loop up to its strategy, and check the space with what it asked for.
+
+    The loop is run once for each batch size, and once more, since it must build the same model from the same seed.
+
+    Raises:
+        InvalidInput: With every problem.
+    """
+    config = space.example()
+    by_size = {
+        size: ask(loop, dataclasses.replace(config, batch_size=size), device=device) for size in space.batch_sizes
+    }
+    asked, second = by_size[config.batch_size], ask(loop, config, device=device)
+    if problem := _model_problem(asked.model, second.model, loop.name):
+        raise InvalidInput("workload", [Problem("workload", problem)])
+    loop = dataclasses.replace(loop, directions=asked.metrics)
+    steps = {size: other.steps_per_epoch for size, other in by_size.items()}
+    space = with_steps_per_epoch(with_layers(space, _trained_names(asked.model)), steps)
+    problems = [*_strategy_problems(space, loop, asked.model, steps=steps)]
+    problems += objective_problems(space, loop) if searching or space.objective.of == "best" else ()
+    problems += [*precision_problems(space, device), *_loop_problems(space)]
+    if not problems:
+        problems = list(own_code_problems(space, asked.model, steps=steps, device=device, closures=True))
+    if problems:
+        raise InvalidInput("workload", problems)
+    return space, LocalExecutor(loop, space.example(), device=device, rows=rows, processes=torch.get_num_threads())
+
+
+def _loop_problems(space: SearchSpace) -> Iterator[Problem]:
+    """Yield the settings that a training loop makes itself, and that the space has nevertheless."""
+    for setting in dataclasses.fields(Settings):
+        value = space.settings[setting.name]
+        if setting.name in MADE_BY_LOOPS and value not in (setting.default, "tf32"):
+            message = f"is what a training loop of one's own does itself, got {value}; remove it"
+            yield Problem(setting.name, message)
+
+
 def problems_with_model(space: SearchSpace, workload: Workload, model: nn.Module) -> Iterator[Problem]:
     """Yield the problems of a space with its model and data."""
-    dims = {name: parameter.ndim for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not dims:
-        yield Problem("workload.model", "has no parameter to train")
-        return
-    config = space.example()
-    yield from assign_groups(dims, config.param_groups, config.no_weight_decay, tied=_tied_names(model))[1]
     samples = epoch_length(workload, space.seed)
     for size in space.batch_sizes:
         if size > samples:
             yield Problem("batch_size", f"must be at most the {samples} training samples, got {size}")
         elif space.accumulate > (batches := -(-samples // size)):
             yield Problem("accumulate", f"must be at most the {batches} batches of an epoch, got {space.accumulate}")
+    yield from _strategy_problems(space, workload, model, steps=_steps_per_epoch(space, workload))
+
+
+def _steps_per_epoch(space: SearchSpace, workload: Workload) -> dict[int, int]:
+    """Return each batch size to the optimizer steps of an epoch."""
+    samples = epoch_length(workload, space.seed)
+    return {size: -(-samples // (size * space.accumulate)) for size in space.batch_sizes}
+
+
+def _strategy_problems(
+    space: SearchSpace, workload: Workload | Loop, model: nn.Module, *, steps: Mapping[int, int]
+) -> Iterator[Problem]:
+    """Yield the problems of a space's groups and schedules with its model; `steps` is that of `_steps_per_epoch`."""
+    dims = {name: parameter.ndim for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not dims:
+        yield Problem("workload.model", "has no parameter to train")
+        return
+    config = space.example()
+    yield from assign_groups(dims, config.param_groups, config.no_weight_decay, tied=_tied_names(model))[1]
     plateau = space.schedulers.get("plateau")
     if plateau and plateau["metric"] not in workload.directions:
         message = f"unknown metric {plateau['metric']!r}; {did_you_mean(plateau['metric'], workload.directions)}"
         yield Problem("scheduler.plateau.metric", message)
     for name in (name for name, scheduler in space.schedulers.items() if scheduler["interval"] == "step"):
-        for size in space.batch_sizes:
-            named = size if len(space.batch_sizes) > 1 else None
-            yield from length_problems(space, name, steps_per_epoch=-(-len(workload.train) // size), batch_size=named)
+        for size, count in steps.items():
+            named = size if len(steps) > 1 else None
+            yield from length_problems(space, name, steps_per_epoch=count, batch_size=named)
 
 
-def objective_problems(space: SearchSpace, workload: Workload) -> Iterator[Problem]:
+def objective_problems(space: SearchSpace, workload: Workload | Loop) -> Iterator[Problem]:
     """Yield the problems of a space's objective with its workload."""
     directions = workload.directions
     metric, direction = space.objective.metric, space.objective.direction
     if metric not in directions:
-        known = [name for name in directions if name.startswith("val/")]
+        known = [name for name in directions if name.startswith("val/")] or directions
         yield Problem("objective.metric", f"unknown metric {metric!r}; {did_you_mean(metric, known)}")
     elif direction != directions[metric]:
         yield Problem("objective.direction", f"must be {directions[metric]} for {metric}, got {direction}")
+
+
+def _trained_names(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -136,32 +202,32 @@ def _first_model(workload: Workload, seed: int, dtype: torch.dtype) -> torch.nn.
         raise
     except (Exception, SystemExit) as error:
         raise InvalidInput("workload", [Problem("workload", f"build_model raised {where(error)}")]) from None
-    if problem := _model_problem(model, second):
+    if problem := _model_problem(model, second, "build_model"):
         raise InvalidInput("workload", [Problem("workload", problem)])
     return model
 
 
-def _model_problem(model: Any, second: Any) -> str | None:
+def _model_problem(model: Any, second: Any, function: str) -> str | None:
     """Return what is wrong with a model, given a second one from the same function; None if nothing is."""
     if lazy := [name for name, p in model.named_parameters() if isinstance(p, torch.nn.UninitializedParameter)]:
-        return (
-            f"build_model must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
-        )
+        return f"{function} must return a model whose parameters exist, got the lazy {lazy[0]}; pass a batch through it"
     if {id(p) for p in model.parameters()} & {id(p) for p in second.parameters()}:
         return (
-            "build_model must make a new model each time, got the same parameters twice; build it within the function"
+            f"{function} must make a new model each time, got the same parameters twice; build it within the function"
         )
     if broken := [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
         return f"the model begins with a NaN or an infinity in {broken[0]}; mend its weights"
     if other := _difference(model, second):
         remedy = "draw weights from the random state of torch, Python or NumPy"
-        return f"build_model must give the same model from the same seed, got {other} twice otherwise; {remedy}"
+        return f"{function} must give the same model from the same seed, got {other} twice otherwise; {remedy}"
     return None
 
 
 def _difference(model: nn.Module, second: nn.Module) -> str | None:
     """Return the name of a parameter or buffer in which two models differ."""
-    one, other = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, second))
+    one, other = (
+        {name: tensor.detach() for name, tensor in (*m.named_parameters(), *m.named_buffers())} for m in (model, second)
+    )
     for name in {**one, **other}:
         if name not in one or name not in other or one[name].shape != other[name].shape:
             return name
@@ -170,72 +236,7 @@ def _difference(model: nn.Module, second: nn.Module) -> str | None:
     return None
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name.
-
-    Raises:
-        InvalidInput: There is no such device.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda:0" if count else "cpu")
-    device = torch.device(name)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InvalidInput("--device", [Problem(name, "there is no Metal device; use --device cpu, or auto")])
-    if device.type == "cuda" and (device.index or 0) >= count:
-        there = f"there are {count} CUDA devices, cuda:0 to cuda:{count - 1}" if count else "there is no CUDA device"
-        raise InvalidInput("--device", [Problem(name, f"{there}; use --device cpu, or auto")])
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def _precision_problems(space: SearchSpace, device: torch.device) -> list[Problem]:
-    """Return the problem of a precision that the device lacks; PyTorch would silently use another."""
-    remedy = "set precision to fp32" + ("" if device.type == "mps" else " or bf16")
-    if space.precision == "fp64" and device.type == "mps":
-        return [Problem("precision", f"fp64 is more than Metal devices compute; {remedy}, or use --device cpu")]
-    if space.precision == "tf32" and device.type != "cuda":
-        return [Problem("precision", f"tf32 needs a CUDA device, and trials train on {device.type}; {remedy}")]
-    if space.precision == "tf32" and torch.cuda.get_device_capability(device) < TF32_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return [Problem("precision", f"tf32 needs a CUDA device of capability 8.0, which {name} is not; {remedy}")]
-    return []
-
-
-def environment(executor: LocalExecutor) -> dict[str, Any]:
-    """Return everything that a trial's numbers may depend on, except config and placement."""
-    device = executor.device
-    with executor.precision():
-        settings = current_settings(device)
-    return {
-        "device": device_name(device),
-        **settings,
-        **machine(),
-        "python": platform.python_version(),
-        "pipeline": __version__,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a CUDA device; of another device, its kind."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def machine() -> dict[str, Any]:
-    """Return the kind of this machine; a CPU of the same kind repeats a trial's metrics to the bit."""
-    return {
-        "machine": platform.machine(),
-        "cpu": _cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": str(torch.__version__),
-    }
-
-
-def _cpu_model() -> str:
-    """Return the name of the CPU and, where the system provides them, its family, model and stepping."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    parts = [values.get(key) for key in ("model name", "cpu family", "model", "stepping")]
-    return " ".join(part for part in parts if part) or platform.processor()
+def fingerprint_of(space: SearchSpace, executor: LocalExecutor) -> dict[str, str]:
+    """Return each part of what a search trains, such as its code, with a text that changes with it."""
+    model = executor.untrained_model(space.example())
+    return fingerprint(executor.workload, model, map(loaded, space.own_code()))

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.space.schedules import Constant
 from pipeline.workloads.data import epoch_length, with_fewer_samples
+from pipeline.workloads.workload import Workload
 
 if TYPE_CHECKING:
     from pipeline.space.config import TrialConfig
     from pipeline.space.search_space import SearchSpace
     from pipeline.training.executor import LocalExecutor
-    from pipeline.workloads.workload import Workload
 
 from pipeline.training.contract import GroupLost
 
@@ -84,13 +84,15 @@ def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, s
         space: Gives everything but the rate; other searched hyperparameters are drawn evenly from their whole ranges,
             but the batch size is the smallest.
         optimizer: Name of an optimizer of the space.
-        executor: Trains the workload of the space.
+        executor: Trains the workload of the space, which is no training loop.
         steps: Least number of optimizer steps of a run: whole passes over a random part of the data, or all of it.
     """
+    assert isinstance(executor.workload, Workload)
     batch_size = min(space.batch_sizes)
     samples = steps * batch_size * space.accumulate
-    executor = executor.on(_shortened(executor.workload, samples, seed=space.seed))
-    epochs = math.ceil(samples / epoch_length(executor.workload, space.seed))
+    workload = _shortened(executor.workload, samples, seed=space.seed)
+    executor = executor.on(workload)
+    epochs = math.ceil(samples / epoch_length(workload, space.seed))
     settings = {**space.settings, "batch_size": batch_size}
     space = dataclasses.replace(space, optimizers={optimizer: space.optimizers[optimizer]}, settings=settings)
     draws = 1 if executor.why_plain(space.example()) else DRAWS

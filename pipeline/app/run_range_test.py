@@ -16,10 +16,11 @@ from pipeline.app.range_test import MIN_STEPS, RATES, RateCurve, range_test
 from pipeline.errors import InvalidInput, Problem, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.space.edit import write_bounds
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import optimizer_class
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.rows.update_rules import has_rule
+from pipeline.workloads.loop import Loop
 
 TABLE_WIDTH = 100
 """Characters per line of the table; a narrow terminal wraps a line instead of cutting off numbers."""
@@ -29,11 +30,14 @@ def run_range_test(options: RangeTestOptions) -> int:
     """Test every optimizer of a space; return the exit status, 1 if no rate of any optimizer learns."""
     cli.say_own_code(options.space)
     space, executor = prepare(options.space, source=options.source, device=options.device, searching=False)
+    if isinstance(executor.workload, Loop):
+        message = "a range test trains on a part of the data, which only a Workload has; give base_lr a wide range"
+        raise InvalidInput(options.source, [Problem("workload", message)])
     console = Console(highlight=False, markup=False)
     curves = _test(space, executor, console)
     if options.write is not None:
         _write(options.write, curves, console)
-    _save_picture(options.picture, executor.workload.name, curves, console)
+    _save_picture(options, executor.workload.name, curves, console)
     return 0 if any(curve.bounds() for curve in curves.values()) else 1
 
 
@@ -46,7 +50,7 @@ def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapp
     config = dataclasses.replace(space.example(), batch_size=min(space.batch_sizes))
     if (why := executor.plain_with_any_optimizer(config)) is not None:
         what += f", one after another, since {why}"
-    elif alone := [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]:
+    elif alone := [name for name in space.optimizers if not has_rule(optimizer_class(name))]:
         what += f", those of {' and '.join(alone)} one after another"
     console.print(f"{what}   seed {space.seed}", soft_wrap=True)
     curves: dict[str, RateCurve] = {}
@@ -69,9 +73,9 @@ def _write(path: Path, curves: Mapping[str, RateCurve], console: Console) -> Non
     console.print(f"file      {path}   {news}", soft_wrap=True)
 
 
-def _save_picture(path: Path, title: str, curves: Mapping[str, RateCurve], console: Console) -> None:
+def _save_picture(options: RangeTestOptions, title: str, curves: Mapping[str, RateCurve], console: Console) -> None:
     try:
-        write_atomic(path, range_png(title, curves))
+        write_atomic(options.picture, range_png(title, curves))
     except OSError as error:
-        raise InvalidInput("--root", [Problem(str(path), f"cannot be written: {error.strerror}")]) from None
-    console.print(f"picture   {path}", soft_wrap=True)
+        raise InvalidInput("--root", [Problem(str(options.picture), f"cannot be written: {error.strerror}")]) from None
+    console.print(f"picture   {options.picture_as_given}", soft_wrap=True)

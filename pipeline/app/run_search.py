@@ -9,28 +9,30 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
+from pipeline.app.device import environment
 from pipeline.app.display import (
     TABLE_WIDTH,
     Progress,
     best_table,
+    busy,
     failure_line,
     score_line,
     strategy_line,
     waiting_line,
 )
 from pipeline.app.options import SearchOptions
-from pipeline.app.prepare import environment, prepare
+from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.result import SearchResult
 from pipeline.errors import DataError, DeviceError, StorageError, counted, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import optimizer_class
+from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
@@ -42,8 +44,6 @@ from pipeline.tracking.tracker import StudyInfo, StudySummary
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
-from pipeline.workloads.build import built_model
-from pipeline.workloads.fingerprint import fingerprint
 
 
 def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console) -> SearchResult:
@@ -54,17 +54,18 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     space, trials = options.space, options.trials
     if options.workload is None:
         cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
-    space, executor = prepare(
-        space,
-        source=options.source,
-        device=options.device,
-        searching=True,
-        rows=options.rows,
-        workload=options.workload,
-    )
-    store = Store(options.root)
-    model = built_model(executor.workload, seed=space.seed, device=torch.device("cpu"), dtype=torch.float32)
-    trained = fingerprint(executor.workload, model)
+    with busy(console, "reading the data, and trying model, loss and metrics"):
+        space, executor = prepare(
+            space,
+            source=options.source,
+            device=options.device,
+            searching=True,
+            rows=options.rows,
+            workload=options.workload,
+        )
+    store = Store(options.folder, warn=cli.warn)
+    with busy(console, "comparing code, data and model with those of the study"):
+        trained = fingerprint_of(space, executor)
     compared = None if options.changed_code else trained
     name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
     resume = options.resume(name)
@@ -78,7 +79,12 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             executor.adopt(study.rules)
         else:
             study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
-        console.print(_headline(study, executor, options), soft_wrap=True)
+        with busy(console, "trying whether trials of this model train as rows of one matrix"):
+            headline = _headline(study, executor, options)
+        console.print(headline, soft_wrap=True)
+        if options.timeout is not None:
+            limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
+            console.print(limit, soft_wrap=True)
         with _tracked(study, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, executor, checkpoints, tracker, interrupts, console)
@@ -219,8 +225,9 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
             write_atomic(path, config_file(study, best[0]))
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
-        console.print(f"best config   {path}   train it again: {options.train_again(path)}", soft_wrap=True)
-    winner, files = (best[0], (path.absolute(),)) if best else (None, ())
+        shown = options.root / path.relative_to(options.folder)
+        console.print(f"best config   {shown}   train it again: {options.train_again(shown)}", soft_wrap=True)
+    winner, files = (best[0], (path,)) if best else (None, ())
     finished = len(study.ended) >= options.trials
     tracker.finish(StudySummary(finished=finished, note=note, best=winner, ended=time.time(), files=files))
     if best:
@@ -257,7 +264,8 @@ def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
     if len(plain) == len(sized):
         return f", each alone, since {why}"
     words = f", those of batch_size {' and '.join(plain)} each alone, since {why}" if plain else ""
-    alone = [name for name in space.optimizers if not has_rule(OPTIMIZERS[name])]
+    alone = [name for name in space.optimizers if not has_rule(optimizer_class(name))]
+    alone += filter(is_own, space.schedulers)
     return words + (f", those of {' and '.join(alone)} each alone" if alone else "")
 
 

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from pipeline.app import cli
-from pipeline.app.display import build_console
+from pipeline.app.display import build_console, busy
 from pipeline.app.options import read_search
 from pipeline.tracking.process import TrackerProcess
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def start_search(*, quiet: bool = False, **given: Any) -> SearchResult:
     """Run or continue a search; `pipeline.app.options.read_search` takes the other arguments."""
     options = read_search(**given)
-    cli.refuse_unwritable(options.root / "mlruns" / "optuna.db", "--root")
+    cli.refuse_root(options.folder, "mlruns/optuna.db")
     console = build_console(quiet=quiet)
-    with contextlib.closing(TrackerProcess(options.root)) as tracker:
-        with console.status("loading PyTorch and Optuna") if console.is_terminal else contextlib.nullcontext():
+    with contextlib.closing(TrackerProcess(options.folder)) as tracker:
+        with busy(console, "loading PyTorch and Optuna"):
             # Here, not above: bad options are refused without the seconds that these imports take, and the tracker's
             # process imports MLflow at the same time.
             from pipeline.app.run_search import run_search

@@ -21,6 +21,7 @@ from pipeline.space.trial import EndedTrial
 
 if TYPE_CHECKING:
     from pipeline.app.train_config import Trained
+    from pipeline.workloads.loop import Epochs
     from pipeline.workloads.workload import Workload
 
 Config = Path | str | Mapping[str, Any] | TrialConfig | EndedTrial | SearchResult
@@ -29,7 +30,7 @@ Config = Path | str | Mapping[str, Any] | TrialConfig | EndedTrial | SearchResul
 
 def start_training(
     config: Config,
-    workload: Callable[..., Workload] | Workload | str | None,
+    workload: Callable[..., Workload | Epochs] | Workload | str | None,
     *,
     overrides: Overrides,
     device: str,
@@ -51,7 +52,8 @@ def start_training(
     changes, made = with_workload(workload, overrides, stored=stored)
     changes = without_same_function(changes, stored)
     source = source_of(source, changes)
-    space, _, found = build_config(override(content, changes), source=source, name="config")
+    written = path is not None or isinstance(config, Mapping)  # a trial may come from a study that someone else made
+    space, _, found = build_config(override(content, changes), source=source, name="config", load_code=written)
     if made is None:
         _refuse_python(space, source=source)
         cli.say_own_code(space, say)

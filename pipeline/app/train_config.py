@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.app.device import device_name, machine
 from pipeline.app.found import Found
-from pipeline.app.prepare import device_name, machine, prepare
+from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput, Problem, TrainingEnded
-from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
 from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EpochMetrics, number
-from pipeline.training.precision import dtype_of
-from pipeline.workloads.build import built_model
+from pipeline.workloads.loop import Loop
 from pipeline.workloads.workload import Workload
 
 SAME_MACHINE = {"cpu": ("device", "cpu", "cpu_capability", "torch"), "cuda": ("device", "torch")}
@@ -46,7 +44,7 @@ def train_config(
     fast: bool,
     test: bool,
     say: Callable[[str], None],
-    workload: Workload | None = None,
+    workload: Workload | Loop | None = None,
 ) -> Trained:
     """Train a config for all its epochs, and report each epoch.
 
@@ -101,16 +99,9 @@ def train_config(
         tested = group.test()[0]
         say("test          " + "  ".join(f"{name} {number(value)}" for name, value in tested.items()))
         metrics |= tested
-    model = _model(executor.workload, config, group.model_state(0))
-    return Trained(model=model, metrics=metrics, history=tuple(history))
-
-
-def _model(workload: Workload, config: TrialConfig, state: Mapping[str, Any]) -> nn.Module:
-    """Return a workload's model with a trained state; what is no part of the state is as it was when training began."""
-    dtype = dtype_of(config.precision)
-    model = built_model(workload, seed=config.seed, device=torch.device("cpu"), dtype=dtype)
-    model.load_state_dict({**model.state_dict(), **state})
-    return model.eval()
+    model = executor.untrained_model(config)  # what is no part of the trained state is as it was
+    model.load_state_dict({**model.state_dict(), **group.model_state(0)})
+    return Trained(model=model.eval(), metrics=metrics, history=tuple(history))
 
 
 def _epoch_line(epoch: EpochMetrics, epochs: int) -> str:

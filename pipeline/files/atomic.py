@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _TEMPORARY = ".tmp"
 """Suffix of files that are not complete yet."""
 
 
-def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
+def write_atomic(path: Path, *content: str | bytes) -> None:
     """Replace a file so that a reader, or a restart after a crash, sees the old content or the new, never a part.
 
     An existing file keeps its permissions. A file that may not be written is not replaced.
@@ -20,14 +23,24 @@ def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
     Raises:
         OSError: The file cannot be written.
     """
+    with opened_atomic(path) as file:
+        file.writelines(part.encode() if isinstance(part, str) else part for part in content)
+
+
+@contextlib.contextmanager
+def opened_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for what `write_atomic` writes; the file is replaced when the block ends without an exception.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     check_writable(path)
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644
-    parts = [part.encode() if isinstance(part, str) else part for part in content]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.writelines(parts)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(mode)

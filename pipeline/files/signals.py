@@ -75,9 +75,14 @@ class Interrupts:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the time limit has passed, which the loop notices only at the end of an epoch."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
     def asked(self) -> bool:
         """Say whether to stop now."""
-        if self._deadline is not None and time.monotonic() >= self._deadline and self.reason is None:
+        if self.is_overdue and self.reason is None:
             self.reason = f"stopped after {self._minutes:g} minutes"
         return self.reason is not None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,40 @@ def sqlite_uri(path: Path) -> str:
     from sqlalchemy import URL
 
     return URL.create("sqlite", database=str(path.resolve())).render_as_string(hide_password=False)
+
+
+def read_only_uri(path: Path) -> str:
+    """Return the URI of a database for SQLAlchemy where nothing can be written, as in another user's folder.
+
+    SQLite reads a database with a write-ahead log only beside the log's index. Without a log, SQLite would make both,
+    unless the database is called immutable.
+    """
+    how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+    return f"sqlite:///{path.resolve().as_uri()}?{how}&uri=true"
+
+
+def wait_until_unlocked(database: Path, *, on_wait: Callable[[], None]) -> None:
+    """Wait while another program has locked a database for writing.
+
+    Args:
+        database: Path of an existing database.
+        on_wait: Called once if the database is locked for a second.
+
+    Raises:
+        sqlite3.Error: SQLite cannot open or write the file.
+    """
+    with contextlib.closing(open_existing(database, patience=1.0)) as connection:
+        for attempt in itertools.count():
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+                if attempt == 0:
+                    on_wait()
+            else:
+                connection.rollback()
+                return
 
 
 def open_existing(database: Path, *, patience: float = 5.0) -> sqlite3.Connection:

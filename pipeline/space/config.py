@@ -14,9 +14,10 @@ from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from pipeline.space.limits import SEARCHABLE, Count, Interval, Positive, as_tuples
-from pipeline.space.optimizers import OPTIMIZERS, Optimizer
+from pipeline.space.optimizers import Optimizer, make_optimizer
+from pipeline.space.own_code import recorded_name
 from pipeline.space.param_groups import ParameterRule, ParamGroup, TorchGroup, torch_groups
-from pipeline.space.schedules import SCHEDULERS, Scheduler
+from pipeline.space.schedules import Scheduler, make_scheduler
 
 Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
@@ -108,7 +109,7 @@ class ImageFolder(WorkloadChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class Own(WorkloadChoice):
-    """A workload that a function of the user returns; see `pipeline.workloads.workload.Workload`."""
+    """A `Workload` that a function of the user returns, or the training loop that the function is."""
 
     loader: ClassVar[str] = "pipeline.workloads.custom:custom_workload"
     name: Literal["own"] = "own"
@@ -190,13 +191,14 @@ class TrialConfig(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values in the words of a search-space file; `from_dict` gives back an equal config."""
         settings = {name: getattr(self, name) for name in SETTINGS}
+        undecayed = [_plain(dataclasses.asdict(rule)) for rule in self.no_weight_decay]
         return {
-            "workload": _plain(self.workload),
+            "workload": _plain(dataclasses.asdict(self.workload)),
             **{name: value for name, value in settings.items() if value is not None},
-            "optimizer": {self.optimizer.name: _plain(self.optimizer)},
-            "scheduler": {self.scheduler.name: _plain(self.scheduler)},
-            "param_groups": {name: _plain(group) for name, group in self.param_groups.items()},
-            **({"no_weight_decay": list(map(_plain, self.no_weight_decay))} if self.no_weight_decay else {}),
+            "optimizer": {self.optimizer.name: _plain(self.optimizer.values())},
+            "scheduler": {self.scheduler.name: _plain(self.scheduler.values())},
+            "param_groups": {name: _plain(dataclasses.asdict(group)) for name, group in self.param_groups.items()},
+            **({"no_weight_decay": undecayed} if undecayed else {}),
         }
 
     @classmethod
@@ -207,16 +209,18 @@ class TrialConfig(Settings):
         return cls(
             workload=WORKLOADS[data["workload"]["name"]](**data["workload"]),
             **{name: data[name] for name in SETTINGS if name in data},
-            optimizer=OPTIMIZERS[optimizer](**_frozen(optimizer_values)),
-            scheduler=SCHEDULERS[scheduler](**_frozen(scheduler_values)),
+            optimizer=make_optimizer(optimizer, _frozen(optimizer_values)),
+            scheduler=make_scheduler(scheduler, _frozen(scheduler_values)),
             param_groups={name: ParamGroup(**_frozen(group)) for name, group in data["param_groups"].items()},
             no_weight_decay=tuple(ParameterRule(**_frozen(rule)) for rule in data.get("no_weight_decay", ())),
         )
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return every hyperparameter of the strategy in a flat dict, such as `base_lr` and `lr_ratio.head`."""
-        flat: dict[str, Any] = {"optimizer": self.optimizer.name, **_plain(self.optimizer)}
-        flat |= {"scheduler": self.scheduler.name, **_plain(self.scheduler)}
+        flat: dict[str, Any] = {}
+        for kind, owner in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            flat[kind] = owner.name
+            flat |= {recorded_name(kind, owner.name, name): value for name, value in _plain(owner.values()).items()}
         for name, group in self.param_groups.items():
             flat[f"lr_ratio.{name}"] = group.lr_ratio
             if group.layer_decay is not None:
@@ -227,10 +231,9 @@ class TrialConfig(Settings):
         return flat | {name: value for name, value in settings.items() if value is not None}
 
 
-def _plain(value: Any) -> dict[str, Any]:
-    """Return the fields of a value as a file has them: lists for tuples; without None, which is always a default."""
-    fields = dataclasses.asdict(value).items()
-    return {key: _lists(item) for key, item in fields if item is not None}
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as a file has them: lists for tuples; without None, which is always a default."""
+    return {key: _lists(item) for key, item in values.items() if item is not None}
 
 
 def _frozen(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import itertools
 import re
 import sys
 import types
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -34,6 +35,7 @@ from pydantic_core import ErrorDetails
 from pipeline.errors import Problem, did_you_mean
 from pipeline.space.distributions import Choices, Range
 from pipeline.space.limits import Interval, OrOne, Share, ShareOf
+from pipeline.space.own_code import OwnCode, is_plain
 
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern", "dims", "layers")
@@ -70,9 +72,37 @@ def fields_of(cls: type[Any], *, searchable: bool) -> dict[str, Any]:
 
 
 def one_or_more(name: str, classes: Mapping[str, type[Any]]) -> type[BaseModel]:
-    """Derive the pydantic model of a mapping from a class's name to its fields, for classes such as optimizers."""
+    """Derive the pydantic model of a mapping from a class's name to its fields, for classes such as optimizers.
+
+    The schema allows a person's own too, by the colon of their names; `own_form` checks those.
+    """
+    own: Any = {"type": "object", "description": "A class or function of one's own, with its hyperparameters."}
+    config = ConfigDict(**FORM, json_schema_extra={"patternProperties": {":": own}})
     fields: dict[str, Any] = {key: (form_of(cls, searchable=True), None) for key, cls in classes.items()}
-    return create_model(name, __config__=FORM, **fields)
+    return create_model(name, __config__=config, **fields)
+
+
+def own_form(cls: type[Any], shared: str, values: Mapping[str, Any], code: OwnCode | None) -> type[BaseModel]:
+    """Derive the pydantic model of an optimizer or a schedule of a person's own.
+
+    Args:
+        cls: Declares the field that all of them share.
+        shared: Name of that field.
+        values: Content of the file. It says what a range is of where the code does not: of whole numbers, if both
+            ends are.
+        code: Hyperparameters of the signature; None: the code was not loaded, so that each of `values` is one.
+    """
+    known = code.hyperparameters if code else {}
+    fields = {shared: fields_of(cls, searchable=True)[shared]}
+    if code is None or code.takes_any:
+        free = {name: (_as_written(value), ...) for name, value in values.items() if _is_argument(name)}
+        fields = free | fields
+    for name, hyperparameter in known.items():
+        kind = distribution_of(hyperparameter.kind) if hyperparameter.kind else _as_written(values.get(name))
+        fields[name] = (kind, ... if hyperparameter.required else hyperparameter.default)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a hyperparameter such as `copy`, which pydantic's models have
+        return create_model(cls.__name__, __config__=FORM, **fields)
 
 
 def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
@@ -117,6 +147,27 @@ def named_union(*classes: type[Any]) -> Any:
     """Return the type of a mapping with the fields of one of the classes, which their `name` tells apart."""
     union: Any = Union[tuple(form_of(cls, searchable=False) for cls in classes)]  # noqa: UP007 - built at run time
     return Annotated[union, Field(discriminator="name")]
+
+
+def _as_written(data: Any) -> Any:
+    """Return the type of a hyperparameter of which nothing is known but what a file has for it."""
+    if not isinstance(data, dict) or "choices" in data:
+        return distribution_of(_FREE)
+    return distribution_of(int if all(type(data.get(end)) is int for end in ("low", "high")) else float)
+
+
+def _is_argument(name: str) -> bool:
+    return name.isidentifier() and not name.startswith("_")
+
+
+def _read_free(value: Any) -> Any:
+    if not is_plain(value):
+        raise ValueError(f"must be a finite number, true, false, text, or a list of these, got {_shown(value)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+_FREE = Annotated[Any, PlainValidator(_read_free)]
+"""The type of a value that may be any that a file can hold."""
 
 
 def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:

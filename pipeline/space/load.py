@@ -36,12 +36,14 @@ from pipeline.space.file_format import (
     one_or_list,
     one_or_more,
     one_or_several,
+    own_form,
 )
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import OPTIMIZERS, OwnOptimizer
 from pipeline.space.overrides import Overrides, override, source_of
+from pipeline.space.own_code import SHARED, is_own, load_own
 from pipeline.space.param_groups import ParameterRule, ParamGroup, is_numbered, numbered_layers
 from pipeline.space.pruners import PRUNERS
-from pipeline.space.schedules import SCHEDULERS
+from pipeline.space.schedules import SCHEDULERS, OwnScheduler, scheduler_class
 from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
 from pipeline.space.shares import has_shares_of_run, resolve_lengths
 
@@ -55,9 +57,12 @@ def schema_text() -> str:
 FOUND = "found"
 """Key of a config file for the results that a search records; not part of the config."""
 
+_OWN_CLASSES = {"optimizer": OwnOptimizer, "scheduler": OwnScheduler}
+"""Section of a file to the class of a person's own."""
+
 
 def load_space(path: Path, overrides: Overrides = MappingProxyType({}), *, searching: bool = True) -> SearchSpace:
-    """Read a search-space file, and check everything that needs no model.
+    """Read a search-space file, load the code that it names, and check everything that needs no model.
 
     Args:
         path: The file.
@@ -72,10 +77,10 @@ def load_space(path: Path, overrides: Overrides = MappingProxyType({}), *, searc
 
 
 def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: bool = True) -> SearchSpace:
-    """Build a search space from the content of a file.
+    """Build a search space from the content of a file, and load the code that the content names.
 
     Args:
-        data: The content.
+        data: The content, which a person wrote: never that of a stored study.
         source: Names the space in messages.
         name: Names the studies, in the letters that `--study` takes.
         searching: Whether the space must leave something to choose.
@@ -86,7 +91,7 @@ def build_space(data: Mapping[str, Any], *, source: str, name: str, searching: b
     if FOUND in data:
         message = "makes this file a config of one trial, which `python -m pipeline.train` trains; name a search space"
         raise InvalidInput(source, [Problem(FOUND, message)])
-    space, problems = _read(data, name=study_name(name))
+    space, problems = _read(data, name=study_name(name), load_code=True)
     if searching and space is not None and not problems and not any(map(is_searched, space.parameters().values())):
         problems.append(Problem("", "nothing is searched; give a `low` and `high`, `choices`, or a second optimizer"))
     if problems or space is None:
@@ -100,12 +105,12 @@ def study_name(text: str) -> str:
 
 
 def space_from_document(document: Mapping[str, Any], *, name: str) -> SearchSpace:
-    """Rebuild a space from the document that a study stores.
+    """Rebuild a space from the document that a study stores; load no code that the document names.
 
     Raises:
         InvalidInput: The document is not in the format of this version.
     """
-    space, problems = _read(document, name=name)
+    space, problems = _read(document, name=name, load_code=False)
     if problems or space is None:
         raise InvalidInput(f"the space of study {name}", problems)
     return space
@@ -121,14 +126,26 @@ def with_steps(space: SearchSpace, samples: int) -> SearchSpace:
     Raises:
         InvalidInput: The space was made for another number of steps.
     """
-    steps = {size: -(-samples // (size * space.accumulate)) for size in space.batch_sizes}
+    return with_steps_per_epoch(space, {size: -(-samples // (size * space.accumulate)) for size in space.batch_sizes})
+
+
+def with_steps_per_epoch(space: SearchSpace, steps: Mapping[int, int]) -> SearchSpace:
+    """Resolve the shares of schedules that move every step.
+
+    Args:
+        space: The search space.
+        steps: Each batch size to the optimizer steps of an epoch.
+
+    Raises:
+        InvalidInput: The space was made for another number of steps.
+    """
     noted = list(steps.values()) if len(steps) > 1 else steps[space.batch_sizes[0]]
     if space.steps_per_epoch not in (None, steps):
         message = f"must be {noted}, as data and batch_size say, got {space.document['steps_per_epoch']}; "
         message += "remove it, or restore the data and batch_size that it was noted for"
         raise InvalidInput(space.name, [Problem("steps_per_epoch", message)])
     in_steps = {name: values for name, values in space.schedulers.items() if values["interval"] == "step"}
-    if not any(has_shares_of_run(SCHEDULERS[name], values) for name, values in in_steps.items()):
+    if not any(has_shares_of_run(scheduler_class(name), values) for name, values in in_steps.items()):
         return space
     return space_from_document({**space.document, "steps_per_epoch": noted}, name=space.name)
 
@@ -165,7 +182,7 @@ def with_layers(space: SearchSpace, names: Iterable[str]) -> SearchSpace:
 def load_config(
     path: Path, overrides: Overrides = MappingProxyType({})
 ) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
-    """Read a config file, such as best.yaml.
+    """Read a config file, such as best.yaml, and load the code that it names.
 
     Returns:
         The config as a space of one point, the config, and what a search recorded with it.
@@ -177,13 +194,16 @@ def load_config(
     return build_config(data, source=source_of(path, overrides), name=path.stem)
 
 
-def build_config(data: Mapping[str, Any], *, source: str, name: str) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
+def build_config(
+    data: Mapping[str, Any], *, source: str, name: str, load_code: bool = True
+) -> tuple[SearchSpace, TrialConfig, dict[str, Any]]:
     """Build a config from the content of a file.
 
     Args:
         data: The content.
         source: Names the config in messages.
         name: Names the space.
+        load_code: Whether to load the code that the content names: only if a person wrote the content.
 
     Returns:
         The config as a space of one point, the config, and what a search recorded with it.
@@ -192,7 +212,7 @@ def build_config(data: Mapping[str, Any], *, source: str, name: str) -> tuple[Se
         InvalidInput: With every problem of the data.
     """
     found = data.get(FOUND, {})
-    space, problems = _read({key: value for key, value in data.items() if key != FOUND}, name=name)
+    space, problems = _read({key: value for key, value in data.items() if key != FOUND}, name=name, load_code=load_code)
     if space is not None:
         message = "must be one value in a config, got a choice; search it with `python -m pipeline.search --space`"
         problems += [Problem(place, message) for place in _searched_places(space)]
@@ -231,26 +251,38 @@ def file_form() -> type[BaseModel]:
     return create_model("SearchSpace", __config__=FORM, **fields)
 
 
-def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, list[Problem]]:
-    """Check data against the form, then against the rules that connect several fields."""
-    form, problems = check(file_form(), data)
-    if form is None:
+def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[SearchSpace | None, list[Problem]]:
+    """Check data against the form, then against the rules that connect several fields.
+
+    Args:
+        data: Content of a file.
+        name: Name of the space.
+        load_code: Whether to load the code that the data name: only if a person named the file.
+    """
+    built_in, own = _without_own(data)
+    form, problems = check(file_form(), built_in)
+    own_forms = {kind: _own_forms(kind, named, load_code=load_code, problems=problems) for kind, named in own.items()}
+    if form is None or problems:
         return None, problems
     values: Any = form
+    own_values = {kind: {key: _own_values(form) for key, form in forms.items()} for kind, forms in own_forms.items()}
+    document = form.model_dump(mode="json", exclude_none=True)
+    for kind, forms in own_forms.items():
+        document[kind] |= {key: form.model_dump(mode="json", exclude_none=True) for key, form in forms.items()}
     space = SearchSpace(
         name=name,
         workload=WORKLOADS[values.workload.name](**dict(values.workload)),
         settings={setting: getattr(values, setting) for setting in SETTINGS},
         steps_per_epoch=None,
         objective=Objective(**dict(values.objective)),
-        optimizers=_present(values.optimizer),
-        schedulers=_present(values.scheduler),
+        optimizers=_present(values.optimizer) | own_values["optimizer"],
+        schedulers=_present(values.scheduler) | own_values["scheduler"],
         param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
         no_weight_decay=tuple(ParameterRule(**dict(rule)) for rule in values.no_weight_decay or ()),
         sampler=Sampler(**dict(values.sampler)),
         pruner=PRUNERS[values.pruner.name](**dict(values.pruner)),
         enqueue=(),
-        document=form.model_dump(mode="json", exclude_none=True),
+        document=document,
     )
     space, problems = _with_noted_steps(space, values.steps_per_epoch)
     problems += rules.problems(space)
@@ -258,6 +290,42 @@ def _read(data: Mapping[str, Any], *, name: str) -> tuple[SearchSpace | None, li
     for index, entry in enumerate(values.enqueue):
         known.append(dict(_enqueued(space, entry, f"enqueue.{index}", problems)))
     return dataclasses.replace(space, enqueue=tuple(known)), problems
+
+
+def _without_own(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return data without optimizers and schedules of a person's own, and those, by section and name."""
+    rest, own = dict(data), {}
+    for kind in _OWN_CLASSES:
+        section = data.get(kind)
+        items = section.items() if isinstance(section, dict) else ()
+        own[kind] = {name: values for name, values in items if is_own(name)}
+        if own[kind]:
+            rest[kind] = {name: values for name, values in items if not is_own(name)}
+    return rest, own
+
+
+def _own_forms(
+    kind: str, named: Mapping[str, Any], *, load_code: bool, problems: list[Problem]
+) -> dict[str, BaseModel]:
+    """Check optimizers or schedules of a person's own; append their problems to `problems`."""
+    forms = {}
+    for name, values in named.items():
+        try:
+            code = load_own(kind, name) if load_code else None
+        except InvalidInput as error:
+            problems += error.problems
+            continue
+        written = values if isinstance(values, dict) else {}
+        form, found = check(own_form(_OWN_CLASSES[kind], SHARED[kind], written, code), values)
+        problems += [Problem(".".join(filter(None, (kind, name, one.place))), one.message) for one in found]
+        if form is not None:
+            forms[name] = form
+    return forms
+
+
+def _own_values(form: BaseModel) -> dict[str, Any]:
+    """Return hyperparameters without those that have no value: the code's own default holds for these."""
+    return {name: value for name, value in form if value is not None}
 
 
 def _with_noted_steps(space: SearchSpace, noted: int | tuple[int, ...] | None) -> tuple[SearchSpace, list[Problem]]:
@@ -269,7 +337,7 @@ def _with_noted_steps(space: SearchSpace, noted: int | tuple[int, ...] | None) -
     if steps:
         space = dataclasses.replace(space, steps_per_epoch=dict(zip(space.batch_sizes, steps, strict=True)))
     schedulers = {
-        name: resolve_lengths(SCHEDULERS[name], values, total=space.run_length(values["interval"]))
+        name: resolve_lengths(scheduler_class(name), values, total=space.run_length(values["interval"]))
         for name, values in space.schedulers.items()
     }
     return dataclasses.replace(space, schedulers=schedulers), []
@@ -327,13 +395,13 @@ def _enqueued(
 def _shares(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return the numbers, in this space's epochs or steps, for what an enqueued schedule has in percent."""
     distributions = space.schedulers[schedule]
-    written = {name: value for name, value in values.items() if name in distributions and in_percent(value)}
-    fields = fields_of(SCHEDULERS[schedule], searchable=False)
+    fields = fields_of(scheduler_class(schedule), searchable=False)
+    written = {name: value for name, value in values.items() if name in fields and in_percent(value)}
     form, problems = check(create_model("Shares", **{name: fields[name] for name in written}), written)
     shares = {name: getattr(form, name) for name in written} if form else {}
-    warmup = max(extremes(distributions.get("warmup", 0)))
+    warmup = max(extremes(distributions.get("warmup", 0))) if "warmup" in fields else 0
     total = space.run_length(distributions["interval"])
-    return resolve_lengths(SCHEDULERS[schedule], shares, total=total, warmup=warmup), problems
+    return resolve_lengths(scheduler_class(schedule), shares, total=total, warmup=warmup), problems
 
 
 def _with_lists(values: Mapping[str, Any], group: Domains) -> dict[str, Any]:

@@ -5,7 +5,8 @@ hyperparameters, under PyTorch's argument names and with PyTorch's defaults; `be
 `beta2`. A file may search every field; a trial trains one value of each.
 
 To add an optimizer, write its class here and list the class in `OPTIMIZERS`. A rule in
-`pipeline.training.rows.update_rules` lets trials of the optimizer train as rows; without a rule they train plain.
+`pipeline.training.rows.update_rules` lets trials of the optimizer train as rows; without a rule they train plain. An
+optimizer of a person's own, `"my_file.py:Lion"`, needs no class here: `OwnOptimizer` holds the values of any.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.errors import Problem
 from pipeline.space.limits import Fraction, Interval, NonNegative, Positive, by_name
+from pipeline.space.own_code import is_own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,13 @@ class Optimizer:
     base_lr: Positive
     """Learning rate of a group whose ratio is 1, before any schedule; per optimizer step."""
 
+    def values(self) -> dict[str, Any]:
+        """Return the hyperparameters by their names in a file."""
+        return dataclasses.asdict(self)
+
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `torch_class`, besides the parameters."""
-        arguments = dataclasses.asdict(self)
+        arguments = self.values()
         arguments["lr"] = arguments.pop("base_lr")
         if "beta1" in arguments:
             arguments["betas"] = (arguments.pop("beta1"), arguments.pop("beta2"))
@@ -247,7 +253,38 @@ class Muon(DecayingOptimizer):
         return AdamW(base_lr=self.base_lr, weight_decay=self.weight_decay, beta1=self.beta1, beta2=self.beta2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnOptimizer(Optimizer):
+    """An optimizer of a person's own, loaded by `pipeline.space.own_code`."""
+
+    name: str  # type: ignore[misc]  # of an object, not of the class: a config is read without loading the code
+    """`path/to/file.py:Class` or `package.module:Class`."""
+    hyperparameters: Mapping[str, Any]
+    """The arguments of the class, besides `lr`."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the hyperparameters by their names in a file."""
+        return {"base_lr": self.base_lr, **self.hyperparameters}
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of the class, besides the parameters."""
+        return {"lr": self.base_lr, **self.hyperparameters}
+
+
 OPTIMIZERS: dict[str, type[Optimizer]] = by_name(
     SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, ASGD, Adafactor, Rprop, Muon
 )
 """Name in a file to class."""
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """Return the class of a name in a file."""
+    return OwnOptimizer if is_own(name) else OPTIMIZERS[name]
+
+
+def make_optimizer(name: str, values: Mapping[str, Any]) -> Optimizer:
+    """Return the optimizer of a name in a file, with one value for each hyperparameter."""
+    if not is_own(name):
+        return OPTIMIZERS[name](**values)
+    hyperparameters = {field: value for field, value in values.items() if field != "base_lr"}
+    return OwnOptimizer(name=name, base_lr=values["base_lr"], hyperparameters=hyperparameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ Overrides = Mapping[str, Any]
 def parse_override(text: str) -> tuple[str, Any]:
     """Read `place=value` from a command line, the value in YAML."""
     place, equals, value = text.partition("=")
-    if not equals or not all(place.split(".")):
+    if not equals or not all(_keys(place)):
         raise argparse.ArgumentTypeError(f"must be PLACE=VALUE, such as batch_size=32, got {text[:120]!r}")
     try:
         data = loads(f"value: {value}", source=place)
@@ -37,7 +38,7 @@ def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
     """
     changed = dict(data)
     for place, value in overrides.items():
-        *above, key = place.split(".")
+        *above, key = _keys(place)
         inner = changed
         for depth, name in enumerate(above, 1):
             child = inner.get(name, {})
@@ -50,6 +51,15 @@ def override(data: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
             inner = inner[name]
         inner.pop(key, None) if value is None else inner.update({key: value})
     return changed
+
+
+def _keys(place: str) -> list[str]:
+    """Return the keys of a place; the second may be the name of a person's own, such as `my_file.py:Lion`."""
+    own = re.fullmatch(r"([^.:]+)\.([^:]+:[^.:]+)(?:\.(.*))?", place)
+    if own is None:
+        return place.split(".")
+    section, name, below = own.groups()
+    return [section, name, *(below.split(".") if below is not None else ())]
 
 
 def source_of(file: Path | str, overrides: Overrides) -> str:

@@ -7,17 +7,18 @@ optimizer or schedule are methods of its class.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Problem
+from pipeline.errors import Problem, counted
 from pipeline.space.config import Own
 from pipeline.space.distributions import Range, extremes, is_searched
 from pipeline.space.limits import Share
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import optimizer_class
 from pipeline.space.param_groups import ParamGroup
-from pipeline.space.schedules import SCHEDULERS
+from pipeline.space.schedules import scheduler_class
 from pipeline.space.shares import resolve_lengths
 
 if TYPE_CHECKING:
@@ -40,14 +41,16 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
         if not options:
             yield Problem(kind, f"must name at least one {kind}")
     for name, optimizer in space.optimizers.items():
-        for problem in OPTIMIZERS[name].problems(_extremes(optimizer)):
+        for problem in optimizer_class(name).problems(_extremes(optimizer)):
             yield Problem(f"optimizer.{name}.{problem.place}", problem.message)
-    for name, scheduler in space.schedulers.items():
+    for name in space.schedulers:
+        scheduler = _declared(space, name)
         yield from length_problems(space, name, steps_per_epoch=None)
         yield from _rate_floor_problems(space, f"scheduler.{name}", scheduler)
         yield from _momentum_problems(space, f"scheduler.{name}", scheduler)
     if "rprop" in space.optimizers:
         yield from _rprop_problems(space)
+    yield from _weight_decay_problems(space)
     for name, group in space.param_groups.items():
         yield from _group_problems(f"param_groups.{name}", group)
     if any(rule.pattern is None and rule.dims is None for rule in space.no_weight_decay):
@@ -61,14 +64,21 @@ def warnings(space: SearchSpace) -> Iterator[str]:
     for name, distribution in space.parameters().items():
         if isinstance(distribution, Range) and distribution.low == distribution.high:
             yield f"{name}: low equals high, so this is the constant {distribution.low}"
-    for name, scheduler in space.schedulers.items():
-        default = getattr(SCHEDULERS[name], "gamma", None)
+    for name in space.schedulers:
+        scheduler = _declared(space, name)
+        default = getattr(scheduler_class(name), "gamma", None)
         if default != 1.0 and extremes(scheduler.get("gamma")) == (1.0,):
             yield f"scheduler.{name}.gamma: a gamma of 1 leaves the rate as it is"
 
 
 def _extremes(distributions: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     return {name: extremes(distribution) for name, distribution in distributions.items()}
+
+
+def _declared(space: SearchSpace, name: str) -> dict[str, Any]:
+    """Return a schedule's fields by name, without the hyperparameters of a person's own, of which no rule is known."""
+    declared = {field.name for field in dataclasses.fields(scheduler_class(name))}
+    return {field: domain for field, domain in space.schedulers[name].items() if field in declared}
 
 
 def _searched_arguments(arguments: Any, place: str) -> Iterator[Problem]:
@@ -97,14 +107,14 @@ def length_problems(
     if unit == "step" and steps_per_epoch is None:
         return
     total = space.epochs * (steps_per_epoch or 1)
-    schedule = resolve_lengths(SCHEDULERS[name], space.schedulers[name], total=total)
+    schedule = resolve_lengths(scheduler_class(name), _declared(space, name), total=total)
     place, run = f"scheduler.{name}", "the run" if batch_size is None else f"the run at batch_size {batch_size}"
     warmup = max(extremes(schedule.get("warmup", 0)))
     if warmup >= total:
-        yield Problem(f"{place}.warmup", f"must be shorter than {run} of {total} {unit}s, got {warmup}")
+        yield Problem(f"{place}.warmup", f"must be shorter than {run} of {counted(total, unit)}, got {warmup}")
         return
-    left = f"the {total - warmup} {unit}s of {run}" + (" after the warm-up" if warmup else "")
-    for problem in SCHEDULERS[name].problems(_extremes(schedule), total - warmup, left):
+    left = f"the {counted(total - warmup, unit)} of {run}" + (" after the warm-up" if warmup else "")
+    for problem in scheduler_class(name).problems(_extremes(schedule), total - warmup, left):
         yield Problem(f"{place}.{problem.place}", problem.message)
 
 
@@ -148,7 +158,7 @@ def _momentum_problems(space: SearchSpace, place: str, scheduler: Mapping[str, A
     for name, optimizer in space.optimizers.items():
         field = next((field for field in ("momentum", "beta1") if field in optimizer), None)
         if field is None:
-            yield Problem(f"{place}.cycle_momentum", f"must be false, since {name} has no momentum")
+            yield Problem(f"{place}.cycle_momentum", f"must be false, since {name} has no momentum or beta1")
         elif is_searched(optimizer[field]):
             message = f"must be false beside the searched optimizer.{name}.{field}, which it would overwrite"
             yield Problem(f"{place}.cycle_momentum", message)
@@ -163,7 +173,13 @@ def _rprop_problems(space: SearchSpace) -> Iterator[Problem]:
     for name, group in space.param_groups.items():
         if 0 in extremes(group["lr_ratio"]):
             yield Problem(f"param_groups.{name}.lr_ratio", "must be above 0 with rprop, got 0")
-        if group["weight_decay"] is not None:
-            yield Problem(f"param_groups.{name}.weight_decay", "must be absent with rprop, which has no weight decay")
-    if space.no_weight_decay:
-        yield Problem("no_weight_decay", "must be absent with rprop, which has no weight decay")
+
+
+def _weight_decay_problems(space: SearchSpace) -> Iterator[Problem]:
+    """Refuse weight decay, or rules of it, beside an optimizer that has none, and would not see it."""
+    places = [
+        f"param_groups.{name}.weight_decay" for name, g in space.param_groups.items() if g["weight_decay"] is not None
+    ]
+    places += ["no_weight_decay"] if space.no_weight_decay else []
+    for optimizer in (name for name, domains in space.optimizers.items() if "weight_decay" not in domains):
+        yield from (Problem(place, f"must be absent with {optimizer}, which has no weight decay") for place in places)

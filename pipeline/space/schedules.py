@@ -5,7 +5,8 @@ hyperparameters, under PyTorch's argument names. A `Length`, a `Pause`, a `Warmu
 a `Floor` may be written in percent.
 
 To add a schedule, write its class here and list the class in `SCHEDULERS`. A schedule that PyTorch lacks needs a
-function besides, in `pipeline.training.optim`, that `torch_class` names.
+function besides, in `pipeline.training.optim`, that `torch_class` names. A schedule of a person's own,
+`"my_file.py:noam"`, needs no class here: `OwnScheduler` holds the values of any.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pipeline.space.limits import (
     Warmup,
     by_name,
 )
+from pipeline.space.own_code import factor_of, is_own, short_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,10 @@ class Scheduler:
     """A class of `torch.optim.lr_scheduler`, or the dotted path of a class or function elsewhere."""
     interval: Literal["epoch", "step"] = "epoch"
     """The unit of every count below: the schedule moves after each epoch, or after each optimizer step."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the hyperparameters by their names in a file."""
+        return dataclasses.asdict(self)
 
     def arguments(self, training: Training) -> dict[str, Any]:
         """Return the keyword arguments of `torch_class`, besides the optimizer: every field of the schedule's own."""
@@ -240,7 +246,11 @@ class OneCycle(Scheduler):
     def problems(cls, extremes: Mapping[str, tuple[Any, ...]], total: int, words: str) -> Iterator[Problem]:
         """Check that each phase of the cycle has a length."""
         shares = extremes["pct_start"]
-        if min(shares) * total <= 1:
+        if total < 2 and extremes["interval"] == ("epoch",):
+            yield Problem("interval", f"needs at least 2 epochs, or `interval: step`, got {words}")
+        elif total < 2:
+            yield Problem("interval", f"needs at least 2 steps, got {words}; give more epochs, or a smaller batch_size")
+        elif min(shares) * total <= 1:
             message = f"must be above {1 / total:g}, so that the rise takes over one of {words}, got {min(shares):g}"
             yield Problem("pct_start", message)
         if max(shares) > 0.5 and True in extremes["three_phase"]:
@@ -301,7 +311,43 @@ class Plateau(Scheduler):
         return {**arguments, "mode": "min" if direction == "minimize" else "max"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnScheduler(Scheduler):
+    """A schedule of a person's own, loaded by `pipeline.space.own_code`: `LambdaLR` of a factor of the base rate."""
+
+    name: str  # type: ignore[misc]  # of an object, not of the class: a config is read without loading the code
+    """`path/to/file.py:function` or `package.module:function`."""
+    torch_class: ClassVar[str] = "LambdaLR"
+    hyperparameters: Mapping[str, Any]
+    """The arguments of the function, besides `step` and `total`."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the hyperparameters by their names in a file."""
+        return {"interval": self.interval, **self.hyperparameters}
+
+    def arguments(self, training: Training) -> dict[str, Any]:
+        """Return the function of the step alone."""
+        return {"lr_lambda": factor_of(self.name, total=training.total, hyperparameters=self.hyperparameters)}
+
+    def __str__(self) -> str:
+        values = {name: f"{v:.3g}" if isinstance(v, float) else str(v) for name, v in self.hyperparameters.items()}
+        return " ".join([short_name(self.name), ", ".join(f"{name} {value}" for name, value in values.items())]).strip()
+
+
 SCHEDULERS: dict[str, type[Scheduler]] = by_name(
     Constant, Step, MultiStep, Exponential, Polynomial, Cosine, CosineWarmRestarts, OneCycle, Cyclic, Linear, Plateau
 )
 """Name in a file to class."""
+
+
+def scheduler_class(name: str) -> type[Scheduler]:
+    """Return the class of a name in a file."""
+    return OwnScheduler if is_own(name) else SCHEDULERS[name]
+
+
+def make_scheduler(name: str, values: Mapping[str, Any]) -> Scheduler:
+    """Return the schedule of a name in a file, with one value for each hyperparameter."""
+    if not is_own(name):
+        return SCHEDULERS[name](**values)
+    hyperparameters = {field: value for field, value in values.items() if field != "interval"}
+    return OwnScheduler(name=name, interval=values["interval"], hyperparameters=hyperparameters)

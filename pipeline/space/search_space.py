@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 from pipeline.space.config import SEARCHABLE_SETTINGS, TrialConfig, WorkloadChoice
 from pipeline.space.distributions import Choices, Suggests, extremes, is_searched, suggest
 from pipeline.space.limits import Interval
-from pipeline.space.optimizers import OPTIMIZERS
+from pipeline.space.optimizers import make_optimizer
+from pipeline.space.own_code import is_own, recorded_name
 from pipeline.space.param_groups import ParameterRule, ParamGroup
 from pipeline.space.pruners import Pruner, Score, score
-from pipeline.space.schedules import SCHEDULERS
+from pipeline.space.schedules import make_scheduler, scheduler_class
 from pipeline.space.shares import resolve_floors, resolve_lengths
 from pipeline.space.trial import EndedTrial, EpochMetrics
 
@@ -55,7 +56,8 @@ class Objective:
         return self.score(trial.epochs), trial.number
 
     def _score_after(self, epoch: EpochMetrics) -> Score:
-        return score(epoch.metrics[self.metric], epoch.metrics["val/loss"], direction=self.direction)
+        loss = epoch.metrics.get("val/loss", 0.0)  # a training loop may have none
+        return score(epoch.metrics[self.metric], loss, direction=self.direction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +144,15 @@ class SearchSpace:
         }
         ratios = [ratio for group in groups.values() for ratio in group.ratios() if ratio > 0]
         lowest = optimizer_values["base_lr"] * min(ratios, default=1.0)
-        scheduler_values = resolve_floors(SCHEDULERS[scheduler], scheduler_values, rate=lowest)
+        scheduler_values = resolve_floors(scheduler_class(scheduler), scheduler_values, rate=lowest)
         settings = _suggest_all(trial, self.settings)
         total = self.run_length(scheduler_values["interval"], batch_size=settings["batch_size"])
-        scheduler_values = resolve_lengths(SCHEDULERS[scheduler], scheduler_values, total=total)
+        scheduler_values = resolve_lengths(scheduler_class(scheduler), scheduler_values, total=total)
         return TrialConfig(
             workload=self.workload,
             **settings,
-            optimizer=OPTIMIZERS[optimizer](**optimizer_values),
-            scheduler=SCHEDULERS[scheduler](**scheduler_values),
+            optimizer=make_optimizer(optimizer, optimizer_values),
+            scheduler=make_scheduler(scheduler, scheduler_values),
             param_groups=groups,
             no_weight_decay=self.no_weight_decay,
         )
@@ -171,22 +173,31 @@ class SearchSpace:
 
     def searched_hyperparameters(self) -> tuple[str, ...]:
         """Return the hyperparameters that differ between trials, named as in `TrialConfig.hyperparameters`."""
-        parts = {name: name.split(".") for name, domain in self.parameters().items() if is_searched(domain)}
-        owners = {*self.optimizers, *self.schedulers}
-        names = [part[1] if part[0] in owners and len(part) > 1 else name for name, part in parts.items()]
+        recorded = {
+            f"{owner}.{name}": recorded_name(kind, owner, name)
+            for kind, options in self._options().items()
+            for owner, domains in options.items()
+            for name in domains
+        }
+        names = [recorded.get(name, name) for name, domain in self.parameters().items() if is_searched(domain)]
         return tuple(dict.fromkeys(names))
 
     def shared_hyperparameters(self) -> tuple[str, ...]:
         """Return the searched hyperparameters that every trial has, whatever its optimizer and schedule."""
-        owned = {
-            name for options in (self.optimizers, self.schedulers) for domains in options.values() for name in domains
-        }
-        shared = {
-            name
-            for options in (self.optimizers, self.schedulers)
-            for name in set.intersection(*(set(domains) for domains in options.values()))
-        }
+        owned: set[str] = set()
+        shared: set[str] = set()
+        for kind, options in self._options().items():
+            names = [{recorded_name(kind, owner, name) for name in domains} for owner, domains in options.items()]
+            owned |= set.union(*names)
+            shared |= set.intersection(*names)
         return tuple(name for name in self.searched_hyperparameters() if name in shared or name not in owned)
+
+    def own_code(self) -> tuple[str, ...]:
+        """Return the names of the optimizers and schedules that are a person's own."""
+        return tuple(name for options in self._options().values() for name in options if is_own(name))
+
+    def _options(self) -> dict[str, Mapping[str, Domains]]:
+        return {"optimizer": self.optimizers, "scheduler": self.schedulers}
 
 
 def _one_of(options: Mapping[str, Any]) -> Any:

@@ -1,25 +1,24 @@
 """Checkpoints of a running group, in files that are written completely or not at all.
 
 A file is a line that names its format, a line with the SHA-256 of the rest, and the rest as `torch.save` writes it. A
-file is read with `weights_only=True`: it holds plain values and tensors, and loading it runs no code. The last two are
-kept, in case the newest is damaged.
+file is read with `weights_only=True`: it holds plain values and tensors, and loading it runs no code. Files are written
+and read tensor by tensor, without a copy of the whole. The last two are kept, in case the newest is damaged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from pipeline.errors import StorageError
-from pipeline.files.atomic import write_atomic
+from pipeline.files.atomic import opened_atomic
 
 FORMAT = 2
 MAX_SAVING_SHARE = 0.02
@@ -28,6 +27,8 @@ ASSUMED_SAVE_S = 0.02
 """Assumed duration of the first save, in seconds."""
 CHECKPOINTS_KEPT = 2
 _TITLE = b"checkpoint of lr-strategy-search, format "
+_LINE = 200
+"""Most bytes of a line before the content."""
 
 
 class Checkpoints:
@@ -61,11 +62,16 @@ class Checkpoints:
             StorageError: The file cannot be written; earlier checkpoints are unchanged.
         """
         start = time.monotonic()
-        file = io.BytesIO()
-        torch.save(content(), file)
-        payload = file.getbuffer()
-        with _storage_errors(self.folder / name, "written"):
-            write_atomic(self.folder / name, _TITLE, f"{FORMAT}\n{hashlib.sha256(payload).hexdigest()}\n", payload)
+        state = content()
+        with _storage_errors(self.folder / name, "written"), opened_atomic(self.folder / name) as file:
+            file.write(_TITLE + str(FORMAT).encode() + b"\n")
+            place = file.tell()
+            file.write(hashlib.sha256().hexdigest().encode() + b"\n")  # of nothing yet
+            payload: Any = _Hashed(file)
+            torch.save(state, payload)  # tensor by tensor
+            payload.raise_failure()
+            file.seek(place)
+            file.write(payload.sha256.hexdigest().encode())
         self._remove(self._paths()[CHECKPOINTS_KEPT:])
         self._last = time.monotonic()
         self._took = self._last - start
@@ -82,6 +88,14 @@ class Checkpoints:
     def put_aside(self, path: Path) -> Path:
         """Rename a checkpoint so that it is not loaded again, and a person can restore it; return the new path."""
         return path.replace(path.with_suffix(".unused"))
+
+    def forget_unused(self, *, before: str) -> None:
+        """Remove the files that were put aside and whose names sort before a name.
+
+        Raises:
+            StorageError: A file cannot be removed.
+        """
+        self._remove(path for path in self.folder.glob("*.unused") if path.name < before)
 
     def clear(self, *, but: Path | None = None) -> None:
         """Remove every checkpoint except `but`.
@@ -100,6 +114,33 @@ class Checkpoints:
         return sorted(self.folder.glob("*.pt"), reverse=True)
 
 
+class _Hashed:
+    """A file for `torch.save`, which only writes in order, and hides an error of the file behind one of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self._file = file
+        self._failure: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write a part, unless a part before could not be written."""
+        self.sha256.update(data)
+        if self._failure is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._failure = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Leave that to the file's owner."""
+
+    def raise_failure(self) -> None:
+        """Raise the error of the first part that could not be written."""
+        if self._failure is not None:
+            raise self._failure
+
+
 @contextlib.contextmanager
 def _storage_errors(path: Path, done: str) -> Iterator[None]:
     try:
@@ -111,19 +152,20 @@ def _storage_errors(path: Path, done: str) -> Iterator[None]:
 def _read(path: Path) -> dict[str, Any] | str:
     """Return the content of a checkpoint, or a message that says why the file cannot be used."""
     try:
-        title, _, rest = path.read_bytes().partition(b"\n")
+        with path.open("rb") as file:
+            title, expected = file.readline(_LINE).removesuffix(b"\n"), file.readline(_LINE).removesuffix(b"\n")
+            if not title.startswith(_TITLE):
+                return "is no checkpoint of this program, or its beginning is damaged"
+            if title != _TITLE + str(FORMAT).encode():
+                number = title.removeprefix(_TITLE).decode(errors="replace")[:20]
+                return f"is of format {number}, and this version reads format {FORMAT}"
+            payload = file.tell()
+            if hashlib.file_digest(file, "sha256").hexdigest().encode() != expected:
+                return "is damaged: its content is not what was written"
+            file.seek(payload)
+            content: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if not title.startswith(_TITLE):
-        return "is no checkpoint of this program, or its beginning is damaged"
-    if title != _TITLE + str(FORMAT).encode():
-        number = title.removeprefix(_TITLE).decode(errors="replace")[:20]
-        return f"is of format {number}, and this version reads format {FORMAT}"
-    expected, _, payload = rest.partition(b"\n")
-    if hashlib.sha256(payload).hexdigest().encode() != expected:
-        return "is damaged: its content is not what was written"
-    try:
-        content: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError) as error:
         return f"cannot be loaded: {str(error).splitlines()[0]}"
     return content

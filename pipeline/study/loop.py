@@ -86,6 +86,7 @@ def run_group(
             break
     if not state.running:
         checkpoints.clear()
+        checkpoints.forget_unused(before=_name(len(study.ended)))
 
 
 def forget_ended(checkpoints: Checkpoints, study: Study) -> None:
@@ -136,9 +137,14 @@ def _load_newest(group: TrialGroup, state: GroupState, checkpoints: Checkpoints)
 
 
 def _save(group: TrialGroup, state: GroupState, checkpoints: Checkpoints, *, row_limit: int | None) -> None:
-    name = f"trials-to-{max(state.proposals):06}-epoch-{state.epoch:06}.pt"
+    name = f"{_name(max(state.proposals))}-epoch-{state.epoch:06}.pt"
     with contextlib.suppress(GroupLost):  # the next epoch raises it again
         checkpoints.save(name, lambda: {**state.to_dict(), "row_limit": row_limit, "state": group.state_dict()})
+
+
+def _name(last: int) -> str:
+    """Return how the names of the checkpoints of a group begin, by the number of the group's last trial."""
+    return f"trials-to-{last:06}"
 
 
 def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> None:

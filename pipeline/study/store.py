@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
 import shutil
 import socket
-import sqlite3
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.study import StudySummary
 
-from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, did_you_mean
+from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, counted, did_you_mean
 from pipeline.files.atomic import sweep
-from pipeline.files.locks import LOCK, study_folder
-from pipeline.files.sqlite import create_whole, sqlite_uri
+from pipeline.files.locks import LOCK, is_study_name, lock, refuse_links, study_folder
 from pipeline.space.load import space_from_document
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
+from pipeline.study.database import Database
 from pipeline.study.study import HEADER, Study, group_size, storage_errors
-from pipeline.workloads.fingerprint import changes
 
 FORMAT = 3
 """Version of the format in which a study stores its header and its trials."""
+HEADER_TYPES = {
+    "space": str,
+    "document": Mapping,
+    "trials": int,
+    "group_size": int,
+    "placement": Mapping,
+    "created": float,
+    "fingerprint": Mapping | None,
+}
+"""Stored field of a `StudyHeader` to its types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +74,22 @@ class Store:
 
     Args:
         root: Folder that holds `mlruns/`; creating the first study makes it.
+        warn: Takes one sentence for people, such as that the database is locked by another program.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, warn: Callable[[str], None] = lambda _: None) -> None:
         self.root = root
-        self.database = root / "mlruns" / "optuna.db"
-        self._opened: RDBStorage | None = None  # kept, since opening it takes longer than storing a trial
+        self._database = Database(root, warn=warn)
+        self._warn = warn
+
+    @property
+    def database(self) -> Path:
+        """Path of the database."""
+        return self._database.path
 
     def close(self) -> None:
-        """Close the database; SQLite then moves the write-ahead log into the database file."""
-        if self._opened is not None:
-            self._opened.remove_session()
-            self._opened.engine.dispose()
-            self._opened = None
+        """Close the database."""
+        self._database.close()
 
     def headers(self) -> list[StudyHeader]:
         """Return the header of every study, oldest first; write nothing.
@@ -89,16 +98,23 @@ class Store:
             InvalidInput: The database cannot be read, or holds a study of another format.
         """
         headers = []
-        for summary in self._summaries():
+        summaries = self._summaries()
+        ended = self._database.count_trials() if summaries else {}
+        for summary in summaries:
             header = summary.user_attrs.get(HEADER)
-            if header is None:
+            if not isinstance(header, Mapping) or not is_study_name(summary.study_name):
                 continue  # another program's study, or an abandoned one
-            if header["format"] != FORMAT:
-                message = f"is of format {header['format']}, and this version reads format {FORMAT}; use another --root"
+            if header.get("format") != FORMAT:
+                message = (
+                    f"is of format {header.get('format')}, and this version reads format {FORMAT}; use another --root"
+                )
                 raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
-            values = {key: header[key] for key in ("space", "document", "trials", "group_size", "placement", "created")}
-            values["fingerprint"] = header.get("fingerprint")
-            headers.append(StudyHeader(name=summary.study_name, ended=summary.n_trials, **values))
+            values: dict[str, Any] = {key: header.get(key) for key in HEADER_TYPES}
+            if wrong := [key for key, types in HEADER_TYPES.items() if not isinstance(values[key], types)]:
+                remedy = "restore it, or remove the study with Optuna's command line: optuna delete-study"
+                message = f"another program changed its {wrong[0]}, got {values[wrong[0]]!r}; {remedy}"
+                raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
+            headers.append(StudyHeader(name=summary.study_name, ended=ended.get(summary.study_name, 0), **values))
         return sorted(headers, key=lambda header: header.created)
 
     def choose(
@@ -130,7 +146,7 @@ class Store:
                     header.trials == trials
                     and header.ended < trials
                     and same_rows
-                    and not list(_changes(header, fingerprint))
+                    and not list(fingerprint_changes(header.fingerprint, fingerprint))
                     and _with_defaults(header) == space.document
                 ):
                     return header.name, True
@@ -146,7 +162,7 @@ class Store:
             if [problem.place for problem in differences] == ["seed"]:
                 remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
             raise InvalidInput(f"--study {name}", differences, remedy=remedy, show=8)
-        if changed := [Problem(part, how) for part, how in _changes(known[name], fingerprint)]:
+        if changed := [Problem(part, how) for part, how in fingerprint_changes(known[name].fingerprint, fingerprint)]:
             remedy = "its trials would be ranked with others; change it back, choose another --study, or, if what "
             remedy += "changed does not matter, add --changed-code"
             raise InvalidInput(f"--study {name}", changed, remedy=remedy)
@@ -179,7 +195,8 @@ class Store:
             "fingerprint": fingerprint,
             "created": time.time(),
         }
-        storage = self._storage(create=True)
+        storage = self._database.storage(create=True)
+        self._database.before_write()
         with storage_errors(f"creating study {name}"):
             if any(s.study_name == name and self._is_abandoned(s) for s in self._summaries()):
                 optuna.delete_study(study_name=name, storage=storage)
@@ -200,16 +217,27 @@ class Store:
             InvalidInput: There is no such study.
         """
         header = self.header(name)
-        storage = self._storage()
+        storage = self._database.storage()
         with storage_errors(f"opening study {header.name}"):
             stored = {"trials": header.trials, "fingerprint": header.fingerprint}
             wanted = {"trials": trials or header.trials, "fingerprint": fingerprint or header.fingerprint}
             if wanted != stored:
-                study = optuna.load_study(study_name=header.name, storage=storage)
-                study.set_user_attr(HEADER, study.user_attrs[HEADER] | wanted)
+                self._database.before_write()
+                optuna_study = optuna.load_study(study_name=header.name, storage=storage)
+                optuna_study.set_user_attr(HEADER, optuna_study.user_attrs[HEADER] | wanted)
             space = space_from_document(header.document, name=header.space)
-            identity, size = header.identity, header.group_size
-            return Study(space, name=header.name, identity=identity, group_size=size, storage=storage)
+            study = Study(
+                space,
+                name=header.name,
+                identity=header.identity,
+                group_size=header.group_size,
+                storage=storage,
+                before_write=self._database.before_write,
+            )
+        if study.passed_over:
+            those = counted(study.passed_over, "trial")
+            self._warn(f"{those} of study {study.name}, added by another program, passed over: no search trained it")
+        return study
 
     def header(self, name: str | None, *, option: str = "--study") -> StudyHeader:
         """Return the header of a study that an option names; None: of the newest.
@@ -233,11 +261,17 @@ class Store:
         """
         with storage_errors(f"deleting study {name}"):
             shutil.rmtree(self.folder(name))
-            optuna.delete_study(study_name=name, storage=self._storage())
+            optuna.delete_study(study_name=name, storage=self._database.storage())
 
     def folder(self, study: str) -> Path:
-        """Return the folder of a study's files: `best.yaml`, checkpoints, lock."""
-        return study_folder(self.root, study)
+        """Return the folder of a study's files: `best.yaml`, checkpoints, lock.
+
+        Raises:
+            InvalidInput: The folder, or something in it, is a link.
+        """
+        folder = study_folder(self.root, study)
+        refuse_links(self.root, folder, *folder.rglob("*"))
+        return folder
 
     @contextlib.contextmanager
     def lock(self, study: str) -> Iterator[None]:
@@ -246,17 +280,18 @@ class Store:
         Raises:
             StudyBusy: Another process holds the lock.
             StorageError: The folder cannot be written.
+            InvalidInput: The folder, or something in it, is a link.
         """
         path = self.folder(study) / LOCK
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
         except OSError as error:
             remedy = "make room or permission for it, or name another --root"
             raise StorageError(f"{path}: cannot be written: {error.strerror}; {remedy}") from None
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno(), path, wait=False)
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -276,40 +311,11 @@ class Store:
 
         The folder of such a study exists, since a search takes the lock before it creates the study.
         """
-        bare = HEADER not in study.user_attrs and study.n_trials == 0
+        bare = HEADER not in study.user_attrs and study.n_trials == 0 and is_study_name(study.study_name)
         return bare and self.folder(study.study_name).exists()
 
     def _summaries(self) -> list[StudySummary]:
-        if not self.database.exists():
-            return []
-        storage = self._storage()
-        with _readable(self.database):
-            return optuna.get_all_study_summaries(storage)
-
-    def _storage(self, *, create: bool = False) -> RDBStorage:
-        """Open the database; create it in the journal mode in which others can read while a search writes."""
-        with _readable(self.database):
-            if create:
-                create_whole(self.database, _build_database)
-                with contextlib.closing(sqlite3.connect(self.database)) as connection:
-                    connection.execute("PRAGMA journal_mode=WAL")
-            self._opened = self._opened or RDBStorage(sqlite_uri(self.database))
-            return self._opened
-
-
-def _build_database(database: Path) -> None:
-    RDBStorage(sqlite_uri(database)).engine.dispose()
-
-
-@contextlib.contextmanager
-def _readable(database: Path) -> Iterator[None]:
-    """Turn an error of opening a database into an InvalidInput with a remedy."""
-    try:
-        with storage_errors("opening"):
-            yield
-    except StorageError as error:
-        message = f"cannot be used as Optuna's database: {error}; move it away, or name another --root"
-        raise InvalidInput(str(database), [Problem("", message)]) from None
+        return self._database.summaries() if self.database.exists() else []
 
 
 def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
@@ -320,10 +326,16 @@ def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
         return header.document
 
 
-def _changes(header: StudyHeader, fingerprint: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
-    """Yield what differs between a study's fingerprint and a search's, if both are known."""
-    if header.fingerprint is not None and fingerprint is not None:
-        yield from changes(header.fingerprint, fingerprint)
+def fingerprint_changes(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:
+    """Yield each part that differs between two fingerprints, and how; nothing if one is not known."""
+    if before is None or now is None:
+        return
+    for part in {**before, **now}:
+        if part not in before or part not in now:
+            yield part, "is new" if part in now else "is no longer there"
+        elif before[part] != now[part]:
+            was, does = before[part].rpartition(", "), now[part].rpartition(", ")
+            yield part, "has changed" if was[0] == does[0] else f"was {was[0]} and is {does[0]}"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Problem]:

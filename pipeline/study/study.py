@@ -1,4 +1,4 @@
-"""The study: Optuna proposes trials, `optuna.db` stores them. Only this file, `store` and `samplers` import Optuna.
+"""The study: Optuna proposes trials, `optuna.db` stores them.
 
 An in-memory Optuna study proposes, since asking for a trial through a database takes hundreds of milliseconds. It is
 built for each group from the ended trials. Therefore a group's proposals are a function of the space, the seed and the
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,10 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 HEADER = "pipeline"
 """User attribute of an Optuna study that holds the fields of its `StudyHeader`."""
+OWN_TRIAL = "history"
+"""User attribute that each trial of a search has, with its metrics; other programs' trials lack it."""
+NUMBER = "number"
+"""User attribute that holds a trial's number in its search; Optuna also counts other programs' trials."""
 _GROUP = "pipeline.group."
 """Prefix of the user attributes that hold the groups; the number of the first trial follows."""
 
@@ -67,20 +71,42 @@ class Study:
         identity: Differs from the identity of a study of the same name in a new database.
         group_size: Number of trials that are proposed at a time.
         storage: Storage of the ended trials.
+        before_write: Called before each change of the storage; raises if the change would be lost.
+
+    Raises:
+        StorageError: Another program has removed or changed a trial.
     """
 
-    def __init__(self, space: SearchSpace, *, name: str, identity: str, group_size: int, storage: RDBStorage) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        name: str,
+        identity: str,
+        group_size: int,
+        storage: RDBStorage,
+        before_write: Callable[[], None],
+    ) -> None:
         self.space = space
         self.name = name
         self.identity = identity
         self.group_size = group_size
         self._stored = optuna.load_study(study_name=name, storage=storage)
-        self._frozen = self._stored.get_trials(deepcopy=False)
-        self.ended = [_from_optuna(trial) for trial in self._frozen]
+        self._before_write = before_write
+        stored = self._stored.get_trials(deepcopy=False)
+        self._frozen = _own_trials(stored, study=name)
+        self.passed_over = len(stored) - len(self._frozen)
+        """Number of trials that other programs have added; they are no part of the search."""
         attrs = self._stored.user_attrs
-        self.rules = PlacementRules(**attrs[HEADER]["placement"])
-        """Rules of the placement of the trials."""
-        self._groups = [AskedGroup(**attrs[key]) for key in sorted(attrs) if key.startswith(_GROUP)]
+        with _as_stored(f"study {name}", study=name):
+            self.rules = PlacementRules(**attrs[HEADER]["placement"])
+            """Rules of the placement of the trials."""
+            self._groups = [AskedGroup(**attrs[key]) for key in sorted(attrs) if key.startswith(_GROUP)]
+        self.ended: list[EndedTrial] = []
+        """Stored trials, in number order."""
+        for number, trial in enumerate(self._frozen):
+            with _as_stored(f"trial {number} of study {name}", study=name):
+                self.ended.append(_from_optuna(number, trial))
 
     def next_group(self, trials: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose the next group of a search of `trials` trials in total.
@@ -116,7 +142,7 @@ class Study:
         """
         if rules == self.rules:
             return
-        with storage_errors("storing the row limit"):
+        with self._writing("storing the row limit"):
             header = {**self._stored.user_attrs[HEADER], "placement": rules.to_dict()}
             self._stored.set_user_attr(HEADER, header)
         self.rules = rules
@@ -143,7 +169,7 @@ class Study:
         """
         assert trial.number == len(self.ended)
         frozen = _to_optuna(trial, self.space)
-        with storage_errors("storing trial " + str(trial.number)):
+        with self._writing(f"storing trial {trial.number}"):
             self._stored.add_trial(frozen)
         self._frozen.append(frozen)
         self.ended.append(trial)
@@ -153,6 +179,18 @@ class Study:
         complete = [trial for trial in self.ended if trial.state is TrialState.COMPLETE]
         return sorted(complete, key=self.space.objective.order)[:count]
 
+    @contextlib.contextmanager
+    def _writing(self, doing: str) -> Iterator[None]:
+        self._before_write()
+        try:
+            with storage_errors(doing):
+                yield
+        except KeyError:  # Optuna's, for a study that is not there
+            remedy = "the same command begins the study anew"
+            raise StorageError(
+                f"{doing}: study {self.name} was removed by another program meanwhile; {remedy}"
+            ) from None
+
     def _group_of(self, number: int) -> AskedGroup | None:
         """Return the group in which a trial was proposed."""
         return next((g for g in self._groups if g.first <= number < g.first + g.size), None)
@@ -161,7 +199,7 @@ class Study:
         """Store and return a new group that begins with the next trial."""
         first = len(self.ended)
         group = AskedGroup(first=first, size=min(self.group_size, trials - first), known=first)
-        with storage_errors(f"storing the group of trial {first}"):
+        with self._writing(f"storing the group of trial {first}"):
             self._stored.set_user_attr(f"{_GROUP}{first:06}", dataclasses.asdict(group))
         self._groups.append(group)
         return group
@@ -212,11 +250,12 @@ def _to_optuna(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
         distributions={name: d for name, d in distributions(space).items() if name in trial.params},
         intermediate_values={n + 1: space.objective.value(finished[: n + 1]) for n in range(len(finished)) if reached},
         user_attrs={
+            NUMBER: trial.number,
             "state": trial.state.value,
             "reason": trial.reason,
             "base_lr": trial.config.optimizer.base_lr,
             "config": trial.config.to_dict(),
-            "history": {name: [values[name] for values in history] for name in (history[0] if history else {})},
+            OWN_TRIAL: {name: [values[name] for values in history] for name in (history[0] if history else {})},
             "steps": [epoch.step for epoch in trial.epochs][: len(history)],
             "environment": dict(trial.environment),
         },
@@ -227,17 +266,40 @@ def _to_optuna(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
     return frozen
 
 
-def _from_optuna(frozen: FrozenTrial) -> EndedTrial:
-    """Return a stored trial, without the learning rates, which only MLflow records.
+@contextlib.contextmanager
+def _as_stored(what: str, *, study: str) -> Iterator[None]:
+    """Turn what happens to values that no search stored into a StorageError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        remedy = f"restore it from a copy, or delete the study: python -m pipeline.search --delete {study}"
+        raise StorageError(f"{what} is not as a search stored it: {type(error).__name__} {error}; {remedy}") from error
+
+
+def _own_trials(stored: Sequence[FrozenTrial], *, study: str) -> list[FrozenTrial]:
+    """Return the trials that searches have stored, in number order, without those that other programs have added.
+
+    Optuna numbers the trials of all programs; a search numbers its own, from 0 on without a gap.
 
     Raises:
-        StorageError: Another program added the trial.
+        StorageError: A trial is missing.
     """
+    own: list[FrozenTrial] = []
+    for trial in stored:
+        if OWN_TRIAL not in trial.user_attrs:
+            continue
+        number = trial.user_attrs.get(NUMBER, len(own))  # earlier versions stored no number
+        if number > len(own):
+            remedy = f"restore it from a copy, or delete the study: python -m pipeline.search --delete {study}"
+            raise StorageError(f"trial {len(own)} of study {study} was removed from the database; {remedy}")
+        own += [trial] if number == len(own) else []  # a lower number has a copy of a trial
+    return own
+
+
+def _from_optuna(number: int, frozen: FrozenTrial) -> EndedTrial:
+    """Return a stored trial, without the learning rates, which only MLflow records."""
     attrs = frozen.user_attrs
-    if "history" not in attrs:
-        remedy = "delete it there, or go on under another --study"
-        raise StorageError(f"trial {frozen.number} was added to the study by another program; {remedy}")
-    history = attrs["history"]
+    history = attrs[OWN_TRIAL]
     epochs = [
         EpochMetrics(epoch=epoch, step=step, metrics={name: history[name][epoch - 1] for name in history}, lr={})
         for epoch, step in enumerate(attrs["steps"], 1)
@@ -245,7 +307,7 @@ def _from_optuna(frozen: FrozenTrial) -> EndedTrial:
     assert frozen.datetime_start is not None
     assert frozen.datetime_complete is not None
     return EndedTrial(
-        number=frozen.number,
+        number=number,
         config=TrialConfig.from_dict(attrs["config"]),
         params=frozen.params,
         state=TrialState(attrs["state"]),

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.tracking.mlflow_store import (
-    collect_garbage,
     find_runs,
     load_mlflow,
     milliseconds,
     open_store,
     refuse_broken,
+    refuse_outside,
     remote_uri,
+    remove_runs,
+    server_page,
+    server_uri,
 )
 from pipeline.tracking.mlflow_trials import TrialRuns
 from pipeline.tracking.record import lr_metric, objective_name
@@ -50,8 +53,7 @@ class MLflowTracker:
                 seconds, so that a short search has none; None for no such records.
 
         Raises:
-            InvalidInput: SQLite cannot read `mlflow.db`, or the file is a link to nothing, which a new database would
-                replace.
+            InvalidInput: The store cannot be used.
         """
         self._root = root
         self._sample_every_s = sample_every_s
@@ -64,15 +66,17 @@ class MLflowTracker:
         """Import what writing a study needs, which takes seconds."""
         load_mlflow()
 
-    def open(self, study: StudyInfo) -> str:
+    def open(self, study: StudyInfo) -> str | None:
         """Open or create the store, the experiment, the study's run and its view; return how to look at the view."""
         self._study = study
         self._warnings: list[str] = []
         self._client = open_store(self._root.absolute())
         self._is_new = False
         self._run = self._find_or_create_run()
+        location = self._client.get_experiment(self._experiment_id).artifact_location
+        refuse_outside(self._root.absolute(), location, self._run.info.artifact_uri)
+        self._trials = TrialRuns(self._client, study, self._run, root=self._root.absolute())
         self._client.log_text(self._run_id, study.space, "space.yaml")
-        self._trials = TrialRuns(self._client, study, self._run)
         self._standings = Standings(study.objective, ranks=self._trials.metric(RANK))
         self._winners = self._trials.tagged(WINNER)
         points = self._client.get_metric_history(self._run_id, "study/complete")
@@ -82,8 +86,12 @@ class MLflowTracker:
         self._finished = False
         self._save_view()
         self._monitor = self._start_monitor()
+        if server_uri():
+            page = server_page()
+            return page and f"{page}{self._view_path(self._experiment_id)}"
         here = self._root.resolve() == Path.cwd()
-        command = "mlflow ui" if here else f"python -m pipeline.ui --root {shlex.quote(str(self._root))}"
+        root = "" if here else f" --root {shlex.quote(str(self._root))}"
+        command = "mlflow ui" if here and not remote_uri() else f"python -m pipeline.ui{root}"
         return f"{command}   then open http://127.0.0.1:5000{self._view_path(self._experiment_id)}"
 
     def begin(self, trial: BegunTrial) -> None:
@@ -133,10 +141,10 @@ class MLflowTracker:
             self._client.set_terminated(self._run_id, "KILLED")
         return self._warnings
 
-    def delete(self, study: str, *, identity: str) -> None:
+    def delete(self, study: str, *, identity: str) -> list[str]:
         """Delete a study's runs with their files, and its view; a server of MLFLOW_TRACKING_URI only marks the runs."""
         if not remote_uri() and not (self._root / "mlflow.db").exists():
-            return
+            return []
         client = open_store(self._root.absolute())
         from mlflow.entities import ViewType
 
@@ -150,8 +158,8 @@ class MLflowTracker:
         for run in deleted:
             if run.info.lifecycle_stage == "active":
                 client.delete_run(run.info.run_id)
-        if not remote_uri():
-            collect_garbage(self._root, deleted)
+        left = [] if remote_uri() else remove_runs(self._root, deleted)
+        return [f"{uri} is left, since it is no folder of a run below {self._root / 'mlruns'}" for uri in left]
 
     @property
     def _run_id(self) -> str:
@@ -195,7 +203,7 @@ class MLflowTracker:
         if experiment is None:
             # Absolute, because MLflow resolves a relative path against the working folder of whoever reads it.
             folder = self._root.absolute() / "mlruns" / "artifacts" / mlflow_name(name)
-            location = None if remote_uri() else folder.as_uri()
+            location = None if server_uri() else folder.as_uri()
             return self._client.get_experiment(self._client.create_experiment(name, artifact_location=location))
         self._restore(experiment)
         return experiment

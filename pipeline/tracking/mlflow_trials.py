@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pipeline.space.search_space import Objective
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
-from pipeline.tracking.mlflow_store import find_runs, milliseconds
+from pipeline.tracking.mlflow_store import find_runs, milliseconds, refuse_outside
 from pipeline.tracking.record import (
     config_hash,
     ended_tags,
@@ -52,12 +53,17 @@ class TrialRuns:
         client: The store.
         study: The study.
         parent: The study's run.
+        root: The folder of the store.
+
+    Raises:
+        StorageError: A run's artifacts would be written outside the root.
     """
 
-    def __init__(self, client: MlflowClient, study: StudyInfo, parent: Run) -> None:
+    def __init__(self, client: MlflowClient, study: StudyInfo, parent: Run, *, root: Path) -> None:
         self._client = client
         self._study = study
         self._parent = parent
+        self._root = root
         self._found: dict[int, Run] = {}
         self._training: dict[int, _Training] = {}
         self._deleted: set[int] = set()
@@ -151,6 +157,7 @@ class TrialRuns:
         if number in self._found:  # a server made it twice, when a request was repeated
             self._supersede(run.info.run_id)
             return
+        refuse_outside(self._root, run.info.artifact_uri)
         self._found[number] = run
         if run.info.status != "RUNNING" and tags.get("hpo.state") in STATES:
             self.ended[number] = run.info.run_id

@@ -169,7 +169,7 @@ class TrackerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             # A warning within a library must not become an error, as PYTHONWARNINGS can have it.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path()), "PYTHONWARNINGS": "ignore"},
             process_group=0,
         )
         again = [message for _, messages in sorted(self._trials.items()) for message in messages]
@@ -268,6 +268,16 @@ class _Record:
         for cause in [*self._causes.values(), *([end] if end else []), *self._notes]:
             lost[cause] += []
         return [f"{self.name}: {_sentence(cause, keys)}" for cause, keys in lost.items()]
+
+
+def _import_path() -> list[str]:
+    """Return where the process imports from: where this process does, but not from the working folder.
+
+    A file there, such as `random.py`, would otherwise run in place of a module. The folder that holds this package may
+    be the working folder, and comes last.
+    """
+    here = Path.cwd()
+    return [folder for folder in sys.path if Path(folder).resolve() != here] + [str(Path(__file__).parents[2])]
 
 
 def _exit(status: int) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.errors import StorageError
 from pipeline.files.locks import folder_locked, study_folder
 from pipeline.space.trial import EndedTrial
 from pipeline.tracking.tracker import StudyInfo, Tracker, root_cause
@@ -89,7 +90,7 @@ def _prepare(lock: contextlib.ExitStack, root: Path, study: StudyInfo, environme
     process opens the record: otherwise both would record the same trials.
     """
     os.environ.update(environment)
-    with contextlib.suppress(OSError):  # the folder cannot be made, so no other search can use it either
+    with contextlib.suppress(OSError, StorageError):  # no folder or no lock, so no other search can use it either
         lock.enter_context(folder_locked(study_folder(root, study.name)))
     return study
 

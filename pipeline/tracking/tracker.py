@@ -97,8 +97,8 @@ class Tracker(Protocol):
         """Release everything, and return what went wrong without harm to the record, one sentence each."""
         ...
 
-    def delete(self, study: str, *, identity: str) -> None:
-        """Delete what is recorded of a study; called in the process of the command that deletes it."""
+    def delete(self, study: str, *, identity: str) -> list[str]:
+        """Delete what is recorded of a study, in the process of the command; return what is left, one sentence each."""
         ...
 
 

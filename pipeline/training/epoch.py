@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,20 @@ def _are_infinite(outputs: Any) -> bool:
 def mean_loss(losses: list[float], sizes: list[int]) -> float:
     """Return the mean of an epoch's losses, weighted by the number of samples of each batch."""
     return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+
+
+def rate_points(
+    rates: Sequence[Mapping[str, float]], *, first_step: int, per_step: bool
+) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Return group name to points (step, rate) of an epoch: one of each step, or of the last step alone.
+
+    Args:
+        rates: Group name to learning rate of each step.
+        first_step: Number of the epoch's first optimizer step.
+        per_step: Whether the schedule moves every step.
+    """
+    points = {name: tuple((first_step + n, step[name]) for n, step in enumerate(rates)) for name in rates[0]}
+    return points if per_step else {name: group_points[-1:] for name, group_points in points.items()}
 
 
 def why_diverged(

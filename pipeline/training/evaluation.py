@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from pipeline.errors import first_line
+from pipeline.workloads.random_state import seeded
 from pipeline.workloads.trees import concatenate, described, map_tensors, tensors
 from pipeline.workloads.workload import Metric, Workload, accuracy
 
@@ -36,7 +37,7 @@ class Evaluation:
         self._means: dict[str, list[Any]] = {}
         """Name of a mean to its value for each batch, (row,)."""
         self._finite: list[Tensor] = []
-        """For each batch, whether a row's outputs are finite, (row,)."""
+        """For each batch, whether a row's loss is finite, (row,)."""
         self._accumulating = {
             name: [copy.deepcopy(metric.function) for _ in range(rows)]
             for name, metric in workload.metrics.items()
@@ -72,7 +73,7 @@ class Evaluation:
         self._means.setdefault("loss", []).append(losses)
         if not self._metrics:
             return
-        self._finite.append(_finite_rows(outputs, self._rows, losses.device))
+        self._finite.append(torch.isfinite(losses))
         by_row: dict[int, Any] = {}
         for name, metric in self._metrics.items():
             if metric.function is accuracy and isinstance(outputs, Tensor):
@@ -84,38 +85,44 @@ class Evaluation:
             self._keep(outputs, targets)
 
     def results(self, split: str) -> list[dict[str, float]]:
-        """Return each row's loss and metrics, named after the split; a metric of outputs that are not finite is NaN."""
+        """Return each row's loss and metrics, named after the split; where the loss is not finite, metrics are NaN."""
         shares = [size / sum(self._sizes) for size in self._sizes]
         columns = {name: _weighted(values, shares) for name, values in self._means.items()}
         finite = torch.stack(self._finite).all(dim=0).tolist() if self._finite else []
         rows = [row for row, is_finite in enumerate(finite) if is_finite]
         kept = self._whole_split() if self._keeps and rows else None
-        for name, metric in self._metrics.items():
-            if metric.accumulates:
-                measured = {row: self._accumulating[name][row].compute() for row in rows}
-            elif kept is not None and metric.keeps_outputs:
-                measured = {row: metric.function(_row(kept[0], row), kept[1]) for row in rows}
-            else:
-                measured = {row: columns[name][row] for row in rows}
+        for name in self._metrics:
+            measured = {row: self._measured(name, row, kept, columns) for row in rows}
             numbers = dict(zip(measured, _floats(list(measured.values())), strict=True))
             columns[name] = [numbers.get(row, math.nan) for row in range(self._rows)]
         names = ("loss", *self._metrics)
         return [{f"{split}/{name}": columns[name][row] for name in names} for row in range(self._rows)]
 
+    def _measured(self, name: str, row: int, kept: Any, columns: Mapping[str, Sequence[float]]) -> Any:
+        """Return a metric of a row's whole split, given the `kept` outputs and targets, and the means in `columns`."""
+        metric = self._metrics[name]
+        if not (metric.accumulates or metric.keeps_outputs):
+            return columns[name][row]
+        with seeded(0):  # a metric may draw random numbers, the same for each row
+            if metric.accumulates:
+                return self._accumulating[name][row].compute()
+            return metric.function(_row(kept[0], row), kept[1])
+
     def _finite_outputs(self, outputs: Any) -> dict[int, Any]:
-        """Return row to outputs, for the rows whose outputs are finite: a metric may raise on others."""
+        """Return row to outputs, for the rows whose loss is finite: a metric may raise on the outputs of others."""
         finite = self._finite[-1].tolist()
         return {row: _row(outputs, row) for row in range(self._rows) if finite[row]}
 
     def _add_by_row(self, name: str, metric: Metric, outputs: Mapping[int, Any], targets: Any) -> None:
-        if metric.accumulates:
-            for row, own in outputs.items():
-                self._accumulating[name][row].update(own, targets)
-            return
-        values = [
-            float(metric.function(outputs[row], targets)) if row in outputs else math.nan for row in range(self._rows)
-        ]
-        self._means.setdefault(name, []).append(values)
+        values = [math.nan] * self._rows
+        for row, own in outputs.items():
+            with seeded(self.batches):
+                if metric.accumulates:
+                    self._accumulating[name][row].update(own, targets)
+                else:
+                    values[row] = float(metric.function(own, targets))
+        if not metric.accumulates:
+            self._means.setdefault(name, []).append(values)
 
     def _keep(self, outputs: Any, targets: Any) -> None:
         self._kept_bytes += sum(tensor.nbytes for tensor in tensors(outputs))
@@ -154,13 +161,6 @@ def _accuracies(outputs: Tensor, targets: Tensor) -> Tensor:
         return accuracy(outputs[0], targets).unsqueeze(0)
     values: Tensor = vmap(accuracy, in_dims=(0, None))(outputs, targets)
     return values
-
-
-def _finite_rows(outputs: Any, rows: int, device: torch.device) -> Tensor:
-    """Return whether all numbers in a row's outputs are finite, (row,)."""
-    numbers = [tensor for tensor in tensors(outputs) if tensor.is_floating_point() or tensor.is_complex()]
-    each = [torch.isfinite(tensor).reshape(rows, -1).all(dim=1) for tensor in numbers]
-    return torch.stack(each).all(dim=0) if each else torch.ones(rows, dtype=torch.bool, device=device)
 
 
 def _weighted(batches: Sequence[Any], shares: Sequence[float]) -> list[float]:

@@ -17,32 +17,46 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement, PlacementRules, matrix_key
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Map, Stepwise, TrialGroup, train_epoch_together, trial_error
+from pipeline.training.loops import LoopTrial, ask
 from pipeline.training.placement import Shard, describe, place, why_plain
 from pipeline.training.plain import PlainTrials
 from pipeline.training.precision import precision
 from pipeline.training.process import ProcessDied, RemoteTrials, TrainingProcess, can_fork
 from pipeline.training.replay import ReplayedTrial
-from pipeline.training.rows.probe import Finding, probe
+from pipeline.training.rows.measure import Finding
+from pipeline.training.rows.probe import probe
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.shards import ShardedTrials, ShardTrainer
+from pipeline.workloads.build import built_model
 from pipeline.workloads.data import free_memory, is_streamed, to_device
+from pipeline.workloads.loop import Loop
+from pipeline.workloads.random_state import KINDS
 from pipeline.workloads.workload import Workload
 
 MEMORY_SHARE = 0.5
 """Share of a CPU's free memory that the rows of all matrices may take."""
+OWN_LOOP = Finding(
+    plain_because="it has a training loop of its own",
+    draws=frozenset(KINDS),
+    unsaved=None,
+    output_size=0,
+    trial_bytes=0,
+)
+"""What is found without probing of trials that a loop trains; their memory is not known."""
 
 
 class LocalExecutor:
     """Trains groups of trials on one device of this machine; see `Executor` for the contract.
 
     Args:
-        workload: Data, model, loss and metrics.
+        workload: Data, model, loss and metrics, or a training loop.
         config: Config of a trial of the largest batch size, to probe the workload with: its memory gives the row limit.
         device: Where to train.
         dtype: Type of parameters and floating-point data.
@@ -52,7 +66,7 @@ class LocalExecutor:
 
     def __init__(
         self,
-        workload: Workload,
+        workload: Workload | Loop,
         config: TrialConfig,
         *,
         device: torch.device,
@@ -60,7 +74,7 @@ class LocalExecutor:
         rows: int | None = None,
         processes: int = 1,
     ) -> None:
-        self.workload = to_device(workload, device=device, dtype=dtype)
+        self.workload = workload if isinstance(workload, Loop) else to_device(workload, device=device, dtype=dtype)
         self.device = device
         self._dtype = dtype
         self._config = config
@@ -77,7 +91,7 @@ class LocalExecutor:
         self._draws, self._output_size, self._unsaved = finding.draws, finding.output_size, finding.unsaved is not None
         # Threads share the global random states, so trials that draw random numbers train one after another.
         self._threads = 1 if not on_cpu or self._draws else torch.get_num_threads()
-        if on_cpu:  # without memory a CPU raises no error: the system kills the process
+        if on_cpu and finding.trial_bytes:  # without memory a CPU raises no error: the system kills the process
             at_once = max(self._threads, self.rules.processes)
             fitting = max(1, int(MEMORY_SHARE * free_memory(device) / finding.trial_bytes / at_once))
             self.rules = dataclasses.replace(self.rules, row_limit=min(fitting, rows or fitting))
@@ -120,6 +134,13 @@ class LocalExecutor:
         other = copy.copy(self)
         other.workload, other._processes, other._tried_rows = workload, [], Counter()
         return other
+
+    def untrained_model(self, config: TrialConfig) -> nn.Module:
+        """Return the model of a trial as it is before training, on the CPU."""
+        cpu = torch.device("cpu")
+        if isinstance(self.workload, Loop):
+            return ask(self.workload, config, device=self.device).model.to(cpu)
+        return built_model(self.workload, seed=config.seed, device=cpu, dtype=self._dtype)
 
     def close(self) -> None:
         """End the processes, and with them their trainers."""
@@ -189,8 +210,10 @@ class LocalExecutor:
             self._tried_rows[size] = len(configs)
         return trainer
 
-    def build_here(self, configs: Mapping[int, TrialConfig], plain: bool) -> FusedTrials | PlainTrials:
+    def build_here(self, configs: Mapping[int, TrialConfig], plain: bool) -> FusedTrials | PlainTrials | LoopTrial:
         """Build a trainer in this process."""
+        if isinstance(self.workload, Loop):
+            return LoopTrial(configs, self.workload, device=self.device)
         options: dict[str, Any] = {"device": self.device, "dtype": self._dtype}
         options |= {"draws": self._draws, "output_size": self._output_size}
         if plain:
@@ -216,6 +239,10 @@ class LocalExecutor:
         outcomes: dict[int, dict[int, EpochMetrics] | Exception] = {}
         for size in sorted({_batch_size(trainer) for trainer in trainers}):
             together = [trainer for trainer in trainers if _batch_size(trainer) == size]
+            with self.precision():
+                for trainer in together:
+                    if isinstance(trainer, PlainTrials):
+                        trainer.repeat_epochs()  # one after the other, as all read from one loader
             with self._map(len(together)) as each:
                 found = train_epoch_together(cast(Sequence[Stepwise], together), each)
             outcomes |= {id(trainer): outcome for trainer, outcome in zip(together, found, strict=True)}
@@ -225,13 +252,18 @@ class LocalExecutor:
         """Probe trials of one batch size that freeze the same groups, once, and store the verdict in the rules."""
         key = matrix_key(config)
         if key not in self._findings:
-            with precision(self._config, self.device):
-                self._findings[key] = probe(self.workload, config, device=self.device, dtype=self._dtype)
+            self._findings[key] = self._probe(config)
         finding = self._findings[key]
         if key not in self.rules.plain_because:
             verdicts = {**self.rules.plain_because, key: finding.plain_because}
             self.rules = dataclasses.replace(self.rules, plain_because=verdicts)
         return finding
+
+    def _probe(self, config: TrialConfig) -> Finding:
+        if isinstance(self.workload, Loop):
+            return OWN_LOOP
+        with precision(self._config, self.device):
+            return probe(self.workload, config, device=self.device, dtype=self._dtype)
 
     @contextlib.contextmanager
     def _map(self, calls: int) -> Iterator[Map]:

@@ -8,8 +8,9 @@ schedule's `torch_class` names it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from pipeline.errors import InvalidInput
+from pipeline.space import own_code
 from pipeline.space.config import TrialConfig
-from pipeline.space.optimizers import Muon, Optimizer
+from pipeline.space.optimizers import SGD, Muon, Optimizer, OwnOptimizer
 from pipeline.space.param_groups import assign_groups
 from pipeline.space.schedules import Plateau, Training, WarmedScheduler
 from pipeline.space.trial import EpochMetrics
@@ -61,18 +64,28 @@ class Strategy:
                 rates[self.torch_groups[group["group"]].name] = float(group["lr"])
         return rates
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
         for optimizer in self.optimizers:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none)
 
-    def step(self) -> None:
-        """Update the parameters once; step the schedule if the schedule moves every step."""
-        for optimizer in self.optimizers:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once; step the schedule if the schedule moves every step.
+
+        Args:
+            closure: Computes the loss and its gradients, for optimizers that need several evaluations.
+
+        Returns:
+            The loss that the closure returned; None without one.
+        """
+        first, *others = self.optimizers
+        loss = first.step() if closure is None else first.step(closure)
+        for optimizer in others:
             optimizer.step()
         if self.per_step:
             for scheduler in self.schedulers:
                 scheduler.step()
+        return loss
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
         """Step the schedule if the schedule moves every epoch; ReduceLROnPlateau reads the epoch's `metrics`."""
@@ -100,9 +113,59 @@ class Strategy:
             scheduler.load_state_dict(saved)
 
 
+class ModelStrategy(Strategy):
+    """The strategy of a model: its parameters in the config's groups, their gradients clipped before each step.
+
+    Parameters of frozen groups no longer require gradients.
+
+    Args:
+        config: The trial's config.
+        model: Supplies `named_parameters()`.
+        steps_per_epoch: Optimizer updates in one epoch.
+        directions: Metric name to "minimize" or "maximize", for ReduceLROnPlateau.
+
+    Raises:
+        InvalidInput: A pattern matches no parameter, or a parameter no pattern.
+    """
+
+    def __init__(
+        self, config: TrialConfig, model: nn.Module, *, steps_per_epoch: int, directions: Mapping[str, str]
+    ) -> None:
+        groups = group_parameters(config, model)
+        for name, group in config.torch_groups().items():
+            for _, parameter in groups[name]:
+                parameter.requires_grad_(group.lr_ratio != 0)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(
+            config,
+            groups,
+            steps_per_epoch=steps_per_epoch,
+            directions=directions,
+            hidden_matrices=hidden_matrices(model),
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Clip the gradients if the config says so, then update as `Strategy` does."""
+        if closure is None:
+            self._clip()
+            return super().step()
+        return super().step(functools.partial(self._evaluated, closure))
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        self._clip()
+        return loss
+
+    def _clip(self) -> None:
+        if self.config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
+
+
 def over_placeholders(config: TrialConfig, *, steps_per_epoch: int, directions: Mapping[str, str]) -> Strategy:
     """Build a config's strategy over one placeholder parameter per torch group, to read learning rates from."""
     placeholders = {name: [(name, torch.zeros(1))] for name in config.torch_groups()}
+    if isinstance(config.optimizer, OwnOptimizer):  # which may not take placeholders; its class decides no rate
+        config = dataclasses.replace(config, optimizer=SGD(base_lr=config.optimizer.base_lr))
     strategy = Strategy(config, placeholders, steps_per_epoch=steps_per_epoch, directions=directions)
     for optimizer in strategy.optimizers:
         optimizer.step()  # changes nothing without gradients; a scheduler warns unless its optimizer has stepped
@@ -136,11 +199,15 @@ def group_parameters(config: TrialConfig, model: nn.Module) -> dict[str, list[tu
     """Return torch group to (name, parameter) pairs, for every torch group of the config.
 
     Parameters that do not require a gradient are left out.
+
+    Raises:
+        InvalidInput: A pattern matches no parameter, or a parameter no pattern.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     dims = {name: p.ndim for name, p in parameters.items()}
     assigned, problems = assign_groups(dims, config.param_groups, config.no_weight_decay)
-    assert not problems, problems
+    if problems:
+        raise InvalidInput("param_groups", problems)
     return {group: [(name, parameters[name]) for name in names] for group, names in assigned.items()}
 
 
@@ -205,7 +272,9 @@ def _torch_groups(config: TrialConfig, parameters: Mapping[str, Sequence[tuple[s
 
 
 def _build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return _find(optimizer.torch_class, torch.optim)(groups, **optimizer.arguments())  # type: ignore[no-any-return]
+    own = isinstance(optimizer, OwnOptimizer)
+    build = own_code.loaded(optimizer.name) if own else _find(optimizer.torch_class, torch.optim)
+    return build(groups, **optimizer.arguments())  # type: ignore[no-any-return]
 
 
 def _find(name: str, module: ModuleType) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import PlacementRules, matrix_key
+from pipeline.space.schedules import OwnScheduler
 from pipeline.training.rows.optimizer import row_order
 from pipeline.training.rows.update_rules import has_rule
 
@@ -49,6 +50,8 @@ def why_plain(config: TrialConfig, rules: PlacementRules) -> str | None:
     """Return why a trial trains plain; None if the trial is a row."""
     if not has_rule(type(config.optimizer)):
         return f"{config.optimizer.name} has no update rule for rows"
+    if isinstance(config.scheduler, OwnScheduler):
+        return f"{config.scheduler.name} may raise, which would end every row of a matrix"
     return rules.plain_because[matrix_key(config)]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.space.config import TrialConfig
+from pipeline.space.optimizers import OwnOptimizer
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Batches, copied, ended_by, train_epoch_of, trial_error
@@ -21,12 +22,13 @@ from pipeline.training.epoch import (
     check_shapes,
     loss_of,
     mean_loss,
+    rate_points,
     seeded_step,
     why_diverged,
     without_bf16,
 )
 from pipeline.training.evaluation import Evaluation
-from pipeline.training.optim import Strategy, group_parameters, hidden_matrices
+from pipeline.training.optim import ModelStrategy
 from pipeline.training.pooling import Pooling
 from pipeline.workloads.build import built_model, run_model
 from pipeline.workloads.data import epoch_length, evaluation_batches, training_batches
@@ -69,6 +71,7 @@ class PlainTrials:
         self._epoch = 0
         self._device, self._dtype = device, dtype
         self._workload = workload
+        draws = {*draws, "torch"}  # seeding torch costs little, and a model may draw later than the probe looked
         self._output_size = output_size
         self._unsaved = unsaved
         self._epochs_to_repeat = 0
@@ -90,7 +93,7 @@ class PlainTrials:
 
     def begin_epoch(self) -> None:
         """Begin an epoch of every trial."""
-        self._repeat_epochs()
+        self.repeat_epochs()
         self._failed = {}
         self._each(PlainTrial.begin_epoch)
 
@@ -133,7 +136,7 @@ class PlainTrials:
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
-        self._repeat_epochs()
+        self.repeat_epochs()
         for trial in self._trials.values():
             trial.begin_evaluation()
         for batch in self.evaluation_batches("test"):
@@ -143,7 +146,7 @@ class PlainTrials:
 
     def model_state(self, number: int) -> dict[str, Tensor]:
         """Return a trial's parameters and buffers by name, on the CPU."""
-        self._repeat_epochs()
+        self.repeat_epochs()
         trial = self._trials[number]
         with trial.averaged():
             state = trial.model.state_dict()
@@ -166,7 +169,7 @@ class PlainTrials:
                 trial.load_state_dict(state[str(number)])
                 self._epoch = trial.epoch
 
-    def _repeat_epochs(self) -> None:
+    def repeat_epochs(self) -> None:
         """Train the epochs of a loaded state again, from the beginning, to get at the state that cannot be saved."""
         epochs, self._epochs_to_repeat = self._epochs_to_repeat, 0
         for _ in range(epochs):
@@ -197,21 +200,16 @@ class PlainTrial:
         """Averages of the trained parameters with `ema`; empty before the first step."""
         for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
-        groups = group_parameters(config, self.model)
-        for name, group in config.torch_groups().items():
-            for _, parameter in groups[name]:
-                parameter.requires_grad_(group.lr_ratio != 0)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.strategy = Strategy(
-            config,
-            groups,
-            steps_per_epoch=self.accumulation.steps,
-            directions=workload.directions,
-            hidden_matrices=hidden_matrices(self.model),
-        )
         self.record = Record()
         self.begin_evaluation()
         self.pooling = Pooling(device, channels_last=config.channels_last)
+
+    @functools.cached_property
+    def strategy(self) -> ModelStrategy:
+        """The optimizer and the schedule; built in the first epoch, where an exception fails this trial alone."""
+        steps = self.accumulation.steps
+        with self._seeded_update(0):
+            return ModelStrategy(self.config, self.model, steps_per_epoch=steps, directions=self.workload.directions)
 
     def begin_epoch(self) -> None:
         """Begin an epoch: clear the record."""
@@ -240,27 +238,33 @@ class PlainTrial:
         record.sizes.append(batch.size)
 
     def _step(self) -> None:
-        if self.config.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
-        self.strategy.step()
+        with self._seeded_update(self.step + len(self.record.rates)):
+            self.strategy.step()
         if self.config.ema is None:
             return
+        trained = self.strategy.trained
         if self.averages:
-            for average, parameter in zip(self.averages, self.trained, strict=True):
+            for average, parameter in zip(self.averages, trained, strict=True):
                 average.lerp_(parameter.detach(), 1 - self.config.ema)
         else:
-            self.averages = [parameter.detach().clone() for parameter in self.trained]
+            self.averages = [parameter.detach().clone() for parameter in trained]
+
+    def _seeded_update(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context that seeds an update of an optimizer of a person's own, which may draw random numbers."""
+        kinds = KINDS if isinstance(self.config.optimizer, OwnOptimizer) else ()
+        return seeded_step(kinds, self.device, self.config.seed, "update", step)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averages, if there are any, in the place of the trained parameters inside the block."""
-        last = [parameter.data for parameter in self.trained]
-        for parameter, average in zip(self.trained, self.averages or last, strict=True):
+        trained = self.strategy.trained if self.averages else []
+        last = [parameter.data for parameter in trained]
+        for parameter, average in zip(trained, self.averages, strict=True):
             parameter.data = average
         try:
             yield
         finally:
-            for parameter, value in zip(self.trained, last, strict=True):
+            for parameter, value in zip(trained, last, strict=True):
                 parameter.data = value
 
     @torch.no_grad()
@@ -274,8 +278,8 @@ class PlainTrial:
                 outputs = run_model(self.model, batch.inputs)
             outputs = without_bf16(outputs)
             loss = self._loss(outputs, batch)
-        row = map_tensors(lambda tensor: tensor.unsqueeze(0), outputs) if evaluation.needs_outputs else None
-        evaluation.add(loss.unsqueeze(0), row, batch.targets, size=batch.size)
+            row = map_tensors(lambda tensor: tensor.unsqueeze(0), outputs) if evaluation.needs_outputs else None
+            evaluation.add(loss.unsqueeze(0), row, batch.targets, size=batch.size)
 
     def _loss(self, outputs: Any, batch: Batch) -> Tensor:
         return loss_of(self.workload.loss, outputs, batch.targets, step=self.step + len(self.record.rates) - 1)
@@ -292,8 +296,7 @@ class PlainTrial:
         diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self.epoch)
         if diverged is None:
             self.strategy.end_epoch(metrics)
-        points = {name: [(first + n, r[name]) for n, r in enumerate(record.rates)] for name in record.rates[0]}
-        lr = {name: tuple(rates if self.strategy.per_step else rates[-1:]) for name, rates in points.items()}
+        lr = rate_points(record.rates, first_step=first, per_step=self.strategy.per_step)
         self.record = Record()
         placement = Placement(trainer="plain", threads=torch.get_num_threads())
         return EpochMetrics(

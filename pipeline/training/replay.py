@@ -11,11 +11,12 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import ended_by, trial_error
+from pipeline.training.loops import LoopTrial
 from pipeline.training.plain import PlainTrials
 from pipeline.training.precision import precision
 from pipeline.training.rows.trainer import FusedTrials
 
-Trainer = FusedTrials | PlainTrials
+Trainer = FusedTrials | PlainTrials | LoopTrial
 
 
 class ReplayedTrial:

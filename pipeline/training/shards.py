@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import GroupLost, ended_by
+from pipeline.training.loops import LoopTrial
 from pipeline.training.placement import Shard, split
 from pipeline.training.plain import PlainTrials
 from pipeline.training.process import ProcessDied, RemoteTrials
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_LOSSES = 4
 """Times that processes may die, or memory run out for one trial, in one epoch before the search stops."""
-ShardTrainer = FusedTrials | PlainTrials | RemoteTrials
+ShardTrainer = FusedTrials | PlainTrials | LoopTrial | RemoteTrials
 """Trains the rows of one matrix, or one plain trial, in this process or another."""
 States = Mapping[str, Any]
 """Trial number, as text, to the state of its parameters, optimizer and schedule."""
@@ -80,8 +82,11 @@ class ShardedTrials:
         return dict(sorted(results.items()))
 
     def drop(self, number: int) -> None:
-        """Stop training a trial; a running trial leaves its matrix before the next epoch."""
+        """Stop training a trial; a running trial leaves its matrix before the next epoch, or now if it is the last."""
         self.configs.pop(number, None)
+        if not self.configs:
+            with contextlib.suppress(ProcessDied):
+                self._drop_ended()
 
     def test(self) -> dict[int, dict[str, float]]:
         """Return each trial's `test/…` metrics."""
@@ -115,10 +120,7 @@ class ShardedTrials:
 
     def _arrange(self) -> None:
         """Place the running trials, and rebuild the trainer of each shard that has changed from its trials' states."""
-        for trainer in self._trainers:
-            for number in [number for number in trainer.configs if number not in self.configs]:
-                trainer.drop(number)
-        self._trainers = [trainer for trainer in self._trainers if trainer.configs]
+        self._drop_ended()
         while True:
             wanted = self._executor.place(self.configs)
             processes = self._executor.start_processes(len(wanted))
@@ -136,6 +138,13 @@ class ShardedTrials:
             else:
                 self._states = {}
                 return
+
+    def _drop_ended(self) -> None:
+        """Have trainers stop the trials that no longer run, and release the trainers that are left with none."""
+        for trainer in self._trainers:
+            for number in [number for number in trainer.configs if number not in self.configs]:
+                trainer.drop(number)
+        self._trainers = [trainer for trainer in self._trainers if trainer.configs]
 
     def _build(self, shard: Shard, process: int) -> ShardTrainer:
         """Build the trainer of a shard, and load the states of its trials."""

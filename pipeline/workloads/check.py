@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError, Problem, first_line
 from pipeline.workloads.build import built_model, run_model
-from pipeline.workloads.data import augmented, epoch_length, first_batch, model_batch, on_device, samples_of
+from pipeline.workloads.data import (
+    augmented,
+    epoch_length,
+    epoch_order,
+    first_batch,
+    model_batch,
+    on_device,
+    samples_of,
+)
 from pipeline.workloads.random_state import seeded
 from pipeline.workloads.trees import described, map_tensors, tensors
 from pipeline.workloads.workload import Batch, Metric, Split, Workload, move
@@ -45,10 +54,23 @@ def workload_problems(
         return
     tried = _Tried(_on_cpu(workload, dtype), seed=seed, dtype=dtype)
     with seeded(seed):
-        problems = tried.problems() or [p for size in batch_sizes for p in _last_batch_problems(tried, size, seed)]
+        problems = (
+            list(order_problems(workload, seed))
+            or tried.problems()
+            or [problem for size in batch_sizes for problem in _last_batch_problems(tried, size, seed)]
+        )
     yield from problems
     if not problems:
         yield from _class_problems(in_memory, tried.outputs)
+
+
+def order_problems(workload: Workload, seed: int) -> Iterator[Problem]:
+    """Yield the problem of a workload's `order`, in its first two epochs."""
+    try:
+        for epoch in range(2):
+            epoch_order(workload, seed=seed, epoch=epoch)
+    except DataError as error:
+        yield Problem("workload", str(error))
 
 
 def _on_cpu(workload: Workload, dtype: torch.dtype) -> Workload:
@@ -87,7 +109,10 @@ class _Tried:
                 Problem("workload", "the loss has parameters, which no optimizer would train; give them to the model")
             ]
         for name in ("train", "val"):
-            batch = _extremes(self.workload, name)
+            try:
+                batch = _extremes(self.workload, name)
+            except DataError as error:
+                return [Problem(f"workload.{name}", str(error))]
             try:
                 batch = self._as_the_model_sees(batch, augment=name == "train")
             except DataError as error:
@@ -150,8 +175,8 @@ class _Tried:
         for name, metric in self.workload.metrics.items():
             with torch.no_grad():
                 value, problem = _attempt(f"the metric {name}", told, _measured, metric, outputs, batch.targets)
-            numbers = isinstance(value, int | float)
-            if problem := problem or (None if numbers else _scalar_problem(f"the metric {name}", value)):
+            is_number = isinstance(value, numbers.Real)
+            if problem := problem or (None if is_number else _scalar_problem(f"the metric {name}", value)):
                 yield problem
 
 
@@ -168,8 +193,13 @@ def _last_batch_problems(tried: _Tried, batch_size: int, seed: int) -> Iterator[
     """Yield a problem if the last batch has one sample and the model, with BatchNorm perhaps, cannot train on it."""
     samples, length = samples_of(tried.workload, "train"), epoch_length(tried.workload, seed)
     if length % batch_size == 1 and length > 1:
-        one = first_batch(samples, 1).map(functools.partial(move, device=CPU, dtype=tried.dtype))
-        one = model_batch(tried.workload, one, tried.dtype)
+        try:
+            one = first_batch(samples, 1).map(functools.partial(move, device=CPU, dtype=tried.dtype))
+            one = model_batch(tried.workload, one, tried.dtype)
+        except DataError as error:
+            message = f"{batch_size} leaves one of {length} samples for the last batch, and {error}"
+            yield Problem("batch_size", f"{message}; another size leaves none or several")
+            return
         tried.model.train()
         _, problem = _attempt("the model", "a batch of one sample", run_model, tried.model, one.inputs)
         if problem:

@@ -1,62 +1,61 @@
-"""Load custom workloads: a person's function in a file or a package."""
+"""Load custom workloads and training loops: a person's function in a file or a package."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.files.code import load_module, where
 from pipeline.space.config import Own
+from pipeline.workloads.loop import Epochs, Loop
 from pipeline.workloads.trees import described, leaves, tensors
-from pipeline.workloads.workload import Metric, Split, Workload
+from pipeline.workloads.workload import Metric, Split, Workload, why_unusable
 
 PLACE = "workload.function"
 _MEMBERS = {"build_model": "a function", "loss": "a function of (outputs, targets)"}
 
 
-def custom_workload(choice: Own) -> Workload:
-    """Load a function, call it, and return its workload.
+def custom_workload(choice: Own) -> Workload | Loop:
+    """Load a function, and return the workload that it returns, or the training loop that it is.
 
     Raises:
         InvalidInput: The function cannot be loaded, raises, or returns something else.
     """
-    place, colon, name = choice.function.rpartition(":")
-    if not colon or not place or not name.isidentifier():
-        _refuse(f"must be path/to/file.py:function or package.module:function, got {choice.function!r}")
-    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    module, name = load_module(choice.function, place=PLACE)
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
-        known = [key for key, value in vars(module).items() if _makes_workload(value)]
-        hint = did_you_mean(name, known) if known else "none of its functions says `-> Workload`"
-        _refuse(f"{place} has no function {name}; {hint}")
-    if not _makes_workload(function):
+        known = [key for key, value in vars(module).items() if _returns(value, Workload) or _returns(value, Epochs)]
+        hint = did_you_mean(name, known) if known else "none of its functions says `-> Workload` or `-> Epochs`"
+        _refuse(f"{choice.function.rpartition(':')[0]} has no function {name}; {hint}")
+    if not (_returns(function, Workload) or _returns(function, Epochs)):
         # Otherwise a file from elsewhere could have any function called, such as one of the standard library.
-        _refuse(f"{name} must say that it returns a workload: def {name}(…) -> Workload")
+        remedy = "-> Workload; a training loop of one's own says -> Epochs"
+        _refuse(f"{name} must say that it returns a workload: def {name}(…) {remedy}")
     return call(function, choice.function, **choice.arguments)
 
 
-def _makes_workload(value: Any) -> bool:
-    """Say whether a value is a function whose annotation says that it returns a `Workload`."""
+def _returns(value: Any, kind: Any) -> bool:
+    """Say whether a value is a function whose annotation says that it returns a `Workload`, or `Epochs`."""
     said = value.__annotations__.get("return", "") if inspect.isfunction(value) else ""
-    return said is Workload or str(said).strip("'\"").rpartition(".")[2] == "Workload"
+    named = "Epochs" if kind is Epochs else "Workload"
+    return said is kind or str(said).strip("'\"").rpartition(".")[2] == named
 
 
-def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload:
-    """Call a function that returns a workload, and check the kinds of the workload's members.
+def call(function: Callable[..., Any], name: str, **arguments: Any) -> Workload | Loop:
+    """Call a function that returns a workload, and check the workload's members; a training loop is not called yet.
 
     Raises:
-        InvalidInput: The function raises, or does not return a valid workload.
+        InvalidInput: The function raises, or does not return a valid workload, or is no generator function.
     """
+    if _returns(function, Epochs):
+        if not inspect.isgeneratorfunction(inspect.unwrap(function)):
+            _refuse(f"{name} says `-> Epochs`, so it must be a generator function, which yields each epoch's metrics")
+        return Loop(name=function.__name__, function=function, arguments=arguments)
     try:
         workload = function(**arguments)
     except InvalidInput:
@@ -74,7 +73,11 @@ def check_form(workload: Any, name: str) -> Workload:
     """
     if not isinstance(workload, Workload):
         _refuse(f"{name} must return a pipeline.workloads.workload.Workload, got {type(workload).__name__}")
-    if problems := [Problem(PLACE, f"{name} returns a Workload whose {problem}") for problem in _misfits(workload)]:
+    try:
+        problems = [Problem(PLACE, f"{name} returns a Workload whose {problem}") for problem in _misfits(workload)]
+    except (Exception, SystemExit) as error:
+        _refuse(f"{name} returns a Workload whose data raised {where(error)}")
+    if problems:
         raise InvalidInput("workload", problems)
     return workload
 
@@ -86,6 +89,9 @@ def _misfits(workload: Workload) -> Iterator[str]:
     for member in ("preprocess", "augment", "collate", "order"):
         if not (getattr(workload, member) is None or callable(getattr(workload, member))):
             yield f"{member} must be a function or None, got {_kind(getattr(workload, member))}"
+    splits = [split for split in (workload.train, workload.val, workload.test) if split is not None]
+    if workload.collate is not None and all(isinstance(split, Split) for split in splits):
+        yield "collate makes batches of a data set's samples, and train and val are Splits; give data sets, or None"
     for member in ("train", "val", "test"):
         yield from (f"{member} {problem}" for problem in _split_misfits(getattr(workload, member), member))
     metrics = workload.metrics if isinstance(workload.metrics, Mapping) else {}
@@ -132,60 +138,13 @@ def _tree_misfits(split: Split) -> Iterator[str]:
         yield f"must hold tensors, or tuples or dicts of them, got {_kind(other)}"
     elif not tensors(split.inputs) or not all(part.ndim for part in parts):
         yield "must hold tensors (sample, …), got one without samples"
-    elif kinds := [
-        str(part.layout if part.layout != torch.strided else part.device) for part in parts if _is_unusual(part)
-    ]:
-        yield f"must hold dense tensors with values, got {kinds[0]}; call to_dense(), or load the values"
+    elif why := next(filter(None, map(why_unusable, parts)), None):
+        yield f"must hold dense tensors, got {why}"
     elif len({len(part) for part in parts}) > 1:
         lengths = f"{described(split.inputs)} inputs and {described(split.targets)} targets"
         yield f"must have a target for each input, and parts of one length, got {lengths}"
     elif not len(split):
         yield "must hold at least one sample, got none"
-
-
-def _is_unusual(tensor: Tensor) -> bool:
-    return tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        _refuse(f"there is no file {path}; a path is relative to the working folder")
-    name = f"custom_workload_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look the module up
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        _refuse(f"{path} raised {where(error)}")
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            _refuse(f"there is no module {name}; install it, or name a file, path/to/file.py:function")
-        _refuse(f"{name} raised {where(error)}")
-    except (Exception, SystemExit) as error:
-        _refuse(f"{name} raised {where(error)}")
-
-
-def where(error: BaseException) -> str:
-    """Return an error's message and the last line of the person's own code in its traceback."""
-    text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-    if isinstance(error, SyntaxError):
-        return f"{text}, in {error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    packages = ("site-packages", "importlib", str(Path(__file__).parent.parent))
-    custom = [frame for frame in frames if not any(part in frame.filename for part in packages)]
-    return f"{text}, in {custom[-1].filename}, line {custom[-1].lineno}" if custom else text
 
 
 def _kind(value: Any) -> str:

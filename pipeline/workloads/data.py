@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError
 from pipeline.space.config import TrialConfig, derive_seed
+from pipeline.workloads.loop import Loop
 from pipeline.workloads.random_state import random_states_kept, seeded
 from pipeline.workloads.streamed import MAX_READERS, Streamed, checked_call, draws_at_random, read_sample, stacked
 from pipeline.workloads.trees import concatenate, described, leaves, map_leaves, map_tensors, tensors
@@ -68,9 +69,9 @@ def to_device(workload: Workload, *, device: torch.device, dtype: torch.dtype, f
     return dataclasses.replace(workload, **moved)
 
 
-def is_streamed(workload: Workload) -> bool:
-    """Say whether training data are read batch by batch."""
-    return isinstance(workload.train, Streamed)
+def is_streamed(workload: Workload | Loop) -> bool:
+    """Say whether training data are read batch by batch; a loop reads its own."""
+    return isinstance(workload, Workload) and isinstance(workload.train, Streamed)
 
 
 def training_batches(
@@ -79,18 +80,15 @@ def training_batches(
     """Yield the batches of an epoch, counted from 0, as the model sees them; they depend on seed and epoch alone.
 
     Raises:
-        DataError: A function of the workload raised, or `order` gave another number of samples than for epoch 0.
+        DataError: A function of the workload raised, or see `epoch_order`.
     """
     order = epoch_order(workload, seed=config.seed, epoch=epoch)
-    if workload.order is not None and len(order) != (first := epoch_length(workload, config.seed)):
-        raise DataError(
-            f"order must give as many indices in each epoch, got {first} and, in epoch {epoch}, {len(order)}"
-        )
     seed = derive_seed(config.seed, "samples", epoch)
     for step, batch in enumerate(samples_of(workload, "train").batches(order.split(config.batch_size), seed=seed)):
         if workload.augment is not None:
             batch = augmented(workload, batch, seed=derive_seed(config.seed, "augment", epoch, step))
-        yield model_batch(workload, batch, dtype, channels_last=config.channels_last)
+        seed_of_step = derive_seed(config.seed, "preprocess", epoch, step)
+        yield model_batch(workload, batch, dtype, channels_last=config.channels_last, seed=seed_of_step)
 
 
 def evaluation_batches(
@@ -99,8 +97,9 @@ def evaluation_batches(
     """Yield the batches of a split in order, as the model sees them; see `evaluation_batch_size`."""
     split = samples_of(workload, name)
     batches = torch.arange(len(split)).split(evaluation_batch_size(split, config, output_size=output_size))
-    for batch in split.batches(batches, seed=derive_seed(config.seed, name)):
-        yield model_batch(workload, batch, dtype, channels_last=config.channels_last)
+    for number, batch in enumerate(split.batches(batches, seed=derive_seed(config.seed, name))):
+        seed = derive_seed(config.seed, "preprocess", name, number)
+        yield model_batch(workload, batch, dtype, channels_last=config.channels_last, seed=seed)
 
 
 def evaluation_batch_size(split: Samples, config: TrialConfig, *, output_size: int = 0) -> int:
@@ -150,15 +149,25 @@ def device_of(batch: Batch) -> torch.device:
     return next((tensor.device for tensor in tensors(batch.both)), torch.device("cpu"))
 
 
-def model_batch(workload: Workload, batch: Batch, dtype: torch.dtype, *, channels_last: bool = False) -> Batch:
+def model_batch(
+    workload: Workload, batch: Batch, dtype: torch.dtype, *, channels_last: bool = False, seed: int = 0
+) -> Batch:
     """Return a batch with the inputs that the model takes; without targets the loss gets these inputs too.
+
+    Args:
+        workload: Supplies `preprocess`.
+        batch: As the data has it.
+        dtype: Type of floating-point inputs.
+        channels_last: Whether images are laid out with the channels last.
+        seed: Decides what `preprocess` draws from torch's global random state.
 
     Raises:
         DataError: `preprocess` raised.
     """
     inputs = batch.inputs
     if workload.preprocess is not None:
-        inputs = checked_call("preprocess", workload.preprocess, inputs)
+        with seeded(seed, device_of(batch), kinds=("torch",)):
+            inputs = checked_call("preprocess", workload.preprocess, inputs)
 
     def laid_out(values: Tensor) -> Tensor:
         values = values.to(dtype) if values.is_floating_point() else values
@@ -208,7 +217,8 @@ def epoch_order(workload: Workload, *, seed: int, epoch: int) -> Tensor:
     """Return the order (sample,) in which an epoch visits the training data; it depends on seed and epoch alone.
 
     Raises:
-        DataError: The workload's `order` raised, or gave something other than indices of samples.
+        DataError: The workload's `order` raised, gave something other than indices of samples, or another number of
+            indices than for epoch 0.
     """
     if workload.order is None:
         return _shuffled(len(workload.train), seed=seed, epoch=epoch)
@@ -217,10 +227,15 @@ def epoch_order(workload: Workload, *, seed: int, epoch: int) -> Tensor:
         given = checked_call("order", workload.order, epoch, torch.Generator().manual_seed(order_seed))
         order: Tensor = checked_call("order", _indices, given)
     if order.ndim != 1 or not len(order) or order.is_floating_point() or order.dtype == torch.bool:
-        raise DataError(f"order must return the indices of at least one sample, got {described(order)} {order.dtype}")
+        got = f"{described(order)} {order.dtype}" if order.numel() else "none"
+        raise DataError(f"order must return the indices of at least one sample, got {got}")
     if int(order.min()) < 0 or int(order.max()) >= len(workload.train):
         least, most = int(order.min()), int(order.max())
         raise DataError(f"order must return indices from 0 to {len(workload.train) - 1}, got {least} to {most}")
+    if epoch > 0 and len(order) != (first := epoch_length(workload, seed)):
+        raise DataError(
+            f"order must give as many indices in each epoch, got {first} and, in epoch {epoch}, {len(order)}"
+        )
     return order.long()
 
 
@@ -243,16 +258,17 @@ def on_device(function: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return function if same else functools.partial(inner, *bound[0], **bound[1])
     if isinstance(function, Tensor):
         return move(function, device=device, dtype=dtype)
-    if not isinstance(function, nn.Module) or all(
-        move(t, device=device, dtype=dtype) is t for t in _tensors_of(function)
-    ):
+    if not isinstance(function, nn.Module) or _is_module_on(function, device, dtype):
         return function
     return copy.deepcopy(function)._apply(functools.partial(move, device=device, dtype=dtype))
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _is_module_on(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a module is on a device; a metric of torchmetrics has no buffers, and says where it is."""
+    said = [getattr(part, "device", None) for part in module.modules()]
+    return all(not isinstance(place, torch.device) or place == device for place in said) and all(
+        move(tensor, device=device, dtype=dtype) is tensor for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def _splits(workload: Workload) -> dict[str, Split | Streamed | Dataset]:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.workloads.data import samples_of
+from pipeline.workloads.loop import Loop
 from pipeline.workloads.trees import described, map_tensors, tensors
 from pipeline.workloads.workload import Samples, Workload
 
@@ -25,35 +26,28 @@ _LIBRARIES = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib
 _PIPELINE = Path(__file__).parent.parent
 
 
-def fingerprint(workload: Workload, model: nn.Module) -> dict[str, str]:
+def fingerprint(workload: Workload | Loop, model: nn.Module, code: Iterable[Any] = ()) -> dict[str, str]:
     """Return each part of a workload with a text that changes with it.
 
     Parts are the source files of the person's own code, without comments and layout; the splits, by number, shapes and
     some of the values; and the model, by the names and shapes of its parameters and buffers. Of a script that runs,
-    only functions and classes count.
+    only functions and classes count. The data of a training loop is not seen.
 
     Args:
-        workload: Was moved by `to_device`.
+        workload: A workload that was moved by `to_device`, or a training loop.
         model: Built by the workload.
+        code: Optimizers and schedules of the person's own.
     """
-    parts = {f"code of {path.name}": _digest(_code(path, module)) for path, module in _files(workload, model).items()}
+    parts = {
+        f"code of {path.name}": _digest(_code(path, module)) for path, module in _files(workload, model, code).items()
+    }
     for name in ("train", "val", "test"):
-        if getattr(workload, name) is not None:
+        if isinstance(workload, Workload) and getattr(workload, name) is not None:
             parts[name] = _described_samples(samples_of(workload, name))
     named = (*model.named_parameters(), *model.named_buffers())
     shapes = "; ".join(f"{name} {described(tensor)} {tensor.dtype}" for name, tensor in named)
     parts["model"] = f"{type(model).__name__} of {len(named)} tensors, {_digest(shapes)}"
     return parts
-
-
-def changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield each part that differs between two fingerprints, and how."""
-    for part in {**before, **now}:
-        if part not in before or part not in now:
-            yield part, "is new" if part in now else "is no longer there"
-        elif before[part] != now[part]:
-            was, does = before[part].rpartition(", "), now[part].rpartition(", ")
-            yield part, "has changed" if was[0] == does[0] else f"was {was[0]} and is {does[0]}"
 
 
 def _described_samples(samples: Samples) -> str:
@@ -82,12 +76,9 @@ def _code(path: Path, module: ModuleType) -> str:
     return ast.dump(tree)
 
 
-def _files(workload: Workload, model: nn.Module) -> dict[Path, ModuleType]:
+def _files(workload: Workload | Loop, model: nn.Module, code: Iterable[Any]) -> dict[Path, ModuleType]:
     """Return the files of the person's own code: of each member, and of what these files import from their folders."""
-    members: list[Any] = [workload.build_model, workload.loss, workload.preprocess, workload.augment, workload.collate]
-    members += [workload.order, *(metric.function for metric in workload.metrics.values())]
-    members += [model, workload.train, workload.val]
-    waiting = [module for member in members if (module := _module_of(member))]
+    waiting = [module for member in (model, *_members(workload), *code) if (module := _module_of(member))]
     files: dict[Path, ModuleType] = {}
     while waiting:
         module = waiting.pop()
@@ -98,6 +89,14 @@ def _files(workload: Workload, model: nn.Module) -> dict[Path, ModuleType]:
         used = (value if isinstance(value, ModuleType) else _module_of(value) for value in vars(module).values())
         waiting += [other for other in used if other and (file := _own_file(other)) and file.parent == path.parent]
     return dict(sorted(files.items()))
+
+
+def _members(workload: Workload | Loop) -> list[Any]:
+    if isinstance(workload, Loop):
+        return [workload.function]
+    functions = [workload.build_model, workload.loss, workload.preprocess, workload.augment, workload.collate]
+    functions += [workload.order, *(metric.function for metric in workload.metrics.values())]
+    return [*functions, workload.train, workload.val]
 
 
 def _module_of(member: Any) -> ModuleType | None:

@@ -21,7 +21,7 @@ from pipeline.files.signals import signals_blocked
 from pipeline.space.config import derive_seed
 from pipeline.workloads.random_state import random_states, random_states_kept, seed_host, seeded
 from pipeline.workloads.trees import map_leaves_of, tensors, without_lists
-from pipeline.workloads.workload import Batch, Dataset, Split, move
+from pipeline.workloads.workload import Batch, Dataset, Split, move, why_unusable
 
 MAX_READERS = 8
 """Processes that read one data set."""
@@ -171,19 +171,24 @@ def stacked(samples: Sequence[Any], indices: Sequence[int]) -> Batch:
 
 def _stacked_leaves(leaves: Sequence[Any], indices: Sequence[int]) -> Tensor:
     for index, leaf in zip(indices, leaves, strict=True):
+        if isinstance(leaf, Tensor) and (why := why_unusable(leaf)):
+            raise DataError(f"sample {index} must hold dense tensors, got {why}")
         if not isinstance(leaf, STACKED):
             held = f"sample {index} must hold tensors, arrays or numbers, got {type(leaf).__name__}"
             raise DataError(f"{held}; a `collate` takes anything")
+    shapes = list(dict.fromkeys(tuple(np.shape(leaf)) for leaf in leaves))
+    if len(shapes) > 1:
+        raise ValueError(f"with shapes {shapes[0]} and {shapes[1]}")
     stacked: Tensor = default_collate(list(leaves))
     return stacked
 
 
 def _with_parts(value: Any, who: str, size: int) -> Batch:
     """Return a batch of (inputs…, targets), or of one tree that is both."""
+    if value is None or (isinstance(value, tuple | list) and not len(value)):
+        raise DataError(f"{who} must give (inputs…, target), got {'None' if value is None else 'nothing'}")
     if not isinstance(value, tuple | list) or isinstance(value, PackedSequence):
         return Batch(value, None, size)
-    if not value:
-        raise DataError(f"{who} must give (inputs…, target), got nothing")
     *inputs, targets = value
     if not inputs:
         return Batch(targets, None, size)

@@ -69,8 +69,9 @@ def map_leaves_of(function: Callable[[Sequence[Any]], Any], trees: Sequence[Any]
     keys = [
         list(tree) if isinstance(tree, Mapping) else len(part or ()) for tree, part in zip(trees, parts, strict=True)
     ]
-    if other := next((tree for tree, key in zip(trees, keys, strict=True) if key != keys[0]), None):
-        raise ValueError(f"{described(first)} and {described(other)} differ in form")
+    for tree, key in zip(trees, keys, strict=True):
+        if key != keys[0]:
+            raise ValueError(f"{described(first)} and {described(tree)} differ in form")
     return _rebuilt(first, [map_leaves_of(function, leaves) for leaves in zip(*parts, strict=True)])
 
 

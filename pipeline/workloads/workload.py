@@ -135,6 +135,15 @@ def move(leaf: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
     return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
 
+def why_unusable(tensor: Tensor) -> str | None:
+    """Return why a tensor cannot be data: its layout, type or device; None if it can."""
+    if tensor.is_quantized:
+        return "a quantized tensor; call dequantize()"
+    if tensor.layout != torch.strided:
+        return f"{str(tensor.layout).removeprefix('torch.')}; call to_dense()"
+    return "a tensor on meta, which has no values; load them" if tensor.device.type == "meta" else None
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number that measures how good outputs are."""

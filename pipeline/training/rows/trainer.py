@@ -75,7 +75,7 @@ class FusedTrials:
         draws: Collection[str] = KINDS,
         output_size: int = 0,
     ) -> None:
-        self._draws = draws
+        self._draws = {*draws, "torch"}  # seeding torch costs little, and a model may draw later than the probe looked
         self._output_size = output_size
         self.configs = row_order(configs)
         self._workload = workload
@@ -207,7 +207,7 @@ class FusedTrials:
         parameters = self._layout.views(self._evaluated)
         with seeded_step(self._draws, self._device, self._config.seed, "evaluation", self._epoch, evaluation.batches):
             losses, outputs = self._losses(batch, parameters, evaluating=True)
-        evaluation.add(losses, outputs, batch.targets, size=batch.size)
+            evaluation.add(losses, outputs, batch.targets, size=batch.size)
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
         """Return the epoch's metrics, step the schedules that move every epoch, and remove diverged rows."""
