@@ -61,6 +61,7 @@ class Interrupts:
         self._minutes = minutes
         self._exit_message = exit_message
         self._exits = exits
+        self._ends_at_once = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -90,8 +91,9 @@ class Interrupts:
         if self.exit_status and not self._exits:
             raise KeyboardInterrupt(self._exit_message)
         if self.exit_status:  # stored trials are on the disk, and the tracker process ends after this one
-            for stop in STOPS:
-                signal.signal(stop, signal.SIG_IGN)  # else the next one repeats the message
+            if self._ends_at_once:  # else the next one would repeat the message
+                return
+            self._ends_at_once = True
             with contextlib.suppress(OSError):
                 cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # the progress display hides the cursor
                 os.write(2, f"{cursor}{self._exit_message}\n".encode())
