@@ -255,6 +255,13 @@ REFUSED = [
     space("model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"),
     space("epochs: 4", "epochs: 0", "epochs: must be >= 1, got 0"),
     space("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("size: 64", "size: 64\naccumulate: 21", "accumulate: must be at most the 20 batches of an epoch, got 21"),
+    space("size: 64", "size: 64\naccumulate: 0", "accumulate: must be >= 1, got 0"),
+    space("size: 64", "size: 64\nema: 1.0", "ema: must be < 1, got 1.0"),
+    space("size: 64", "size: 64\nema: 0", "ema: must be > 0, got 0"),
+    space(
+        "size: 64", "size: 64\nprecision: fp16", "precision: must be one of fp32, tf32, bf16, fp64, got the text 'fp16'"
+    ),
     space("size: 64", "size: {choices: [64, 1258]}", "batch_size: must be at most the 1257 training samples, got 1258"),
     space("size: 64", "size: {low: 8, high: 64}", "batch_size: must be one value or `{choices: […]}`, got a range"),
     space("size: 64", "size: {choices: [64, 0]}", "batch_size.choices.1: must be >= 1, got 0"),
