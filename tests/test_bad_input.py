@@ -26,6 +26,7 @@ from pipeline.space.load import load_space
 from pipeline.space.optimizers import SGD
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
+from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store
 from pipeline.tracking.mlflow import MLflowTracker
@@ -503,6 +504,7 @@ def pruned_trial(number: int) -> EndedTrial:
         config=config,
         params={"sgd.base_lr": 0.1},
         state=TrialState.PRUNED,
+        objective=Objective(),
         reason="worse than half",
         value=None,
         epochs=(EpochMetrics(epoch=1, step=20, metrics=metrics, lr={}),),
