@@ -77,6 +77,14 @@ class BrokenLater(Samples):
         return super().__getitem__(index)
 
 
+class NoisyLater(Samples):
+    """Its samples from number 30 on draw at random."""
+
+    def __getitem__(self, index: int) -> Sample:
+        inputs, target = super().__getitem__(index)
+        return inputs + torch.rand(()) if index >= 30 else inputs, target
+
+
 @pytest.fixture(params=[0, 2])
 def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Read with so many processes."""
@@ -208,6 +216,11 @@ def test_a_split_too_large_for_the_device_is_read_from_memory() -> None:
 
 def test_a_data_set_that_draws_at_random_is_never_kept(workers: int) -> None:
     placed = to_device(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32, free=ENOUGH)
+    assert is_streamed(placed)
+
+
+def test_a_data_set_whose_last_samples_alone_draw_at_random_is_never_kept(no_workers: int) -> None:
+    placed = to_device(as_samples(tiny_workload(), NoisyLater), device=CPU, dtype=torch.float32, free=ENOUGH)
     assert is_streamed(placed)
 
 

@@ -26,7 +26,7 @@ from pipeline.workloads.workload import Batch, Dataset, Split, move, why_unusabl
 MAX_READERS = 8
 """Processes that read one data set."""
 SAMPLES_READ_TWICE = 16
-"""Samples that show whether a data set draws at random."""
+"""Samples, spread over a data set, that show whether the data set draws at random."""
 STACKED = (Tensor, np.ndarray, np.generic, int, float)
 """What samples hold that are stacked."""
 
@@ -197,7 +197,8 @@ def _with_parts(value: Any, who: str, size: int) -> Batch:
 
 def draws_at_random(dataset: Dataset) -> bool:
     """Say whether a data set draws random numbers: a global random state moved, or a sample differs between seeds."""
-    for index in range(min(SAMPLES_READ_TWICE, len(dataset))):
+    spread = np.linspace(0, len(dataset) - 1, min(SAMPLES_READ_TWICE, len(dataset)), dtype=int)
+    for index in spread.tolist():
         samples = []
         for seed in (0, 1):
             with seeded(seed):
