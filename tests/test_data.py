@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,17 @@ class BrokenLater(Samples):
         if index == 30 and self.read.count(30) == 5:
             raise OSError("sample 30 is broken")
         return super().__getitem__(index)
+
+
+class OwnGenerator(Samples):
+    """It draws from a generator of its own, which no seed reaches, into an array that it returns each time."""
+
+    generator = np.random.default_rng(0)
+    buffer = np.zeros(6, dtype=np.float32)
+
+    def __getitem__(self, index: int) -> Any:
+        self.generator.standard_normal(6, dtype=np.float32, out=self.buffer)
+        return self.buffer, self.split.targets[index]
 
 
 class NoisyLater(Samples):
@@ -222,6 +234,22 @@ def test_a_data_set_that_draws_at_random_is_never_kept(workers: int) -> None:
 def test_a_data_set_whose_last_samples_alone_draw_at_random_is_never_kept(no_workers: int) -> None:
     placed = to_device(as_samples(tiny_workload(), NoisyLater), device=CPU, dtype=torch.float32, free=ENOUGH)
     assert is_streamed(placed)
+
+
+@pytest.mark.parametrize("collate", [None, lambda samples: samples])
+def test_a_data_set_that_no_seed_repeats_is_refused(collate: Any, no_workers: int) -> None:
+    workload = dataclasses.replace(as_samples(tiny_workload(), OwnGenerator), collate=collate)
+    message = (
+        "train: sample 0 differs when it is read again from the same seed; "
+        "draw from the global random state of torch, Python or NumPy"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        to_device(workload, device=CPU, dtype=torch.float32, free=ENOUGH)
+
+
+def test_samples_with_missing_values_and_texts_are_no_random_draw() -> None:
+    sample = {"x": torch.tensor([float("nan"), 1 + 2j]).conj(), "text": "a", "words": np.array(["a", None]), "n": 2}
+    assert not streamed.draws_at_random([sample] * 3)
 
 
 def test_what_samples_draw_does_not_depend_on_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

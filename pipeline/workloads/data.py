@@ -46,7 +46,7 @@ def to_device(workload: Workload, *, device: torch.device, dtype: torch.dtype, f
         free: Bytes that the data may take on the device; None: a quarter of the free memory.
 
     Raises:
-        DataError: A data set raised.
+        DataError: A data set raised, or a sample differs when it is read again from the same seed.
     """
     moved: dict[str, Any] = {}
     if (loss := on_device(workload.loss, device, dtype)) is not workload.loss:
@@ -287,11 +287,12 @@ def _moved(
     if isinstance(split, Split):
         size = 0 if device_of(Batch(split.inputs, split.targets, len(split))) == device else split.nbytes
         return (split.to(device, dtype), size) if size <= free else (streamed, 0)
-    if collate is not None:
+    draws = draws_at_random(split)
+    if draws or collate is not None:
         return streamed, 0
     with random_states_kept():
         size = len(split) * sum(tensor.nbytes for tensor in tensors(stacked([read_sample(split, 0, seed=0)], [0]).both))
-    if size > free or draws_at_random(split):
+    if size > free:
         return streamed, 0
     batches = list(streamed.batches(torch.arange(len(split)).split(MAX_READERS), seed=0))
     inputs, targets = (concatenate(parts) for parts in zip(*(batch.both for batch in batches), strict=True))
