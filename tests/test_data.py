@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import random
@@ -267,6 +268,17 @@ def test_what_samples_draw_changes_with_epoch_and_seed(no_workers: int) -> None:
     one, same, other = (next(iter(samples_of(placed, "train").batches(order, seed=seed))).inputs for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+def test_a_sample_that_an_epoch_repeats_draws_anew_each_time(no_workers: int) -> None:
+    placed = to_device(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32, free=ENOUGH)
+    once, repeats = (
+        [batch.inputs for batch in samples_of(placed, "train").batches(order, seed=0)]
+        for order in ([torch.tensor([3, 5])], [torch.tensor([3, 3]), torch.tensor([5, 3])])
+    )
+    assert torch.equal(torch.stack([repeats[0][0], repeats[1][0]]), once[0])
+    drawn = [repeats[0][0], repeats[0][1], repeats[1][1]]
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(drawn, 2))
 
 
 def test_reading_leaves_the_global_random_states_alone(no_workers: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -29,6 +31,8 @@ SAMPLES_READ_TWICE = 16
 """Samples, spread over a data set, that show whether the data set draws at random."""
 STACKED = (Tensor, np.ndarray, np.generic, int, float)
 """What samples hold that are stacked."""
+Key = tuple[int, int, int]
+"""A sample's index, how often the epoch has read the sample before, and the epoch's seed."""
 DRAW_FROM = "draw from the global random state of torch, Python or NumPy"
 """Remedy for numbers that no seed repeats."""
 
@@ -59,7 +63,7 @@ class Streamed:
         self._collate = collate
         self._readers = readers
         self._loader: DataLoader[Any] | None = None
-        self._plan: list[list[tuple[int, int]]] = []
+        self._plan: list[list[Key]] = []
 
     @functools.cached_property
     def sample_size(self) -> int:
@@ -105,7 +109,8 @@ class Streamed:
     def _read(self, indices: Sequence[Tensor], seed: int) -> Iterable[Batch]:
         if isinstance(self._dataset, Split):
             return self._dataset.batches(indices)
-        self._plan[:] = [[(index, seed) for index in batch.tolist()] for batch in indices]
+        seen: dict[int, Iterator[int]] = collections.defaultdict(itertools.count)
+        self._plan[:] = [[(index, next(seen[index]), seed) for index in batch.tolist()] for batch in indices]
         if self._loader is None:
             self._loader = self._build_loader(self._dataset)
         return self._loader
@@ -132,15 +137,18 @@ class _Batches(torch.utils.data.Dataset[Any]):
         self._dataset = dataset
         self._collate = collate
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        indices = [index for index, _ in keys]
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        indices = [index for index, *_ in keys]
         with random_states_kept():
-            samples = [
-                read_sample(self._dataset, index, seed=derive_seed(seed, "sample", index)) for index, seed in keys
-            ]
+            samples = [read_sample(self._dataset, key[0], seed=_sample_seed(*key)) for key in keys]
             if self._collate is not None:
                 return _with_parts(checked_call("collate", self._collate, samples), "collate", len(keys))
         return stacked(samples, indices)
+
+
+def _sample_seed(index: int, repeat: int, seed: int) -> int:
+    """Return the seed of a sample; each repeat in an epoch has another."""
+    return derive_seed(seed, "sample", index, *([repeat] if repeat else []))
 
 
 def read_sample(dataset: Dataset, index: int, *, seed: int) -> Any:
