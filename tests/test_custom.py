@@ -244,7 +244,11 @@ EQUAL_SAMPLES = [(torch.ones(6), 0)] * 9
         ),
         (
             {"augment": lambda inputs, generator: inputs[:2]},
-            ["workload: augment must keep the shape of a batch: of inputs (6, 6) it made (2, 6)"],
+            ["workload: augment must return as many samples as it is given, 6, got (2, 6); change samples in place of"],
+        ),
+        (
+            {"augment": lambda inputs, generator: inputs[:, :2]},
+            ["workload: augment must keep the shape of a batch: of inputs (6, 6) it made (6, 2)"],
         ),
         (
             {"augment": lambda inputs, generator: inputs + GENERATOR.random()},

@@ -292,6 +292,17 @@ def test_reading_leaves_the_global_random_states_alone(no_workers: int) -> None:
     assert repr(np.random.get_state(legacy=False)) == repr(before[2])
 
 
+def test_an_augment_that_leaves_samples_out_of_an_odd_batch_is_refused() -> None:
+    def pairs(inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        even = len(inputs) // 2 * 2
+        return inputs[:even], targets[:even]
+
+    workload = to_device(dataclasses.replace(tiny_workload(), augment=pairs), device=CPU, dtype=torch.float32)
+    message = r"^augment must return as many samples as it is given, 5, got \(4, 6\); "
+    with pytest.raises(DataError, match=message):
+        list(training_batches(workload, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
+
+
 def test_a_pass_that_is_broken_off_leaves_the_next_one_as_it_is(workers: int) -> None:
     placed = to_device(as_samples(tiny_workload()), device=CPU, dtype=torch.float32, free=0)
     config = tiny_config()

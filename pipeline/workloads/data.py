@@ -116,18 +116,25 @@ def augmented(workload: Workload, batch: Batch, *, seed: int) -> Batch:
     """Return a batch as `augment` changes it, with every random state seeded that `augment` may draw from.
 
     Raises:
-        DataError: `augment` raised, or returned something else than (inputs, targets) where it takes both.
+        DataError: `augment` raised, returned something else than (inputs, targets) where it takes both, or returned
+            another number of samples than it got; with `collate` this number is not known.
     """
     assert workload.augment is not None
     device = device_of(batch)
     generator = torch.Generator(device).manual_seed(seed)
     with seeded(seed, device):
-        if not augments_targets(workload.augment):
-            return Batch(checked_call("augment", workload.augment, batch.inputs, generator), batch.targets, batch.size)
-        changed = checked_call("augment", workload.augment, batch.inputs, batch.targets, generator)
+        if augments_targets(workload.augment):
+            changed = checked_call("augment", workload.augment, batch.inputs, batch.targets, generator)
+        else:
+            changed = checked_call("augment", workload.augment, batch.inputs, generator), batch.targets
     if not (isinstance(changed, tuple) and len(changed) == 2):
         raise DataError(f"augment takes targets too, so it must return (inputs, targets), got {described(changed)}")
-    return Batch(*changed, batch.size)
+    inputs, targets = changed
+    for tensor in tensors(inputs)[:1]:
+        if workload.collate is None and tensor.shape[:1] != (batch.size,):
+            got = f"augment must return as many samples as it is given, {batch.size}, got {described(inputs)}"
+            raise DataError(f"{got}; change samples in place of leaving some out")
+    return Batch(inputs, targets, batch.size)
 
 
 def augments_targets(augment: Callable[..., Any]) -> bool:
