@@ -26,6 +26,7 @@ from pipeline.space.load import load_space
 from pipeline.space.optimizers import SGD
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
+from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store
 from pipeline.tracking.mlflow import MLflowTracker
@@ -185,6 +186,8 @@ REFUSED = [
     own_optimizer("own.py:Lion", ", beta1: 0.9", "optimizer.own.py:Lion.beta1: unknown key; did you mean betas?"),
     own_optimizer("own.py:Lion", ", lr: 0.1", "optimizer.own.py:Lion.lr: unknown key; known: base_lr, betas, weight_"),
     own_optimizer("own.py:Lion", ", betas: [1.5, 0.9]", "raised ValueError: betas must be below 1, got (1.5, 0.9), in"),
+    own_optimizer("own.py:Counts", "", "keeps state outside its state_dict", "put it into self.state or param_groups"),
+    own_optimizer("own.py:Arrays", "", "its state_dict cannot be loaded", "numbers and texts into it, got ndarray"),
     own_optimizer("own.py:NeedsClosure", "", "raised TypeError: ", "missing 1 required positional argument: 'closure'"),
     own_schedule("own.py:naom", "", "scheduler.own.py:naom: own.py has no naom; did you mean noam?"),
     own_schedule("own.py:STEPS", "", "must be a function (step, total, …), got int"),
@@ -510,6 +513,7 @@ def pruned_trial(number: int) -> EndedTrial:
         config=config,
         params={"sgd.base_lr": 0.1},
         state=TrialState.PRUNED,
+        objective=Objective(),
         reason="worse than half",
         value=None,
         epochs=(EpochMetrics(epoch=1, step=20, metrics=metrics, lr={}),),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
@@ -184,6 +185,11 @@ NAN_INPUTS = torch.ones(9, 6)
 NAN_INPUTS[4, 2] = torch.nan
 
 
+GENERATOR = np.random.default_rng(0)
+"""Draws that no seed repeats."""
+EQUAL_SAMPLES = [(torch.ones(6), 0)] * 9
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -238,7 +244,20 @@ NAN_INPUTS[4, 2] = torch.nan
         ),
         (
             {"augment": lambda inputs, generator: inputs[:2]},
-            ["workload: augment must keep the shape of a batch: of inputs (6, 6) it made (2, 6)"],
+            ["workload: augment must return as many samples as it is given, 6, got (2, 6); change samples in place of"],
+        ),
+        (
+            {"augment": lambda inputs, generator: inputs[:, :2]},
+            ["workload: augment must keep the shape of a batch: of inputs (6, 6) it made (6, 2)"],
+        ),
+        (
+            {"augment": lambda inputs, generator: inputs + GENERATOR.random()},
+            ["workload: augment differs when it is called again with the same seed; draw from the generator that"],
+        ),
+        ({"augment": lambda inputs, generator: inputs.add_(torch.rand((), generator=generator))}, []),
+        (
+            {"train": EQUAL_SAMPLES, "val": EQUAL_SAMPLES, "collate": lambda samples: (GENERATOR.random(), samples)},
+            ["workload.train: collate differs when it is called again with the same seed; draw from the global random"],
         ),
         (
             {"preprocess": lambda inputs: inputs.nothing},

@@ -35,7 +35,7 @@ from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.load import build_space, schema_text, space_from_document
 from pipeline.space.optimizers import SGD, OwnOptimizer
 from pipeline.space.schedules import OwnScheduler
-from pipeline.space.search_space import SearchSpace
+from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store, fingerprint_changes
 from pipeline.tracking.record import trial_params, trial_tags
@@ -135,6 +135,7 @@ def ended_trial(config: TrialConfig) -> EndedTrial:
         config=config,
         params={},
         state=TrialState.PRUNED,
+        objective=Objective(),
         reason="worse than half",
         value=None,
         epochs=(EpochMetrics(epoch=1, step=5, metrics=metrics, lr={}),),

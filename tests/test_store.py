@@ -27,7 +27,7 @@ from pipeline.files.locks import folder_locked
 from pipeline.files.sqlite import create_whole
 from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
-from pipeline.space.search_space import SearchSpace
+from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store
 
@@ -64,6 +64,7 @@ def ended_trial(number: int) -> EndedTrial:
         config=config,
         params={"sgd.base_lr": rate},
         state=TrialState.COMPLETE,
+        objective=Objective(),
         reason=None,
         value=0.75,
         epochs=(EpochMetrics(epoch=1, step=20, metrics=metrics, lr={}),),

@@ -25,6 +25,7 @@ from pipeline.workloads.data import (
     samples_of,
 )
 from pipeline.workloads.random_state import seeded
+from pipeline.workloads.streamed import DRAW_FROM, Streamed, numbers_of
 from pipeline.workloads.trees import described, map_tensors, tensors
 from pipeline.workloads.workload import Batch, Metric, Split, Workload, move
 
@@ -111,6 +112,10 @@ class _Tried:
         for name in ("train", "val"):
             try:
                 batch = _extremes(self.workload, name)
+                if self.workload.collate is not None:
+                    again = _extremes(self.workload, name)
+                    if numbers_of(again.both) != numbers_of(batch.both):
+                        raise DataError(f"collate differs when it is called again with the same seed; {DRAW_FROM}")
             except DataError as error:
                 return [Problem(f"workload.{name}", str(error))]
             try:
@@ -124,7 +129,11 @@ class _Tried:
     def _as_the_model_sees(self, batch: Batch, *, augment: bool) -> Batch:
         before = batch
         if augment and self.workload.augment is not None:
+            remedy = "draw from the generator that it is given"
+            given = copy.deepcopy(batch)  # augment may change a batch in place
             batch = augmented(self.workload, batch, seed=0)
+            if numbers_of(augmented(self.workload, given, seed=0).both) != numbers_of(batch.both):
+                raise DataError(f"augment differs when it is called again with the same seed; {remedy}")
             if described(batch.inputs) != described(before.inputs):
                 got = f"of inputs {described(before.inputs)} it made {described(batch.inputs)}"
                 raise DataError(f"augment must keep the shape of a batch: {got}")
@@ -251,6 +260,7 @@ def _are_labels(outputs: Any, targets: Any) -> bool:
 def _extremes(workload: Workload, name: str) -> Batch:
     """Return a few samples; if targets are whole numbers, with a sample of the smallest and of the largest target."""
     samples = samples_of(workload, name)
+    samples = samples.read_here() if isinstance(samples, Streamed) else samples
     indices = list(range(min(SAMPLES_TRIED, len(samples))))
     targets = samples.targets if isinstance(samples, Split) else None
     if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():

@@ -13,11 +13,11 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.workloads.data import samples_of
 from pipeline.workloads.loop import Loop
-from pipeline.workloads.trees import described, map_tensors, tensors
+from pipeline.workloads.trees import bytes_of, described, map_tensors, tensors
 from pipeline.workloads.workload import Samples, Workload
 
 SAMPLES_HASHED = 16
@@ -55,11 +55,7 @@ def _described_samples(samples: Samples) -> str:
     chosen = torch.arange(min(count, SAMPLES_HASHED)) * max(1, count // SAMPLES_HASHED)
     (batch,) = samples.batches([chosen], seed=0)
     one = map_tensors(lambda tensor: tensor[:1], batch.inputs)
-    return f"{count} samples of {described(one)}, {_digest(*map(_bytes, tensors(batch.both)))}"
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{count} samples of {described(one)}, {_digest(*map(bytes_of, tensors(batch.both)))}"
 
 
 def _digest(*parts: str | bytes) -> str:
