@@ -180,6 +180,14 @@ class OneOutput(TinyModel):
         return super().forward(inputs), inputs
 
 
+class NamedOutput(TinyModel):
+    """Returns a dict."""
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Map inputs (batch, 6) to a dict of values (batch, 3, 1)."""
+        return {"depth": super().forward(inputs).unsqueeze(-1)}
+
+
 NAN_INPUTS = torch.ones(9, 6)
 NAN_INPUTS[4, 2] = torch.nan
 
@@ -252,6 +260,24 @@ NAN_INPUTS[4, 2] = torch.nan
                 **dict.fromkeys(("train", "val"), Split(torch.ones(9, 6), torch.ones(9))),
             },
             ["workload.train: outputs (4, 1) and targets (4) differ by an axis of 1; give both the same"],
+        ),
+        (
+            {
+                "loss": F.mse_loss,
+                "build_model": lambda: nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)),
+                "metrics": {},
+                **dict.fromkeys(("train", "val"), Split(torch.ones(9, 6), torch.ones(9, 1))),
+            },
+            ["workload.train: outputs (4) and targets (4, 1) differ by an axis of 1; give both the same"],
+        ),
+        (
+            {
+                "loss": lambda outputs, targets: F.mse_loss(outputs["depth"], targets["depth"]),
+                "build_model": NamedOutput,
+                "metrics": {},
+                **dict.fromkeys(("train", "val"), Split(torch.ones(9, 6), {"depth": torch.ones(9, 3)})),
+            },
+            ["workload.train: outputs['depth'] (4, 3, 1) and targets['depth'] (4, 3) differ by an axis of 1; give"],
         ),
         ({"val": Split(torch.ones(4, 6), torch.tensor([0, 1, 2, -100]))}, []),
         (

@@ -156,9 +156,10 @@ class _Tried:
     def _loss_problem(self, name: str, batch: Batch) -> Problem | None:
         outputs, targets = self.outputs, batch.targets
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
-            problem = _label_problem(name, outputs, targets) or _broadcast_problem(name, outputs, targets)
-            if problem:
+            if problem := _label_problem(name, outputs, targets):
                 return problem
+        if problem := _broadcast_problem(name, outputs, targets):
+            return problem
         told = f"outputs {described(outputs)} and targets {described(targets)}"
         loss, problem = _attempt("the loss", told, self.workload.loss, outputs, targets)
         problem = problem or _scalar_problem("the loss", loss)
@@ -233,11 +234,16 @@ def _label_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | Non
     return Problem(f"workload.{name}", message)
 
 
-def _broadcast_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | None:
+def _broadcast_problem(name: str, outputs: Any, targets: Any, key: str = "") -> Problem | None:
     """Return a problem if shapes differ by an axis of 1: `mse_loss` would compare each output with every target."""
-    if not (targets.is_floating_point() and outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1):
+    if isinstance(outputs, Mapping) and isinstance(targets, Mapping) and outputs.keys() == targets.keys():
+        found = (_broadcast_problem(name, outputs[part], targets[part], f"{key}[{part!r}]") for part in outputs)
+        return next(filter(None, found), None)
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and targets.is_floating_point()):
         return None
-    shapes = f"outputs {described(outputs)} and targets {described(targets)}"
+    if (*outputs.shape, 1) != tuple(targets.shape) and tuple(outputs.shape) != (*targets.shape, 1):
+        return None
+    shapes = f"outputs{key} {described(outputs)} and targets{key} {described(targets)}"
     return Problem(f"workload.{name}", f"{shapes} differ by an axis of 1; give both the same")
 
 
