@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import re
 import shlex
 import sys
@@ -301,6 +302,10 @@ def test_data_model_loss_and_metrics_are_tried_before_the_search(changes: dict[s
 ONE_MODEL = nn.Linear(6, 3)
 
 
+def numeral(*_: Any) -> Any:
+    return json.loads("list")
+
+
 def broken_weights() -> nn.Module:
     model = nn.Linear(6, 3)
     nn.init.constant_(model.weight, torch.nan)
@@ -327,6 +332,8 @@ class BadData:
             "workload: the model's forward is given the dict's keys x, and missing a required argument: 'inputs'",
         ),
         ({"build_model": lambda: [][0]}, "workload: build_model raised IndexError: list index out of range"),
+        ({"build_model": numeral}, f"(char 0), in {__file__}, line {numeral.__code__.co_firstlineno + 1}"),
+        ({"loss": numeral}, f"(char 0), in {__file__}, line {numeral.__code__.co_firstlineno + 1}"),
         ({"build_model": lambda: ONE_MODEL}, "workload: build_model must make a new model each time"),
         ({"build_model": lambda: nn.LazyLinear(3)}, "workload: build_model must return a model whose parameters exist"),
         ({"build_model": lambda: broken_weights()}, "workload: the model begins with a NaN or an infinity in weight"),

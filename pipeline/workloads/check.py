@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, Problem, first_line
+from pipeline.files.code import own_line
 from pipeline.workloads.build import built_model, run_model
 from pipeline.workloads.data import (
     augmented,
@@ -271,7 +272,8 @@ def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any
     try:
         return function(*arguments), None
     except (Exception, SystemExit) as error:
-        return None, Problem("workload", f"{who} raised {type(error).__name__} on {given}: {first_line(error)}")
+        message = f"{who} raised {type(error).__name__} on {given}: {first_line(error)}"
+        return None, Problem("workload", ", ".join([message, *own_line(error)]))
 
 
 def _scalar_problem(who: str, value: Any) -> Problem | None:
