@@ -586,6 +586,19 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
         {"augment": lambda inputs, targets, generator: (inputs, targets[:2])},
         "workload: the loss raised ValueError on outputs (6, 3) and targets (2): ",
     ),
+    "data of NumPy": (
+        {"train": Split(INPUTS.numpy(), LABELS.numpy())},
+        f"{PARTS} hold tensors, or tuples or dicts of them, got ndarray; see torch.as_tensor",
+    ),
+    "a tuple of tensors": (
+        {"train": (INPUTS, LABELS)},
+        f"{PARTS} be a Split or a data set, got a tuple of two tensors; give Split(inputs, targets)",
+    ),
+    "a number for a name": ({"name": 3}, "returns a Workload whose name must be text, got 3"),
+    "a model in place of a function": (
+        {"build_model": nn.Linear(6, 3)},
+        "build_model must be a function that makes the model, got the model Linear; give lambda: Linear(…)",
+    ),
     "a DataLoader": (
         {"train": torch.utils.data.DataLoader(GOOD)},  # type: ignore[arg-type]
         f"{PARTS} be a data set, got a DataLoader; give its `dataset`, its `collate_fn` as `collate`, and in place",
