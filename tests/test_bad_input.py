@@ -156,7 +156,9 @@ REFUSED = [
     space("constant: {}", "step: {step_size: {low: 1.5, high: 3}}", "step_size.low: must be a whole number, got 1.5"),
     space("sgd:", "sdg:", "optimizer.sdg: unknown optimizer; did you mean sgd?"),
     space("constant: {}", "cosin: {}", "scheduler.cosin: unknown scheduler; did you mean cosine?"),
-    space("sgd:", "lion:", "optimizer.lion: unknown optimizer; known: sgd", "; one of your own is path/to/file.py:Class"),
+    space(
+        "sgd:", "lion:", "optimizer.lion: unknown optimizer; known: sgd", "; one of your own is path/to/file.py:Class"
+    ),
     space(RANGE, f"{RANGE}, lr: 0.1", "optimizer.sgd.lr: unknown key; lr is base_lr here"),
     space("size: 64", "size: [32, 64]", "must be a whole number, got [32, 64]; for a choice write {choices: [32, 64]}"),
     space("epochs: 4", "epochs: {low: 1, high: 4}", "epochs: must be a whole number", "; cannot be searched, give one"),

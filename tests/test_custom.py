@@ -239,7 +239,7 @@ NAN_INPUTS[4, 2] = torch.nan
         ),
         (
             {"metrics": {"hits": Metric(lambda outputs, targets: "half", "maximize")}},
-            ["workload: the metric hits must return a scalar tensor, got str; take the mean"],
+            ["workload: the metric hits must return a scalar tensor, got str"],
         ),
         (
             {"augment": lambda inputs: inputs},
@@ -622,6 +622,10 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "derivatives in validation": (
         {"build_model": Slope},
         "workload: in validation, which computes no gradients, the model raised RuntimeError on an input (6, 6): ",
+    ),
+    "augment of inputs and targets alone": (
+        {"augment": lambda inputs, targets: inputs * targets.float()},
+        ", on inputs (6, 6); it takes (inputs, generator) or (inputs, targets, generator)",
     ),
     "exit in build_model": ({"build_model": exits}, "workload: build_model raised SystemExit: 3, in "),
     "exit in training": ({"build_model": lambda: Exits(training=True)}, "workload: the model raised SystemExit on an "),

@@ -117,7 +117,9 @@ class _Tried:
             try:
                 batch = self._as_the_model_sees(batch, augment=name == "train")
             except DataError as error:
-                return [Problem("workload", f"{error}, on inputs {described(batch.inputs)}")]
+                takes = "it takes (inputs, generator) or (inputs, targets, generator)"
+                hint = f"; {takes}" if str(error).startswith("augment raised") else ""
+                return [Problem("workload", f"{error}, on inputs {described(batch.inputs)}{hint}")]
             if problem := self._forward(batch, training=name == "train") or self._loss_problem(name, batch):
                 return [problem]
         return list(self._metric_problems(batch))
@@ -156,10 +158,7 @@ class _Tried:
 
     def _loss_problem(self, name: str, batch: Batch) -> Problem | None:
         outputs, targets = self.outputs, batch.targets
-        if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
-            if problem := _label_problem(name, outputs, targets):
-                return problem
-        if problem := _broadcast_problem(name, outputs, targets):
+        if problem := _label_problem(name, outputs, targets) or _broadcast_problem(name, outputs, targets):
             return problem
         told = f"outputs {described(outputs)} and targets {described(targets)}"
         loss, problem = _attempt("the loss", told, self.workload.loss, outputs, targets)
@@ -227,7 +226,7 @@ def _class_problems(splits: dict[str, Split], outputs: Any) -> Iterator[Problem]
                 yield Problem(f"workload.{name}", message)
 
 
-def _label_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | None:
+def _label_problem(name: str, outputs: Any, targets: Any) -> Problem | None:
     if not _are_labels(outputs, targets) or int(targets.max()) < outputs.shape[1]:
         return None
     classes, largest = outputs.shape[1], int(targets.max())
@@ -279,5 +278,5 @@ def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any
 def _scalar_problem(who: str, value: Any) -> Problem | None:
     if isinstance(value, Tensor) and value.numel() == 1 and value.ndim == 0:
         return None
-    got = f"a tensor {described(value)}" if isinstance(value, Tensor) else type(value).__name__
-    return Problem("workload", f"{who} must return a scalar tensor, got {got}; take the mean")
+    got = f"a tensor {described(value)}; take the mean" if isinstance(value, Tensor) else type(value).__name__
+    return Problem("workload", f"{who} must return a scalar tensor, got {got}")
