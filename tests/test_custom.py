@@ -333,6 +333,7 @@ class BadData:
         ),
         ({"build_model": lambda: [][0]}, "workload: build_model raised IndexError: list index out of range"),
         ({"build_model": numeral}, f"(char 0), in {__file__}, line {numeral.__code__.co_firstlineno + 1}"),
+        ({"augment": numeral}, f", on inputs (6, 6), in {__file__}, line {numeral.__code__.co_firstlineno + 1}; it takes"),
         ({"loss": numeral}, f"(char 0), in {__file__}, line {numeral.__code__.co_firstlineno + 1}"),
         ({"build_model": lambda: ONE_MODEL}, "workload: build_model must make a new model each time"),
         ({"build_model": lambda: nn.LazyLinear(3)}, "workload: build_model must return a model whose parameters exist"),
@@ -625,7 +626,7 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "augment of inputs and targets alone": (
         {"augment": lambda inputs, targets: inputs * targets.float()},
-        ", on inputs (6, 6); it takes (inputs, generator) or (inputs, targets, generator)",
+        "; it takes (inputs, generator) or (inputs, targets, generator)",
     ),
     "exit in build_model": ({"build_model": exits}, "workload: build_model raised SystemExit: 3, in "),
     "exit in training": ({"build_model": lambda: Exits(training=True)}, "workload: the model raised SystemExit on an "),

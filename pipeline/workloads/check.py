@@ -119,7 +119,9 @@ class _Tried:
             except DataError as error:
                 takes = "it takes (inputs, generator) or (inputs, targets, generator)"
                 hint = f"; {takes}" if str(error).startswith("augment raised") else ""
-                return [Problem("workload", f"{error}, on inputs {described(batch.inputs)}{hint}")]
+                line = own_line(error.__cause__) if error.__cause__ else []
+                told = ", ".join([f"{error}, on inputs {described(batch.inputs)}", *line])
+                return [Problem("workload", told + hint)]
             if problem := self._forward(batch, training=name == "train") or self._loss_problem(name, batch):
                 return [problem]
         return list(self._metric_problems(batch))
