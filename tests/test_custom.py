@@ -333,7 +333,10 @@ class BadData:
         ),
         ({"build_model": lambda: [][0]}, "workload: build_model raised IndexError: list index out of range"),
         ({"build_model": numeral}, f"(char 0), in {__file__}, line {numeral.__code__.co_firstlineno + 1}"),
-        ({"augment": numeral}, f", on inputs (6, 6), in {__file__}, line {numeral.__code__.co_firstlineno + 1}; it takes"),
+        (
+            {"augment": numeral},
+            f", on inputs (6, 6), in {__file__}, line {numeral.__code__.co_firstlineno + 1}; it takes",
+        ),
         ({"loss": numeral}, f"(char 0), in {__file__}, line {numeral.__code__.co_firstlineno + 1}"),
         ({"build_model": lambda: ONE_MODEL}, "workload: build_model must make a new model each time"),
         ({"build_model": lambda: nn.LazyLinear(3)}, "workload: build_model must return a model whose parameters exist"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 import sysconfig
 import traceback
@@ -14,9 +13,8 @@ from typing import NoReturn
 
 from pipeline.errors import InvalidInput, Problem
 
-_FOLDERS = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(__file__).parent.parent)}
-_INSTALLED = ("site-packages", "<frozen ", *(folder + os.sep for folder in _FOLDERS))
-"""Parts of the file names of code that is not the person's own."""
+_LIBRARIES = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_PIPELINE = Path(__file__).resolve().parent.parent
 
 
 def load_module(named: str, *, place: str, kind: str = "function") -> tuple[ModuleType, str]:
@@ -52,8 +50,14 @@ def where(error: BaseException) -> str:
 def own_line(error: BaseException) -> list[str]:
     """Return the last line of the person's own code in an error's traceback, as one text; nothing if there is none."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    own = [(file, line) for file, line in frames if not any(part in file for part in _INSTALLED)]
+    own = [(file, line) for file, line in frames if not (file.startswith("<frozen ") or is_installed(Path(file)))]
     return [f"in {own[-1][0]}, line {own[-1][1]}"] if own else []
+
+
+def is_installed(path: Path) -> bool:
+    """Say whether a file is of Python, of an installed package or of this one, so not the person's own."""
+    path = path.resolve()
+    return "site-packages" in path.parts or any(path.is_relative_to(folder) for folder in (*_LIBRARIES, _PIPELINE))
 
 
 def _load_file(path: Path, place: str) -> ModuleType:
