@@ -491,7 +491,7 @@ def loop(trial: Trial, *, size: int = 2) -> Epochs:
         ),
         (
             [pipeline.train.main, "config.yaml", "--test"],
-            "loop has no test split; train it without test",
+            "loop has no test split; leave --test away",
         ),
     ],
 )
