@@ -352,7 +352,7 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
             message = "must hold at least one value, got none"
         case _:
             message = f"{details['msg'][0].lower()}{details['msg'][1:]}, got {_shown(got)}"
-    if kind not in ("extra_forbidden", "missing"):
+    if kind not in ("extra_forbidden", "missing", "value_error"):
         message += _choice_hint(got, details["loc"])
     return Problem(".".join(str(part) for part in place), message)
 
