@@ -157,6 +157,12 @@ REFUSED = [
     space("constant: {}", "step: {step_size: {low: 1.5, high: 3}}", "step_size.low: must be a whole number, got 1.5"),
     space("sgd:", "sdg:", "optimizer.sdg: unknown optimizer; did you mean sgd?"),
     space("constant: {}", "cosin: {}", "scheduler.cosin: unknown scheduler; did you mean cosine?"),
+    space(
+        "sgd:", "lion:", "optimizer.lion: unknown optimizer; known: sgd", "; one of your own is path/to/file.py:Class"
+    ),
+    space(RANGE, f"{RANGE}, lr: 0.1", "optimizer.sgd.lr: unknown key; lr is base_lr here"),
+    space("size: 64", "size: [32, 64]", "must be a whole number, got [32, 64]; for a choice write {choices: [32, 64]}"),
+    space("epochs: 4", "epochs: {low: 1, high: 4}", "epochs: must be a whole number", "; cannot be searched, give one"),
     space("constant: {}", "constant:", "scheduler.constant: must be a mapping, `key: value`, got None"),
     # Strategy.
     space(RANGE, "0", "optimizer.sgd.base_lr: must be > 0, got 0"),
@@ -184,7 +190,7 @@ REFUSED = [
     own_optimizer("torch:Tensor", "", "must be a subclass of torch.optim.Optimizer, got the class Tensor"),
     own_optimizer("own.py:Fixed", "", "must take the argument lr, which base_lr becomes, got (params, momentum)"),
     own_optimizer("own.py:Lion", ", beta1: 0.9", "optimizer.own.py:Lion.beta1: unknown key; did you mean betas?"),
-    own_optimizer("own.py:Lion", ", lr: 0.1", "optimizer.own.py:Lion.lr: unknown key; known: base_lr, betas, weight_"),
+    own_optimizer("own.py:Lion", ", lr: 0.1", "optimizer.own.py:Lion.lr: unknown key; lr is base_lr here"),
     own_optimizer("own.py:Lion", ", betas: [1.5, 0.9]", "raised ValueError: betas must be below 1, got (1.5, 0.9), in"),
     own_optimizer("own.py:Counts", "", "keeps state outside its state_dict", "put it into self.state or param_groups"),
     own_optimizer("own.py:Arrays", "", "its state_dict cannot be loaded", "numbers and texts into it, got ndarray"),

@@ -156,6 +156,10 @@ def test_a_study_whose_code_or_data_have_changed_goes_on_only_if_that_is_meant(s
         "  code of task.py: has changed",
         "  train: was 200 samples of (1, 1) and is 201 samples of (1, 1)",
     ]
+    assert (
+        "seed data that is drawn at random, choose another --study, or, if what changed does not matter, add "
+        in str(refused.value)
+    )
     assert "--changed-code" in str(refused.value)
     assert store.choose(space_with(), trials=2, name="mine") == ("mine", True)
     store.open("mine", fingerprint=now)

@@ -58,6 +58,8 @@ def start_training(
         _refuse_python(space, source=source)
         cli.say_own_code(space, say)
     recorded = None if changes else Found.read(found, source=source)  # a changed config has nothing to repeat
+    if changes and found:
+        say(f"note          {', '.join(changes)} given anew, so nothing is compared with the search")
 
     from pipeline.app.train_config import train_config
 
