@@ -304,7 +304,7 @@ def test_a_search_from_python_names_its_space_by_python_again() -> None:
     call = "search(study='a', trials=5, space='space.yaml', workload=tiny_workload, overrides={'seed': 3})"
     assert own.resume("a") == call
     own = read_search(space=content(lion(), noam()), workload=None, overrides={}, **given)
-    assert own.resume("a") == "search(space=…, study='a', trials=5)"
+    assert own.resume("a") == "search(study='a', trials=5, space=…)"
 
 
 # Training.
