@@ -121,9 +121,16 @@ def shortened(text: str, limit: int) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest known name, or all of them."""
+    known = list(known)
+    near = nearest(word, known)
+    return f"did you mean {near}?" if near else f"known: {', '.join(known)}"
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like a word, if one is more like it than `cutoff`, from 0 to 1."""
     by_lower_case = {name.lower(): name for name in known}
-    nearest = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
-    return f"did you mean {by_lower_case[nearest[0]]}?" if nearest else f"known: {', '.join(by_lower_case.values())}"
+    found = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=cutoff)
+    return by_lower_case[found[0]] if found else None
 
 
 def listed(names: Sequence[str], *, show: int = 8) -> str:

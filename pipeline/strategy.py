@@ -13,9 +13,9 @@ The config's workload is not loaded. Its precision, `accumulate` and `ema` are t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.space.config import TrialConfig
@@ -49,6 +49,8 @@ def build(
     Raises:
         InvalidInput: With every problem of the file, or the config does not fit the model, the steps or the metrics.
     """
+    if problems := list(_misfits(model, steps_per_epoch, metrics)):
+        raise InvalidInput("build", problems)
     if not isinstance(config, TrialConfig):
         config = _read(Path(config), model, steps_per_epoch)
     metric = getattr(config.scheduler, "metric", None)
@@ -56,6 +58,17 @@ def build(
         message = f"unknown metric {metric!r}; {did_you_mean(metric, metrics)}; see the argument metrics"
         raise InvalidInput("build", [Problem("scheduler.plateau.metric", message)])
     return ModelStrategy(config, model, steps_per_epoch=steps_per_epoch, directions=metrics)
+
+
+def _misfits(model: Any, steps_per_epoch: Any, metrics: Any) -> Iterator[Problem]:
+    """Yield a problem for each argument of another kind."""
+    if not hasattr(model, "named_parameters"):
+        yield Problem("model", f"must be a torch.nn.Module, got {type(model).__name__}; give the model itself")
+    if type(steps_per_epoch) is not int or steps_per_epoch < 1:
+        yield Problem("steps_per_epoch", f"must be a whole number of at least 1, got {steps_per_epoch!r}")
+    if not isinstance(metrics, Mapping):
+        shown = "{'val/loss': 'minimize'}"
+        yield Problem("metrics", f"must be a mapping such as {shown}, got {type(metrics).__name__}")
 
 
 def _read(path: Path, model: nn.Module, steps_per_epoch: int) -> TrialConfig:

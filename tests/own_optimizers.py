@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,35 @@ class Noisy(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.sub_(group["lr"] * (parameter.grad + torch.randn_like(parameter)))
+
+
+class Counts(torch.optim.Optimizer):
+    """Gradient descent whose rate falls with a count of steps that no state has."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        self.count += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["lr"] / self.count * parameter.grad)
+
+
+class Arrays(torch.optim.Optimizer):
+    """An optimizer whose state is an array of NumPy."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Count the steps of each parameter."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("count", np.zeros(1))[0] += 1
 
 
 class NeedsClosure(torch.optim.Optimizer):

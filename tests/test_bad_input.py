@@ -26,6 +26,7 @@ from pipeline.space.load import load_space
 from pipeline.space.optimizers import SGD
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
+from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store
 from pipeline.tracking.mlflow import MLflowTracker
@@ -156,6 +157,12 @@ REFUSED = [
     space("constant: {}", "step: {step_size: {low: 1.5, high: 3}}", "step_size.low: must be a whole number, got 1.5"),
     space("sgd:", "sdg:", "optimizer.sdg: unknown optimizer; did you mean sgd?"),
     space("constant: {}", "cosin: {}", "scheduler.cosin: unknown scheduler; did you mean cosine?"),
+    space(
+        "sgd:", "lion:", "optimizer.lion: unknown optimizer; known: sgd", "; one of your own is path/to/file.py:Class"
+    ),
+    space(RANGE, f"{RANGE}, lr: 0.1", "optimizer.sgd.lr: unknown key; lr is base_lr here"),
+    space("size: 64", "size: [32, 64]", "must be a whole number, got [32, 64]; for a choice write {choices: [32, 64]}"),
+    space("epochs: 4", "epochs: {low: 1, high: 4}", "epochs: must be a whole number", "; cannot be searched, give one"),
     space("constant: {}", "constant:", "scheduler.constant: must be a mapping, `key: value`, got None"),
     # Strategy.
     space(RANGE, "0", "optimizer.sgd.base_lr: must be > 0, got 0"),
@@ -183,8 +190,10 @@ REFUSED = [
     own_optimizer("torch:Tensor", "", "must be a subclass of torch.optim.Optimizer, got the class Tensor"),
     own_optimizer("own.py:Fixed", "", "must take the argument lr, which base_lr becomes, got (params, momentum)"),
     own_optimizer("own.py:Lion", ", beta1: 0.9", "optimizer.own.py:Lion.beta1: unknown key; did you mean betas?"),
-    own_optimizer("own.py:Lion", ", lr: 0.1", "optimizer.own.py:Lion.lr: unknown key; known: base_lr, betas, weight_"),
+    own_optimizer("own.py:Lion", ", lr: 0.1", "optimizer.own.py:Lion.lr: unknown key; lr is base_lr here"),
     own_optimizer("own.py:Lion", ", betas: [1.5, 0.9]", "raised ValueError: betas must be below 1, got (1.5, 0.9), in"),
+    own_optimizer("own.py:Counts", "", "keeps state outside its state_dict", "put it into self.state or param_groups"),
+    own_optimizer("own.py:Arrays", "", "its state_dict cannot be loaded", "numbers and texts into it, got ndarray"),
     own_optimizer("own.py:NeedsClosure", "", "raised TypeError: ", "missing 1 required positional argument: 'closure'"),
     own_schedule("own.py:naom", "", "scheduler.own.py:naom: own.py has no naom; did you mean noam?"),
     own_schedule("own.py:STEPS", "", "must be a function (step, total, …), got int"),
@@ -255,6 +264,13 @@ REFUSED = [
     space("model: mlp", "model: mpl", "workload.model: must be one of cnn, mlp, got the text 'mpl'; did you mean mlp?"),
     space("epochs: 4", "epochs: 0", "epochs: must be >= 1, got 0"),
     space("batch_size: 64", "batch_size: 1258", "batch_size: must be at most the 1257 training samples, got 1258"),
+    space("size: 64", "size: 64\naccumulate: 21", "accumulate: must be at most the 20 batches of an epoch, got 21"),
+    space("size: 64", "size: 64\naccumulate: 0", "accumulate: must be >= 1, got 0"),
+    space("size: 64", "size: 64\nema: 1.0", "ema: must be < 1, got 1.0"),
+    space("size: 64", "size: 64\nema: 0", "ema: must be > 0, got 0"),
+    space(
+        "size: 64", "size: 64\nprecision: fp16", "precision: must be one of fp32, tf32, bf16, fp64, got the text 'fp16'"
+    ),
     space("size: 64", "size: {choices: [64, 1258]}", "batch_size: must be at most the 1257 training samples, got 1258"),
     space("size: 64", "size: {low: 8, high: 64}", "batch_size: must be one value or `{choices: […]}`, got a range"),
     space("size: 64", "size: {choices: [64, 0]}", "batch_size.choices.1: must be >= 1, got 0"),
@@ -503,6 +519,7 @@ def pruned_trial(number: int) -> EndedTrial:
         config=config,
         params={"sgd.base_lr": 0.1},
         state=TrialState.PRUNED,
+        objective=Objective(),
         reason="worse than half",
         value=None,
         epochs=(EpochMetrics(epoch=1, step=20, metrics=metrics, lr={}),),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import ONE_GROUP, TinyModel, tiny_config, tiny_workload
@@ -180,8 +182,21 @@ class OneOutput(TinyModel):
         return super().forward(inputs), inputs
 
 
+class NamedOutput(TinyModel):
+    """Returns a dict."""
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Map inputs (batch, 6) to a dict of values (batch, 3, 1)."""
+        return {"depth": super().forward(inputs).unsqueeze(-1)}
+
+
 NAN_INPUTS = torch.ones(9, 6)
 NAN_INPUTS[4, 2] = torch.nan
+
+
+GENERATOR = np.random.default_rng(0)
+"""Draws that no seed repeats."""
+EQUAL_SAMPLES = [(torch.ones(6), 0)] * 9
 
 
 @pytest.mark.parametrize(
@@ -230,7 +245,7 @@ NAN_INPUTS[4, 2] = torch.nan
         ),
         (
             {"metrics": {"hits": Metric(lambda outputs, targets: "half", "maximize")}},
-            ["workload: the metric hits must return a scalar tensor, got str; take the mean"],
+            ["workload: the metric hits must return a scalar tensor, got str"],
         ),
         (
             {"augment": lambda inputs: inputs},
@@ -238,7 +253,20 @@ NAN_INPUTS[4, 2] = torch.nan
         ),
         (
             {"augment": lambda inputs, generator: inputs[:2]},
-            ["workload: augment must keep the shape of a batch: of inputs (6, 6) it made (2, 6)"],
+            ["workload: augment must return as many samples as it is given, 6, got (2, 6); change samples in place of"],
+        ),
+        (
+            {"augment": lambda inputs, generator: inputs[:, :2]},
+            ["workload: augment must keep the shape of a batch: of inputs (6, 6) it made (6, 2)"],
+        ),
+        (
+            {"augment": lambda inputs, generator: inputs + GENERATOR.random()},
+            ["workload: augment differs when it is called again with the same seed; draw from the generator that"],
+        ),
+        ({"augment": lambda inputs, generator: inputs.add_(torch.rand((), generator=generator))}, []),
+        (
+            {"train": EQUAL_SAMPLES, "val": EQUAL_SAMPLES, "collate": lambda samples: (GENERATOR.random(), samples)},
+            ["workload.train: collate differs when it is called again with the same seed; draw from the global random"],
         ),
         (
             {"preprocess": lambda inputs: inputs.nothing},
@@ -252,6 +280,24 @@ NAN_INPUTS[4, 2] = torch.nan
                 **dict.fromkeys(("train", "val"), Split(torch.ones(9, 6), torch.ones(9))),
             },
             ["workload.train: outputs (4, 1) and targets (4) differ by an axis of 1; give both the same"],
+        ),
+        (
+            {
+                "loss": F.mse_loss,
+                "build_model": lambda: nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)),
+                "metrics": {},
+                **dict.fromkeys(("train", "val"), Split(torch.ones(9, 6), torch.ones(9, 1))),
+            },
+            ["workload.train: outputs (4) and targets (4, 1) differ by an axis of 1; give both the same"],
+        ),
+        (
+            {
+                "loss": lambda outputs, targets: F.mse_loss(outputs["depth"], targets["depth"]),
+                "build_model": NamedOutput,
+                "metrics": {},
+                **dict.fromkeys(("train", "val"), Split(torch.ones(9, 6), {"depth": torch.ones(9, 3)})),
+            },
+            ["workload.train: outputs['depth'] (4, 3, 1) and targets['depth'] (4, 3) differ by an axis of 1; give"],
         ),
         ({"val": Split(torch.ones(4, 6), torch.tensor([0, 1, 2, -100]))}, []),
         (
@@ -273,6 +319,10 @@ def test_data_model_loss_and_metrics_are_tried_before_the_search(changes: dict[s
 
 
 ONE_MODEL = nn.Linear(6, 3)
+
+
+def numeral(*_: Any) -> Any:
+    return json.loads("list")
 
 
 def broken_weights() -> nn.Module:
@@ -301,6 +351,12 @@ class BadData:
             "workload: the model's forward is given the dict's keys x, and missing a required argument: 'inputs'",
         ),
         ({"build_model": lambda: [][0]}, "workload: build_model raised IndexError: list index out of range"),
+        ({"build_model": numeral}, f"(char 0), in {__file__}, line {numeral.__code__.co_firstlineno + 1}"),
+        (
+            {"augment": numeral},
+            f", on inputs (6, 6), in {__file__}, line {numeral.__code__.co_firstlineno + 1}; it takes",
+        ),
+        ({"loss": numeral}, f"(char 0), in {__file__}, line {numeral.__code__.co_firstlineno + 1}"),
         ({"build_model": lambda: ONE_MODEL}, "workload: build_model must make a new model each time"),
         ({"build_model": lambda: nn.LazyLinear(3)}, "workload: build_model must return a model whose parameters exist"),
         ({"build_model": lambda: broken_weights()}, "workload: the model begins with a NaN or an infinity in weight"),
@@ -553,6 +609,19 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
         {"augment": lambda inputs, targets, generator: (inputs, targets[:2])},
         "workload: the loss raised ValueError on outputs (6, 3) and targets (2): ",
     ),
+    "data of NumPy": (
+        {"train": Split(INPUTS.numpy(), LABELS.numpy())},
+        f"{PARTS} hold tensors, or tuples or dicts of them, got ndarray; see torch.as_tensor",
+    ),
+    "a tuple of tensors": (
+        {"train": (INPUTS, LABELS)},
+        f"{PARTS} be a Split or a data set, got a tuple of two tensors; give Split(inputs, targets)",
+    ),
+    "a number for a name": ({"name": 3}, "returns a Workload whose name must be text, got 3"),
+    "a model in place of a function": (
+        {"build_model": nn.Linear(6, 3)},
+        "build_model must be a function that makes the model, got the model Linear; give lambda: Linear(…)",
+    ),
     "a DataLoader": (
         {"train": torch.utils.data.DataLoader(GOOD)},  # type: ignore[arg-type]
         f"{PARTS} be a data set, got a DataLoader; give its `dataset`, its `collate_fn` as `collate`, and in place",
@@ -576,6 +645,10 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "derivatives in validation": (
         {"build_model": Slope},
         "workload: in validation, which computes no gradients, the model raised RuntimeError on an input (6, 6): ",
+    ),
+    "augment of inputs and targets alone": (
+        {"augment": lambda inputs, targets: inputs * targets.float()},
+        "; it takes (inputs, generator) or (inputs, targets, generator)",
     ),
     "exit in build_model": ({"build_model": exits}, "workload: build_model raised SystemExit: 3, in "),
     "exit in training": ({"build_model": lambda: Exits(training=True)}, "workload: the model raised SystemExit on an "),

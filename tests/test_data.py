@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +77,25 @@ class BrokenLater(Samples):
         if index == 30 and self.read.count(30) == 5:
             raise OSError("sample 30 is broken")
         return super().__getitem__(index)
+
+
+class OwnGenerator(Samples):
+    """It draws from a generator of its own, which no seed reaches, into an array that it returns each time."""
+
+    generator = np.random.default_rng(0)
+    buffer = np.zeros(6, dtype=np.float32)
+
+    def __getitem__(self, index: int) -> Any:
+        self.generator.standard_normal(6, dtype=np.float32, out=self.buffer)
+        return self.buffer, self.split.targets[index]
+
+
+class NoisyLater(Samples):
+    """Its samples from number 30 on draw at random."""
+
+    def __getitem__(self, index: int) -> Sample:
+        inputs, target = super().__getitem__(index)
+        return inputs + torch.rand(()) if index >= 30 else inputs, target
 
 
 @pytest.fixture(params=[0, 2])
@@ -211,6 +232,27 @@ def test_a_data_set_that_draws_at_random_is_never_kept(workers: int) -> None:
     assert is_streamed(placed)
 
 
+def test_a_data_set_whose_last_samples_alone_draw_at_random_is_never_kept(no_workers: int) -> None:
+    placed = to_device(as_samples(tiny_workload(), NoisyLater), device=CPU, dtype=torch.float32, free=ENOUGH)
+    assert is_streamed(placed)
+
+
+@pytest.mark.parametrize("collate", [None, lambda samples: samples])
+def test_a_data_set_that_no_seed_repeats_is_refused(collate: Any, no_workers: int) -> None:
+    workload = dataclasses.replace(as_samples(tiny_workload(), OwnGenerator), collate=collate)
+    message = (
+        "train: sample 0 differs when it is read again from the same seed; "
+        "draw from the global random state of torch, Python or NumPy"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        to_device(workload, device=CPU, dtype=torch.float32, free=ENOUGH)
+
+
+def test_samples_with_missing_values_and_texts_are_no_random_draw() -> None:
+    sample = {"x": torch.tensor([float("nan"), 1 + 2j]).conj(), "text": "a", "words": np.array(["a", None]), "n": 2}
+    assert not streamed.draws_at_random([sample] * 3)
+
+
 def test_what_samples_draw_does_not_depend_on_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for count in (0, 1, 3):
@@ -228,6 +270,17 @@ def test_what_samples_draw_changes_with_epoch_and_seed(no_workers: int) -> None:
     assert not torch.equal(one, other)
 
 
+def test_a_sample_that_an_epoch_repeats_draws_anew_each_time(no_workers: int) -> None:
+    placed = to_device(as_samples(tiny_workload(), noise=True), device=CPU, dtype=torch.float32, free=ENOUGH)
+    once, repeats = (
+        [batch.inputs for batch in samples_of(placed, "train").batches(order, seed=0)]
+        for order in ([torch.tensor([3, 5])], [torch.tensor([3, 3]), torch.tensor([5, 3])])
+    )
+    assert torch.equal(torch.stack([repeats[0][0], repeats[1][0]]), once[0])
+    drawn = [repeats[0][0], repeats[0][1], repeats[1][1]]
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(drawn, 2))
+
+
 def test_reading_leaves_the_global_random_states_alone(no_workers: int) -> None:
     torch.manual_seed(1)
     random.seed(1)
@@ -237,6 +290,17 @@ def test_reading_leaves_the_global_random_states_alone(no_workers: int) -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert repr(np.random.get_state(legacy=False)) == repr(before[2])
+
+
+def test_an_augment_that_leaves_samples_out_of_an_odd_batch_is_refused() -> None:
+    def pairs(inputs: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        even = len(inputs) // 2 * 2
+        return inputs[:even], targets[:even]
+
+    workload = to_device(dataclasses.replace(tiny_workload(), augment=pairs), device=CPU, dtype=torch.float32)
+    message = r"^augment must return as many samples as it is given, 5, got \(4, 6\); "
+    with pytest.raises(DataError, match=message):
+        list(training_batches(workload, tiny_config(), epoch=0, device=CPU, dtype=torch.float32))
 
 
 def test_a_pass_that_is_broken_off_leaves_the_next_one_as_it_is(workers: int) -> None:

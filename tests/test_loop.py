@@ -189,11 +189,8 @@ def test_a_trial_that_raises_in_a_matrix_fails_and_the_others_end_as_they_would(
     monkeypatch.setattr(Poisoned, "bad", complete[0])
     found = search(tmp_path / "poisoned")
     failed = found.study.ended[complete[0]]
-    assert (failed.state, failed.reason, len(found.placements(failed.number))) == (
-        TrialState.FAILED,
-        "ValueError: poison",
-        3,
-    )
+    assert (failed.state, len(found.placements(failed.number))) == (TrialState.FAILED, 3)
+    assert (failed.reason or "").startswith("ValueError: poison, in ")
     assert [metrics.metrics for metrics in failed.epochs[:3]] == metrics_of(expected.study.ended[complete[0]], 3)
     others = [trial for trial in found.study.ended if trial.number != complete[0]]
     assert {trial.state for trial in others} <= {TrialState.COMPLETE, TrialState.PRUNED}
@@ -256,5 +253,5 @@ def test_a_trial_that_raises_as_epochs_are_trained_again_has_failed_with_that(
     found = search(tmp_path, after_epoch=lose)
     failed = [trial for trial in found.study.ended if trial.state is TrialState.FAILED]
     assert failed
-    assert {trial.reason for trial in failed} == {"OSError: gone"}
+    assert {(trial.reason or "").split(", in")[0] for trial in failed} == {"OSError: gone"}
     assert not [trial for trial in found.study.ended if trial.state is TrialState.DIVERGED]

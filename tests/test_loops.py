@@ -307,6 +307,8 @@ def bad_loop(trial: Trial, *, what: str) -> Epochs:
         trial.strategy(model, steps_per_epoch=1)
     elif what == "own end":
         strategy.end_epoch({"val/loss": 0.5})  # type: ignore[attr-defined]
+    elif what == "one optimizer":
+        strategy.optimizer.step()  # type: ignore[attr-defined]
     elif what == "own epochs":
         for _ in range(4):
             strategy.step()
@@ -354,6 +356,7 @@ class WithState:
             1,
             "a loop's schedule moves as the loop yields; leave strategy.end_epoch to scripts without it, in ",
         ),
+        ("one optimizer", 1, "'LoopStrategy' object has no attribute 'optimizer'"),
         ("own epochs", 1, "the loop must yield once in each epoch of `for epoch in trial.epochs(…)`"),
         ("before the epochs", 1, "the loop must yield once in each epoch of `for epoch in trial.epochs(…)`"),
         ("two yields", 2, "the loop must yield once in each epoch of `for epoch in trial.epochs(…)`"),
@@ -402,11 +405,12 @@ def refused_loop(trial: Trial, *, what: str = "") -> Epochs:
     given: dict[str, Any] = {
         "no steps": {"steps_per_epoch": 0},
         "bad direction": {"metrics": {"val/loss": "down"}},
+        "listed metrics": {"metrics": ["val/loss"]},
         "reward": {"metrics": {"val/reward": "maximize"}},
     }
     with contextlib.suppress(Exception):  # does not catch the end of a dry run
         trial.strategy(model, **{"steps_per_epoch": 5, **given.get(what, {})})
-    if what in ("no model", "no steps", "bad direction"):
+    if what in ("no model", "no steps", "bad direction", "listed metrics"):
         trial.strategy(model, **{"steps_per_epoch": 5, **given.get(what, {})})
     raise AssertionError("a dry run ends before")
 
@@ -418,6 +422,7 @@ def refused_loop(trial: Trial, *, what: str = "") -> Epochs:
         ("ends", {}, "refused_loop must ask trial.strategy(model, steps_per_epoch=…) for its optimizer before it ends"),
         ("epochs first", {}, "trial.epochs comes after trial.strategy(model, steps_per_epoch=…), in "),
         ("raises", {}, f"workload.function: refused_loop raised OSError: no such data, in {__file__}, line "),
+        ("listed metrics", {}, "metrics must be a mapping such as {'val/reward': 'maximize'}, got list, in "),
         ("no model", {}, "TypeError: trial.strategy takes a torch.nn.Module, got int, in "),
         ("no steps", {}, "ValueError: steps_per_epoch must be a whole number of at least 1, got 0, in "),
         ("bad direction", {}, """metrics['val/loss'] must be "minimize" or "maximize", got 'down', in """),
@@ -486,7 +491,7 @@ def loop(trial: Trial, *, size: int = 2) -> Epochs:
         ),
         (
             [pipeline.train.main, "config.yaml", "--test"],
-            "loop has no test split; train it without test",
+            "loop has no test split; leave --test away",
         ),
     ],
 )
@@ -646,6 +651,17 @@ def test_a_script_of_ones_own_trains_a_config_as_a_search_does(tmp_path: Path) -
         path = repr(str(tmp_path / "best.yaml")) if given == "'best.yaml'" else given
         exec(block.replace('"best.yaml"', path), {**names, "loss_function": F.cross_entropy})
         assert losses == expected
+
+
+def test_a_script_of_ones_own_is_told_which_arguments_are_of_another_kind() -> None:
+    parameters: Any = nn.Linear(2, 2).parameters()
+    with pytest.raises(InvalidInput) as refused:
+        build(tiny_config(), parameters, steps_per_epoch=0, metrics=["val/loss"])  # type: ignore[arg-type]
+    assert [str(problem) for problem in refused.value.problems] == [
+        "model: must be a torch.nn.Module, got generator; give the model itself",
+        "steps_per_epoch: must be a whole number of at least 1, got 0",
+        "metrics: must be a mapping such as {'val/loss': 'minimize'}, got list",
+    ]
 
 
 def test_a_script_of_ones_own_is_told_what_does_not_fit(tmp_path: Path) -> None:

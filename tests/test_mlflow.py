@@ -90,6 +90,7 @@ def ended(
         ),
         params={"adamw.base_lr": 0.01},
         state=state,
+        objective=Objective(),
         reason=reason,
         value=0.9 if state is TrialState.COMPLETE else None,
         epochs=epochs or (epoch(1),),

@@ -24,6 +24,7 @@ from pipeline.space.search_space import Objective
 from pipeline.space.trial import EpochMetrics
 from pipeline.study.store import Store
 from pipeline.study.study import Study
+from pipeline.train import train
 from pipeline.training.rows import measure
 from pipeline.workloads.workload import Metric, Workload
 
@@ -158,6 +159,13 @@ def test_training_keeps_the_model_of_the_best_epoch(
     assert "whose model this is" not in capsys.readouterr().out
     (best,) = found.study.best()
     assert val_closeness(tmp_path / "model.pt") == pytest.approx(best.metrics["val/closeness"], abs=1e-5) != value
+
+
+def test_a_trial_trains_to_the_model_of_its_best_epoch(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
+    (best,) = found.study.best()
+    trained = train(best, workload=growing, device="cpu")
+    assert trained.metrics["val/closeness"] == best.value != best.metrics["val/closeness"]
+    assert "whose model this is; the search had the same\n" in capsys.readouterr().out
 
 
 def epochs_of(*values: float, loss: float = 1.0) -> list[EpochMetrics]:

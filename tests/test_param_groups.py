@@ -53,8 +53,13 @@ def test_a_pattern_that_matches_nothing_is_a_problem_and_shows_the_names() -> No
     dims = {f"layer{number}.weight": 2 for number in range(10)}
     assert problems_of(dims, {"head": by_name("head.*"), "rest": ALL}) == [
         "param_groups.head: pattern 'head.*' matches no parameter; the model has layer0.weight, layer1.weight, "
-        "layer2.weight, layer3.weight, layer4.weight, layer5.weight, layer6.weight, layer7.weight, … (2 more)"
+        "layer2.weight, layer3.weight, layer4.weight, … (2 more), layer7.weight, layer8.weight, layer9.weight"
     ]
+
+
+def test_a_pattern_that_is_the_name_of_a_module_is_a_problem_with_the_pattern_of_its_parameters() -> None:
+    (problem,) = problems_of(DIMS, {"head": by_name("fc"), "rest": ALL})
+    assert problem.endswith("the model has conv1.weight, conv1.bias, fc.weight, fc.bias; did you mean 'fc.*'?")
 
 
 def test_dimensions_that_no_parameter_has_are_a_problem_and_show_what_there_is() -> None:

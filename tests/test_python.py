@@ -205,7 +205,9 @@ def test_any_trial_of_a_search_trains_again(notebook: Ran, capsys: pytest.Captur
     capsys.readouterr()
     changed = train(result.trials[0], mine, overrides={"epochs": 3}, device="cpu")
     assert len(changed.history) == 3
-    assert "repeated" not in capsys.readouterr().out  # a changed config has nothing to repeat
+    printed = capsys.readouterr().out
+    assert "repeated" not in printed  # a changed config has nothing to repeat
+    assert " given anew, so nothing is compared with the search\n" in printed
     assert len(train(result.trials[0].config, mine, device="cpu", quiet=True).history) == 2
     assert capsys.readouterr().out == ""
 

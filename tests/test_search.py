@@ -29,7 +29,7 @@ from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput, StudyBusy, TrainingEnded
 from pipeline.files import strict_yaml
 from pipeline.files.locks import folder_locked
-from pipeline.space.load import load_config
+from pipeline.space.load import load_config, load_space
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import run_group
@@ -490,6 +490,19 @@ def test_ctrl_c_that_an_import_turns_into_another_error_or_loses_ends_a_search(t
     ended = subprocess.run([*command, "--root", str(tmp_path)], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
     assert not list(tmp_path.rglob("*.db"))
+
+
+@pytest.mark.parametrize(("name", "told"), [("mine1", True), ("other", False)])
+def test_a_new_study_of_a_name_like_another_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, told: bool
+) -> None:
+    space = write_space(tmp_path)
+    with contextlib.closing(Store(tmp_path)) as store:
+        store.create(load_space(space), name="mine-1", trials=2, rules=RULES)
+    options = ["--study", name, "--trials", "1", "--set", "epochs=2", "--root", str(tmp_path), "--device", "cpu"]
+    assert pipeline.search.main(["--space", str(space), *options]) == 0
+    line = f"new study     {name}; did you mean to continue mine-1?\n"
+    assert capsys.readouterr().out.startswith(line) == told
 
 
 def test_a_second_search_of_a_study_is_refused_with_the_process_of_the_first(found: Found) -> None:

@@ -253,9 +253,8 @@ def test_rows_that_raise_are_found_by_halving_and_end_alone(bad: set[int], monke
         group.train_epoch()
     group.load_state_dict(copy.deepcopy(state))
     results = group.train_epoch()
-    assert {number: metrics.failed for number, metrics in results.items() if metrics.failed} == dict.fromkeys(
-        bad, "ValueError: poison in 1"
-    )
+    failed = {number: metrics.failed.split(", in")[0] for number, metrics in results.items() if metrics.failed}
+    assert failed == dict.fromkeys(bad, "ValueError: poison in 1")
     left = sorted(set(range(6)) - bad)
     rows = [results[number].placement.rows for number in left]  # type: ignore[union-attr]
     assert rows == [len(left)] * len(left)
@@ -284,7 +283,8 @@ def test_a_lone_row_that_raises_fails_and_no_group_is_lost(monkeypatch: pytest.M
     monkeypatch.setattr(Poisoned, "bad", frozenset({1}))
     group = build(executor_of(rows=1), similar(3))
     group.train_epoch()
-    assert [metrics.failed for metrics in group.train_epoch().values()] == [None, "ValueError: poison in 1", None]
+    reasons = [(metrics.failed or "").split(", in")[0] for metrics in group.train_epoch().values()]
+    assert reasons == ["", "ValueError: poison in 1", ""]
     assert sorted(group.train_epoch()) == [0, 2]
 
 

@@ -27,7 +27,7 @@ from pipeline.files.locks import folder_locked
 from pipeline.files.sqlite import create_whole
 from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
-from pipeline.space.search_space import SearchSpace
+from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.store import Store
 
@@ -64,6 +64,7 @@ def ended_trial(number: int) -> EndedTrial:
         config=config,
         params={"sgd.base_lr": rate},
         state=TrialState.COMPLETE,
+        objective=Objective(),
         reason=None,
         value=0.75,
         epochs=(EpochMetrics(epoch=1, step=20, metrics=metrics, lr={}),),
@@ -155,6 +156,10 @@ def test_a_study_whose_code_or_data_have_changed_goes_on_only_if_that_is_meant(s
         "  code of task.py: has changed",
         "  train: was 200 samples of (1, 1) and is 201 samples of (1, 1)",
     ]
+    assert (
+        "seed data that is drawn at random, choose another --study, or, if what changed does not matter, add "
+        in str(refused.value)
+    )
     assert "--changed-code" in str(refused.value)
     assert store.choose(space_with(), trials=2, name="mine") == ("mine", True)
     store.open("mine", fingerprint=now)

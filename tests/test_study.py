@@ -19,7 +19,7 @@ from tiny import RULES
 from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
 from pipeline.space.placement import Placement
-from pipeline.space.search_space import SearchSpace
+from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import run_group
@@ -159,6 +159,7 @@ def ended_trial(number: int = 0, **changes: Any) -> EndedTrial:
             "lr_ratio.head": 10 / 3,
         },
         state=TrialState.COMPLETE,
+        objective=Objective(),
         reason=None,
         value=2 / 3,
         epochs=(epoch_metrics(1, 1 / 3, 0.1 + 0.2), epoch_metrics(2, 2 / 3, 1 / 7)),

@@ -439,7 +439,9 @@ def test_a_model_that_raises_fails_its_trial_alone() -> None:
     models = iter([TinyModel(), Broken(), TinyModel()])
     group = plain(dict.fromkeys(range(3), tiny_config()), tiny_workload(lambda: next(models)), device=CPU)
     first, second = train(group, 2)
-    assert first[1] == EpochMetrics(epoch=0, step=0, metrics={}, lr={}, failed="RuntimeError: no such layer")
+    line = Broken.forward.__code__.co_firstlineno + 1
+    reason = f"RuntimeError: no such layer, in {__file__}, line {line}"
+    assert first[1] == EpochMetrics(epoch=0, step=0, metrics={}, lr={}, failed=reason)
     assert not first[1].finished
     assert [sorted(results) for results in (first, second)] == [[0, 1, 2], [0, 2]]
 

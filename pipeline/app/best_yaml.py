@@ -53,7 +53,7 @@ def config_file(study: Study, trial: EndedTrial) -> str:
         "trial": trial.number,
         "state": trial.state.value,
         "date": datetime.datetime.fromtimestamp(trial.ended).isoformat(timespec="seconds"),
-        **record(trial, objective),
+        **record(trial),
     }
     comment = f"Trial {trial.number} of study {study.name}: {_score_line(study, trial)}."
     content = {**trial.config.to_dict(), "objective": dataclasses.asdict(objective), FOUND: found}
@@ -79,7 +79,7 @@ def choose_trial(study: Study, number: int | None) -> EndedTrial:
 
 
 def _score_line(study: Study, trial: EndedTrial) -> str:
-    found = record(trial, study.space.objective)
+    found = record(trial)
     if "value" not in found:
         return f"{trial.state.value}, {trial.reason}"
     after = f"after {counted(found['epoch'], 'epoch')}"

@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.placement import Placement, from_run_lengths
-from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial
 
 
@@ -52,11 +51,10 @@ class Found:
             raise InvalidInput(source, [Problem("found", message)]) from None
 
 
-def record(trial: EndedTrial, objective: Objective | None = None) -> dict[str, Any]:
-    """Return the record of a trial as plain values, which `Found.read` reads; with an objective also its value."""
-    measured = objective.measured(trial.epochs) if objective else []
-    value = {}
-    if objective and measured:
+def record(trial: EndedTrial) -> dict[str, Any]:
+    """Return the record of a trial as plain values, which `Found.read` reads."""
+    objective, value = trial.objective, {}
+    if measured := objective.measured(trial.epochs):
         value = {"value": objective.value(measured), "epoch": objective.deciding(measured).epoch}
     return {
         **value,

@@ -27,7 +27,7 @@ from pipeline.app.display import (
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.result import SearchResult
-from pipeline.errors import DataError, DeviceError, StorageError, counted, printable
+from pipeline.errors import DataError, DeviceError, StorageError, counted, nearest, printable
 from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
@@ -44,6 +44,9 @@ from pipeline.tracking.tracker import StudyInfo, StudySummary
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
+
+SIMILAR = 0.8
+"""Likeness of the names of two studies from which one may be the other, mistyped."""
 
 
 def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console) -> SearchResult:
@@ -67,7 +70,11 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     with busy(console, "comparing code, data and model with those of the study"):
         trained = fingerprint_of(space, executor)
     compared = None if options.changed_code else trained
-    name, _ = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
+    name, exists = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
+    if not exists and options.study is not None:
+        near = nearest(name, [header.name for header in store.headers()], cutoff=SIMILAR)
+        if near is not None:
+            console.print(f"new study     {name}; did you mean to continue {near}?", soft_wrap=True)
     resume = options.resume(name)
     message = f"ended at once; go on with: {resume}"
     interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)

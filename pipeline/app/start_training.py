@@ -58,6 +58,8 @@ def start_training(
         _refuse_python(space, source=source)
         cli.say_own_code(space, say)
     recorded = None if changes else Found.read(found, source=source)  # a changed config has nothing to repeat
+    if changes and found:
+        say(f"note          {', '.join(changes)} given anew, so nothing is compared with the search")
 
     from pipeline.app.train_config import train_config
 
@@ -79,11 +81,10 @@ def _content(config: Config) -> tuple[Mapping[str, Any], str]:
         if config.best is None:
             message = "no trial is complete; give one of `trials`"
             raise InvalidInput("config", [Problem(f"study {config.study}", message)])
-        objective, best = config.space.objective, config.best
-        content = {**best.config.to_dict(), "objective": dataclasses.asdict(objective), FOUND: record(best, objective)}
-        return content, f"trial {best.number}"
+        config = config.best
     if isinstance(config, EndedTrial):
-        return {**config.config.to_dict(), FOUND: record(config)}, f"trial {config.number}"
+        objective = dataclasses.asdict(config.objective)
+        return {**config.config.to_dict(), "objective": objective, FOUND: record(config)}, f"trial {config.number}"
     if isinstance(config, TrialConfig):
         return config.to_dict(), "config"
     return (config, "config") if isinstance(config, Mapping) else (strict_yaml.load(Path(config)), str(config))

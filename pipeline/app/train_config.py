@@ -67,7 +67,8 @@ def train_config(
     space, executor = prepare(space, source=source, device=device, searching=False, workload=workload)
     config = space.example()
     if test and executor.workload.test is None:
-        raise InvalidInput("test", [Problem("", f"{executor.workload.name} has no test split; train it without test")])
+        message = f"{executor.workload.name} has no test split; leave --test away (from Python: test=True)"
+        raise InvalidInput("test", [Problem("", message)])
     repeats = executor.device.type == "cpu" or config.deterministic
     replays = found is not None and bool(found.placements) and repeats and not fast
     compared: list[str] = []

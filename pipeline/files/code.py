@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from pipeline.errors import InvalidInput, Problem
+
+_LIBRARIES = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_PIPELINE = Path(__file__).resolve().parent.parent
 
 
 def load_module(named: str, *, place: str, kind: str = "function") -> tuple[ModuleType, str]:
@@ -40,10 +44,20 @@ def where(error: BaseException) -> str:
     text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if isinstance(error, SyntaxError):
         return f"{text}, in {error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    packages = ("site-packages", "importlib", str(Path(__file__).parent.parent))
-    custom = [frame for frame in frames if not any(part in frame.filename for part in packages)]
-    return f"{text}, in {custom[-1].filename}, line {custom[-1].lineno}" if custom else text
+    return ", ".join([text, *own_line(error)])
+
+
+def own_line(error: BaseException) -> list[str]:
+    """Return the last line of the person's own code in an error's traceback, as one text; nothing if there is none."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(file, line) for file, line in frames if not (file.startswith("<frozen ") or is_installed(Path(file)))]
+    return [f"in {own[-1][0]}, line {own[-1][1]}"] if own else []
+
+
+def is_installed(path: Path) -> bool:
+    """Say whether a file is of Python, of an installed package or of this one, so not the person's own."""
+    path = path.resolve()
+    return "site-packages" in path.parts or any(path.is_relative_to(folder) for folder in (*_LIBRARIES, _PIPELINE))
 
 
 def _load_file(path: Path, place: str) -> ModuleType:

@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from pipeline.errors import Problem, did_you_mean
+from pipeline.errors import Problem, did_you_mean, nearest
 from pipeline.space.distributions import Choices, Range
 from pipeline.space.limits import Interval, OrOne, Share, ShareOf
 from pipeline.space.own_code import OwnCode, is_plain
@@ -40,6 +40,9 @@ from pipeline.space.own_code import OwnCode, is_plain
 FORM = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 NOT_SEARCHED = ("interval", "metric", "cycle_momentum", "pattern", "dims", "layers")
 """Fields that no search varies: they say what a strategy is, not how large a number is."""
+
+_OWN = {"optimizer": "path/to/file.py:Class", "scheduler": "path/to/file.py:function"}
+"""Choice to how a file names a person's own."""
 
 MAX_COUNT = 10**9
 """Largest count. A larger one is a typing error, and samplers fail beyond the integers that floats hold."""
@@ -313,7 +316,7 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
     kind = details["type"]
     match kind:
         case "extra_forbidden":
-            message = f"unknown {_noun(place)}; {did_you_mean(str(place[-1]), _known_keys(form, details['loc'][:-1]))}"
+            message = _unknown(place, _known_keys(form, details["loc"][:-1]))
         case "missing":
             message = "is missing and has no default; add it"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
@@ -349,6 +352,8 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
             message = "must hold at least one value, got none"
         case _:
             message = f"{details['msg'][0].lower()}{details['msg'][1:]}, got {_shown(got)}"
+    if kind not in ("extra_forbidden", "missing", "value_error"):
+        message += _choice_hint(got, details["loc"])
     return Problem(".".join(str(part) for part in place), message)
 
 
@@ -358,13 +363,27 @@ def _place(loc: tuple[int | str, ...]) -> list[int | str]:
     return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (tagged and index == 1)]
 
 
-def _noun(place: list[Any]) -> str:
-    return {"optimizer": "optimizer", "scheduler": "scheduler"}.get(str(place[0]) if len(place) == 2 else "", "key")
+def _unknown(place: list[Any], known: list[str]) -> str:
+    """Return what to say of an unknown key."""
+    key = str(place[-1])
+    kind = str(place[0]) if len(place) == 2 and place[0] in _OWN else "key"
+    if key == "lr" and "base_lr" in known:
+        return "unknown key; lr is base_lr here"
+    own = "" if kind == "key" or nearest(key, known) else f"; one of your own is {_OWN[kind]}"
+    return f"unknown {kind}; {did_you_mean(key, known)}{own}"
 
 
 def _hint(got: Any, known: list[str]) -> str:
-    nearest = did_you_mean(got, known) if isinstance(got, str) else ""
-    return f"; {nearest}" if nearest.startswith("did") else ""
+    near = nearest(got, known) if isinstance(got, str) else None
+    return f"; did you mean {near}?" if near else ""
+
+
+def _choice_hint(got: Any, loc: tuple[int | str, ...]) -> str:
+    """Return the remedy for several values where one is wanted."""
+    if isinstance(got, list):
+        return f"; for a choice write {{choices: {_shown(got)}}}" if _VALUE in loc else ""
+    is_distribution = isinstance(got, dict) and {"choices", "low"} & got.keys()
+    return "; cannot be searched, give one value" if is_distribution and not {*_KINDS} & {*loc} else ""
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Annotated
 
-from pipeline.errors import Problem, listed
+from pipeline.errors import Problem
 from pipeline.space.limits import Interval, NonNegative, OrOne
 
 Patterns = Annotated[tuple[str, ...], OrOne()]
@@ -23,6 +23,9 @@ Dims = Annotated[tuple[Annotated[int, Interval(ge=0)], ...], OrOne()]
 
 NUMBER = "{n}"
 """Stands in the patterns of a layer for one layer per number: `blocks.{n}.*`."""
+
+FIRST_SHOWN, LAST_SHOWN = 5, 3
+"""Parameters that a message lists; the last ones are those of the output layer."""
 
 UNDECAYED = ".no_weight_decay"
 """Ends the name of a torch group whose parameters have no weight decay."""
@@ -54,7 +57,10 @@ class ParameterRule:
             if self.takes(alias, dims[name]):
                 return f"{self} takes nothing: {alias} is tied to {name}, listed as {name}; use that name or remove it"
         near = [name for name in dims if self._matches(name)] or list(dims)
-        return f"{self} matches no parameter; the model has {_listed(near, dims, [self])}"
+        modules = [f"{pattern}.*" for pattern in self.pattern or ()]
+        meant = [module for module in modules if any(fnmatchcase(name, module) for name in dims)]
+        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+        return f"{self} matches no parameter; the model has {_listed(near, dims, [self])}{hint}"
 
     def _matches(self, name: str) -> bool:
         return self.pattern is None or any(fnmatchcase(name, pattern) for pattern in self.pattern)
@@ -211,6 +217,9 @@ def _place(name: str) -> str:
 
 
 def _listed(names: Sequence[str], dims: Mapping[str, int], rules: Iterable[ParameterRule]) -> str:
-    """Return names as text, with their numbers of dimensions if a rule asks for dimensions."""
+    """Return the first and the last names as text, with their numbers of dimensions if a rule asks for dimensions."""
     with_dims = any(rule.dims is not None for rule in rules)
-    return listed([f"{name} (dims {dims[name]})" if with_dims else name for name in names])
+    words = [f"{name} (dims {dims[name]})" if with_dims else name for name in names]
+    if (left_out := len(words) - FIRST_SHOWN - LAST_SHOWN) > 0:
+        words[FIRST_SHOWN:-LAST_SHOWN] = [f"… ({left_out} more)"]
+    return ", ".join(words)

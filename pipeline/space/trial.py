@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
+
+if TYPE_CHECKING:
+    from pipeline.space.search_space import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,8 @@ class EndedTrial:
     params: Mapping[str, Any]
     """Optuna's parameter name, such as `adamw.base_lr`, to the value that the sampler chose."""
     state: TrialState
+    objective: Objective = field(repr=False)
+    """What the study ranks trials by."""
     reason: str | None
     """Why the trial ended before its last epoch; None for a complete trial."""
     value: float | None

@@ -177,6 +177,7 @@ class GroupState:
             config=config,
             params=params,
             state=state,
+            objective=self._objective,
             reason=reason,
             value=self._objective.value(epochs) if state is TrialState.COMPLETE else None,
             epochs=epochs,

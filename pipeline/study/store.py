@@ -163,8 +163,10 @@ class Store:
                 remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
             raise InvalidInput(f"--study {name}", differences, remedy=remedy, show=8)
         if changed := [Problem(part, how) for part, how in fingerprint_changes(known[name].fingerprint, fingerprint)]:
-            remedy = "its trials would be ranked with others; change it back, choose another --study, or, if what "
-            remedy += "changed does not matter, add --changed-code"
+            remedy = (
+                "its trials would be ranked with others; change it back, seed data that is drawn at random, choose "
+            )
+            remedy += "another --study, or, if what changed does not matter, add --changed-code"
             raise InvalidInput(f"--study {name}", changed, remedy=remedy)
         if rows not in (None, stored := known[name].placement["rows"]):
             kept = f"the study trains with {'auto' if stored is None else stored}, on which its numbers depend"

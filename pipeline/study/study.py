@@ -25,7 +25,7 @@ from pipeline.errors import StorageError
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import PlacementRules
 from pipeline.space.pruners import Score
-from pipeline.space.search_space import SearchSpace
+from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.samplers import build_sampler, distributions
 
@@ -106,7 +106,7 @@ class Study:
         """Stored trials, in number order."""
         for number, trial in enumerate(self._frozen):
             with _as_stored(f"trial {number} of study {name}", study=name):
-                self.ended.append(_from_optuna(number, trial))
+                self.ended.append(_from_optuna(number, trial, self.space.objective))
 
     def next_group(self, trials: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose the next group of a search of `trials` trials in total.
@@ -296,7 +296,7 @@ def _own_trials(stored: Sequence[FrozenTrial], *, study: str) -> list[FrozenTria
     return own
 
 
-def _from_optuna(number: int, frozen: FrozenTrial) -> EndedTrial:
+def _from_optuna(number: int, frozen: FrozenTrial, objective: Objective) -> EndedTrial:
     """Return a stored trial, without the learning rates, which only MLflow records."""
     attrs = frozen.user_attrs
     history = attrs[OWN_TRIAL]
@@ -311,6 +311,7 @@ def _from_optuna(number: int, frozen: FrozenTrial) -> EndedTrial:
         config=TrialConfig.from_dict(attrs["config"]),
         params=frozen.params,
         state=TrialState(attrs["state"]),
+        objective=objective,
         reason=attrs["reason"],
         value=frozen.value if frozen.state is OptunaState.COMPLETE else None,
         epochs=tuple(epochs),

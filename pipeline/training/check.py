@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+import io
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import Problem
+from pipeline.errors import Problem, first_line
 from pipeline.files.code import where
-from pipeline.space.config import derive_seed
+from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.own_code import FactorError, factor_of, is_own
 from pipeline.space.schedules import OwnScheduler
 from pipeline.training.optim import build_optimizers, group_parameters
 from pipeline.workloads.random_state import seeded
+from pipeline.workloads.trees import bytes_of, leaves
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
+
+Parameters = Mapping[str, Sequence[tuple[str, Tensor]]]
+"""Group name to the names and values of the parameters."""
+STEPS_SAVED, STEPS_RESUMED = 2, 4
+"""Steps that an optimizer makes before its state is saved, and after."""
+UNLOADABLE = (pickle.PickleError, RuntimeError, TypeError, AttributeError)
+"""What `torch.save` and `torch.load` raise of a value that a checkpoint cannot hold."""
 
 
 def own_code_problems(
@@ -27,8 +37,8 @@ def own_code_problems(
 ) -> Iterator[Problem]:
     """Yield the problems of a space's own optimizers and schedules.
 
-    An optimizer makes a step on copies of the model's parameters with gradients of 0. A schedule is asked for the
-    factor of every step of the run. A trial with other hyperparameters may still fail.
+    An optimizer makes a few steps on copies of the model's parameters, is saved as in a checkpoint, and continues. A
+    schedule is asked for the factor of every step of the run. A trial with other hyperparameters may still fail.
 
     Args:
         space: Names the optimizers and schedules, which have been loaded.
@@ -41,13 +51,12 @@ def own_code_problems(
         for name in filter(is_own, space.optimizers):
             config = dataclasses.replace(space, optimizers={name: space.optimizers[name]}).example()
             groups = group_parameters(config, model)
-            copies = {group: [(name, _copy(p, device)) for name, p in pairs] for group, pairs in groups.items()}
             try:
-                for optimizer in build_optimizers(config, copies):
-                    _step(optimizer, closures=closures)
+                problem = _optimizer_problem(config, groups, device=device, closures=closures)
             except (Exception, SystemExit) as error:
-                message = f"raised {where(error)}, with {_shown(config.optimizer.arguments())}"
-                yield Problem(f"optimizer.{name}", message)
+                problem = f"raised {where(error)}, with {_shown(config.optimizer.arguments())}"
+            if problem:
+                yield Problem(f"optimizer.{name}", problem)
         for name in filter(is_own, space.schedulers):
             config = dataclasses.replace(space, schedulers={name: space.schedulers[name]}).example()
             schedule = config.scheduler
@@ -56,6 +65,68 @@ def own_code_problems(
             if problem := _factor_problem(schedule, total):
                 given = _shown(schedule.hyperparameters)
                 yield Problem(f"scheduler.{name}", f"{problem}, with {given}" if given else problem)
+
+
+def _optimizer_problem(config: TrialConfig, groups: Parameters, *, device: torch.device, closures: bool) -> str | None:
+    """Return why a trial with an optimizer of a person's own could not be resumed; None if it could."""
+    whole = _copies(groups, device)
+    (optimizer,) = build_optimizers(config, whole)
+    _train(optimizer, range(STEPS_SAVED), closures=closures)
+    state = optimizer.state_dict()
+    try:
+        saved = _as_loaded(state)
+    except UNLOADABLE as error:
+        held = sorted({type(leaf).__name__ for leaf in leaves(state) if not _is_loadable(leaf)})
+        got = ", ".join(held) or first_line(error)
+        return f"its state_dict cannot be loaded from a checkpoint; put tensors, numbers and texts into it, got {got}"
+    resumed = _copies(whole, device)
+    (other,) = build_optimizers(config, resumed)
+    other.load_state_dict(saved)
+    for each in (optimizer, other):
+        _train(each, range(STEPS_SAVED, STEPS_SAVED + STEPS_RESUMED), closures=closures)
+    if _values(whole) != _values(resumed):
+        return "keeps state outside its state_dict, which a resumed trial lacks; put it into self.state or param_groups"
+    return None
+
+
+def _copies(groups: Parameters, device: torch.device) -> Parameters:
+    """Return copies of parameters, of 32 bits at least: torch rounds a state that is loaded to the parameter's type."""
+
+    def copied(parameter: Tensor) -> Tensor:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return parameter.detach().to(device, dtype, copy=True).requires_grad_()
+
+    return {group: [(name, copied(p)) for name, p in pairs] for group, pairs in groups.items()}
+
+
+def _values(groups: Parameters) -> list[bytes]:
+    return [bytes_of(p) for pairs in groups.values() for _, p in pairs]
+
+
+def _train(optimizer: torch.optim.Optimizer, steps: range, *, closures: bool) -> None:
+    """Make steps with random gradients; each step has a seed of its own."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in steps:
+        with seeded(step, parameters[0].device):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            _step(optimizer, closures=closures)
+
+
+def _as_loaded(state: Any) -> Any:
+    """Return a state as it is loaded from a checkpoint."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def _is_loadable(leaf: Any) -> bool:
+    try:
+        _as_loaded(leaf)
+    except UNLOADABLE:
+        return False
+    return True
 
 
 def _step(optimizer: torch.optim.Optimizer, *, closures: bool) -> None:
@@ -78,13 +149,6 @@ def _factor_problem(schedule: OwnScheduler, total: int) -> str | None:
     except (Exception, SystemExit) as error:
         return f"raised {where(error)}, at step {step} of {total}"
     return None
-
-
-def _copy(parameter: nn.Parameter, device: torch.device) -> Tensor:
-    """Return a copy of a parameter with a gradient of 0."""
-    copy = parameter.detach().to(device, copy=True).requires_grad_()
-    copy.grad = torch.zeros_like(copy)
-    return copy
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

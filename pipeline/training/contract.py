@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.errors import DeviceError, PipelineError, first_line
+from pipeline.files.code import own_line
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
@@ -176,11 +177,12 @@ def ended_by(error: Exception, *, epoch: int, step: int) -> EpochMetrics:
     """Return the metrics of a trial that an exception has ended: it diverged or failed."""
     if isinstance(error, Diverged):
         return EpochMetrics(epoch=epoch, step=step, metrics={}, lr={}, diverged=str(error))
-    return EpochMetrics(epoch=epoch, step=step, metrics={}, lr={}, failed=f"{type(error).__name__}: {error}")
+    reason = ", ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+    return EpochMetrics(epoch=epoch, step=step, metrics={}, lr={}, failed=reason)
 
 
 def trial_error(error: Exception | SystemExit) -> Exception:
-    """Return an exception that a trial may have caused; raise any other.
+    """Return an exception that a trial may have caused, with the line that raised as a note; raise any other.
 
     Raises:
         PipelineError: The data or the device failed, which no trial causes.
@@ -193,6 +195,8 @@ def trial_error(error: Exception | SystemExit) -> Exception:
         raise DeviceError(f"the device failed: {first_line(error)}") from error
     if isinstance(error, SystemExit):
         return exit_error(error)
+    for line in own_line(error):
+        error.add_note(line)
     return error.with_traceback(None)  # a traceback would keep the tensors of the failed computation alive
 
 

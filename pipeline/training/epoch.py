@@ -22,12 +22,26 @@ from pipeline.workloads.trees import map_tensors, tensors
 class Record:
     """Values recorded in an epoch so far."""
 
-    losses: list[Tensor] = field(default_factory=list)
-    """Loss of each batch: a scalar, or (row,)."""
+    losses: list[Any] = field(default_factory=list)
+    """Loss of each batch, `noted`: a scalar, or (row,)."""
     sizes: list[int] = field(default_factory=list)
     """Samples of each batch."""
     rates: list[dict[str, float]] = field(default_factory=list)
     """Group name to learning rate of each step."""
+
+
+def noted(values: Tensor) -> Any:
+    """Return a few numbers to be kept until the end of an epoch: as they are, from a CPU as floats.
+
+    On a CPU a small tensor that stays between large ones keeps the allocator from using their memory again: an epoch
+    then takes as much as all its batches. On a GPU to look at a number is to wait for it.
+    """
+    return values.tolist() if values.device.type == "cpu" else values
+
+
+def floats(values: Sequence[Any]) -> list[Any]:
+    """Return what `noted` returned for each batch as floats, or lists of floats, in one transfer."""
+    return torch.stack(tuple(values)).tolist() if isinstance(values[0], Tensor) else list(values)
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ def _are_infinite(outputs: Any) -> bool:
         return False
 
 
-def mean_loss(losses: list[float], sizes: list[int]) -> float:
+def mean_loss(losses: Sequence[float], sizes: Sequence[int]) -> float:
     """Return the mean of an epoch's losses, weighted by the number of samples of each batch."""
     return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
@@ -139,7 +153,7 @@ def rate_points(
 
 
 def why_diverged(
-    losses: list[float], metrics: Mapping[str, float], *, first_step: int, accumulate: int, epoch: int
+    losses: Sequence[float], metrics: Mapping[str, float], *, first_step: int, accumulate: int, epoch: int
 ) -> str | None:
     """Return where a trial's numbers stopped being finite; None if all are finite.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from pipeline.errors import first_line
+from pipeline.training.epoch import floats, noted
 from pipeline.workloads.random_state import seeded
 from pipeline.workloads.trees import concatenate, described, map_tensors, tensors
 from pipeline.workloads.workload import Metric, Workload, accuracy
@@ -36,8 +37,6 @@ class Evaluation:
         self._sizes: list[int] = []
         self._means: dict[str, list[Any]] = {}
         """Name of a mean to its value for each batch, (row,)."""
-        self._finite: list[Tensor] = []
-        """For each batch, whether a row's loss is finite, (row,)."""
         self._accumulating = {
             name: [copy.deepcopy(metric.function) for _ in range(rows)]
             for name, metric in workload.metrics.items()
@@ -70,16 +69,13 @@ class Evaluation:
             size: Number of samples.
         """
         self._sizes.append(size)
-        self._means.setdefault("loss", []).append(losses)
-        if not self._metrics:
-            return
-        self._finite.append(torch.isfinite(losses))
+        self._means.setdefault("loss", []).append(noted(losses))
         by_row: dict[int, Any] = {}
         for name, metric in self._metrics.items():
             if metric.function is accuracy and isinstance(outputs, Tensor):
-                self._means.setdefault(name, []).append(_accuracies(outputs, targets))
+                self._means.setdefault(name, []).append(noted(_accuracies(outputs, targets)))
             elif not metric.keeps_outputs:
-                by_row = by_row or self._finite_outputs(outputs)
+                by_row = by_row or _finite_rows(outputs, losses)
                 self._add_by_row(name, metric, by_row, targets)
         if self._keeps:
             self._keep(outputs, targets)
@@ -88,8 +84,7 @@ class Evaluation:
         """Return each row's loss and metrics, named after the split; where the loss is not finite, metrics are NaN."""
         shares = [size / sum(self._sizes) for size in self._sizes]
         columns = {name: _weighted(values, shares) for name, values in self._means.items()}
-        finite = torch.stack(self._finite).all(dim=0).tolist() if self._finite else []
-        rows = [row for row, is_finite in enumerate(finite) if is_finite]
+        rows = [row for row, loss in enumerate(columns["loss"]) if math.isfinite(loss)]
         kept = self._whole_split() if self._keeps and rows else None
         for name in self._metrics:
             measured = {row: self._measured(name, row, kept, columns) for row in rows}
@@ -107,11 +102,6 @@ class Evaluation:
             if metric.accumulates:
                 return self._accumulating[name][row].compute()
             return metric.function(_row(kept[0], row), kept[1])
-
-    def _finite_outputs(self, outputs: Any) -> dict[int, Any]:
-        """Return row to outputs, for the rows whose loss is finite: a metric may raise on the outputs of others."""
-        finite = self._finite[-1].tolist()
-        return {row: _row(outputs, row) for row in range(self._rows) if finite[row]}
 
     def _add_by_row(self, name: str, metric: Metric, outputs: Mapping[int, Any], targets: Any) -> None:
         values = [math.nan] * self._rows
@@ -142,6 +132,11 @@ class Evaluation:
             raise ValueError(f"{message}; give the metric per_batch=True, or update, compute and reset") from None
 
 
+def _finite_rows(outputs: Any, losses: Tensor) -> dict[int, Any]:
+    """Return row to outputs, for the rows whose loss is finite: a metric may raise on the outputs of others."""
+    return {row: _row(outputs, row) for row, is_finite in enumerate(torch.isfinite(losses).tolist()) if is_finite}
+
+
 def _row(outputs: Any, row: int) -> Any:
     """Return the outputs of a row."""
     return map_tensors(lambda leaf: leaf[row], outputs)
@@ -165,6 +160,5 @@ def _accuracies(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _weighted(batches: Sequence[Any], shares: Sequence[float]) -> list[float]:
     """Return each row's mean over batches, from values (row,) of each batch and the batch's share of the samples."""
-    if isinstance(batches[0], Tensor):
-        batches = torch.stack(tuple(batches)).tolist()
-    return [sum(share * value for share, value in zip(shares, row, strict=True)) for row in zip(*batches, strict=True)]
+    rows = zip(*floats(batches), strict=True)
+    return [sum(share * value for share, value in zip(shares, row, strict=True)) for row in rows]

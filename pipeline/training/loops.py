@@ -255,7 +255,7 @@ class _RunningTrial(Trial):
 
     def _build(self, model: nn.Module, steps_per_epoch: int, metrics: Mapping[str, Direction]) -> Strategy:
         self.asked = Asked(model, steps_per_epoch, dict(metrics))
-        self.built = _RecordedStrategy(self.config, model, steps_per_epoch=steps_per_epoch, directions=metrics)
+        self.built = LoopStrategy(self.config, model, steps_per_epoch=steps_per_epoch, directions=metrics)
         return self.built
 
     def _restore(self, saved: Mapping[str, Any]) -> int:
@@ -277,7 +277,7 @@ class _RunningTrial(Trial):
         return int(saved["epoch"])
 
 
-class _RecordedStrategy(ModelStrategy):
+class LoopStrategy(ModelStrategy):
     """A model's strategy that records the learning rates of each step."""
 
     def __init__(
@@ -289,6 +289,11 @@ class _RecordedStrategy(ModelStrategy):
         self._steps_per_epoch = steps_per_epoch
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Record the learning rates, and step.
+
+        Raises:
+            RuntimeError: The epoch has had all of its steps.
+        """
         if len(self.rates) == self._steps_per_epoch:
             steps = counted(self._steps_per_epoch, "time")
             raise RuntimeError(f"strategy.step() was called more often in an epoch than the {steps} of steps_per_epoch")
@@ -296,6 +301,7 @@ class _RecordedStrategy(ModelStrategy):
         return super().step(closure)
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
+        """Refuse to end an epoch, since the loop's yield does."""
         raise RuntimeError("a loop's schedule moves as the loop yields; leave strategy.end_epoch to scripts without it")
 
     def advance(self, metrics: Mapping[str, float]) -> None:

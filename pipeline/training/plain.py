@@ -20,8 +20,10 @@ from pipeline.training.epoch import (
     Record,
     autocast,
     check_shapes,
+    floats,
     loss_of,
     mean_loss,
+    noted,
     rate_points,
     seeded_step,
     why_diverged,
@@ -234,7 +236,7 @@ class PlainTrial:
             (loss if self.config.accumulate == 1 else loss * self.accumulation.share(number)).backward()
         if self.accumulation.ends(number):
             self._step()
-        record.losses.append(loss.detach())
+        record.losses.append(noted(loss.detach()))
         record.sizes.append(batch.size)
 
     def _step(self) -> None:
@@ -290,7 +292,7 @@ class PlainTrial:
         first = self.step + 1
         self.step += len(record.rates)
         self.epoch += 1
-        losses = torch.stack(record.losses).tolist()
+        losses = floats(record.losses)
         metrics = {"train/loss": mean_loss(losses, record.sizes), **self.evaluation.results("val")[0]}
         accumulate = self.config.accumulate
         diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self.epoch)

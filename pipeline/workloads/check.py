@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, Problem, first_line
+from pipeline.files.code import own_line
 from pipeline.workloads.build import built_model, run_model
 from pipeline.workloads.data import (
     augmented,
@@ -25,6 +26,7 @@ from pipeline.workloads.data import (
     samples_of,
 )
 from pipeline.workloads.random_state import seeded
+from pipeline.workloads.streamed import DRAW_FROM, Streamed, numbers_of
 from pipeline.workloads.trees import described, map_tensors, tensors
 from pipeline.workloads.workload import Batch, Metric, Split, Workload, move
 
@@ -111,12 +113,20 @@ class _Tried:
         for name in ("train", "val"):
             try:
                 batch = _extremes(self.workload, name)
+                if self.workload.collate is not None:
+                    again = _extremes(self.workload, name)
+                    if numbers_of(again.both) != numbers_of(batch.both):
+                        raise DataError(f"collate differs when it is called again with the same seed; {DRAW_FROM}")
             except DataError as error:
                 return [Problem(f"workload.{name}", str(error))]
             try:
                 batch = self._as_the_model_sees(batch, augment=name == "train")
             except DataError as error:
-                return [Problem("workload", f"{error}, on inputs {described(batch.inputs)}")]
+                takes = "it takes (inputs, generator) or (inputs, targets, generator)"
+                hint = f"; {takes}" if str(error).startswith("augment raised") else ""
+                line = own_line(error.__cause__) if error.__cause__ else []
+                told = ", ".join([f"{error}, on inputs {described(batch.inputs)}", *line])
+                return [Problem("workload", told + hint)]
             if problem := self._forward(batch, training=name == "train") or self._loss_problem(name, batch):
                 return [problem]
         return list(self._metric_problems(batch))
@@ -124,7 +134,11 @@ class _Tried:
     def _as_the_model_sees(self, batch: Batch, *, augment: bool) -> Batch:
         before = batch
         if augment and self.workload.augment is not None:
+            remedy = "draw from the generator that it is given"
+            given = copy.deepcopy(batch)  # augment may change a batch in place
             batch = augmented(self.workload, batch, seed=0)
+            if numbers_of(augmented(self.workload, given, seed=0).both) != numbers_of(batch.both):
+                raise DataError(f"augment differs when it is called again with the same seed; {remedy}")
             if described(batch.inputs) != described(before.inputs):
                 got = f"of inputs {described(before.inputs)} it made {described(batch.inputs)}"
                 raise DataError(f"augment must keep the shape of a batch: {got}")
@@ -155,10 +169,8 @@ class _Tried:
 
     def _loss_problem(self, name: str, batch: Batch) -> Problem | None:
         outputs, targets = self.outputs, batch.targets
-        if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
-            problem = _label_problem(name, outputs, targets) or _broadcast_problem(name, outputs, targets)
-            if problem:
-                return problem
+        if problem := _label_problem(name, outputs, targets) or _broadcast_problem(name, outputs, targets):
+            return problem
         told = f"outputs {described(outputs)} and targets {described(targets)}"
         loss, problem = _attempt("the loss", told, self.workload.loss, outputs, targets)
         problem = problem or _scalar_problem("the loss", loss)
@@ -225,7 +237,7 @@ def _class_problems(splits: dict[str, Split], outputs: Any) -> Iterator[Problem]
                 yield Problem(f"workload.{name}", message)
 
 
-def _label_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | None:
+def _label_problem(name: str, outputs: Any, targets: Any) -> Problem | None:
     if not _are_labels(outputs, targets) or int(targets.max()) < outputs.shape[1]:
         return None
     classes, largest = outputs.shape[1], int(targets.max())
@@ -233,11 +245,16 @@ def _label_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | Non
     return Problem(f"workload.{name}", message)
 
 
-def _broadcast_problem(name: str, outputs: Tensor, targets: Tensor) -> Problem | None:
+def _broadcast_problem(name: str, outputs: Any, targets: Any, key: str = "") -> Problem | None:
     """Return a problem if shapes differ by an axis of 1: `mse_loss` would compare each output with every target."""
-    if not (targets.is_floating_point() and outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1):
+    if isinstance(outputs, Mapping) and isinstance(targets, Mapping) and outputs.keys() == targets.keys():
+        found = (_broadcast_problem(name, outputs[part], targets[part], f"{key}[{part!r}]") for part in outputs)
+        return next(filter(None, found), None)
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and targets.is_floating_point()):
         return None
-    shapes = f"outputs {described(outputs)} and targets {described(targets)}"
+    if (*outputs.shape, 1) != tuple(targets.shape) and tuple(outputs.shape) != (*targets.shape, 1):
+        return None
+    shapes = f"outputs{key} {described(outputs)} and targets{key} {described(targets)}"
     return Problem(f"workload.{name}", f"{shapes} differ by an axis of 1; give both the same")
 
 
@@ -251,6 +268,7 @@ def _are_labels(outputs: Any, targets: Any) -> bool:
 def _extremes(workload: Workload, name: str) -> Batch:
     """Return a few samples; if targets are whole numbers, with a sample of the smallest and of the largest target."""
     samples = samples_of(workload, name)
+    samples = samples.read_here() if isinstance(samples, Streamed) else samples
     indices = list(range(min(SAMPLES_TRIED, len(samples))))
     targets = samples.targets if isinstance(samples, Split) else None
     if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
@@ -265,11 +283,12 @@ def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any
     try:
         return function(*arguments), None
     except (Exception, SystemExit) as error:
-        return None, Problem("workload", f"{who} raised {type(error).__name__} on {given}: {first_line(error)}")
+        message = f"{who} raised {type(error).__name__} on {given}: {first_line(error)}"
+        return None, Problem("workload", ", ".join([message, *own_line(error)]))
 
 
 def _scalar_problem(who: str, value: Any) -> Problem | None:
     if isinstance(value, Tensor) and value.numel() == 1 and value.ndim == 0:
         return None
-    got = f"a tensor {described(value)}" if isinstance(value, Tensor) else type(value).__name__
-    return Problem("workload", f"{who} must return a scalar tensor, got {got}; take the mean")
+    got = f"a tensor {described(value)}; take the mean" if isinstance(value, Tensor) else type(value).__name__
+    return Problem("workload", f"{who} must return a scalar tensor, got {got}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import InvalidInput, Problem, did_you_mean
 from pipeline.files.code import load_module, where
@@ -83,6 +83,11 @@ def check_form(workload: Any, name: str) -> Workload:
 
 
 def _misfits(workload: Workload) -> Iterator[str]:
+    if not isinstance(workload.name, str):
+        yield f"name must be text, got {workload.name!r}"
+    if isinstance(model := workload.build_model, nn.Module):
+        got = f"got the model {_kind(model)}"
+        yield f"build_model must be a function that makes the model, {got}; give lambda: {_kind(model)}(…)"
     for member, wanted in _MEMBERS.items():
         if not callable(getattr(workload, member)):
             yield f"{member} must be {wanted}, got {_kind(getattr(workload, member))}"
@@ -115,6 +120,8 @@ def _split_misfits(split: Any, member: str) -> Iterator[str]:
         return
     if isinstance(split, Split):
         yield from _tree_misfits(split)
+    elif type(split) is tuple and len(split) == 2 and all(isinstance(part, Tensor) for part in split):
+        yield "must be a Split or a data set, got a tuple of two tensors; give Split(inputs, targets)"
     elif isinstance(split, torch.utils.data.DataLoader):
         yield (
             "must be a data set, got a DataLoader; give its `dataset`, its `collate_fn` as `collate`, and in place of "
@@ -134,8 +141,8 @@ def _split_misfits(split: Any, member: str) -> Iterator[str]:
 def _tree_misfits(split: Split) -> Iterator[str]:
     """Yield what is wrong with the tensors of a split in memory."""
     parts = [*leaves(split.inputs), *(() if split.targets is None else leaves(split.targets))]
-    if other := next((part for part in parts if not isinstance(part, Tensor)), None):
-        yield f"must hold tensors, or tuples or dicts of them, got {_kind(other)}"
+    if others := [part for part in parts if not isinstance(part, Tensor)]:
+        yield f"must hold tensors, or tuples or dicts of them, got {_kind(others[0])}; see torch.as_tensor"
     elif not tensors(split.inputs) or not all(part.ndim for part in parts):
         yield "must hold tensors (sample, …), got one without samples"
     elif why := next(filter(None, map(why_unusable, parts)), None):

@@ -46,7 +46,7 @@ def to_device(workload: Workload, *, device: torch.device, dtype: torch.dtype, f
         free: Bytes that the data may take on the device; None: a quarter of the free memory.
 
     Raises:
-        DataError: A data set raised.
+        DataError: A data set raised, or a sample differs when it is read again from the same seed.
     """
     moved: dict[str, Any] = {}
     if (loss := on_device(workload.loss, device, dtype)) is not workload.loss:
@@ -118,18 +118,25 @@ def augmented(workload: Workload, batch: Batch, *, seed: int) -> Batch:
     """Return a batch as `augment` changes it, with every random state seeded that `augment` may draw from.
 
     Raises:
-        DataError: `augment` raised, or returned something else than (inputs, targets) where it takes both.
+        DataError: `augment` raised, returned something else than (inputs, targets) where it takes both, or returned
+            another number of samples than it got; with `collate` this number is not known.
     """
     assert workload.augment is not None
     device = device_of(batch)
     generator = torch.Generator(device).manual_seed(seed)
     with seeded(seed, device):
-        if not augments_targets(workload.augment):
-            return Batch(checked_call("augment", workload.augment, batch.inputs, generator), batch.targets, batch.size)
-        changed = checked_call("augment", workload.augment, batch.inputs, batch.targets, generator)
+        if augments_targets(workload.augment):
+            changed = checked_call("augment", workload.augment, batch.inputs, batch.targets, generator)
+        else:
+            changed = checked_call("augment", workload.augment, batch.inputs, generator), batch.targets
     if not (isinstance(changed, tuple) and len(changed) == 2):
         raise DataError(f"augment takes targets too, so it must return (inputs, targets), got {described(changed)}")
-    return Batch(*changed, batch.size)
+    inputs, targets = changed
+    for tensor in tensors(inputs)[:1]:
+        if workload.collate is None and tensor.shape[:1] != (batch.size,):
+            got = f"augment must return as many samples as it is given, {batch.size}, got {described(inputs)}"
+            raise DataError(f"{got}; change samples in place of leaving some out")
+    return Batch(inputs, targets, batch.size)
 
 
 def augments_targets(augment: Callable[..., Any]) -> bool:
@@ -299,11 +306,12 @@ def _moved(
     if isinstance(split, Split):
         size = 0 if device_of(Batch(split.inputs, split.targets, len(split))) == device else split.nbytes
         return (split.to(device, dtype), size) if size <= free else (streamed, 0)
-    if collate is not None:
+    draws = draws_at_random(split)
+    if draws or collate is not None:
         return streamed, 0
     with random_states_kept():
         size = len(split) * sum(tensor.nbytes for tensor in tensors(stacked([read_sample(split, 0, seed=0)], [0]).both))
-    if size > free or draws_at_random(split):
+    if size > free:
         return streamed, 0
     batches = list(streamed.batches(torch.arange(len(split)).split(MAX_READERS), seed=0))
     inputs, targets = (concatenate(parts) for parts in zip(*(batch.both for batch in batches), strict=True))

@@ -6,24 +6,22 @@ import ast
 import functools
 import hashlib
 import sys
-import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pipeline.files.code import is_installed
 from pipeline.workloads.data import samples_of
 from pipeline.workloads.loop import Loop
-from pipeline.workloads.trees import described, map_tensors, tensors
+from pipeline.workloads.trees import bytes_of, described, map_tensors, tensors
 from pipeline.workloads.workload import Samples, Workload
 
 SAMPLES_HASHED = 16
 """Samples of each split, evenly spread, whose values count."""
-_LIBRARIES = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-_PIPELINE = Path(__file__).parent.parent
 
 
 def fingerprint(workload: Workload | Loop, model: nn.Module, code: Iterable[Any] = ()) -> dict[str, str]:
@@ -55,11 +53,7 @@ def _described_samples(samples: Samples) -> str:
     chosen = torch.arange(min(count, SAMPLES_HASHED)) * max(1, count // SAMPLES_HASHED)
     (batch,) = samples.batches([chosen], seed=0)
     one = map_tensors(lambda tensor: tensor[:1], batch.inputs)
-    return f"{count} samples of {described(one)}, {_digest(*map(_bytes, tensors(batch.both)))}"
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{count} samples of {described(one)}, {_digest(*map(bytes_of, tensors(batch.both)))}"
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -111,6 +105,4 @@ def _own_file(module: ModuleType) -> Path | None:
     """Return a module's file, unless the module is of Python, of an installed package or of this one."""
     file = getattr(module, "__file__", None)
     path = Path(file).resolve() if file and file.endswith(".py") else None
-    if path is None or path.is_relative_to(_PIPELINE) or any(path.is_relative_to(folder) for folder in _LIBRARIES):
-        return None
-    return path if path.is_file() else None
+    return path if path is not None and path.is_file() and not is_installed(path) else None

@@ -95,6 +95,9 @@ class Trial:
             raise TypeError(f"trial.strategy takes a torch.nn.Module, got {type(model).__name__}")
         if type(steps_per_epoch) is not int or steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch must be a whole number of at least 1, got {steps_per_epoch!r}")
+        if not isinstance(metrics, Mapping):
+            shown = "{'val/reward': 'maximize'}"
+            raise TypeError(f"metrics must be a mapping such as {shown}, got {type(metrics).__name__}")
         for name, direction in metrics.items():
             check_metric_name(name)
             if direction not in get_args(Direction):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -20,15 +22,19 @@ from pipeline.errors import DataError, first_line
 from pipeline.files.signals import signals_blocked
 from pipeline.space.config import derive_seed
 from pipeline.workloads.random_state import random_states, random_states_kept, seed_host, seeded
-from pipeline.workloads.trees import map_leaves_of, tensors, without_lists
+from pipeline.workloads.trees import bytes_of, leaves, map_leaves_of, tensors, without_lists
 from pipeline.workloads.workload import Batch, Dataset, Split, move, why_unusable
 
 MAX_READERS = 8
 """Processes that read one data set."""
 SAMPLES_READ_TWICE = 16
-"""Samples that show whether a data set draws at random."""
+"""Samples, spread over a data set, that show whether the data set draws at random."""
 STACKED = (Tensor, np.ndarray, np.generic, int, float)
 """What samples hold that are stacked."""
+Key = tuple[int, int, int]
+"""A sample's index, how often the epoch has read the sample before, and the epoch's seed."""
+DRAW_FROM = "draw from the global random state of torch, Python or NumPy"
+"""Remedy for numbers that no seed repeats."""
 
 
 class Streamed:
@@ -57,7 +63,7 @@ class Streamed:
         self._collate = collate
         self._readers = readers
         self._loader: DataLoader[Any] | None = None
-        self._plan: list[list[tuple[int, int]]] = []
+        self._plan: list[list[Key]] = []
 
     @functools.cached_property
     def sample_size(self) -> int:
@@ -103,7 +109,8 @@ class Streamed:
     def _read(self, indices: Sequence[Tensor], seed: int) -> Iterable[Batch]:
         if isinstance(self._dataset, Split):
             return self._dataset.batches(indices)
-        self._plan[:] = [[(index, seed) for index in batch.tolist()] for batch in indices]
+        seen: dict[int, Iterator[int]] = collections.defaultdict(itertools.count)
+        self._plan[:] = [[(index, next(seen[index]), seed) for index in batch.tolist()] for batch in indices]
         if self._loader is None:
             self._loader = self._build_loader(self._dataset)
         return self._loader
@@ -130,15 +137,18 @@ class _Batches(torch.utils.data.Dataset[Any]):
         self._dataset = dataset
         self._collate = collate
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        indices = [index for index, _ in keys]
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        indices = [index for index, *_ in keys]
         with random_states_kept():
-            samples = [
-                read_sample(self._dataset, index, seed=derive_seed(seed, "sample", index)) for index, seed in keys
-            ]
+            samples = [read_sample(self._dataset, key[0], seed=_sample_seed(*key)) for key in keys]
             if self._collate is not None:
                 return _with_parts(checked_call("collate", self._collate, samples), "collate", len(keys))
         return stacked(samples, indices)
+
+
+def _sample_seed(index: int, repeat: int, seed: int) -> int:
+    """Return the seed of a sample; each repeat in an epoch has another."""
+    return derive_seed(seed, "sample", index, *([repeat] if repeat else []))
 
 
 def read_sample(dataset: Dataset, index: int, *, seed: int) -> Any:
@@ -196,19 +206,36 @@ def _with_parts(value: Any, who: str, size: int) -> Batch:
 
 
 def draws_at_random(dataset: Dataset) -> bool:
-    """Say whether a data set draws random numbers: a global random state moved, or a sample differs between seeds."""
-    for index in range(min(SAMPLES_READ_TWICE, len(dataset))):
-        samples = []
-        for seed in (0, 1):
-            with seeded(seed):
-                before = random_states()
-                samples.append(read_sample(dataset, index, seed=seed))
-                if random_states() != before:
-                    return True
-        one, other = (tensors(stacked([sample], [index]).both) for sample in samples)
-        if not all(torch.equal(*pair) for pair in zip(one, other, strict=True)):
-            return True
-    return False
+    """Say whether a data set draws random numbers: a global random state moved, or a sample differs between seeds.
+
+    Raises:
+        DataError: A sample differs when it is read again from the same seed, or see `read_sample`.
+    """
+    draws = False
+    spread = np.linspace(0, len(dataset) - 1, min(SAMPLES_READ_TWICE, len(dataset)), dtype=int)
+    for index in spread.tolist():
+        with seeded(0):
+            before = random_states()
+            values = numbers_of(read_sample(dataset, index, seed=0))
+            draws = draws or random_states() != before
+            if numbers_of(read_sample(dataset, index, seed=0)) != values:
+                raise DataError(f"sample {index} differs when it is read again from the same seed; {DRAW_FROM}")
+            draws = draws or numbers_of(read_sample(dataset, index, seed=1)) != values
+    return draws
+
+
+def numbers_of(tree: Any) -> list[tuple[tuple[int, ...], bytes]]:
+    """Return shape and bytes of each tensor, array and number of a tree, to be compared; other leaves are left out."""
+    found = []
+    for leaf in leaves(tree):
+        if not isinstance(leaf, STACKED):
+            continue
+        if not isinstance(leaf, Tensor):
+            array = np.asarray(leaf)
+            found += [] if array.dtype.hasobject else [(array.shape, array.tobytes())]
+        elif why_unusable(leaf) is None:
+            found.append((tuple(leaf.shape), bytes_of(leaf)))
+    return found
 
 
 def _next(reader: Iterator[Any]) -> Any:

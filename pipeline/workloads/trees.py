@@ -96,6 +96,11 @@ def _joined(leaves: Sequence[Any], axis: int) -> Any:
     return torch.cat(tuple(leaves), dim=axis) if first.ndim > axis else torch.stack(tuple(leaves), dim=axis)
 
 
+def bytes_of(tensor: Tensor) -> bytes:
+    """Return the bytes of a dense tensor's values."""
+    return tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def described(tree: Any) -> str:
     """Return the shapes of a tree, for people: `(4, 3)`, `{ids: (4, 7), mask: (4, 7)}`."""
     if isinstance(tree, Tensor):

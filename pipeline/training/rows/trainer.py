@@ -24,8 +24,10 @@ from pipeline.training.epoch import (
     Record,
     autocast,
     check_shapes,
+    floats,
     loss_of,
     mean_loss,
+    noted,
     seeded_step,
     why_diverged,
     without_bf16,
@@ -183,7 +185,7 @@ class FusedTrials:
         if self._accumulation.ends(number):
             self._optimizer.update(self._matrix, gradients, step=number // accumulate)
             self._average()
-        self._record.losses.append(losses)
+        self._record.losses.append(noted(losses))
         self._record.sizes.append(samples)
 
     def _average(self) -> None:
@@ -218,7 +220,7 @@ class FusedTrials:
         evaluated = self._evaluation.results("val")
         results = {}
         threads, rows = torch.get_num_threads(), len(self.configs)
-        epochs = zip(self.configs, torch.stack(record.losses, dim=1).tolist(), strict=True)
+        epochs = zip(self.configs, zip(*floats(record.losses), strict=True), strict=True)
         for row, (number, losses) in enumerate(epochs):
             metrics = {"train/loss": mean_loss(losses, record.sizes), **evaluated[row]}
             diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self._epoch)
