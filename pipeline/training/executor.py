@@ -37,7 +37,7 @@ from pipeline.training.shards import ShardedTrials, ShardTrainer
 from pipeline.workloads.build import built_model
 from pipeline.workloads.data import free_memory, is_streamed, to_device
 from pipeline.workloads.loop import Loop
-from pipeline.workloads.random_state import KINDS
+from pipeline.workloads.random_state import KINDS, random_states_kept
 from pipeline.workloads.workload import Workload
 
 MEMORY_SHARE = 0.5
@@ -273,7 +273,8 @@ class LocalExecutor:
             if threads <= 1:
                 yield lambda function, items: [function(item) for item in items]
                 return
-            with ThreadPoolExecutor(threads) as pool:
+            # Steps seed torch's global state and restore it, which several threads do in any order.
+            with random_states_kept(("torch",), self.device), ThreadPoolExecutor(threads) as pool:
                 yield functools.partial(_map_threads, pool)
 
 
