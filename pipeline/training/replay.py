@@ -78,7 +78,8 @@ class ReplayedTrial:
 
     def model_state(self, number: int) -> dict[str, Any]:
         """Return the trial's parameters and buffers by name, on the CPU."""
-        return self._placed_trainer().model_state(self._row)
+        with precision(self._config, self._device, threads=self._placement.threads):  # epochs may be trained again
+            return self._placed_trainer().model_state(self._row)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the trial."""
