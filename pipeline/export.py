@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import NoReturn
 
 from pipeline.app import cli
@@ -11,7 +10,7 @@ from pipeline.app import cli
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     description = "Write a trial as a file that trains again."
-    parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=description)
+    parser = cli.build_parser("export", description)
     cli.add_root(parser)
     cli.add_study(parser, help="which study (default: the newest)")
     parser.add_argument("--trial", type=cli.whole_number(0), metavar="N", help="which trial (default: the best)")

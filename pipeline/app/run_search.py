@@ -14,18 +14,10 @@ from rich.console import Console
 from pipeline.app import cli
 from pipeline.app.best_yaml import config_file
 from pipeline.app.device import environment
-from pipeline.app.display import (
-    TABLE_WIDTH,
-    Progress,
-    best_table,
-    busy,
-    failure_line,
-    score_line,
-    strategy_line,
-    waiting_line,
-)
+from pipeline.app.display import busy, failure_line, print_best, say, score_line, strategy_line, waiting_line
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import fingerprint_of, prepare
+from pipeline.app.progress import Progress
 from pipeline.app.result import SearchResult
 from pipeline.errors import DataError, DeviceError, StorageError, counted, nearest, printable
 from pipeline.files.atomic import write_atomic
@@ -34,7 +26,7 @@ from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EpochMetrics
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
@@ -45,6 +37,7 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
 
+OPENING = "opening the study"
 SIMILAR = 0.8
 """Likeness of the names of two studies from which one may be the other, mistyped."""
 
@@ -70,28 +63,31 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     with busy(console, "comparing code, data and model with those of the study"):
         trained = fingerprint_of(space, executor)
     compared = None if options.changed_code else trained
-    name, exists = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
+    with busy(console, OPENING):
+        name, exists = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
     if not exists and options.study is not None:
         near = nearest(name, [header.name for header in store.headers()], cutoff=SIMILAR)
         if near is not None:
-            console.print(f"new study     {name}; did you mean to continue {near}?", soft_wrap=True)
+            say(console, f"new study     {name}; did you mean to continue {near}?")
     resume = options.resume(name)
     message = f"ended at once; go on with: {resume}"
     interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
     with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
-        # Another search may have begun the study meanwhile.
-        _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
-        if exists:
-            study = store.open(name, trials=trials, fingerprint=trained)
-            executor.adopt(study.rules)
-        else:
-            study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
-        with busy(console, "trying whether trials of this model train as rows of one matrix"):
+        with busy(console, OPENING):
+            # Another search may have begun the study meanwhile.
+            _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
+            if exists:
+                study = store.open(name, trials=trials, fingerprint=trained)
+            else:
+                study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
+        with busy(console, "trying how many trials of this model train at once"):
+            if exists:
+                executor.adopt(study.rules)
             headline = _headline(study, executor, options)
-        console.print(headline, soft_wrap=True)
+        say(console, *headline)
         if options.timeout is not None:
             limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
-            console.print(limit, soft_wrap=True)
+            say(console, limit)
         with _tracked(study, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _run(study, trials, executor, checkpoints, tracker, interrupts, console)
@@ -134,10 +130,17 @@ def _run(
             progress.epoch(metrics)
             tracker.epoch(metrics)
 
+        def on_begin(trial: BegunTrial) -> None:
+            progress.begin(trial)
+            tracker.begin(trial)
+
+        def on_end(trial: EndedTrial) -> None:
+            progress.end(trial)
+            tracker.end(trial)
+
         while not interrupts.reason and (proposals := study.next_group(trials)):
             configs = {number: config for number, (config, _) in proposals.items()}
             group = executor.build(configs)
-            progress.group_begins(executor.describe(configs))
             for trial in run_group(
                 group,
                 proposals,
@@ -147,8 +150,8 @@ def _run(
                 on_epoch=on_epoch,
                 interrupted=interrupts.asked,
                 rules=lambda: executor.rules,
-                on_begin=tracker.begin,
-                on_end=tracker.end,
+                on_begin=on_begin,
+                on_end=on_end,
             ):
                 study.add(trial)
             progress.group_ended()
@@ -205,14 +208,13 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
         count = len(study.ended)
         those = "the one that has ended" if count == 1 else f"each of the {count} that have ended"
         ended = f"{those} was pruned, diverged or failed"
-        console.print(f"no trial is complete: {ended if study.ended else 'none has ended yet'}", soft_wrap=True)
+        say(console, f"no trial is complete: {ended if study.ended else 'none has ended yet'}")
         for trial in study.ended[-3:]:
-            console.print(f"  trial {trial.number} {trial.state}: {trial.reason}", soft_wrap=True)
+            say(console, f"  trial {trial.number} {trial.state}: {trial.reason}")
         note = "No trial is complete."
     else:
         console.print()
-        console.width = max(console.width, TABLE_WIDTH)
-        console.print(best_table(study.best(len(study.ended)), study.space), crop=False)
+        print_best(console, study.best(len(study.ended)), study.space)
         console.print()
         objective = study.space.objective
         note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {objective.metric} "
@@ -223,23 +225,25 @@ def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Consol
                 f"Optuna's best trial is #{other}, which has the same value: Optuna takes the first, this search the "
             )
             line += "lowest validation loss"
-            console.print(line, soft_wrap=True)
+            say(console, line)
             note += f" {line}."
     if failure := failure_line(study.ended):
-        console.print(failure, soft_wrap=True)
+        say(console, failure)
     if best:
         try:
             write_atomic(path, config_file(study, best[0]))
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
         shown = options.root / path.relative_to(options.folder)
-        console.print(f"best config   {shown}   train it again: {options.train_again(shown)}", soft_wrap=True)
+        say(console, "best config", str(shown), f"train it again: {options.train_again(shown)}", command=True)
     winner, files = (best[0], (path,)) if best else (None, ())
     finished = len(study.ended) >= options.trials
     tracker.finish(StudySummary(finished=finished, note=note, best=winner, ended=time.time(), files=files))
     if best:
-        for link in tracker.links():
-            console.print(f"compare       {link}", soft_wrap=True)
+        with busy(console, "MLflow opens"):
+            links = tracker.links()
+        for link in links:
+            say(console, "compare    ", *link.split("   "), command=True)
 
 
 def _optunas_best(study: Study) -> int | None:
@@ -249,7 +253,7 @@ def _optunas_best(study: Study) -> int | None:
     return first if first != best.number else None
 
 
-def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> str:
+def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> tuple[str, str]:
     space, trials, size = study.space, options.trials, min(study.group_size, options.trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
     together += _which_alone(space, executor)
@@ -259,7 +263,7 @@ def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> 
     if len(study.ended) >= trials:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
         resumed = f": {those} ended; ask for more with {'trials=' if options.from_python else '--trials'}"
-    return f"{what}   study {study.name}, seed {space.seed}{resumed}"
+    return what, f"study {study.name}, seed {space.seed}{resumed}"
 
 
 def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
