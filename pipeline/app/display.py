@@ -264,7 +264,8 @@ def spread(confirmed: Confirmed) -> str:
     """Return mean and standard deviation over seeds; empty unless the run of every seed is complete."""
     if confirmed.mean is None or confirmed.std is None:
         return ""
-    return f"{number(confirmed.mean)} ± {number(confirmed.std)}"
+    mean = number(confirmed.mean)
+    return f"{mean} ± {number(confirmed.std) if 'e' in mean else f'{confirmed.std:.4f}'}"
 
 
 def _cells(trial: EndedTrial, space: SearchSpace) -> dict[str, str]:

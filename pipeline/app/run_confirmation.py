@@ -9,7 +9,7 @@ from rich.console import Console
 from pipeline.app.device import environment
 from pipeline.errors import counted
 from pipeline.files.signals import Interrupts
-from pipeline.space.confirm import largest
+from pipeline.space.confirm import fitting
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
@@ -119,15 +119,15 @@ def _tested(
         return {}
 
 
-def announcement(space: SearchSpace, confirmation: Confirmation) -> str:
-    """Return what the confirmation will do and cost, as it is known before the search; empty if there is none."""
+def announcement(space: SearchSpace, *, trials: int) -> str:
+    """Return what the confirmation of a search will do and cost at most; empty if there will be none."""
     confirm = space.confirm
-    if confirm.share == 0 or confirmation.complete:
+    size = fitting(confirm, complete=trials, searched=trials * space.epochs, epochs=space.epochs)
+    if confirm.share == 0 or size is None:
         return ""
-    size = largest(confirm)
     baselines = f" and {counted(size.baselines, 'baseline')}" if size.baselines else ""
     cost = counted(size.runs * space.epochs, "trial-epoch")
     return (
         f"then          {counted(size.finalists, 'finalist')}{baselines} train again with {size.seeds} fresh seeds: "
-        f"at most {cost}, and {confirm.share:.0%} of all (--no-confirm: not)"
+        f"at most {cost}, and {confirm.share:.0%} of all"
     )

@@ -89,12 +89,14 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         if options.timeout is not None:
             limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
             console.print(limit, soft_wrap=True)
-        if said := announcement(study.space, Confirmation(study)):
+        if len(study.ended) < trials and not options.confirming and (said := announcement(space, trials=trials)):
             console.print(said, soft_wrap=True)
         with _tracked(study, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
-            _run(study, trials, executor, checkpoints, tracker, interrupts, console)
-            done = len(study.ended) >= trials
+            _tell_again(study, executor, tracker)
+            if not options.confirming:
+                _run(study, trials, executor, checkpoints, tracker, interrupts, console)
+            done = options.confirming or len(study.ended) >= trials
             if done:
                 runs = Checkpoints(store.folder(name) / "checkpoints" / "confirmation", warn=cli.warn)
                 done = _confirm(study, executor, runs, tracker, interrupts, console)
@@ -120,6 +122,13 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     )
 
 
+def _tell_again(study: Study, executor: LocalExecutor, tracker: TrackerProcess) -> None:
+    """Tell MLflow of everything that is stored, since it may lack some; it skips what it has."""
+    for trial in [*study.ended, *Confirmation(study).runs]:
+        epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
+        tracker.end(dataclasses.replace(trial, epochs=epochs))
+
+
 def _run(
     study: Study,
     trials: int,
@@ -130,10 +139,6 @@ def _run(
     console: Console,
 ) -> None:
     """Train group after group until `trials` trials have ended."""
-    for trial in [*study.ended, *Confirmation(study).runs]:  # MLflow may lack some; those that it has are skipped
-        epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
-        tracker.end(dataclasses.replace(trial, epochs=epochs))
-
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
 
         def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,8 +18,8 @@ BASELINES = 2
 class Confirm:
     """The confirmation at the end of a search: the best trials and two baselines train again with fresh seeds."""
 
-    share: Annotated[float, Interval(ge=0, lt=1)] = 0.33
-    """Largest share of all epochs, of the search and the confirmation together; 0: no confirmation."""
+    share: Annotated[float, Interval(ge=0, le=1)] = 0.33
+    """Largest share of all epochs, of the search and the confirmation together; 0: no confirmation; 1: no limit."""
     finalists: Annotated[int, Interval(ge=1, le=20)] = 3
     """Number of complete trials to confirm, the best by the mean objective of their last three epochs."""
     seeds: Annotated[int, Interval(ge=2, le=50)] = 3
@@ -46,6 +47,13 @@ def largest(confirm: Confirm) -> Size:
     return Size(finalists=confirm.finalists, baselines=BASELINES if confirm.baselines else 0, seeds=confirm.seeds)
 
 
+def smallest(confirm: Confirm, *, complete: int) -> Size:
+    """Return the size of the smallest confirmation of so many complete trials."""
+    finalists = min(confirm.finalists, complete)
+    *_, size = _smaller_and_smaller(dataclasses.replace(largest(confirm), finalists=finalists))
+    return size
+
+
 def fitting(confirm: Confirm, *, complete: int, searched: int, epochs: int) -> Size | None:
     """Return the largest confirmation that keeps to its share; None if not even the smallest does.
 
@@ -57,7 +65,7 @@ def fitting(confirm: Confirm, *, complete: int, searched: int, epochs: int) -> S
         searched: Epochs that all trials of the search have trained.
         epochs: Epochs of one run.
     """
-    allowed = confirm.share / (1 - confirm.share) * searched
+    allowed = math.inf if confirm.share == 1 else confirm.share / (1 - confirm.share) * searched
     sizes = _smaller_and_smaller(dataclasses.replace(largest(confirm), finalists=min(confirm.finalists, complete)))
     return next((size for size in sizes if size.runs * epochs <= allowed), None)
 

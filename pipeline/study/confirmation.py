@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.confirm import BASELINES, Size, fitting
+from pipeline.space.confirm import BASELINES, Size, fitting, smallest
 from pipeline.space.optimizers import SGD, Adam
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.placement import PlacementRules
@@ -92,10 +92,8 @@ class Confirmation:
         elif not complete:
             self.size, self.reason = None, "no trial is complete"
         elif self.size is None:
-            smallest = (
-                f"the smallest, of {_smallest(confirm.finalists, len(complete), baselines=confirm.baselines)} runs"
-            )
-            self.reason = f"{smallest}, would take more than {confirm.share:.0%} of all epochs"
+            runs = smallest(confirm, complete=len(complete)).runs
+            self.reason = f"even {runs} runs would be more than {confirm.share:.0%} of all epochs"
         self.seeds = _seeds(study.space.seed, 0 if self.size is None else self.size.seeds)
         """The fresh seeds."""
         self.candidates = _candidates(complete, self.size, study.space)
@@ -322,7 +320,3 @@ def _baselines(config: TrialConfig, space: SearchSpace) -> Iterator[Candidate]:
     for label, (optimizer, scheduler) in strategies.items():
         baseline = dataclasses.replace(same, optimizer=optimizer, scheduler=scheduler)
         yield Candidate(trial=None, label=label, config=baseline)
-
-
-def _smallest(finalists: int, complete: int, *, baselines: bool) -> int:
-    return (min(2, finalists, complete) + baselines) * 2
