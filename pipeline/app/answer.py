@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from pipeline.app.display import score_line, spread, strategy_line
 from pipeline.space.trial import EndedTrial, number
 from pipeline.study.certainty import Difference, compare
@@ -48,10 +46,8 @@ class Answer:
         measured = [found for found in self.confirmation.table if found.mean is not None]
         if self.confirmation.winner is None or other not in measured:
             return None
-        scores = np.array([[found.values[seed] for seed in self.confirmation.seeds] for found in measured])
-        if self.study.space.objective.direction == "minimize":
-            scores = -scores
-        return compare(scores, 0, measured.index(other))
+        scores = [[found.values[seed] for seed in self.confirmation.seeds] for found in measured]
+        return compare(scores, 0, measured.index(other), direction=self.study.space.objective.direction)
 
     @property
     def rivals(self) -> list[Confirmed]:

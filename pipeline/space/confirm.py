@@ -21,7 +21,7 @@ class Confirm:
     share: Annotated[float, Interval(ge=0, le=1)] = 0.33
     """Largest share of all epochs, of the search and the confirmation together; 0: no confirmation; 1: no limit."""
     finalists: Annotated[int, Interval(ge=1, le=20)] = 3
-    """Number of complete trials to confirm, the best by the mean objective of their last three epochs."""
+    """Number of complete trials to confirm, the best by the mean objective of their last epochs."""
     seeds: Annotated[int, Interval(ge=2, le=50)] = 3
     """Number of fresh seeds; every finalist and baseline trains once with each."""
     baselines: bool = True

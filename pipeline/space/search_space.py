@@ -23,8 +23,8 @@ from pipeline.space.schedules import make_scheduler, scheduler_class
 from pipeline.space.shares import resolve_floors, resolve_lengths
 from pipeline.space.trial import EndedTrial, EpochMetrics
 
-LATE_EPOCHS = 3
-"""Last epochs whose mean score chooses the finalists of the confirmation."""
+LATE_EPOCHS, LATE_SHARE = 3, 0.15
+"""Most epochs, and share of a trial's epochs, whose mean score chooses the finalists of the confirmation."""
 Domains = Mapping[str, Any]
 """Hyperparameter name to a value or to a distribution, `Choices` or `Range`, that a search draws from."""
 
@@ -56,13 +56,14 @@ class Objective:
         return self._score_after(self.deciding(epochs))
 
     def late_score(self, epochs: Sequence[EpochMetrics]) -> Score:
-        """Return the mean score of the last three epochs, which depends less on luck than that of the last.
+        """Return the mean score of the last epochs, which depends less on luck than that of the last.
 
-        If the best epoch decides, return the score.
+        These are 15 % of the epochs, at most three. If the best epoch decides, return the score.
         """
         if self.of == "best":
             return self.score(epochs)
-        values, losses = zip(*map(self._score_after, self.measured(epochs)[-LATE_EPOCHS:]), strict=True)
+        count = min(LATE_EPOCHS, math.ceil(LATE_SHARE * len(epochs)))
+        values, losses = zip(*map(self._score_after, self.measured(epochs)[-count:]), strict=True)
         return statistics.fmean(values), statistics.fmean(losses)
 
     def order(self, trial: EndedTrial) -> tuple[Score, int]:
