@@ -6,8 +6,8 @@ trials `optuna.db` and `mlflow.db` have. An early and a late window of whole gro
 search's own, with the processes that train, is counted by trials in optuna.db, that of MLflow's process by runs that
 have ended.
 
-The finished study is then opened (CPU time of `Store.open`, the second time, without imports), exported and resumed (CPU
-time of the whole commands and of their processes, imports included).
+The finished study is then opened, exported and resumed: CPU time of `Store.open`, the second time, without imports, and
+of the whole commands with their processes.
 
     python benchmarks/scale.py --trials 100 1000 --samplers tpe random
     python benchmarks/scale.py --trials 5000 --samplers tpe
@@ -28,8 +28,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -219,7 +220,7 @@ def timed(root: Path, command: Sequence[str]) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
-def _within(root: Path) -> dict[str, object]:
+def _within(root: Path) -> dict[str, Any]:
     return {"cwd": root, "env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}}
 
 

@@ -40,7 +40,7 @@ from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.tracking.process import TrackerProcess
-from pipeline.tracking.tracker import StudyInfo, StudySummary
+from pipeline.tracking.tracker import StoredTrial, StudyInfo, StudySummary
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
@@ -124,15 +124,18 @@ def _run(
     console: Console,
 ) -> None:
     """Train group after group until `trials` trials have ended."""
-    for trial in study.ended:  # MLflow may lack some; trials that MLflow has are skipped
-        epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
-        tracker.end(dataclasses.replace(trial, epochs=epochs))
+
+    def tell_untold(*, wait: bool = False) -> None:
+        for trial in (study.ended[number] for number in tracker.untold(wait=wait)):
+            epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
+            tracker.end(dataclasses.replace(trial, epochs=epochs))
 
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
 
         def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
             progress.epoch(metrics)
             tracker.epoch(metrics)
+            tell_untold()  # once MLflow is open, of earlier trials that it lacks
 
         while not interrupts.reason and (proposals := study.next_group(trials)):
             configs = {number: config for number, (config, _) in proposals.items()}
@@ -152,6 +155,7 @@ def _run(
             ):
                 study.add(trial)
             progress.group_ended()
+    tell_untold(wait=True)
     forget_ended(checkpoints, study)
 
 
@@ -172,6 +176,7 @@ def _tracked(study: Study, executor: LocalExecutor, tracker: TrackerProcess, con
         seed=space.seed,
         started=study.ended[0].started if study.ended else time.time(),
         environment=environment(executor),
+        ended=tuple(map(StoredTrial.of, study.ended)),
     )
     tracker.open(info)
     try:
