@@ -39,8 +39,8 @@ class Standings:
         self._epochs += count
 
     def end(self, trial: StoredTrial) -> None:
-        """Count a trial that has ended; it counts once."""
-        if trial.number in self._states:
+        """Count a trial that has ended; it counts once, and a run of the confirmation never."""
+        if trial.confirms or trial.number in self._states:
             return
         self._states[trial.number] = trial.state
         if trial.order is not None and trial.value is not None:

@@ -25,13 +25,22 @@ class StoredTrial:
     """What sorts complete trials, best first; None unless complete."""
     config: str
     """`config_hash` of its config."""
+    confirms: bool
+    """Whether it is a run of the confirmation, which is not ranked among trials."""
 
     @classmethod
     def of(cls, trial: EndedTrial) -> StoredTrial:
         """Return a trial in short."""
         order = None if trial.value is None else trial.objective.order(trial)
         config = config_hash(trial.config)
-        return cls(number=trial.number, state=trial.state, value=trial.value, order=order, config=config)
+        return cls(
+            number=trial.number,
+            state=trial.state,
+            value=trial.value,
+            order=order,
+            config=config,
+            confirms=trial.confirms is not None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +68,7 @@ class StudyInfo:
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Everything but configs that the numbers may depend on: device, machine, versions."""
     ended: tuple[StoredTrial, ...] = field(default=(), repr=False)
-    """The trials that have ended, in number order."""
+    """The trials that have ended, and the runs of the confirmation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +80,9 @@ class StudySummary:
     note: str
     """Markdown for people."""
     best: EndedTrial | None = None
-    """The best complete trial."""
+    """The winner: a trial, or a run of the confirmation if a baseline has won."""
+    confirmed: Mapping[int, float] = field(default_factory=dict)
+    """Number of each trial that was confirmed to its mean objective over fresh seeds."""
     ended: float
     """When the search ended; seconds since 1970."""
     files: tuple[Path, ...] = ()
