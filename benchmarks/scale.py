@@ -118,7 +118,7 @@ def main() -> int:
 def measure(root: Path, sampler: str, trials: int) -> None:
     """Run a search and use its study again; print the figures."""
     (root / "space.yaml").write_text(SPACE.format(sampler=sampler, file=Path(__file__).resolve()))
-    search = ["-m", "pipeline.search", "--space", "space.yaml", "--device", "cpu", "--study", STUDY]
+    search = ["-m", "pipeline.search", "--space", "space.yaml", "--no-confirm", "--device", "cpu", "--study", STUDY]
     command = [sys.executable, *search, "--trials", str(trials)]
     watched = watch(root, command, trials)
     size = group_size(trials)
