@@ -1,4 +1,4 @@
-"""Runs exported code where this package cannot be imported: `python -I exported.py CASES RESULTS`, and a model for it."""
+"""Run exported code where this package cannot be imported: `python -I exported.py CASES RESULTS`."""
 
 from __future__ import annotations
 

@@ -14,17 +14,14 @@ import torch
 from exported import Net, recorded
 from test_optim import HYPERPARAMETERS
 from tiny import tiny_config
-from torch import nn
 from torch.nn import functional as F
 
 from pipeline.app.code import python_code
-from pipeline.app.code_strategy import NOT_TORCHS
 from pipeline.space import own_code
 from pipeline.space.config import TrialConfig
-from pipeline.space.optimizers import OPTIMIZERS, SGD, Adam, AdamW, Muon, OwnOptimizer
+from pipeline.space.optimizers import OPTIMIZERS, SGD, Adam, AdamW, Muon, Optimizer, OwnOptimizer
 from pipeline.space.param_groups import ParameterRule, ParamGroup
 from pipeline.space.schedules import (
-    SCHEDULERS,
     Constant,
     Cosine,
     CosineWarmRestarts,
@@ -125,19 +122,19 @@ def schedules() -> Iterator[Any]:
 def cases() -> Iterator[tuple[str, TrialConfig]]:
     for schedule in schedules():
         momentum = 0.9 if getattr(schedule, "cycle_momentum", False) else 0.0
-        optimizer = SGD(base_lr=0.0123, momentum=momentum)
-        yield f"{schedule}", tiny_config(optimizer, schedule, epochs=EPOCHS, batch_size=BATCH, param_groups=TWO)
+        sgd = SGD(base_lr=0.0123, momentum=momentum)
+        yield f"{schedule}", tiny_config(sgd, schedule, epochs=EPOCHS, batch_size=BATCH, param_groups=TWO)
     for schedule in (OneCycle(), Cyclic(max_lr_ratio=3.0, step_size_up=3), Polynomial(interval="step", warmup=2)):
         yield f"{schedule}, one group", tiny_config(scheduler=schedule, batch_size=BATCH, param_groups=ONE)
     for optimizer, _, _ in HYPERPARAMETERS.values():
         for each in (optimizer, OPTIMIZERS[optimizer.name](base_lr=0.01)):
-            yield f"{each.name}", tiny_config(each, epochs=2, batch_size=BATCH, param_groups=ONE)
+            yield f"{each.name}", tiny_config(each, epochs=1, batch_size=BATCH, param_groups=ONE)
     lion = OwnOptimizer(name=f"{OWN}:Lion", base_lr=0.01, hyperparameters={"betas": (0.9, 0.98), "weight_decay": 0.1})
     yield "own optimizer", tiny_config(lion, Step(step_size=1), epochs=2, batch_size=BATCH, param_groups=TWO)
     muon = Muon(base_lr=0.01)
     for name, changes in GROUPS.items():
-        for optimizer in (AdamW(base_lr=0.01), SGD(base_lr=0.01, weight_decay=0.1), muon):
-            yield f"{name}, {optimizer.name}", tiny_config(optimizer, OneCycle(), epochs=2, batch_size=BATCH, **changes)
+        for chosen in (AdamW(base_lr=0.01), SGD(base_lr=0.01, weight_decay=0.1), muon):
+            yield f"{name}, {chosen.name}", tiny_config(chosen, OneCycle(), epochs=2, batch_size=BATCH, **changes)
     yield "muon, plateau", tiny_config(muon, Plateau(patience=0), epochs=2, batch_size=BATCH, param_groups=TWO)
     for name, changes in SETTINGS.items():
         for schedule in (Linear(interval="step"), Plateau(metric="train/loss", patience=0, threshold=0.9)):
@@ -165,7 +162,10 @@ def trained(config: TrialConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     model = built_model(placed, seed=config.seed, device=CPU, dtype=dtype)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     epochs = [
-        [(batch.inputs.clone(), batch.targets) for batch in training_batches(placed, config, epoch=n, device=CPU, dtype=dtype)]
+        [
+            (batch.inputs.clone(), batch.targets)
+            for batch in training_batches(placed, config, epoch=n, device=CPU, dtype=dtype)
+        ]
         for n in range(config.epochs)
     ]
     with precision(config, CPU), recorded() as (models, updates):
@@ -200,7 +200,8 @@ def both(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         ours.append(result)
     torch.set_num_threads(threads)
     torch.save(given, folder / "cases")
-    command = [sys.executable, "-I", "-W", "error", TESTS / "exported.py", folder / "cases", folder / "results"]
+    files = [TESTS / "exported.py", folder / "cases", folder / "results"]
+    command = [sys.executable, "-I", "-W", "error", *map(str, files)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return list(zip(ours, torch.load(folder / "results", weights_only=True), strict=True))
@@ -212,3 +213,96 @@ def test_exported_code_has_the_projects_rates_and_hyperparameters_and_trains_the
     assert json.loads(theirs["updates"]) == json.loads(ours["updates"])
     for name, value in ours["state"].items():
         torch.testing.assert_close(theirs["state"][name], value, rtol=1e-5, atol=1e-6)
+
+
+SIMPLE = '''
+# Trial 31
+
+import torch
+from torch.optim import lr_scheduler
+
+
+def train(model, loader, loss_function):
+    """Train a model on a loader of (inputs, targets), 64 samples a batch."""
+    epochs = 20
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0031)
+    scheduler = lr_scheduler.StepLR(optimizer, step_size=6, gamma=0.21)
+    for epoch in range(epochs):
+        model.train()
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = loss_function(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+'''.lstrip()
+
+
+def test_a_simple_config_is_code_as_a_person_writes_it() -> None:
+    schedule = Step(step_size=6, gamma=0.21)
+    config = tiny_config(Adam(base_lr=0.0031), schedule, epochs=20, batch_size=64, param_groups=ONE)
+    assert python_code(config, directions={}, comment="Trial 31") == SIMPLE
+
+
+def test_code_is_laid_out_as_a_formatter_does_it(tmp_path: Path) -> None:
+    for number, (name, config) in enumerate(CASES):
+        if not name.startswith(("own weight decay", "no decay by name or dims")):  # long conditions stay on one line
+            (tmp_path / f"code_{number}.py").write_text(python_code(config, directions=DIRECTIONS, comment=name))
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--no-cache", "--diff", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def code_of(optimizer: Optimizer | None = None, **changes: Any) -> str:
+    return python_code(tiny_config(optimizer, **changes), directions=DIRECTIONS, comment="")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "test"),
+    [
+        (("fc.*",), 'name.startswith("fc.")'),
+        (("fc.*", "head.*"), 'name.startswith(("fc.", "head."))'),
+        (("*.bias",), 'name.endswith(".bias")'),
+        (("*norm*",), '"norm" in name'),
+        (("head.weight",), 'name == "head.weight"'),
+        (("blocks.?.*",), 'fnmatchcase(name, "blocks.?.*")'),
+        (("fc.*", "*norm*"), '"norm" in name or name.startswith("fc.")'),
+    ],
+)
+def test_a_pattern_is_the_simplest_test_of_a_name(pattern: tuple[str, ...], test: str) -> None:
+    groups = {"head": ParamGroup(pattern=pattern, lr_ratio=2.0), "body": ParamGroup(pattern=("*",))}
+    assert f"        if {test}:\n            head.append(parameter)\n        else:\n" in code_of(param_groups=groups)
+
+
+def test_a_parameter_that_no_group_takes_is_an_error_of_the_code() -> None:
+    groups = {"head": ParamGroup(pattern=("head.*",)), "body": ParamGroup(pattern=("blocks.*",))}
+    namespace: dict[str, Any] = {}
+    exec(code_of(param_groups=groups), namespace)
+    with pytest.raises(ValueError, match=r"^no group takes conv\.weight$"):
+        namespace["param_groups"](Net(), 0.1)
+
+
+def test_the_direction_of_a_metric_that_is_not_known_has_to_be_filled_in() -> None:
+    code = code_of(scheduler=Plateau(metric="val/f1"), param_groups=ONE)
+    assert 'mode = ...  # "min" if a smaller val/f1 is better, "max" if a larger one is\n' in code
+    assert "ReduceLROnPlateau(optimizer, mode=mode)" in code
+    assert 'mode="max"' in code_of(scheduler=Plateau(metric="val/accuracy"))
+    assert "ReduceLROnPlateau(optimizer)" in code_of(scheduler=Plateau())
+
+
+def test_own_code_is_imported_from_its_file_under_a_name_of_its_own() -> None:
+    own = OwnOptimizer(name="code/mine.py:optimizer", base_lr=0.1, hyperparameters={"name": "x"})
+    code = code_of(own, scheduler=OwnScheduler(name="my-file.py:noam", hyperparameters={}), param_groups=ONE)
+    assert 'sys.path.append("code")\nfrom mine import optimizer as own_optimizer\n' in code
+    assert 'noam = runpy.run_path("my-file.py")["noam"]\n' in code
+    assert "import runpy\nimport sys\n" in code
+    assert 'optimizer = own_optimizer(model.parameters(), lr=0.1, name="x")\n' in code
+    package = OwnOptimizer(name="timm.optim:Lamb", base_lr=0.1, hyperparameters={})
+    assert "from timm.optim import Lamb\n" in code_of(package)
+
+
+def test_arithmetic_on_cuda_is_that_of_the_search() -> None:
+    config = tiny_config(param_groups=ONE)
+    assert "fp32_precision" not in python_code(config, directions={}, comment="")
+    assert 'cudnn.conv.fp32_precision = "ieee"' in python_code(config, directions={}, comment="", cuda=True)
+    assert 'cuda.matmul.fp32_precision = "tf32"' in code_of(precision="tf32")

@@ -7,7 +7,7 @@ import keyword
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from pipeline.app.code_layout import comprehension, indented, listed, literal
+from pipeline.app.code_layout import comprehension, entries, indented, listed, literal
 from pipeline.space.config import TrialConfig
 from pipeline.space.param_groups import ParameterRule, ParamGroup
 
@@ -48,8 +48,8 @@ def _body(config: TrialConfig) -> Iterator[str]:
     if undecayed:
         yield indented(f"undecayed = {_any(map(_condition, config.no_weight_decay))}")
     yield from _branches(groups, undecayed=undecayed)
-    entries = [entry for name, group in groups.items() for entry in _entries(name, group, undecayed=undecayed)]
-    yield f"return {listed(entries, indent=11)}"
+    made = [entry for name, group in groups.items() for entry in _entries(name, group, undecayed=undecayed)]
+    yield f"return {listed(made, indent=11)}"
 
 
 def _identifiers(names: Iterable[str]) -> Iterator[str]:
@@ -57,7 +57,9 @@ def _identifiers(names: Iterable[str]) -> Iterator[str]:
     taken = set(NAMES)
     for name in names:
         variable = re.sub(r"\W", "_", name, flags=re.ASCII)
-        if not variable.isidentifier() or keyword.iskeyword(variable) or hasattr(builtins, variable):
+        if keyword.iskeyword(variable) or hasattr(builtins, variable):
+            variable = f"{variable}_parameters"
+        if not variable.isidentifier():  # begins with a digit
             variable = f"group_{variable}"
         while taken & {variable, variable + UNDECAYED, f"{variable}_layers"}:
             variable += "_"
@@ -118,12 +120,12 @@ def _entries(name: str, group: ParamGroup, *, undecayed: bool) -> Iterator[str]:
         factors = [] if group.lr_ratio == 1 else [repr(group.lr_ratio)]
         if _is_layered(group):
             rate = " * ".join([*factors, f"{group.layer_decay!r}**above", "lr"])
-            entry = "{" + ", ".join(['"params": layer', f'"lr": {rate}', *decayed]) + "}"
+            entry = entries(['"params": layer', f'"lr": {rate}', *decayed], indent=12)
             loop = f"for above, layer in enumerate(reversed({part}))"
             yield "*" + comprehension(entry, loop, brackets="()", indent=10)
         else:
             rates = [f'"lr": {" * ".join([*factors, "lr"])}'] if factors else []
-            yield "{" + ", ".join([f'"params": {part}', *rates, *decayed]) + "}"
+            yield entries([f'"params": {part}', *rates, *decayed], indent=9)
 
 
 def _condition(rule: ParameterRule) -> str:

@@ -21,6 +21,11 @@ def listed(items: Sequence[str], *, indent: int) -> str:
     return _enclosed("[", items, "]", indent=indent)
 
 
+def entries(items: Sequence[str], *, indent: int) -> str:
+    """Return a dict of `key: value` items as text, to be written after `indent` columns."""
+    return _enclosed("{", items, "}", indent=indent)
+
+
 def comprehension(item: str, loop: str, *, indent: int, brackets: str = "[]") -> str:
     """Return a comprehension as text, to be written after `indent` columns."""
     line = f"{brackets[0]}{item} {loop}{brackets[1]}"

@@ -24,12 +24,11 @@ from pipeline.space.schedules import (
 
 NOT_TORCHS = frozenset({"adjust_lr_fn", "cycle_momentum", "start_factor", "end_factor"})
 """Arguments whose defaults are not PyTorch's; every other argument is left out where it has its default."""
-NAMES = frozenset(
-    ("adamw", "average", "batches", "embeddings", "epoch", "epochs", "group", "groups", "hidden", "inputs", "layer_of")
-    + ("loader", "loss", "loss_function", "losses", "lr", "lr_scheduler", "math", "matrices", "model", "muon", "nn")
-    + ("optimizer", "optimizers", "param_groups", "samples", "scheduler", "schedulers", "step", "steps", "sys")
-    + ("targets", "torch", "train", "validate")
-)
+NAMES = """
+adamw average batches embeddings epoch epochs group groups hidden inputs layer_of loader loss loss_function losses lr
+lr_scheduler math matrices metric mode model muon nn optimizer optimizers param_groups runpy samples scheduler
+schedulers step steps sys targets torch total train validate
+"""
 """Names of the written code; a person's class or function of such a name is imported under another."""
 IN_FUNCTION, IN_LIST, IN_LIST_OF_CALL = 4, 8, 12
 """Columns before the statements of a function, the items of a list there, and the items of a list within a call."""
@@ -38,7 +37,7 @@ IN_FUNCTION, IN_LIST, IN_LIST_OF_CALL = 4, 8, 12
 def own_name(name: str) -> str:
     """Return the name that the code gives to a person's class or function."""
     short = short_name(name)
-    return f"own_{short}" if short in NAMES else short
+    return f"own_{short}" if short in NAMES.split() else short
 
 
 def has_two_optimizers(config: TrialConfig) -> bool:
