@@ -45,8 +45,8 @@ TESTS = Path(__file__).parent
 OWN = str(TESTS / "own_optimizers.py")
 CPU = torch.device("cpu")
 DIRECTIONS = {"val/accuracy": "maximize"}
-EPOCHS, BATCH = 3, 13
-"""Two batches of 13 and one of 11."""
+EPOCHS, BATCH = 3, 19
+"""A batch of 19 and one of 18, so 6 steps."""
 ONE = {"all": ParamGroup(pattern=("*",))}
 TWO = {"head": ParamGroup(pattern=("head.*",), lr_ratio=2.41), "body": ParamGroup(pattern=("*",))}
 LAYERS = (("conv.*", "norm.*"), ("blocks.0.*",), ("blocks.1.*",))
@@ -101,7 +101,7 @@ def schedules() -> Iterator[Any]:
     yield Cyclic(max_lr_ratio=3.0, step_size_up=1, interval="epoch", cycle_momentum=True)
     for metric in ("train/loss", "val/loss", "val/accuracy"):
         yield Plateau(metric=metric, factor=0.3, patience=0, threshold=0.5, threshold_mode="abs", min_lr=1e-3)
-    for interval, length, warmup in (("epoch", 1, 0), ("epoch", 1, 2), ("step", 4, 0), ("step", 4, 7)):
+    for interval, length, warmup in (("epoch", 1, 0), ("epoch", 1, 2), ("step", 2, 0), ("step", 2, 3)):
         shared: dict[str, Any] = {"interval": interval, "warmup": warmup, "warmup_start_factor": 0.21}
         if warmup:
             yield Constant(**shared)
