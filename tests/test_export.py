@@ -29,11 +29,12 @@ CONFIG: dict[str, Any] = {
 
 
 def test_a_metric_that_json_cannot_hold_is_left_out(space_file: Callable[..., Path], capsys: Any) -> None:
-    found = {"metrics": {"val/loss": math.nan, "val/f1": 0.5, "train/loss": math.inf}}
-    config = space_file(**CONFIG, found=found)
+    found = {"epochs": 3, "environment": {"placement": []}}
+    metrics = {"val/loss": math.nan, "val/f1": 0.5, "train/loss": math.inf}
+    config = space_file(**CONFIG, found={**found, "metrics": metrics})
     assert pipeline.export.main([str(config), "--format", "json"]) == 0
     text = capsys.readouterr().out
-    expected = {**strict_yaml.load(config), "found": {"metrics": {"val/f1": 0.5}}}
+    expected = {**strict_yaml.load(config), "found": {**found, "metrics": {"val/f1": 0.5}}}
     assert json.loads(text) == expected
     assert strict_yaml.loads(text, source="json") == expected
 

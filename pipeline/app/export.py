@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import Any
 from pipeline.app import cli
 from pipeline.app.best_yaml import choose_trial, config_content, config_file
 from pipeline.app.code import python_code
+from pipeline.app.found import Found
 from pipeline.errors import InvalidInput, Problem
 from pipeline.files import strict_yaml
 from pipeline.files.atomic import write_atomic
 from pipeline.space.config import Own, TrialConfig
-from pipeline.space.load import FOUND, build_config
+from pipeline.space.load import build_config
 from pipeline.space.own_code import is_own
 from pipeline.space.param_groups import is_numbered
 from pipeline.space.search_space import SearchSpace
@@ -93,7 +95,8 @@ def export(
 def _read(config: Path | None, *, root: Path, study: str | None, trial: int | None) -> Source:
     if config is not None:
         content = strict_yaml.load(config)
-        build_config(content, source=str(config), name="config", load_code=False)
+        _, _, found = build_config(content, source=str(config), name="config", load_code=False)
+        Found.read(found, source=str(config))
         return Source(str(config), content, strict_yaml.dumps(content), config)
     opened = Store(root, warn=cli.warn).open(study)
     chosen = choose_trial(opened, trial)
@@ -108,15 +111,18 @@ def _written(source: Source, format: str) -> str:
 
 
 def _json(content: Mapping[str, Any]) -> str:
-    """Return content as JSON that is YAML too, without metrics that are not finite: JSON has no such numbers."""
-    if FOUND in content:
-        metrics = {
-            name: value for name, value in content[FOUND].get("metrics", {}).items() if abs(value) < float("inf")
-        }
-        content = {**content, FOUND: {**content[FOUND], "metrics": metrics}}
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return content as JSON that is YAML too, without numbers that are not finite: JSON has no such numbers."""
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n"
     shown = (c if c.isprintable() or c == "\n" or ord(c) > 0xFFFF else f"\\u{ord(c):04x}" for c in text)
     return "".join(shown)  # YAML reads some characters that JSON allows as line breaks
+
+
+def _finite(value: Any) -> Any:
+    """Return plain values without the entries of mappings that are infinite or not a number."""
+    if not isinstance(value, Mapping):
+        return value
+    infinite = [name for name, item in value.items() if isinstance(item, float) and not math.isfinite(item)]
+    return {name: _finite(item) for name, item in value.items() if name not in infinite}
 
 
 def _python(source: Source) -> str:
@@ -127,9 +133,9 @@ def _python(source: Source) -> str:
     directions = {objective.metric: objective.direction}
     if not isinstance(config.workload, Own):
         directions["val/accuracy"] = "maximize"
-    environment = found.get("environment", {})
+    cuda = CUDA_ONLY in found.get("environment", {})
     comment = "\n".join(_comment(source, space, found))
-    return python_code(config, directions=directions, comment=comment, cuda=CUDA_ONLY in environment)
+    return python_code(config, directions=directions, comment=comment, cuda=cuda)
 
 
 def _unresolved(config: TrialConfig) -> Iterator[Problem]:
@@ -144,18 +150,20 @@ def _unresolved(config: TrialConfig) -> Iterator[Problem]:
             yield Problem(f"param_groups.{name}.layers", message)
 
 
-def _comment(source: Source, space: SearchSpace, found: Mapping[str, Any]) -> list[str]:
-    """Return the lines that say where the code comes from."""
-    lines = [f"Written from {source.name}."]
+def _comment(source: Source, space: SearchSpace, found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines that say where the code comes from."""
+    objective, environment = space.objective, found.get("environment", {})
     if "trial" in found:
-        score = f": {space.objective.metric} {number(found['value'])} after epoch {found['epoch']}" * ("value" in found)
-        lines = [f"Trial {found['trial']} of study {found['study']}{score}, {found['state']}."]
-    environment = found.get("environment", {})
+        score = (
+            f": {objective.metric} {number(found['value'])} after epoch {found['epoch']}" if "value" in found else ""
+        )
+        yield f"Trial {found['trial']} of study {found.get('study')}{score}, {found.get('state')}."
+    else:
+        yield f"Written from {source.name}."
     if "torch" in environment:
-        lines.append(f"Trained with torch {environment['torch']} on {environment['device']}, seed {space.seed}.")
-    if space.objective.of == "best":
-        lines.append("The score is that of the best epoch: keep the model of the epoch that validates best.")
-    return lines
+        yield f"Trained with torch {environment['torch']} on {environment.get('device')}, seed {space.seed}."
+    if objective.of == "best":
+        yield "The score is that of the best epoch: keep the model of the epoch that validates best."
 
 
 def _refuse_unnamed_code(source: Source) -> None:
