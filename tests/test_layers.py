@@ -34,7 +34,7 @@ MAY_IMPORT = {
 OWNERS = {
     "mlflow": ("tracking.mlflow*",),
     "cloudpickle": ("tracking.mlflow_model",),
-    "optuna": ("study.study", "study.database", "study.store", "study.samplers"),
+    "optuna": ("study.study", "study.stored_trial", "study.database", "study.store", "study.samplers"),
     "torch": (
         "training*",
         "workloads*",

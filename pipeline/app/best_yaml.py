@@ -6,6 +6,8 @@ import dataclasses
 import datetime
 from typing import Any
 
+from pipeline.app.answer import Answer
+from pipeline.app.display import spread
 from pipeline.app.found import record
 from pipeline.errors import InvalidInput, Problem, counted
 from pipeline.files import strict_yaml
@@ -15,9 +17,8 @@ from pipeline.study.study import Study
 
 
 def config_file(study: Study, trial: EndedTrial) -> str:
-    """Return a trial as YAML: `config_content`, below a line that says which trial it is."""
-    comment = f"Trial {trial.number} of study {study.name}: {_score_line(study, trial)}."
-    return strict_yaml.dumps(config_content(study, trial), comment=comment)
+    """Return a trial as YAML: `config_content` below `config_comment`."""
+    return strict_yaml.dumps(config_content(study, trial), comment=config_comment(study, trial))
 
 
 def config_content(study: Study, trial: EndedTrial) -> dict[str, Any]:
@@ -30,7 +31,27 @@ def config_content(study: Study, trial: EndedTrial) -> dict[str, Any]:
         "date": datetime.datetime.fromtimestamp(trial.ended).isoformat(timespec="seconds"),
         **record(trial),
     }
+    confirmed = Answer.of(study).confirmed(trial)
+    if confirmed is not None and confirmed.mean is not None:
+        values = {str(seed): value for seed, value in confirmed.values.items()}
+        found["confirmed"] = {"mean": confirmed.mean, "std": confirmed.std, "values_by_seed": values}
     return {**trial.config.to_dict(), "objective": dataclasses.asdict(objective), FOUND: found}
+
+
+def config_comment(study: Study, trial: EndedTrial) -> str:
+    """Return a line that says which trial it is, and how good."""
+    answer = Answer.of(study)
+    confirmed = answer.confirmed(trial)
+    name = (
+        f"Trial {trial.number}"
+        if trial.confirms is None
+        else f"{trial.confirms}, seed {trial.config.seed}, in the confirmation"
+    )
+    comment = f"{name} of study {study.name}: {_score_line(study, trial)}."
+    if confirmed is not None and confirmed is answer.confirmation.winner:
+        metric = study.space.objective.metric
+        comment += f" Confirmed: {metric} {spread(confirmed)} over {len(confirmed.values)} fresh seeds."
+    return comment
 
 
 def choose_trial(study: Study, number: int | None) -> EndedTrial:
@@ -44,11 +65,11 @@ def choose_trial(study: Study, number: int | None) -> EndedTrial:
             return study.ended[number]
         last = f"the last of {study.name} is {len(study.ended) - 1}" if study.ended else f"{study.name} has none yet"
         raise InvalidInput("--trial", [Problem(str(number), f"there is no such trial; {last}")])
-    best = study.best()
-    if not best:
+    best = Answer.of(study).trial
+    if best is None:
         message = "no trial is complete: each was pruned, diverged or failed; name one with --trial"
         raise InvalidInput("--study", [Problem(study.name, message)])
-    return best[0]
+    return best
 
 
 def _score_line(study: Study, trial: EndedTrial) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.app import cli
-from pipeline.app.best_yaml import choose_trial, config_content, config_file
+from pipeline.app.best_yaml import choose_trial, config_comment, config_content
 from pipeline.app.code import python_code
+from pipeline.app.code_layout import WIDTH as CODE_WIDTH
 from pipeline.app.found import Found
 from pipeline.errors import InvalidInput, Problem
 from pipeline.files import strict_yaml
@@ -23,7 +26,6 @@ from pipeline.space.own_code import is_own
 from pipeline.space.param_groups import is_numbered
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.shares import has_shares_of_run
-from pipeline.space.trial import number
 from pipeline.study.store import Store
 
 CUDA_ONLY = "fp32_precision"
@@ -37,8 +39,8 @@ class Source:
     name: str
     """Names the config in messages."""
     content: Mapping[str, Any]
-    yaml: str
-    """The content as a file, with its comment."""
+    comment: str
+    """Says which trial it is, and how good."""
     file: Path | None
     """The file of a person; None: a study's trial."""
 
@@ -97,16 +99,23 @@ def _read(config: Path | None, *, root: Path, study: str | None, trial: int | No
         content = strict_yaml.load(config)
         _, _, found = build_config(content, source=str(config), name="config", load_code=False)
         Found.read(found, source=str(config))
-        return Source(str(config), content, strict_yaml.dumps(content), config)
+        return Source(str(config), content, _comment_of(config), config)
     opened = Store(root, warn=cli.warn).open(study)
     chosen = choose_trial(opened, trial)
     name = f"trial {chosen.number} of study {opened.name}"
-    return Source(name, config_content(opened, chosen), config_file(opened, chosen), None)
+    return Source(name, config_content(opened, chosen), config_comment(opened, chosen), None)
+
+
+def _comment_of(config: Path) -> str:
+    """Return the comment at the head of a file."""
+    lines = config.read_text(encoding="utf-8-sig").splitlines()
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return "\n".join(line.removeprefix("#").strip() for line in head if "yaml-language-server" not in line)
 
 
 def _written(source: Source, format: str) -> str:
     if format == "yaml":
-        return source.yaml
+        return strict_yaml.dumps(source.content, comment=source.comment)
     return _json(source.content) if format == "json" else _python(source)
 
 
@@ -134,7 +143,7 @@ def _python(source: Source) -> str:
     if not isinstance(config.workload, Own):
         directions["val/accuracy"] = "maximize"
     cuda = CUDA_ONLY in found.get("environment", {})
-    comment = "\n".join(_comment(source, space, found))
+    comment = "\n".join(_code_comment(source, space, found))
     return python_code(config, directions=directions, comment=comment, cuda=cuda)
 
 
@@ -150,19 +159,13 @@ def _unresolved(config: TrialConfig) -> Iterator[Problem]:
             yield Problem(f"param_groups.{name}.layers", message)
 
 
-def _comment(source: Source, space: SearchSpace, found: Mapping[str, Any]) -> Iterator[str]:
+def _code_comment(source: Source, space: SearchSpace, found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines that say where the code comes from."""
-    objective, environment = space.objective, found.get("environment", {})
-    if "trial" in found:
-        score = (
-            f": {objective.metric} {number(found['value'])} after epoch {found['epoch']}" if "value" in found else ""
-        )
-        yield f"Trial {found['trial']} of study {found.get('study')}{score}, {found.get('state')}."
-    else:
-        yield f"Written from {source.name}."
+    yield from textwrap.wrap(source.comment or f"Written from {source.name}.", width=CODE_WIDTH - 2)
+    environment = found.get("environment", {})
     if "torch" in environment:
         yield f"Trained with torch {environment['torch']} on {environment.get('device')}, seed {space.seed}."
-    if objective.of == "best":
+    if space.objective.of == "best":
         yield "The score is that of the best epoch: keep the model of the epoch that validates best."
 
 
