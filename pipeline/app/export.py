@@ -161,7 +161,8 @@ def _unresolved(config: TrialConfig) -> Iterator[Problem]:
 
 def _code_comment(source: Source, space: SearchSpace, found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines that say where the code comes from."""
-    yield from textwrap.wrap(source.comment or f"Written from {source.name}.", width=CODE_WIDTH - 2)
+    comment = source.comment or f"Written from {source.name}."
+    yield from textwrap.wrap(comment, width=CODE_WIDTH - 2, break_long_words=False, break_on_hyphens=False)
     environment = found.get("environment", {})
     if "torch" in environment:
         yield f"Trained with torch {environment['torch']} on {environment.get('device')}, seed {space.seed}."
