@@ -33,7 +33,7 @@ MAY_IMPORT = {
 """Package, or module, of `pipeline` to those that its modules may import besides its own; commands may import all."""
 OWNERS = {
     "mlflow": ("tracking.mlflow*",),
-    "optuna": ("study.study", "study.database", "study.store", "study.samplers"),
+    "optuna": ("study.study", "study.stored_trial", "study.database", "study.store", "study.samplers"),
     "torch": (
         "training*",
         "workloads*",
