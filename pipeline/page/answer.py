@@ -17,11 +17,11 @@ from pipeline.space.trial import number
 
 def headline(results: StudyResults) -> str:
     """Return the sentence that says what to use, as text."""
-    if results.winner is None:
-        ended = f"none of {counted(len(results.trials), 'trial')} is complete" if results.trials else "no trial ended"
-        return f"Nothing to use yet: {ended}"
-    unfinished = len(results.trials) < results.planned
-    return f"{'Best so far:' if unfinished else 'Use'} {strategy_sentence(results.winner)}"
+    unfinished, count = len(results.trials) < results.planned, len(results.trials)
+    if results.winner is not None:
+        return f"{'Best so far:' if unfinished else 'Use'} {strategy_sentence(results.winner)}"
+    ended = "no trial has ended" if count == 0 else f"none of {counted(count, 'trial')} is complete"
+    return f"Nothing to use{' yet' if unfinished else ''}: {'the one trial is not complete' if count == 1 else ended}"
 
 
 def score_line(results: StudyResults) -> str:
@@ -70,9 +70,9 @@ def with_spread(mean: float, std: float | None) -> str:
 
 
 def _of_samples(results: StudyResults) -> str:
-    assert results.best is not None
-    assert results.best.value is not None
     objective, best = results.space.objective, results.best
+    assert best is not None
+    assert best.value is not None
     epoch = objective.deciding(best.epochs).epoch
     at = f" at epoch {epoch} of {len(best.epochs)}" if objective.of == "best" else ""
     wrong = wrong_samples(results, best.value)

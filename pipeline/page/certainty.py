@@ -172,8 +172,8 @@ def _confirmed(results: StudyResults, confirmed: Confirmed) -> Iterator[str]:
     trial = results.winning_trial
     if trial is not None and trial.value is not None:
         gap = results.better(trial.value, winner.mean)
-        side = "too good" if gap > 0 else "too bad"
-        yield f"In the search, on one seed, it had {trial.score}: {gap_text(abs(gap))} {side}."
+        off = f"{gap_text(abs(gap))} too {'good' if gap > 0 else 'bad'}" if gap else "the same"
+        yield f"In the search, on one seed, it had {trial.score}: {off}."
     if confirmed.comparisons:
         yield "Intervals are of 95 %, and speak of seeds, not of other data."
 

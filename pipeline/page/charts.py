@@ -13,7 +13,7 @@ from pipeline.page.noise import Noise
 from pipeline.page.results import Importance, StudyResults
 from pipeline.page.scales import Categories, Linear, Log, Scale, plain
 from pipeline.page.sentence import optimizer_title, rate_text
-from pipeline.page.svg import Mark, Plot
+from pipeline.page.svg import SMALL, Mark, Plot
 from pipeline.space.distributions import Choices, Range, is_searched, label
 from pipeline.space.limits import Share
 from pipeline.space.trial import EndedTrial, TrialState, number
@@ -119,7 +119,7 @@ def confirmed_seeds(results: StudyResults, confirmed: Confirmed, axis: MetricAxi
         y=Categories(names=[_cut(strategy.label) for strategy in strategies]),
         label=f"{results.space.objective.metric} of each strategy on fresh seeds",
         x_title=results.space.objective.metric,
-        height=60 + 30 * len(strategies),
+        size=(SMALL[0], 60 + 30 * len(strategies)),
         downwards=True,
     )
     for row, strategy in enumerate(strategies):

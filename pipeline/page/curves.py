@@ -46,7 +46,7 @@ def rate_curves(results: StudyResults) -> str:
         label="learning rate per group by epoch",
         x_title="epoch",
         beside=14 + max((text_width(line) for _, lines, _ in texts for line in lines), default=0),
-        **WIDE,
+        size=WIDE,
     )
     for number, groups in sorted(curves.items(), key=lambda item: item[0] == winner.number):
         trial = results.trials[number]
@@ -115,7 +115,7 @@ def learning_curves(results: StudyResults, axis: MetricAxis) -> str:
         x_title="epoch",
         downwards=axis.downwards,
         above=1,
-        **WIDE,
+        size=WIDE,
     )
     labelled = _labelled_rungs(results, plot)
     for epoch in results.rungs:

@@ -12,8 +12,8 @@ from pipeline.space.trial import TrialState
 
 MAX_DECADES = 4.0
 """Most powers of ten of a logarithmic axis: losses far above the best, and errors next to 0, are drawn at its end."""
-SAMPLES_TOLERANCE = 1e-3
-"""Most that an accuracy times the number of samples may differ from a whole number; float32 rounds to 1e-7."""
+SAMPLES_TOLERANCE, ROUNDING = 1e-3, 1.2e-7
+"""Most that an accuracy times the number of samples may differ from a whole number: a part for sums, and float32's."""
 
 
 class MetricAxis:
@@ -102,7 +102,8 @@ def counts_samples(results: StudyResults) -> bool:
     values = [e.metrics[objective.metric] for t in results.trials for e in objective.measured(t.epochs)]
     if not samples or objective.direction != "maximize" or not values:
         return False
-    return all(0 <= v <= 1 and abs(v * samples - round(v * samples)) <= SAMPLES_TOLERANCE for v in values)
+    tolerance = SAMPLES_TOLERANCE + ROUNDING * samples
+    return all(0 <= v <= 1 and abs(v * samples - round(v * samples)) <= tolerance for v in values)
 
 
 def last_scatter(results: StudyResults, *, trials: int = 5, epochs: int = 3) -> float | None:

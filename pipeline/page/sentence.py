@@ -53,6 +53,7 @@ def schedule_words(schedule: Scheduler) -> str:
 
 def rate_text(rate: float) -> str:
     """Return a learning rate with three digits: `1.07e-2`, `0.371`."""
+    rate = float(f"{rate:.2e}")
     if rate == 0 or 0.1 <= rate < 1e4:
         return f"{rate:.3g}"
     digits, _, exponent = f"{rate:.2e}".partition("e")

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pipeline.page.markup import escaped
 from pipeline.page.scales import Scale, Tick
 
-CHARACTER = 6.3
-"""Width of a character of a tick's label, in the figure's units; slightly more than in common fonts."""
+CHARACTER = 7.0
+"""Width of a character of a tick's label, in the figure's units, in the widest of common fonts."""
 LINE = 15
 """Height of a line of text."""
 DOT, RING = 3.6, 3.2
 """Radii of points."""
 
-WIDE = {"width": 420, "height": 250}
-"""Size of a figure of which two stand side by side in a wide window; of other figures there are three."""
+SMALL, WIDE = (340, 232), (420, 250)
+"""Width and height of figures of which three, or two, stand side by side in a wide window."""
 
 Mark = tuple[float, float, str]
 """x, y, and the text that is shown while the pointer rests on the mark."""
@@ -37,8 +37,8 @@ class Plot:
     y: Scale
     label: str
     """What the figure shows, for those who cannot see it."""
-    width: int = 340
-    height: int = 232
+    size: tuple[int, int] = SMALL
+    """Width and height."""
     x_title: str = ""
     downwards: bool = False
     """Whether the lower end of `y` is at the top."""
@@ -49,6 +49,7 @@ class Plot:
     _marks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.width, self.height = self.size
         self.top = 10 + self.above * LINE
         self.bottom = self.height - (22 if not self.x_title else 22 + LINE)
         self._y_ticks = self.y.ticks(max(2, (self.bottom - self.top) // 26))

@@ -59,7 +59,7 @@ def trial_bars(results: StudyResults, clock: Clock) -> str:
         x=_clock_scale(clock),
         y=Linear(low=0, high=count, whole=True),
         label="trials by time",
-        **WIDE,
+        size=WIDE,
         x_title=f"{_unit(clock)[1]} of training",
         downwards=True,
     )
@@ -89,7 +89,7 @@ def throughput(results: StudyResults, clock: Clock) -> str:
         x=_clock_scale(clock),
         y=Linear(low=0, high=1.15 * max(speed for _, _, speed, _ in bars)),
         label="trial-epochs per second by time",
-        **WIDE,
+        size=WIDE,
         x_title=f"{_unit(clock)[1]} of training",
     )
     for start, end, speed, group in bars:
