@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 import re
 from html.parser import HTMLParser
@@ -25,6 +26,7 @@ from pipeline.page.results import Importance, StudyResults
 from pipeline.page.scales import Linear, Log
 from pipeline.page.sentence import rate_text, schedule_words, strategy_sentence
 from pipeline.page.timeline import Clock
+from pipeline.space.load import load_space
 from pipeline.space.schedules import make_scheduler
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.importance import importances
@@ -62,9 +64,9 @@ def typical(**changes: Any) -> StudyResults:
     return results_of(SPACE, trials, **{"val_samples": 100, **changes})
 
 
-def text_of(html: str) -> str:
+def text_of(markup: str) -> str:
     """Return HTML without its elements."""
-    return re.sub(r"<[^>]*>", "", html)
+    return re.sub(r"<[^>]*>", "", markup)
 
 
 def said(results: StudyResults) -> str:
@@ -129,8 +131,8 @@ def test_without_confirmation_it_is_said_that_one_seed_was_tried() -> None:
     assert (round(low, 3), round(high, 3)) == (0.915, 0.990)
     assert "2 of 3 complete trials lie within noise of the best (95 % of 0.9700 on 100 samples: 0.915–0.990)." in words
     assert "AdamW did as well at base rates from 3e-3 to 1e-2." in words
-    assert "The optimizer: all 3 complete trials are AdamW." in words
-    assert "The last SGD was pruned at epoch 4, 0.0300 behind the best AdamW there." in words
+    assert "The optimizer: all 3 complete trials use AdamW." in words
+    assert "The last with SGD was pruned at epoch 4, 0.0300 behind the best with AdamW there." in words
 
 
 def test_a_study_without_trials_has_a_page() -> None:
@@ -156,7 +158,7 @@ def test_one_complete_trial_alone_is_compared_with_nothing() -> None:
     words = said(results)
     assert "Each trial ran once. This trains the best again:" in words
     assert "The point: one trial is complete, so nothing says how much its score means." in words
-    assert "The optimizer: the complete trial is AdamW. SGD was never tried." in words
+    assert "The optimizer: the complete trial uses AdamW. SGD was never tried." in words
     assert "SGD</b>" in build_page(results)
 
 
@@ -164,10 +166,10 @@ def test_ties_and_optimizers_that_cannot_be_told_apart_are_said() -> None:
     trials = [trial(SPACE, 0, rising(0.9), params=ADAMW), trial(SPACE, 1, rising(0.9), params=SGD)]
     words = said(results_of(SPACE, trials, val_samples=100))
     assert "both complete trials tie at 0.9000. Both complete trials lie within noise of the best" in words
-    assert "The optimizer: the best SGD ties with the best AdamW." in words
+    assert "The optimizer: the best with SGD ties with the best with AdamW." in words
     trials[1] = trial(SPACE, 1, rising(0.4), params=SGD)
     words = said(results_of(SPACE, trials, val_samples=100))
-    assert "the best SGD is 0.5000 behind the best AdamW, which is more than noise." in words
+    assert "the best with SGD is 0.5000 behind the best with AdamW, which is more than noise." in words
     assert "no other of the 2 complete trials lies within noise of the best" in words
 
 
@@ -460,5 +462,7 @@ def test_the_command_writes_the_report_of_a_stored_study(tmp_path: Path, capsys:
     assert "10 of 100 validation samples wrong" in page
     assert "Learning rate per group" in page
     assert f"--study small-1 --root {tmp_path}" in page
+    (tmp_path / "small.yaml").write_text(html.unescape(page.rpartition("<pre>")[2].partition("</pre>")[0]))
+    assert load_space(tmp_path / "small.yaml").document == space.document
     assert report.main(["--root", str(tmp_path), "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").read_text() == page

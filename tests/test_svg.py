@@ -35,7 +35,7 @@ def test_the_ticks_of_a_linear_axis_are_round_numbers(low: float, high: float, e
 
 def test_an_axis_of_epochs_has_whole_numbers_alone() -> None:
     assert labels(Linear(low=0, high=3, whole=True), 9) == ["0", "1", "2", "3"]
-    assert labels(Linear(low=0, high=1, whole=True), 9) == ["0", "1"]
+    assert [labels(Linear(low=0, high=1, whole=True), most) for most in (2, 9, 12, 40)] == [["0", "1"]] * 4
     assert labels(Linear(low=0, high=300, whole=True), 7) == ["0", "50", "100", "150", "200", "250", "300"]
 
 

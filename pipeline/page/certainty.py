@@ -92,11 +92,11 @@ def _told_apart(results: StudyResults, noise: Noise | None, kind: Kind) -> str:
     rival = next((trial for trial in results.ranking if name_of(trial, kind) != own), None)
     if rival is None:
         count = len(results.ranking)
-        those = "the complete trial is" if count == 1 else f"{_share_of(count, count)} complete trials are"
+        those = "the complete trial uses" if count == 1 else f"{_share_of(count, count)} complete trials use"
         return f"{those} {_title(kind, own)}. {_ends_of_others(results, kind, own)}"
     assert rival.value is not None
     gap = results.better(best.value, rival.value)
-    pair = f"the best {_title(kind, name_of(rival, kind))}", f"the best {_title(kind, own)}"
+    pair = f"the best with {_title(kind, name_of(rival, kind))}", f"the best with {_title(kind, own)}"
     if gap == 0:
         return f"{pair[0]} ties with {pair[1]}."
     told = "" if noise is None else ", which is within noise" if rival in noise.trials else ", which is more than noise"
@@ -115,7 +115,7 @@ def _ends_of_others(results: StudyResults, kind: Kind, own: str) -> str:
             continue
         last = max(trials, key=lambda trial: len(trial.epochs))
         end = f"{_ended_as(last)} epoch {len(last.epochs)}{_behind(results, kind, own, last)}"
-        words.append(f"the last {_title(kind, name)} {end}")
+        words.append(f"the last with {_title(kind, name)} {end}")
     text = "; ".join(words)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
@@ -129,7 +129,7 @@ def _behind(results: StudyResults, kind: Kind, own: str, trial: EndedTrial) -> s
     if not gaps:
         return ""
     side = "behind" if max(gaps) >= 0 else "ahead of"
-    return f", {gap_text(abs(max(gaps)))} {side} the best {_title(kind, own)} there"
+    return f", {gap_text(abs(max(gaps)))} {side} the best with {_title(kind, own)} there"
 
 
 def _title(kind: Kind, name: str) -> str:
@@ -168,7 +168,7 @@ def _confirmed(results: StudyResults, confirmed: Confirmed) -> Iterator[str]:
     yield f"<b>Confirmed on {seeds}</b>: {with_spread(winner.mean, winner.std)}{spread}."
     if winner.trial is None:
         yield f"A baseline won: no finalist of the search has a better mean than {escaped(winner.label)}."
-    yield " ".join(_compared(comparison) for comparison in confirmed.comparisons)
+    yield from map(_compared, confirmed.comparisons)
     trial = results.winning_trial
     if trial is not None and trial.value is not None:
         gap = results.better(trial.value, winner.mean)

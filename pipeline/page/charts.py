@@ -16,6 +16,7 @@ from pipeline.page.sentence import optimizer_title, rate_text
 from pipeline.page.svg import SMALL, Mark, Plot
 from pipeline.space.distributions import Choices, Range, is_searched, label
 from pipeline.space.limits import Share
+from pipeline.space.own_code import short_name
 from pipeline.space.trial import EndedTrial, TrialState, number
 
 COLOURS = 8
@@ -88,7 +89,7 @@ def _slice(results: StudyResults, axis: MetricAxis, noise: Noise | None, name: s
         )
     plot = Plot(x=scale, y=axis.scale, label=f"{axis.name} by {name}", downwards=axis.downwards)
     _draw_trials(plot, results, axis, noise, placed)
-    return f"<b>{escaped(name)}</b>", plot.render()
+    return f"<b>{escaped(short_name(name))}</b>", plot.render()
 
 
 def importance_bars(importance: Importance) -> tuple[list[tuple[str, str]], list[str]]:
@@ -98,12 +99,12 @@ def importance_bars(importance: Importance) -> tuple[list[tuple[str, str]], list
     shown = [(name, share) for name, share in ordered[:MAX_SLICES] if share >= LEAST_SHARE]
     bars = [
         (
-            escaped(name),
+            escaped(short_name(name)),
             f'<i class="bar" style="width:{70 * share / largest:.1f}%"></i> {100 * share:.0f}\N{NO-BREAK SPACE}%',
         )
         for name, share in shown
     ]
-    return bars, [name for name, _ in ordered[len(shown) :]]
+    return bars, [short_name(name) for name, _ in ordered[len(shown) :]]
 
 
 def confirmed_seeds(results: StudyResults, confirmed: Confirmed, axis: MetricAxis) -> str:

@@ -42,6 +42,11 @@ def figures(drawn: Iterable[tuple[str, str]]) -> str:
     return f'<div class="{css}">{"".join(made)}</div>' if made else ""
 
 
+def split(left: str, right: str) -> str:
+    """Return two elements side by side where the width has room for both."""
+    return f'<div class="split">{left}{right}</div>'
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, css: str = "") -> str:
     """Return a table whose cells are HTML; it scrolls sideways where the window is narrow.
 

@@ -15,10 +15,11 @@ from pipeline.page import charts, curves, timeline
 from pipeline.page.answer import headline, rest_line, score_line
 from pipeline.page.certainty import how_sure
 from pipeline.page.findings import Contender, Kind, compared_epochs, contenders, diverged_from, mishaps
-from pipeline.page.markup import card, escaped, figures, folded, legend, paragraphs, table, unbroken
+from pipeline.page.markup import card, escaped, figures, folded, legend, paragraphs, split, table, unbroken
 from pipeline.page.metric import MetricAxis
 from pipeline.page.noise import Noise, noise_of
 from pipeline.page.results import StudyResults
+from pipeline.page.scales import plain
 from pipeline.page.sentence import optimizer_title, rate_text
 from pipeline.page.style import SORT, STYLE
 from pipeline.space.own_code import short_name
@@ -76,7 +77,8 @@ def _subtitle(results: StudyResults) -> str:
 
 def _how_sure(results: StudyResults, axis: MetricAxis, noise: Noise | None) -> str:
     drawn = charts.confirmed_seeds(results, results.confirmed, axis) if results.confirmed is not None else ""
-    return card("How sure?", paragraphs(how_sure(results, noise)), drawn)
+    words = paragraphs(how_sure(results, noise))
+    return card("How sure?", split(f"<div>{words}</div>", drawn) if drawn else words, wide=bool(drawn))
 
 
 def _best_of_each(results: StudyResults) -> str:
@@ -157,7 +159,7 @@ def _importance(results: StudyResults) -> str:
         else ""
     )
     words = paragraphs([others, f'<span class="soft">{how}{few}</span>'])
-    return card("What mattered", f'<div class="split">{table([], bars, css="bars")}<div>{words}</div></div>', wide=True)
+    return card("What mattered", split(table([], bars, css="bars"), f"<div>{words}</div>"), wide=True)
 
 
 def _time(results: StudyResults) -> str:
@@ -237,7 +239,7 @@ def _trial_cells(results: StudyResults, trial: EndedTrial) -> dict[str, str]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return plain(float(f"{value:.3g}")) if isinstance(value, float) else str(value)
 
 
 def _repeat(results: StudyResults) -> str:

@@ -126,7 +126,7 @@ def _round_numbers(low: float, high: float, most: int, whole: bool) -> list[floa
     """Return the round numbers of a range: as many as possible, at most `most`; the low end if there is no range."""
     if not high > low:
         return [low]
-    rough = (high - low) / max(1, most)
+    rough = max((high - low) / max(1, most), 1.0 if whole else 0.0)
     magnitude = 10.0 ** math.floor(math.log10(rough))
     for step in (*(magnitude * step for step in STEPS), magnitude * 20):
         if whole and step != max(1, round(step)):

@@ -52,7 +52,7 @@ def _trials_of(results: StudyResults) -> list[list[EndedTrial]]:
 
 def trial_bars(results: StudyResults, clock: Clock) -> str:
     """Return the figure of trials as bars from start to end, in the order of their numbers; groups are separated."""
-    if not results.trials:
+    if clock.total <= 0:
         return ""
     count = len(results.trials)
     plot = Plot(
