@@ -34,7 +34,14 @@ MAY_IMPORT = {
 """Package, or module, of `pipeline` to those that its modules may import besides its own; commands may import all."""
 OWNERS = {
     "mlflow": ("tracking.mlflow*",),
-    "optuna": ("study.study", "study.database", "study.store", "study.samplers", "study.importance"),
+    "optuna": (
+        "study.study",
+        "study.stored_trial",
+        "study.database",
+        "study.store",
+        "study.samplers",
+        "study.importance",
+    ),
     "torch": (
         "training*",
         "workloads*",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.app import cli
+from pipeline.app.answer import Answer
+from pipeline.app.display import spread
 from pipeline.app.found import record
 from pipeline.errors import InvalidInput, Problem, counted
 from pipeline.files import strict_yaml
@@ -55,7 +57,19 @@ def config_file(study: Study, trial: EndedTrial) -> str:
         "date": datetime.datetime.fromtimestamp(trial.ended).isoformat(timespec="seconds"),
         **record(trial),
     }
-    comment = f"Trial {trial.number} of study {study.name}: {_score_line(study, trial)}."
+    answer = Answer.of(study)
+    confirmed = answer.confirmed(trial)
+    if confirmed is not None and confirmed.mean is not None:
+        values = {str(seed): value for seed, value in confirmed.values.items()}
+        found["confirmed"] = {"mean": confirmed.mean, "std": confirmed.std, "values_by_seed": values}
+    name = (
+        f"Trial {trial.number}"
+        if trial.confirms is None
+        else f"{trial.confirms}, seed {trial.config.seed}, in the confirmation"
+    )
+    comment = f"{name} of study {study.name}: {_score_line(study, trial)}."
+    if confirmed is not None and confirmed is answer.confirmation.winner:
+        comment += f" Confirmed: {objective.metric} {spread(confirmed)} over {len(confirmed.values)} fresh seeds."
     content = {**trial.config.to_dict(), "objective": dataclasses.asdict(objective), FOUND: found}
     return strict_yaml.dumps(content, comment=comment)
 
@@ -71,11 +85,11 @@ def choose_trial(study: Study, number: int | None) -> EndedTrial:
             return study.ended[number]
         last = f"the last of {study.name} is {len(study.ended) - 1}" if study.ended else f"{study.name} has none yet"
         raise InvalidInput("--trial", [Problem(str(number), f"there is no such trial; {last}")])
-    best = study.best()
-    if not best:
+    best = Answer.of(study).trial
+    if best is None:
         message = "no trial is complete: each was pruned, diverged or failed; name one with --trial"
         raise InvalidInput("--study", [Problem(study.name, message)])
-    return best[0]
+    return best
 
 
 def _score_line(study: Study, trial: EndedTrial) -> str:

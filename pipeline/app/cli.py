@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
+NO_CONFIRMATION: Mapping[str, Any] = {"confirm.share": 0.0}
+"""The change to a space that `--no-confirm` makes."""
 MAX_SEED = 2**32 - 1
 MAX_SHOWN = 120
 """Most characters of a bad value that a message shows."""

@@ -22,9 +22,10 @@ from pipeline.files.signals import Interrupts
 from pipeline.space.config import TrialConfig
 from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.strategy import schedule_line, strategy_words
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState, number
 
 if TYPE_CHECKING:
+    from pipeline.study.confirmation import Confirmed
     from pipeline.study.study import Study
 
 REFRESHES_PER_SECOND = 4
@@ -244,6 +245,27 @@ def best_table(ranking: Sequence[EndedTrial], space: SearchSpace) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
+
+
+def confirmation_table(ranking: Sequence[Confirmed], space: SearchSpace) -> Table:
+    """Return a table of the candidates of a confirmation: mean and standard deviation over seeds, and each seed."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
+    seeds = sorted({seed for found in ranking for seed in found.runs})
+    for head in ("confirmed", f"{space.objective.metric}", *(f"seed {seed}" for seed in seeds), "strategy"):
+        table.add_column(head, no_wrap=True)
+    for found in ranking:
+        runs = found.runs
+        cells = [(runs[seed].score or runs[seed].state.value) if seed in runs else "" for seed in seeds]
+        table.add_row(found.candidate.label, spread(found), *cells, strategy_line(found.candidate.config, space))
+    return table
+
+
+def spread(confirmed: Confirmed) -> str:
+    """Return mean and standard deviation over seeds; empty unless the run of every seed is complete."""
+    if confirmed.mean is None or confirmed.std is None:
+        return ""
+    mean = number(confirmed.mean)
+    return f"{mean} ± {number(confirmed.std) if 'e' in mean else f'{confirmed.std:.4f}'}"
 
 
 def _cells(trial: EndedTrial, space: SearchSpace) -> dict[str, str]:

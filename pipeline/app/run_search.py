@@ -7,28 +7,23 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.app import cli
-from pipeline.app.best_yaml import config_file
+from pipeline.app.answer import Answer
 from pipeline.app.device import environment
 from pipeline.app.display import (
-    TABLE_WIDTH,
     Progress,
-    best_table,
     busy,
-    failure_line,
-    score_line,
-    strategy_line,
     waiting_line,
 )
+from pipeline.app.finish import best_file, finish
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.result import SearchResult
+from pipeline.app.run_confirmation import announcement, run_confirmation
 from pipeline.errors import DataError, DeviceError, StorageError, counted, nearest, printable
-from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
@@ -36,6 +31,7 @@ from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.confirmation import Confirmation
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
@@ -82,7 +78,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         # Another search may have begun the study meanwhile.
         _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
         if exists:
-            study = store.open(name, trials=trials, fingerprint=trained)
+            confirm = space.document["confirm"]
+            study = store.open(name, trials=trials, fingerprint=trained, confirm=confirm)
             executor.adopt(study.rules)
         else:
             study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
@@ -92,15 +89,24 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         if options.timeout is not None:
             limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
             console.print(limit, soft_wrap=True)
+        if len(study.ended) < trials and not options.confirming and (said := announcement(space, trials=trials)):
+            console.print(said, soft_wrap=True)
         with _tracked(study, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
-            _run(study, trials, executor, checkpoints, tracker, interrupts, console)
-            _finish(study, store, tracker, console, options)
-            if len(study.ended) < trials:
+            _tell_again(study, executor, tracker)
+            if not options.confirming:
+                _run(study, trials, executor, checkpoints, tracker, interrupts, console)
+            done = options.confirming or len(study.ended) >= trials
+            if done:
+                runs = Checkpoints(store.folder(name) / "checkpoints" / "confirmation", warn=cli.warn)
+                done = _confirm(study, executor, runs, tracker, interrupts, console)
+            answer = Answer.of(study)
+            finish(answer, store, tracker, console, options, done=done)
+            if not done:
                 console.print(f"{interrupts.reason}; go on with: {resume}", soft_wrap=True)
     ranking = tuple(study.best(len(study.ended)))
     status = 0 if ranking else 1
-    if len(study.ended) < trials:
+    if not done:
         status = interrupts.exit_status
     if tracker.incomplete:
         status = status or 1
@@ -109,9 +115,18 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         space=study.space,
         trials=tuple(study.ended),
         ranking=ranking,
-        config_file=_best_file(study, store) if ranking else None,
+        best=answer.trial,
+        confirmed=tuple(answer.confirmation.table) if answer.confirmation.complete else (),
+        config_file=best_file(store, study.name) if ranking else None,
         exit_status=status,
     )
+
+
+def _tell_again(study: Study, executor: LocalExecutor, tracker: TrackerProcess) -> None:
+    """Tell MLflow of everything that is stored, since it may lack some; it skips what it has."""
+    for trial in [*study.ended, *Confirmation(study).runs]:
+        epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
+        tracker.end(dataclasses.replace(trial, epochs=epochs))
 
 
 def _run(
@@ -124,10 +139,6 @@ def _run(
     console: Console,
 ) -> None:
     """Train group after group until `trials` trials have ended."""
-    for trial in study.ended:  # MLflow may lack some; trials that MLflow has are skipped
-        epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
-        tracker.end(dataclasses.replace(trial, epochs=epochs))
-
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
 
         def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
@@ -153,6 +164,25 @@ def _run(
                 study.add(trial)
             progress.group_ended()
     forget_ended(checkpoints, study)
+
+
+def _confirm(
+    study: Study,
+    executor: LocalExecutor,
+    checkpoints: Checkpoints,
+    tracker: TrackerProcess,
+    interrupts: Interrupts,
+    console: Console,
+) -> bool:
+    """Confirm a finished search, if its space asks for it; return whether nothing is left to do."""
+    confirmation = Confirmation(study)
+    if confirmation.candidates:
+        run_confirmation(confirmation, executor, checkpoints, tracker, interrupts, console)
+        if not confirmation.complete:
+            return False
+    if study.space.confirm.share:
+        study.confirmed()
+    return True
 
 
 @contextlib.contextmanager
@@ -197,58 +227,6 @@ def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
         raise
 
 
-def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Console, options: SearchOptions) -> None:
-    """Write best.yaml, finish MLflow's record, and print the best trials and where to find them."""
-    best = study.best()
-    path = _best_file(study, store)
-    if not best:
-        count = len(study.ended)
-        those = "the one that has ended" if count == 1 else f"each of the {count} that have ended"
-        ended = f"{those} was pruned, diverged or failed"
-        console.print(f"no trial is complete: {ended if study.ended else 'none has ended yet'}", soft_wrap=True)
-        for trial in study.ended[-3:]:
-            console.print(f"  trial {trial.number} {trial.state}: {trial.reason}", soft_wrap=True)
-        note = "No trial is complete."
-    else:
-        console.print()
-        console.width = max(console.width, TABLE_WIDTH)
-        console.print(best_table(study.best(len(study.ended)), study.space), crop=False)
-        console.print()
-        objective = study.space.objective
-        note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {objective.metric} "
-        note += f"{score_line(best[0], objective)}, {strategy_line(best[0].config, study.space)}. "
-        note += f"Train it again: `{options.train_again(Path('best.yaml'))}`."
-        if other := _optunas_best(study):
-            line = (
-                f"Optuna's best trial is #{other}, which has the same value: Optuna takes the first, this search the "
-            )
-            line += "lowest validation loss"
-            console.print(line, soft_wrap=True)
-            note += f" {line}."
-    if failure := failure_line(study.ended):
-        console.print(failure, soft_wrap=True)
-    if best:
-        try:
-            write_atomic(path, config_file(study, best[0]))
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
-        shown = options.root / path.relative_to(options.folder)
-        console.print(f"best config   {shown}   train it again: {options.train_again(shown)}", soft_wrap=True)
-    winner, files = (best[0], (path,)) if best else (None, ())
-    finished = len(study.ended) >= options.trials
-    tracker.finish(StudySummary(finished=finished, note=note, best=winner, ended=time.time(), files=files))
-    if best:
-        for link in tracker.links():
-            console.print(f"compare       {link}", soft_wrap=True)
-
-
-def _optunas_best(study: Study) -> int | None:
-    """Return the number of Optuna's best trial, the first of equal value, if the winner is another."""
-    (best, *_) = study.best()
-    first = min(trial.number for trial in study.best(len(study.ended)) if trial.value == best.value)
-    return first if first != best.number else None
-
-
 def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> str:
     space, trials, size = study.space, options.trials, min(study.group_size, options.trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
@@ -274,7 +252,3 @@ def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
     alone = [name for name in space.optimizers if not has_rule(optimizer_class(name))]
     alone += filter(is_own, space.schedulers)
     return words + (f", those of {' and '.join(alone)} each alone" if alone else "")
-
-
-def _best_file(study: Study, store: Store) -> Path:
-    return store.folder(study.name) / "best.yaml"

@@ -17,7 +17,8 @@ from sqlalchemy import text
 from pipeline.errors import InvalidInput, Problem, StorageError
 from pipeline.files.locks import refuse_links
 from pipeline.files.sqlite import create_whole, read_only_uri, sqlite_uri, wait_until_unlocked
-from pipeline.study.study import NUMBER, OWN_TRIAL, storage_errors
+from pipeline.study.stored_trial import NUMBER, OWN_TRIAL
+from pipeline.study.study import storage_errors
 
 COUNT = f"""
 SELECT studies.study_name, COUNT(DISTINCT COALESCE(number.value_json, trials.trial_id))

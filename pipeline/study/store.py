@@ -37,6 +37,7 @@ HEADER_TYPES = {
     "placement": Mapping,
     "created": float,
     "fingerprint": Mapping | None,
+    "confirmed": int | None,
 }
 """Stored field of a `StudyHeader` to its types."""
 
@@ -58,6 +59,8 @@ class StudyHeader:
     """`PlacementRules` as plain values."""
     fingerprint: Mapping[str, str] | None
     """Part of the workload, such as its code, to a text that changes with it; None in studies of earlier versions."""
+    confirmed: int | None
+    """Number of trials after which the confirmation was complete; None in studies of earlier versions."""
     ended: int
     """Number of stored trials."""
     created: float
@@ -67,6 +70,11 @@ class StudyHeader:
     def identity(self) -> str:
         """Identity of the study; a study of the same name in a new database has another identity."""
         return f"{self.created:.6f}"
+
+    def lacks(self, trials: int, space: SearchSpace) -> bool:
+        """Return whether the study lacks trials of a total, or the confirmation that a space asks for."""
+        unconfirmed = space.confirm.share > 0 and self.confirmed not in (None, self.ended)
+        return self.ended < trials or unconfirmed
 
 
 class Store:
@@ -144,10 +152,10 @@ class Store:
                 same_rows = rows in (None, header.placement["rows"])
                 if (
                     header.trials == trials
-                    and header.ended < trials
+                    and header.lacks(trials, space)
                     and same_rows
                     and not list(fingerprint_changes(header.fingerprint, fingerprint))
-                    and _with_defaults(header) == space.document
+                    and searched_part(_with_defaults(header)) == searched_part(space.document)
                 ):
                     return header.name, True
             taken = self._names()
@@ -157,7 +165,7 @@ class Store:
                 message = "was made by another program in the same database; choose another name"
                 raise InvalidInput("--study", [Problem(name, message)])
             return name, False
-        if differences := list(_differences(_with_defaults(known[name]), space.document)):
+        if differences := list(_differences(searched_part(_with_defaults(known[name])), searched_part(space.document))):
             remedy = "a study keeps its space; choose another --study, or the space that it was made with"
             if [problem.place for problem in differences] == ["seed"]:
                 remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
@@ -195,6 +203,7 @@ class Store:
             "group_size": group_size(trials),
             "placement": rules.to_dict(),
             "fingerprint": fingerprint,
+            "confirmed": 0,
             "created": time.time(),
         }
         storage = self._database.storage(create=True)
@@ -211,9 +220,16 @@ class Store:
         return self.open(name)
 
     def open(
-        self, name: str | None, *, trials: int | None = None, fingerprint: Mapping[str, str] | None = None
+        self,
+        name: str | None,
+        *,
+        trials: int | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+        confirm: Mapping[str, Any] | None = None,
     ) -> Study:
-        """Open a study, by default the newest, with its stored space; store a new total of trials, or fingerprint.
+        """Open a study, by default the newest, with its stored space.
+
+        A total of trials, a fingerprint, or settings of the confirmation replace what is stored.
 
         Raises:
             InvalidInput: There is no such study.
@@ -221,13 +237,15 @@ class Store:
         header = self.header(name)
         storage = self._database.storage()
         with storage_errors(f"opening study {header.name}"):
-            stored = {"trials": header.trials, "fingerprint": header.fingerprint}
+            document = {**header.document, "confirm": confirm} if confirm else header.document
+            stored = {"trials": header.trials, "fingerprint": header.fingerprint, "document": header.document}
             wanted = {"trials": trials or header.trials, "fingerprint": fingerprint or header.fingerprint}
+            wanted["document"] = document
             if wanted != stored:
                 self._database.before_write()
                 optuna_study = optuna.load_study(study_name=header.name, storage=storage)
                 optuna_study.set_user_attr(HEADER, optuna_study.user_attrs[HEADER] | wanted)
-            space = space_from_document(header.document, name=header.space)
+            space = space_from_document(document, name=header.space)
             study = Study(
                 space,
                 name=header.name,
@@ -326,6 +344,11 @@ def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
         return space_from_document(header.document, name=header.space).document
     except InvalidInput:  # of another version, so that it equals no space of this one
         return header.document
+
+
+def searched_part(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document without the settings of the confirmation, on which no trial depends."""
+    return {key: value for key, value in document.items() if key != "confirm"}
 
 
 def fingerprint_changes(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:

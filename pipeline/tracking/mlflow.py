@@ -28,7 +28,7 @@ from pipeline.tracking.mlflow_trials import TrialRuns
 from pipeline.tracking.record import lr_metric, objective_name
 from pipeline.tracking.standings import Standings
 from pipeline.tracking.tracker import StudyInfo, StudySummary, root_cause
-from pipeline.tracking.view import RANK, TAG_PREFIX, WINNER, mlflow_name, saved_view, view_path
+from pipeline.tracking.view import CONFIRMED, RANK, TAG_PREFIX, WINNER, mlflow_name, saved_view, view_path
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
@@ -113,7 +113,8 @@ class MLflowTracker:
     def end(self, trial: EndedTrial) -> None:
         """Log what the run of a trial lacks, and end it."""
         self._trials.end(trial)
-        self._standings.end(trial)
+        if trial.confirms is None:
+            self._standings.end(trial)
 
     def finish(self, summary: StudySummary) -> None:
         """Log ranks, mark the winner, and end the study's run; opening the study again makes it run again."""
@@ -127,6 +128,7 @@ class MLflowTracker:
             self._client.set_tag(self._run_id, "hpo.best_trial", str(best.number))
             self._client.set_tag(self._run_id, "hpo.best_value", repr(best.value))
             self._mark_winner(best.number)
+        self._log_confirmed(summary)
         for path in summary.files:
             self._client.log_artifact(self._run_id, str(path))
         status = "FINISHED" if summary.finished else "KILLED"
@@ -249,6 +251,14 @@ class MLflowTracker:
                 self._client.log_batch(run_id, [metric], synchronous=True)
                 self._standings.ranks[number] = rank
         self._ranked_at = time.monotonic()
+
+    def _log_confirmed(self, summary: StudySummary) -> None:
+        from mlflow.entities import Metric
+
+        for number, mean in summary.confirmed.items():
+            if run_id := self._trials.ended.get(number):
+                metric = Metric(CONFIRMED, mean, milliseconds(summary.ended), self._standings.count)
+                self._client.log_batch(run_id, [metric], synchronous=True)
 
     def _mark_winner(self, number: int) -> None:
         """Mark the run of the winner, and no other."""

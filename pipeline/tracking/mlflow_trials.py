@@ -21,6 +21,7 @@ from pipeline.tracking.record import (
     config_hash,
     ended_tags,
     epoch_points,
+    kind_tags,
     lr_csv,
     objective_points,
     run_name,
@@ -115,7 +116,7 @@ class TrialRuns:
         number, objective = trial.number, self._study.objective
         if number in self._deleted or (number in self.ended and not self._superseded(trial)):
             return
-        begun = BegunTrial(number=number, config=trial.config, started=trial.started)
+        begun = BegunTrial(number=number, config=trial.config, started=trial.started, confirms=trial.confirms)
         training = self._training.setdefault(number, _Training(begun))
         with self._unless_deleted(training):
             training.add(trial.epochs[len(training.epochs) :], at=trial.ended, objective=objective)
@@ -144,7 +145,8 @@ class TrialRuns:
     def _search(self, condition: str = "") -> list[Run]:
         from mlflow.entities import ViewType
 
-        ours = f"tags.`hpo.study_id` = '{self._study.identity}' and tags.`hpo.kind` = 'trial'"
+        ours = f"tags.`hpo.study_id` = '{self._study.identity}'"
+        ours += f" and tags.`hpo.kind` != 'study' and tags.`hpo.kind` != '{SUPERSEDED}'"
         experiment = self._parent.info.experiment_id
         return list(find_runs(self._client, [experiment], ours + condition, view=ViewType.ALL))
 
@@ -248,7 +250,7 @@ class TrialRuns:
             run_name=run_name(trial, batch="batch_size" in self._study.searched),
             tags={
                 "mlflow.parentRunId": self._parent.info.run_id,
-                "hpo.kind": "trial",
+                **kind_tags(trial),
                 "hpo.study": self._study.name,
                 "hpo.study_id": self._study.identity,
                 "hpo.trial": str(trial.number),

@@ -47,7 +47,9 @@ class StudySummary:
     note: str
     """Markdown for people."""
     best: EndedTrial | None = None
-    """The best complete trial."""
+    """The winner: a trial, or a run of the confirmation if a baseline has won."""
+    confirmed: Mapping[int, float] = field(default_factory=dict)
+    """Number of each trial that was confirmed to its mean objective over fresh seeds."""
     ended: float
     """When the search ended; seconds since 1970."""
     files: tuple[Path, ...] = ()
