@@ -14,11 +14,11 @@ from study_results import results_of, space_with, trial
 from tiny import RULES
 
 from pipeline import report
-from pipeline.page.answer import headline, rest_line, score_line
-from pipeline.page.certainty import how_sure
 from pipeline.page.charts import errors_by_rate, slices
 from pipeline.page.confirmed import Comparison, Confirmed, ConfirmedStrategy
 from pipeline.page.findings import at_bound, contenders, mishaps
+from pipeline.page.headline import headline, rest_line, score_line
+from pipeline.page.how_sure import how_sure
 from pipeline.page.metric import MetricAxis
 from pipeline.page.noise import noise_of, wilson
 from pipeline.page.page import build_page
@@ -28,7 +28,7 @@ from pipeline.page.sentence import rate_text, schedule_words, strategy_sentence
 from pipeline.page.timeline import Clock
 from pipeline.space.load import load_space
 from pipeline.space.schedules import make_scheduler
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import EndedTrial, TrialState
 from pipeline.study.importance import importances
 from pipeline.study.store import Store
 
@@ -125,7 +125,7 @@ def test_the_score_says_how_many_samples_are_wrong() -> None:
 
 def test_without_confirmation_it_is_said_that_one_seed_was_tried() -> None:
     words = said(typical())
-    assert "Unconfirmed: one seed. Each trial ran once, and the best of 7 is also the luckiest." in words
+    assert "Unconfirmed. Each trial ran with one seed, and the best of 7 is also the luckiest." in words
     assert "python -m pipeline.confirm --study small-1" in words
     low, high = wilson(0.97, 100)
     assert (round(low, 3), round(high, 3)) == (0.915, 0.990)
@@ -156,7 +156,7 @@ def test_without_a_complete_trial_the_one_that_came_furthest_is_named() -> None:
 def test_one_complete_trial_alone_is_compared_with_nothing() -> None:
     results = results_of(SPACE, [trial(SPACE, 0, rising(0.9), params=ADAMW)], val_samples=100)
     words = said(results)
-    assert "Each trial ran once. This trains the best again:" in words
+    assert "Each trial ran with one seed. This trains the best again with fresh seeds:" in words
     assert "The point: one trial is complete, so nothing says how much its score means." in words
     assert "The optimizer: the complete trial uses AdamW. SGD was never tried." in words
     assert "SGD</b>" in build_page(results)
@@ -254,9 +254,9 @@ def test_a_baseline_that_wins_is_used() -> None:
 
 
 def test_an_unfinished_confirmation_leaves_the_answer_unconfirmed() -> None:
-    assert "Unconfirmed: one seed." in said(typical(confirmed=confirmed_with(complete=False)))
+    assert "Unconfirmed. Each trial" in said(typical(confirmed=confirmed_with(complete=False)))
     why = Confirmed(seeds=(), strategies=(), reason="too few trials")
-    assert "Each trial ran once (too few trials), and" in said(typical(confirmed=why))
+    assert "Unconfirmed: too few trials. Each trial ran" in said(typical(confirmed=why))
 
 
 def axis_of(values: list[list[float]], direction: str, metric: str = "val/score") -> MetricAxis:
@@ -375,9 +375,11 @@ def test_names_of_users_are_escaped_everywhere() -> None:
     )
     trials = [trial(space, n, rising(0.9 - n / 10), params={"lr_ratio.a": 2.0}) for n in range(2)]
     trials.append(trial(space, 2, [0.1], state=TrialState.FAILED, reason=NASTY, environment={NASTY: NASTY}))
-    rates = {n: tuple(with_rates(epoch, "a") for epoch in trials[n].epochs) for n in range(2)}
+    drawn = [with_rates(trials[n], "a") for n in range(2)]
     importance = Importance(shares={NASTY: 1.0}, epoch=8)
-    page = build_page(results_of(space, trials, rates=rates, importance=importance, code=NASTY, options=f" {NASTY}"))
+    page = build_page(
+        results_of(space, trials, with_rates=drawn, importance=importance, code=NASTY, options=f" {NASTY}")
+    )
     assert "<script>alert" not in page
     assert "\x07" not in page
     assert elements_of(page).tags.count("script") == 1
@@ -385,24 +387,27 @@ def test_names_of_users_are_escaped_everywhere() -> None:
         ElementTree.fromstring(svg)
 
 
-def with_rates(epoch: EpochMetrics, group: str) -> EpochMetrics:
-    return dataclasses.replace(epoch, lr={group: ((epoch.step, 0.1 / epoch.epoch),), "b": ((epoch.step, 0.0),)})
+def with_rates(trial: EndedTrial, group: str) -> EndedTrial:
+    """Return a trial whose epochs have rates: falling in one group, 0 in the others."""
+    epochs = tuple(
+        dataclasses.replace(
+            epoch,
+            lr={
+                name: ((epoch.step, 0.1 / epoch.epoch if name == group else 0.0),) for name in trial.config.group_names
+            },
+        )
+        for epoch in trial.epochs
+    )
+    return dataclasses.replace(trial, epochs=epochs)
 
 
 def test_rates_of_groups_are_steps_and_a_frozen_group_has_none() -> None:
-    results = typical()
-    rates = {0: tuple(with_rates(epoch, "head") for epoch in results.trials[0].epochs)}
-    page = build_page(
-        typical(
-            rates={
-                n: tuple(dataclasses.replace(e, lr={**e.lr, "body": e.lr["b"]}) for e in epochs)
-                for n, epochs in rates.items()
-            }
-        )
-    )
-    assert "Learning rate per group" in page
+    trials = typical().trials
+    page = build_page(typical(with_rates=[with_rates(trials[0], "head"), with_rates(trials[1], "head")]))
+    assert "winner, and faintly 1 other of the best" in page
     assert "0.1→1.3e-2" in page
     assert len(re.findall(r'<path class="curve bold c[34]"', page)) == 1
+    assert len(re.findall(r'<path class="curve faint c[34]"', page)) == 1
 
 
 @pytest.mark.parametrize(("count", "limit"), [(50, 200_000), (1_000, 2_000_000)])

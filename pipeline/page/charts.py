@@ -33,8 +33,9 @@ Figure = tuple[str, str]
 
 
 def colour(results: StudyResults, optimizer: str) -> str:
-    """Return the CSS class of an optimizer's colour."""
-    return f"c{results.optimizers.index(optimizer) % COLOURS}"
+    """Return the CSS class of an optimizer's colour; none for that of a baseline, which has the colour of text."""
+    names = results.optimizers
+    return f"c{names.index(optimizer) % COLOURS}" if optimizer in names else ""
 
 
 def optimizer_keys(results: StudyResults) -> list[tuple[str, str]]:
@@ -107,7 +108,7 @@ def importance_bars(importance: Importance) -> tuple[list[tuple[str, str]], list
     return bars, [short_name(name) for name, _ in ordered[len(shown) :]]
 
 
-def confirmed_seeds(results: StudyResults, confirmed: Confirmed, axis: MetricAxis) -> str:
+def confirmed_seeds(results: StudyResults, confirmed: Confirmed) -> str:
     """Return the figure of what was trained again: a point per seed, a bar at each mean."""
     strategies = [strategy for strategy in confirmed.strategies if strategy.values]
     values = [value for strategy in strategies for value in strategy.values.values()]
@@ -124,18 +125,13 @@ def confirmed_seeds(results: StudyResults, confirmed: Confirmed, axis: MetricAxi
         downwards=True,
     )
     for row, strategy in enumerate(strategies):
-        css = colour_of(results, strategy.trial)
+        css = "" if strategy.trial is None else colour(results, strategy.config.optimizer.name)
         plot.dots([(v, row, f"{strategy.label}, seed {seed}: {number(v)}") for seed, v in strategy.values.items()], css)
         if strategy.mean is not None:
             plot.box(
                 plot.px(strategy.mean) - 1.5, plot.py(row) - 9, 3, 18, f"mean {css}", f"mean {number(strategy.mean)}"
             )
     return plot.render()
-
-
-def colour_of(results: StudyResults, trial: int | None) -> str:
-    """Return the colour of a trial's optimizer; of a baseline, that of text."""
-    return "" if trial is None else colour(results, results.trials[trial].config.optimizer.name)
 
 
 def _draw_trials(

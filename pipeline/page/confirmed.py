@@ -58,7 +58,7 @@ class Confirmed:
     test: Mapping[str, float] = field(default_factory=dict)
     """Metric to the winner's score on the test split."""
     reason: str = ""
-    """Why nothing was trained again; empty if something was."""
+    """Why there is no winner; empty if there is one."""
 
     @property
     def winner(self) -> ConfirmedStrategy | None:

@@ -32,14 +32,13 @@ Points = list[tuple[float, float]]
 
 def rate_curves(results: StudyResults) -> str:
     """Return the figure of learning rates per group: the winner's, and faintly those of the next trials."""
-    winner = results.winning_trial
-    curves = {number: _rates(results, results.trials[number]) for number in results.rates}
-    every = [rate for groups in curves.values() for points in groups.values() for _, rate in points if rate > 0]
-    if winner is None or winner.number not in curves or not every:
+    curves = [(trial, _rates(trial)) for trial in results.with_rates]
+    every = [rate for _, groups in curves for points in groups.values() for _, rate in points if rate > 0]
+    if not every:
         return ""
     high = max(every)
     low = max(min(every), high / 10**RATE_DECADES)
-    texts = _labels(results, winner, curves[winner.number])
+    texts = _labels(results, *curves[0])
     plot = Plot(
         x=Linear(low=0, high=results.space.epochs, whole=True),
         y=Log(low=low / 1.3, high=high * 1.3, text=rate_text),
@@ -48,11 +47,13 @@ def rate_curves(results: StudyResults) -> str:
         beside=14 + max((text_width(line) for _, lines, _ in texts for line in lines), default=0),
         size=WIDE,
     )
-    for number, groups in sorted(curves.items(), key=lambda item: item[0] == winner.number):
-        trial = results.trials[number]
-        weight = "bold" if trial is winner else "faint"
+    for trial, groups in reversed(curves):
+        weight = "bold" if trial is curves[0][0] else "faint"
         for name, points in groups.items():
-            css, title = f"curve {weight} {_group_colour(results, trial, name)}", f"#{number} {name}"
+            css, title = (
+                f"curve {weight} {_group_colour(results, trial, name)}",
+                f"{trial.confirms or f'#{trial.number}'} {name}",
+            )
             if trial.config.scheduler.interval == "epoch":
                 plot.steps(points, css, start=0.0, title=title)
             else:
@@ -61,9 +62,9 @@ def rate_curves(results: StudyResults) -> str:
     return plot.render()
 
 
-def _rates(results: StudyResults, trial: EndedTrial) -> dict[str, Points]:
+def _rates(trial: EndedTrial) -> dict[str, Points]:
     """Return group to points (epochs trained, rate), without frozen groups."""
-    epochs = results.rates[trial.number]
+    epochs = trial.epochs
     per_epoch = epochs[0].step if epochs else 1
     curves: dict[str, Points] = {}
     for name in trial.config.group_names:

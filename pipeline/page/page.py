@@ -12,9 +12,9 @@ from typing import Any
 from pipeline.errors import counted
 from pipeline.files.strict_yaml import dumps
 from pipeline.page import charts, curves, timeline
-from pipeline.page.answer import headline, rest_line, score_line
-from pipeline.page.certainty import how_sure
 from pipeline.page.findings import Contender, Kind, compared_epochs, contenders, diverged_from, mishaps
+from pipeline.page.headline import headline, rest_line, score_line
+from pipeline.page.how_sure import how_sure
 from pipeline.page.markup import card, escaped, figures, folded, legend, paragraphs, split, table, unbroken
 from pipeline.page.metric import MetricAxis
 from pipeline.page.noise import Noise, noise_of
@@ -37,7 +37,7 @@ def build_page(results: StudyResults) -> str:
     """Return the report of a study as an HTML document."""
     axis, noise = MetricAxis(results), noise_of(results)
     sections = [
-        _how_sure(results, axis, noise),
+        _how_sure(results, noise),
         _best_of_each(results),
         _by_rate(results, axis, noise),
         _rates(results),
@@ -75,8 +75,8 @@ def _subtitle(results: StudyResults) -> str:
     return " · ".join(filter(None, [*parts, *devices, f"seed {results.space.seed}"]))
 
 
-def _how_sure(results: StudyResults, axis: MetricAxis, noise: Noise | None) -> str:
-    drawn = charts.confirmed_seeds(results, results.confirmed, axis) if results.confirmed is not None else ""
+def _how_sure(results: StudyResults, noise: Noise | None) -> str:
+    drawn = charts.confirmed_seeds(results, results.confirmed) if results.confirmed is not None else ""
     words = paragraphs(how_sure(results, noise))
     return card("How sure?", split(f"<div>{words}</div>", drawn) if drawn else words, wide=bool(drawn))
 
@@ -123,8 +123,8 @@ def _by_rate(results: StudyResults, axis: MetricAxis, noise: Noise | None) -> st
 
 
 def _rates(results: StudyResults) -> str:
-    others = len(results.rates) - 1
-    faint = f"winner, and faintly the next {others}" if others > 1 else "winner"
+    others = len(results.with_rates) - 1
+    faint = f"winner, and faintly {counted(others, 'other')} of the best" if others > 0 else "winner"
     return card("Learning rate per group", curves.rate_curves(results), note=faint)
 
 

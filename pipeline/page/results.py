@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.page.confirmed import Confirmed
 from pipeline.space.config import TrialConfig
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import EndedTrial, TrialState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class StudyResults:
     """Numbers of the trials that were proposed together."""
     val_samples: int | None = None
     """Number of validation samples; None if it is not known."""
-    rates: Mapping[int, tuple[EpochMetrics, ...]] = field(default_factory=dict)
-    """Trial number to epochs with learning rates, of the trials whose rates are drawn."""
+    with_rates: Sequence[EndedTrial] = ()
+    """Trials, or runs, whose epochs have learning rates, the winner first."""
     importance: Importance | None = None
     """None if there are too few trials."""
     confirmed: Confirmed | None = None

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from pipeline.errors import counted
-from pipeline.page.answer import with_spread
 from pipeline.page.confirmed import Comparison, Confirmed
 from pipeline.page.findings import Kind, at_bound, name_of
+from pipeline.page.headline import with_spread
 from pipeline.page.markup import escaped
 from pipeline.page.noise import Noise, gap_text
 from pipeline.page.results import StudyResults
@@ -28,10 +28,10 @@ def how_sure(results: StudyResults, noise: Noise | None) -> list[str]:
 
 def _one_seed(results: StudyResults) -> list[str]:
     why = results.confirmed.reason if results.confirmed is not None else ""
-    because = f" ({escaped(why)})" if why else ""
+    because = f"Unconfirmed: {escaped(why)}." if why else "Unconfirmed."
     luckiest = f", and the best of {len(results.trials)} is also the luckiest" if len(results.trials) > 1 else ""
     command = f"python -m pipeline.confirm --study {escaped(results.name + results.options)}"
-    words = f"<b>Unconfirmed: one seed.</b> Each trial ran once{because}{luckiest}. This trains the best again:"
+    words = f"<b>{because}</b> Each trial ran with one seed{luckiest}. This trains the best again with fresh seeds:"
     return [words, f'<pre class="command">{command}</pre>']
 
 
