@@ -14,6 +14,8 @@ from study_results import results_of, space_with, trial
 from tiny import RULES
 
 from pipeline import report
+from pipeline.app.answer import Answer
+from pipeline.app.report import write_report
 from pipeline.page.charts import errors_by_rate, slices
 from pipeline.page.confirmed import Comparison, Confirmed, ConfirmedStrategy
 from pipeline.page.findings import at_bound, contenders, mishaps
@@ -29,6 +31,8 @@ from pipeline.page.timeline import Clock
 from pipeline.space.load import load_space
 from pipeline.space.schedules import make_scheduler
 from pipeline.space.trial import EndedTrial, TrialState
+from pipeline.space.trial import number as number_text
+from pipeline.study.confirmation import Confirmation
 from pipeline.study.importance import importances
 from pipeline.study.store import Store
 
@@ -238,6 +242,9 @@ def test_what_was_trained_again_is_said_with_its_interval() -> None:
     assert "In the search, on one seed, it had 0.9600: the same." in words
     assert "speak of seeds, not of other data" in words
     assert "Unconfirmed" not in words
+    paired = confirmed_with(comparisons=[Comparison(other="#0", better_by=0.1, low=0.05, high=0.15, paired=True)])
+    words = said(typical(confirmed=paired))
+    assert "Better than #0 by 0.1000 [0.0500, 0.1500], by a paired t interval, since its runs vary otherwise." in words
     noise = noise_of(results)
     assert noise is not None
     assert noise.source == "± 0.0244, from the spread over seeds"
@@ -471,3 +478,45 @@ def test_the_command_writes_the_report_of_a_stored_study(tmp_path: Path, capsys:
     assert load_space(tmp_path / "small.yaml").document == space.document
     assert report.main(["--root", str(tmp_path), "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("scores", "winner"), [({"#0": 0.9, "#1": 0.8}, "Trial #0"), ({"Adam's default": 0.9}, "Adam&#x27;s default")]
+)
+def test_the_report_of_a_confirmed_study_repeats_its_answer(
+    tmp_path: Path, scores: dict[str, float], winner: str
+) -> None:
+    space = space_with(confirm={"share": 1.0, "finalists": 2})
+    store = Store(tmp_path)
+    study = store.create(space, name="small-1", trials=2, rules=RULES)
+    for number in range(2):
+        study.add(trial(space, number, rising(0.9 - number / 10), params={**ADAMW, "step.gamma": 0.5 + number / 10}))
+    confirmation = Confirmation(study)
+    while group := confirmation.next_group():
+        for number, (config, _) in group.items():
+            run = confirmation.marked(trial(space, number, rising(0.5), params=ADAMW, config=config))
+            score = scores.get(run.confirms, 0.3) + config.seed / 100
+            confirmation.add(with_last(run, score), test={"test/accuracy": 0.77})
+    answer = Answer.of(study)
+    write_report(answer, store, path := tmp_path / "report.html")
+    page = path.read_text()
+    store.close()
+    found = answer.confirmation.winner
+    assert found is not None
+    assert found.mean is not None
+    assert f"<b>{number_text(found.mean)} ± {found.std:.4f}</b> over 3 fresh seeds" in page
+    assert f"test/accuracy <b>0.7700</b>. {winner}." in page
+    assert answer.rivals
+    for rival in answer.rivals:
+        difference = answer.difference(rival)
+        assert difference is not None
+        other = html.escape(rival.candidate.label)
+        assert f"{other} by {difference.mean:.4f} [{difference.low:.4f}, {difference.high:.4f}]" in page
+    assert "Learning rate per group" in page
+    assert (f"Use {strategy_sentence(found.candidate.config)}</h1>") in re.sub("</?span[^>]*>", "", page)
+
+
+def with_last(run: EndedTrial, value: float) -> EndedTrial:
+    """Return a run whose last epoch has another accuracy."""
+    last = dataclasses.replace(run.epochs[-1], metrics={**run.epochs[-1].metrics, "val/accuracy": value})
+    return dataclasses.replace(run, epochs=(*run.epochs[:-1], last), value=value)

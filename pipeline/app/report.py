@@ -126,7 +126,13 @@ def _confirmed(answer: Answer, *, planned: int) -> Confirmed:
         seeds=confirmation.seeds,
         strategies=strategies,
         comparisons=[
-            Comparison(other=label, better_by=difference.mean, low=difference.low, high=difference.high)
+            Comparison(
+                other=label,
+                better_by=difference.mean,
+                low=difference.low,
+                high=difference.high,
+                paired=difference.method == "paired",
+            )
             for label, difference in differences
             if difference is not None
         ],

@@ -37,6 +37,8 @@ class Comparison:
     """Lower end of the 95 % interval of the difference."""
     high: float
     """Upper end of the interval."""
+    paired: bool = False
+    """Whether these two strategies alone decide the interval, since runs of others vary otherwise."""
 
     @property
     def distinguishable(self) -> bool:

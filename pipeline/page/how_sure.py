@@ -179,13 +179,14 @@ def _confirmed(results: StudyResults, confirmed: Confirmed) -> Iterator[str]:
 
 
 def _compared(comparison: Comparison) -> str:
-    low, high = _signed(comparison.low), _signed(comparison.high)
+    interval = f"[{_signed(comparison.low)}, {_signed(comparison.high)}]"
+    by_pair = ", by a paired t interval, since its runs vary otherwise" if comparison.paired else ""
     other = escaped(comparison.other)
     if not comparison.distinguishable:
         by = f"better by {_signed(comparison.better_by)}"
-        return f"Not distinguishable from {other}: {by}, and [{low}, {high}] holds zero."
+        return f"Not distinguishable from {other}: {by}, and {interval} holds zero{by_pair}."
     word = "Better" if comparison.better_by > 0 else "Worse"
-    return f"{word} than {other} by {gap_text(abs(comparison.better_by))} [{low}, {high}]."
+    return f"{word} than {other} by {gap_text(abs(comparison.better_by))} {interval}{by_pair}."
 
 
 def _signed(value: float) -> str:
