@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     return start_search(
         space=arguments.space,
         workload=None,
-        overrides=cli.overrides_of(arguments),
+        overrides={**cli.overrides_of(arguments), **(cli.NO_CONFIRMATION if arguments.no_confirm else {})},
         trials=arguments.trials,
         timeout=arguments.timeout,
         study=arguments.study,
@@ -65,6 +65,7 @@ def search(
     device: str = "auto",
     rows: int | None = None,
     changed_code: bool = False,
+    confirm: bool = True,
     quiet: bool = False,
 ) -> SearchResult:
     """Run or continue a search, as the command line does.
@@ -81,6 +82,7 @@ def search(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         rows: At most this many trials in a matrix; None: as many as train fastest.
         changed_code: Go on with a study although the workload's code, data or model has changed.
+        confirm: Confirm the best trials at the end, as the space says; False: do not.
         quiet: Print nothing.
 
     Raises:
@@ -91,7 +93,7 @@ def search(
     return start_search(
         space=space,
         workload=workload,
-        overrides=overrides,
+        overrides=overrides if confirm else {**overrides, **cli.NO_CONFIRMATION},
         trials=trials,
         timeout=timeout,
         study=study,
@@ -118,6 +120,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)
     help = "go on with a study although the code, data or model of its workload has changed"
     parser.add_argument("--changed-code", action="store_true", help=help)
+    help = "do not train the best trials and two baselines again with fresh seeds at the end"
+    parser.add_argument("--no-confirm", action="store_true", help=help)
     cli.add_delete(parser)
     return parser.parse_args(argv)
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pytest
 
 from pipeline.space.config import WORKLOADS
+from pipeline.space.confirm import Confirm
 from pipeline.space.limits import Interval, OrOne, ShareOf
 from pipeline.space.load import build_space, file_form
 from pipeline.space.optimizers import OPTIMIZERS
@@ -35,6 +36,7 @@ TABLES: dict[str, dict[str, type[Any]]] = {
     "param_groups": {"": ParamGroup},
     "no_weight_decay": {"": ParameterRule},
     "sampler": {"": Sampler},
+    "confirm": {"": Confirm},
     "pruner": {"successive_halving": SuccessiveHalving, "median": Median, "none": NoPruner},
 }
 """Section of a file to the classes whose fields are its keys."""

@@ -181,7 +181,7 @@ def test_a_result_shows_itself_as_a_short_table(notebook: Ran) -> None:
     assert [row.split() for row in rows] == [["0", f"{result.best.value:.4f}", "sgd", "1.00e-01", "constant"]]
     many = dataclasses.replace(result, ranking=result.ranking * 9)
     assert len(repr(many).splitlines()) == 2 + 5
-    none = dataclasses.replace(result, ranking=())
+    none = dataclasses.replace(result, ranking=(), best=None)
     assert repr(none) == first
     assert none.best is None
 
@@ -268,7 +268,7 @@ def test_a_training_from_python_refuses_bad_input(given: dict[str, Any], message
 
 
 def test_the_result_of_a_search_without_a_complete_trial_trains_nothing(notebook: Ran) -> None:
-    result = dataclasses.replace(notebook.names["result"], ranking=())
+    result = dataclasses.replace(notebook.names["result"], ranking=(), best=None)
     with pytest.raises(InvalidInput, match=r"study search-1: no trial is complete; give one of `trials`"):
         train(result, notebook.names["mine"])
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import RULES
@@ -25,6 +28,8 @@ from torch.nn import functional as F
 import pipeline.export
 import pipeline.search
 import pipeline.train
+from pipeline.app.answer import Answer
+from pipeline.app.display import spread
 from pipeline.app.prepare import prepare
 from pipeline.errors import InvalidInput, StudyBusy, TrainingEnded
 from pipeline.files import strict_yaml
@@ -42,8 +47,11 @@ from pipeline.workloads.workload import Split
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-# MLflow's own use of SQLAlchemy 2.1.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+# MLflow's own use of SQLAlchemy 2.1 and, while it is imported, of types.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning"),
+]
 
 TRIALS = 12
 """Proposed two at a time."""
@@ -63,6 +71,7 @@ param_groups:
   body: {pattern: "*"}
 sampler: {name: tpe, n_startup_trials: 4}
 pruner: {name: successive_halving, min_resource: 2}
+confirm: {share: 0.6}
 """
 
 
@@ -76,6 +85,15 @@ class Found:
     @property
     def study(self) -> Study:
         return Store(self.root).open(None)
+
+    @property
+    def answer(self) -> Answer:
+        return Answer.of(self.study)
+
+    @property
+    def best(self) -> EndedTrial:
+        assert self.answer.trial is not None
+        return self.answer.trial
 
     @property
     def best_yaml(self) -> Path:
@@ -158,12 +176,12 @@ def test_a_search_ends_every_trial_and_prunes_some(found: Found) -> None:
 
 
 def test_best_yaml_is_the_best_trials_config_and_what_was_found(found: Found) -> None:
-    (best,) = found.study.best()
+    best = found.best
     _, config, noted = load_config(found.best_yaml)
     assert config == best.config
     assert noted["trial"] == best.number
     assert noted["metrics"] == best.metrics
-    assert noted["metrics"]["val/accuracy"] == best.value == max(t.value or 0 for t in found.study.ended)
+    assert noted["metrics"]["val/accuracy"] == best.value
     assert [run["epochs"] for run in noted["environment"]["placement"]] == [2, 1]
     comment = f"# Trial {best.number} of study small-1: val/accuracy {best.value:.4f} after 3 epochs, complete."
     assert found.best_yaml.read_text().startswith(comment)
@@ -186,6 +204,29 @@ def mlflow_runs(root: Path) -> tuple[list[Run], dict[int, Run], Any]:
         return sorted((point.step, point.value) for point in history)
 
     return parents, children, lr_history
+
+
+def test_the_confirmation_that_is_printed_is_the_one_that_mlflow_has(found: Found) -> None:
+    from mlflow import MlflowClient
+
+    client, table = MlflowClient(f"sqlite:///{found.root / 'mlflow.db'}"), found.answer.confirmation.table
+    runs = client.search_runs(["1"], "tags.`hpo.kind` = 'confirmation'")
+    assert len(runs) == len(table) * 3
+    for confirmed in table:
+        label, shown = confirmed.candidate.label, spread(confirmed)
+        mine = [run for run in runs if run.data.tags["hpo.confirms"] == label]
+        values = [run.data.metrics["val/accuracy"] for run in mine]
+        assert sorted(run.data.params["seed"] for run in mine) == ["1", "2", "3"]
+        assert all(run.info.run_name.startswith(f"{label}, seed {run.data.params['seed']}: ") for run in mine)
+        assert shown == f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
+        assert re.search(rf"^{re.escape(label)} +{shown}  ", found.printed, re.MULTILINE)
+    (winner,) = client.search_runs(["1"], "tags.`hpo.winner` = 'yes'")
+    assert winner.data.tags["hpo.trial"] == str(found.best.number)
+    (_, _, noted) = load_config(found.best_yaml)
+    assert noted["confirmed"]["mean"] == table[0].mean == winner.data.metrics["confirmed"]
+    assert list(noted["confirmed"]["values_by_seed"].values()) == list(table[0].values.values())
+    means = [confirmed.mean or 0.0 for confirmed in table]
+    assert means == sorted(means, reverse=True)
 
 
 def pytorch_rates(trial: EndedTrial, group: str) -> list[tuple[int, float]]:
@@ -258,12 +299,58 @@ def test_a_trained_model_loads_and_scores_what_was_printed(
     accuracy = (outputs.argmax(dim=1) == workload.test.targets).double().mean().item()
     assert tested == (f"{loss:.4f}", f"{accuracy:.4f}")
     val_accuracy = (model(workload.val.inputs).argmax(dim=1) == workload.val.targets).double().mean().item()
-    assert val_accuracy == found.study.best()[0].value
+    assert val_accuracy == found.best.value
 
 
 def test_export_prints_the_best_trial_as_best_yaml_has_it(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline.export.main(["--root", str(found.root)]) == 0
     assert capsys.readouterr().out == found.best_yaml.read_text()
+
+
+def test_export_as_json_has_the_content_of_best_yaml_and_is_a_config(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "best.json"
+    assert pipeline.export.main(["--root", str(found.root), "--format", "json", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}   train it: python -m pipeline.train {out}\n"
+    assert json.loads(out.read_text()) == strict_yaml.load(found.best_yaml) == strict_yaml.load(out)
+    assert load_config(out)[1:] == load_config(found.best_yaml)[1:]
+    assert pipeline.export.main([str(out)]) == 0
+    assert capsys.readouterr().out == found.best_yaml.read_text().partition("\n")[2]
+    assert pipeline.export.main([str(found.best_yaml)]) == 0
+    assert capsys.readouterr().out == found.best_yaml.read_text()
+
+
+def test_export_as_python_says_which_trial_it_is(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.export.main(["--root", str(found.root), "--format", "python"]) == 0
+    code = capsys.readouterr().out
+    head, _, body = code.partition("\n# Trained with ")
+    assert head.replace("\n# ", " ") == found.best_yaml.read_text().partition("\n")[0]
+    assert body.startswith(f"torch {torch.__version__} on cpu, seed 0.\n\nimport torch\n")
+    assert repr(load_config(found.best_yaml)[1].optimizer.base_lr) in code
+    assert pipeline.export.main([str(found.best_yaml), "--format", "python"]) == 0
+    assert capsys.readouterr().out == code
+
+
+def test_export_for_mlflow_saves_the_model_of_the_trial_for_any_batch_size(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    out = tmp_path / "model"
+    options = ["--format", "mlflow", "--out", str(out), "--device", "cpu"]
+    assert pipeline.export.main(["--root", str(found.root), *options]) == 0
+    assert "repeated      every metric of the search, to the last bit" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    workload, loaded = digits("mlp"), mlflow.pyfunc.load_model(str(out))
+    assert isinstance(workload.val, Split)
+    images, labels = workload.val.inputs.numpy(), workload.val.targets.numpy()
+    hits = [
+        loaded.predict(images[first:last]).argmax(axis=1) == labels[first:last] for first, last in ((0, 7), (7, 270))
+    ]
+    metrics = load_config(found.best_yaml)[2]["metrics"]
+    assert np.concatenate(hits).mean() == metrics["val/accuracy"]
+    assert loaded.metadata.metadata["metrics"] == metrics
 
 
 def test_an_exported_pruned_trial_trains_again(
@@ -291,7 +378,7 @@ def test_export_refuses_a_trial_that_is_not_there(found: Found) -> None:
 
 
 def test_a_training_that_differs_says_in_what(found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    accuracy = found.study.best()[0].value
+    accuracy = found.best.value
     changed = tmp_path / "changed.yaml"
     changed.write_text(found.best_yaml.read_text().replace(f"val/accuracy: {accuracy!r}", "val/accuracy: 0.5"))
     assert pipeline.train.main([str(changed), "--device", "cpu", "--out", str(tmp_path / "model.pt")]) == 0
@@ -419,7 +506,7 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
 ) -> None:
     root, moved = tmp_path / "root", tmp_path / "moved"
     root.mkdir()
-    options = ["--space", str(write_space(tmp_path)), "--trials", str(TRIALS), "--device", "cpu"]
+    options = ["--space", str(write_space(tmp_path)), "--trials", str(TRIALS), "--device", "cpu", "--no-confirm"]
     command = [sys.executable, "-c", WAITS_BEFORE_ITS_SECOND_GROUP, "--root", str(root), *options]
     pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
@@ -451,11 +538,10 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     assert [run.info.status for run in parents] == ["FINISHED"]
     assert sorted(children) == list(range(TRIALS))
     assert all(run.info.artifact_uri.startswith(moved.as_uri()) for run in children.values())
-    (_, again, noted), (_, before, noted_before) = (
-        load_config(path) for path in (moved / "mlruns/studies/small-1/best.yaml", found.best_yaml)
-    )
-    assert again == before
-    assert noted["metrics"] == noted_before["metrics"]
+    _, config, noted = load_config(moved / "mlruns/studies/small-1/best.yaml")
+    (best,) = found.study.best()
+    assert config == best.config
+    assert noted["metrics"] == best.metrics
 
 
 WAITS_BEFORE_ITS_SECOND_GROUP = """

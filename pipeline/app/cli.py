@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
+NO_CONFIRMATION: Mapping[str, Any] = {"confirm.share": 0.0}
+"""The change to a space that `--no-confirm` makes."""
 MAX_SEED = 2**32 - 1
 MAX_SHOWN = 120
 """Most characters of a bad value that a message shows."""
@@ -113,9 +115,9 @@ def add_delete(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="delete without asking")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser, *, help: str = "") -> None:
     """Add `--device`."""
-    help = "auto, cpu, cuda, cuda:1 or mps (default: auto)"
+    help += "auto, cpu, cuda, cuda:1 or mps (default: auto)"
     parser.add_argument("--device", type=device_name, default="auto", metavar="NAME", help=help)
 
 

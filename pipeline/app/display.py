@@ -16,10 +16,10 @@ from pipeline.errors import counted
 from pipeline.space.config import TrialConfig
 from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.strategy import schedule_line, strategy_words
-from pipeline.space.trial import EndedTrial, TrialState
+from pipeline.space.trial import EndedTrial, TrialState, number
 
 if TYPE_CHECKING:
-    pass
+    from pipeline.study.confirmation import Confirmed
 
 SAY_EVERY_S = 10.0
 """In a pipe, seconds between two lines that say the same."""
@@ -96,14 +96,47 @@ def best_table(ranking: Sequence[EndedTrial], space: SearchSpace) -> Table:
 
 def print_best(console: Console, ranking: Sequence[EndedTrial], space: SearchSpace) -> None:
     """Print the table of the first trials of a ranking; on a terminal that is too narrow, each trial in a few words."""
-    table, width = best_table(ranking, space), console.width if console.is_terminal else TABLE_WIDTH
+    rows = [(f"#{t.number}", score_line(t, space.objective), strategy_line(t.config, space)) for t in ranking[:BEST]]
+    _print_fitting(console, best_table(ranking, space), rows)
+
+
+def print_confirmation(console: Console, ranking: Sequence[Confirmed], space: SearchSpace) -> None:
+    """Print the table of a confirmation; on a terminal that is too narrow, without the seeds."""
+    rows = [(found.candidate.label, spread(found), strategy_line(found.candidate.config, space)) for found in ranking]
+    _print_fitting(console, confirmation_table(ranking, space), rows)
+
+
+def _print_fitting(console: Console, table: Table, narrow: Sequence[Sequence[str]]) -> None:
+    """Print a table; where a terminal is too narrow for it, fewer cells per row, of which the last may be folded."""
+    width = console.width if console.is_terminal else TABLE_WIDTH
     if console.measure(table, options=console.options.update(width=TABLE_WIDTH)).maximum > width:
         table = Table.grid(padding=(0, 2, 0, 0))
-        for column in ("#", space.objective.metric, "strategy"):
-            table.add_column(column, no_wrap=column != "strategy")
-        for trial in ranking[:BEST]:
-            table.add_row(f"#{trial.number}", score_line(trial, space.objective), strategy_line(trial.config, space))
+        for column in range(len(narrow[0])):
+            table.add_column(no_wrap=column < len(narrow[0]) - 1)
+        for row in narrow:
+            table.add_row(*row)
     console.print(table, width=width, crop=False)
+
+
+def confirmation_table(ranking: Sequence[Confirmed], space: SearchSpace) -> Table:
+    """Return a table of the candidates of a confirmation: mean and standard deviation over seeds, and each seed."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 1), header_style="bold")
+    seeds = sorted({seed for found in ranking for seed in found.runs})
+    for head in ("confirmed", f"{space.objective.metric}", *(f"seed {seed}" for seed in seeds), "strategy"):
+        table.add_column(head, no_wrap=True)
+    for found in ranking:
+        runs = found.runs
+        cells = [(runs[seed].score or runs[seed].state.value) if seed in runs else "" for seed in seeds]
+        table.add_row(found.candidate.label, spread(found), *cells, strategy_line(found.candidate.config, space))
+    return table
+
+
+def spread(confirmed: Confirmed) -> str:
+    """Return mean and standard deviation over seeds; empty unless the run of every seed is complete."""
+    if confirmed.mean is None or confirmed.std is None:
+        return ""
+    mean = number(confirmed.mean)
+    return f"{mean} ± {number(confirmed.std) if 'e' in mean else f'{confirmed.std:.4f}'}"
 
 
 def _cells(trial: EndedTrial, space: SearchSpace) -> dict[str, str]:
@@ -136,7 +169,7 @@ def failure_line(trials: Sequence[EndedTrial]) -> str:
     return f"trial {failed[0].number} failed: {reason[:MAX_REASON]}{count}"
 
 
-def counts_line(counts: Mapping[TrialState, int]) -> str:
+def counts_of_states(counts: Mapping[TrialState, int]) -> str:
     """Return how many trials ended in which state: `complete 11 · pruned 39`."""
     return " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
 

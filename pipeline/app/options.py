@@ -83,6 +83,8 @@ class SearchOptions:
     rows: int | None
     changed_code: bool
     """Whether a study goes on although its code, data or model has changed."""
+    confirming: bool = False
+    """Whether only the confirmation runs, and no trial."""
     from_python: bool
     """Whether the search was called from Python, so that messages name calls in place of commands."""
     workload_name: str | None
@@ -96,9 +98,9 @@ class SearchOptions:
         """Return the command, or the call, that continues the search after a stop; it names the user's code again."""
         if self.from_python:
             return _call(
-                "search",
+                "confirm" if self.confirming else "search",
                 study=repr(study),
-                trials=repr(self.trials),
+                trials=None if self.confirming else repr(self.trials),
                 **self._code_from_python(),
                 root=None if self.root == Path() else repr(str(self.root)),
                 device=None if self.device == "auto" else repr(self.device),
@@ -107,6 +109,8 @@ class SearchOptions:
         root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
+        if self.confirming:
+            return f"python -m pipeline.confirm --study {study}{self._code()}{root}{device}"
         return f"python -m pipeline.search --study {study} --trials {self.trials}{self._code()}{root}{device}{rows}"
 
     def _code_from_python(self) -> dict[str, str | None]:
@@ -185,6 +189,7 @@ def read_search(
     overrides: Overrides,
     changed_code: bool,
     from_python: bool,
+    confirming: bool = False,
     **options: Any,
 ) -> SearchOptions:
     """Read the options of a search; `pipeline.search.search` describes each argument.
@@ -217,6 +222,7 @@ def read_search(
         folder=folder,
         changed_code=changed_code,
         from_python=from_python,
+        confirming=confirming,
         workload_name=None if made is None else _name_of(workload),
         file=found.file,
         overrides=changes if made is None else overrides,

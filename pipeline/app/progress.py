@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.app.curves import Curve, curve, curves_table
-from pipeline.app.display import counts_line, duration, in_notebook, strategy_line
+from pipeline.app.display import counts_of_states, duration, in_notebook, strategy_line
 from pipeline.app.time_left import TimeLeft
 from pipeline.files.signals import Interrupts
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
@@ -149,7 +149,7 @@ class Progress:
             doing = f"running {len(running)}, epoch {min(len(running[0].epochs) + 1, epochs)} of {epochs}"
         elif self._is_shown and self._display is not None and self._counts.total() < self._trials:
             doing = f"choosing the {'next' if self._counts else 'first'} trials"
-        return " · ".join(filter(None, (counts_line(self._counts), doing)))
+        return " · ".join(filter(None, (counts_of_states(self._counts), doing)))
 
     def _best(self) -> list[Text | Table]:
         """Return the curves of the best trials, complete or running, below an empty line."""

@@ -6,13 +6,17 @@ import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from pipeline.app.display import TABLE_WIDTH, best_table, counts_line
+from pipeline.app.display import TABLE_WIDTH, best_table, confirmation_table, counts_of_states
 from pipeline.errors import counted
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial
+
+if TYPE_CHECKING:
+    from pipeline.study.confirmation import Confirmed
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -26,22 +30,25 @@ class SearchResult:
     """Every ended trial, in number order."""
     ranking: tuple[EndedTrial, ...]
     """Every complete trial, best first."""
+    best: EndedTrial | None
+    """The winner: of the confirmation, or else the first of `ranking`; None if no trial is complete."""
+    confirmed: tuple[Confirmed, ...]
+    """The candidates of the confirmation, best first; empty unless it is complete."""
     config_file: Path | None
-    """`best.yaml`, the config of the best trial."""
+    """`best.yaml`, the config of the winner."""
     exit_status: int
     """Exit status of the command line: 0 if every trial has ended, at least one is complete, and MLflow has all."""
 
-    @property
-    def best(self) -> EndedTrial | None:
-        """The best complete trial."""
-        return self.ranking[0] if self.ranking else None
-
     def __repr__(self) -> str:
-        counts = counts_line(Counter(trial.state for trial in self.trials))
+        counts = counts_of_states(Counter(trial.state for trial in self.trials))
         lines = [f"study {self.study}: {counted(len(self.trials), 'trial')}{f', {counts}' if counts else ''}"]
         if self.ranking:
             text = Console(file=io.StringIO(), width=TABLE_WIDTH, force_terminal=False, force_jupyter=False)
             with text.capture() as table:
                 text.print(best_table(self.ranking, self.space), crop=False)
             lines += map(str.rstrip, table.get().splitlines())
+        if self.confirmed:
+            with text.capture() as table:
+                text.print(confirmation_table(self.confirmed, self.space), crop=False)
+            lines += ["", *map(str.rstrip, table.get().splitlines())]
         return "\n".join(lines)

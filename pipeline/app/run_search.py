@@ -7,20 +7,20 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.app import cli
-from pipeline.app.best_yaml import config_file
+from pipeline.app.answer import Answer
 from pipeline.app.device import environment
-from pipeline.app.display import busy, failure_line, print_best, say, score_line, strategy_line, waiting_line
+from pipeline.app.display import busy, say, waiting_line
+from pipeline.app.finish import best_file, finish
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.progress import Progress
 from pipeline.app.result import SearchResult
+from pipeline.app.run_confirmation import announcement, run_confirmation
 from pipeline.errors import DataError, DeviceError, StorageError, counted, nearest, printable
-from pipeline.files.atomic import write_atomic
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
@@ -28,11 +28,12 @@ from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.confirmation import Confirmation
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.tracking.process import TrackerProcess
-from pipeline.tracking.tracker import StudyInfo, StudySummary
+from pipeline.tracking.tracker import StoredTrial, StudyInfo, StudySummary
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
@@ -77,7 +78,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             # Another search may have begun the study meanwhile.
             _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
             if exists:
-                study = store.open(name, trials=trials, fingerprint=trained)
+                confirm = space.document["confirm"]
+                study = store.open(name, trials=trials, fingerprint=trained, confirm=confirm)
             else:
                 study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
         with busy(console, "trying how many trials of this model train at once"):
@@ -88,15 +90,26 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         if options.timeout is not None:
             limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
             say(console, limit)
-        with _tracked(study, executor, tracker, console), _stopped_by_errors(tracker, resume):
+        if len(study.ended) < trials and not options.confirming and (said := announcement(space, trials=trials)):
+            say(console, said)
+        before = {trial.number: trial for trial in [*study.ended, *Confirmation(study).runs]}
+        with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
-            _run(study, trials, executor, checkpoints, tracker, interrupts, console)
-            _finish(study, store, tracker, console, options)
-            if len(study.ended) < trials:
+            if not options.confirming:
+                _run(study, trials, before, executor, checkpoints, tracker, interrupts, console)
+            done = options.confirming or len(study.ended) >= trials
+            if done:
+                runs = Checkpoints(store.folder(name) / "checkpoints" / "confirmation", warn=cli.warn)
+                done = _confirm(study, executor, runs, tracker, interrupts, console)
+            with busy(console, "asking MLflow which trials it lacks"):
+                _tell_untold(before, executor, tracker, wait=True)
+            answer = Answer.of(study)
+            finish(answer, store, tracker, console, options, done=done)
+            if not done:
                 console.print(f"{interrupts.reason}; go on with: {resume}", soft_wrap=True)
     ranking = tuple(study.best(len(study.ended)))
     status = 0 if ranking else 1
-    if len(study.ended) < trials:
+    if not done:
         status = interrupts.exit_status
     if tracker.incomplete:
         status = status or 1
@@ -105,30 +118,40 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         space=study.space,
         trials=tuple(study.ended),
         ranking=ranking,
-        config_file=_best_file(study, store) if ranking else None,
+        best=answer.trial,
+        confirmed=tuple(answer.confirmation.table) if answer.confirmation.complete else (),
+        config_file=best_file(store, study.name) if ranking else None,
         exit_status=status,
     )
+
+
+def _tell_untold(
+    before: Mapping[int, EndedTrial], executor: LocalExecutor, tracker: TrackerProcess, *, wait: bool = False
+) -> None:
+    """Tell MLflow of the trials that ended before and that it lacks, once it has said which, or after waiting."""
+    for number in tracker.untold(wait=wait):
+        trial = before[number]
+        epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
+        tracker.end(dataclasses.replace(trial, epochs=epochs))
 
 
 def _run(
     study: Study,
     trials: int,
+    before: Mapping[int, EndedTrial],
     executor: LocalExecutor,
     checkpoints: Checkpoints,
     tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
 ) -> None:
-    """Train group after group until `trials` trials have ended."""
-    for trial in study.ended:  # MLflow may lack some; trials that MLflow has are skipped
-        epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
-        tracker.end(dataclasses.replace(trial, epochs=epochs))
-
+    """Train group after group until `trials` trials have ended; tell MLflow of those before that it lacks."""
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
 
         def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
             progress.epoch(metrics)
             tracker.epoch(metrics)
+            _tell_untold(before, executor, tracker)
 
         def on_begin(trial: BegunTrial) -> None:
             progress.begin(trial)
@@ -158,8 +181,33 @@ def _run(
     forget_ended(checkpoints, study)
 
 
+def _confirm(
+    study: Study,
+    executor: LocalExecutor,
+    checkpoints: Checkpoints,
+    tracker: TrackerProcess,
+    interrupts: Interrupts,
+    console: Console,
+) -> bool:
+    """Confirm a finished search, if its space asks for it; return whether nothing is left to do."""
+    confirmation = Confirmation(study)
+    if confirmation.candidates:
+        run_confirmation(confirmation, executor, checkpoints, tracker, interrupts, console)
+        if not confirmation.complete:
+            return False
+    if study.space.confirm.share:
+        study.confirmed()
+    return True
+
+
 @contextlib.contextmanager
-def _tracked(study: Study, executor: LocalExecutor, tracker: TrackerProcess, console: Console) -> Iterator[None]:
+def _tracked(
+    study: Study,
+    before: Mapping[int, EndedTrial],
+    executor: LocalExecutor,
+    tracker: TrackerProcess,
+    console: Console,
+) -> Iterator[None]:
     """Have MLflow record a study; a failure of MLflow is a warning, and in the end the exit status."""
     space = study.space
     charted = {name.partition(".")[0]: name for name in space.example().group_names}  # the last of a group's layers
@@ -175,6 +223,7 @@ def _tracked(study: Study, executor: LocalExecutor, tracker: TrackerProcess, con
         seed=space.seed,
         started=study.ended[0].started if study.ended else time.time(),
         environment=environment(executor),
+        ended=tuple(map(StoredTrial.of, before.values())),
     )
     tracker.open(info)
     try:
@@ -200,59 +249,6 @@ def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
         raise
 
 
-def _finish(study: Study, store: Store, tracker: TrackerProcess, console: Console, options: SearchOptions) -> None:
-    """Write best.yaml, finish MLflow's record, and print the best trials and where to find them."""
-    best = study.best()
-    path = _best_file(study, store)
-    if not best:
-        count = len(study.ended)
-        those = "the one that has ended" if count == 1 else f"each of the {count} that have ended"
-        ended = f"{those} was pruned, diverged or failed"
-        say(console, f"no trial is complete: {ended if study.ended else 'none has ended yet'}")
-        for trial in study.ended[-3:]:
-            say(console, f"  trial {trial.number} {trial.state}: {trial.reason}")
-        note = "No trial is complete."
-    else:
-        console.print()
-        print_best(console, study.best(len(study.ended)), study.space)
-        console.print()
-        objective = study.space.objective
-        note = f"Best of {counted(len(study.ended), 'trial')}: #{best[0].number}, {objective.metric} "
-        note += f"{score_line(best[0], objective)}, {strategy_line(best[0].config, study.space)}. "
-        note += f"Train it again: `{options.train_again(Path('best.yaml'))}`."
-        if other := _optunas_best(study):
-            line = (
-                f"Optuna's best trial is #{other}, which has the same value: Optuna takes the first, this search the "
-            )
-            line += "lowest validation loss"
-            say(console, line)
-            note += f" {line}."
-    if failure := failure_line(study.ended):
-        say(console, failure)
-    if best:
-        try:
-            write_atomic(path, config_file(study, best[0]))
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
-        shown = options.root / path.relative_to(options.folder)
-        say(console, "best config", str(shown), f"train it again: {options.train_again(shown)}", command=True)
-    winner, files = (best[0], (path,)) if best else (None, ())
-    finished = len(study.ended) >= options.trials
-    tracker.finish(StudySummary(finished=finished, note=note, best=winner, ended=time.time(), files=files))
-    if best:
-        with busy(console, "MLflow opens"):
-            links = tracker.links()
-        for link in links:
-            say(console, "compare    ", *link.split("   "), command=True)
-
-
-def _optunas_best(study: Study) -> int | None:
-    """Return the number of Optuna's best trial, the first of equal value, if the winner is another."""
-    (best, *_) = study.best()
-    first = min(trial.number for trial in study.best(len(study.ended)) if trial.value == best.value)
-    return first if first != best.number else None
-
-
 def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> tuple[str, str]:
     space, trials, size = study.space, options.trials, min(study.group_size, options.trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
@@ -260,7 +256,7 @@ def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> 
     name = printable(executor.workload.name)
     what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
-    if len(study.ended) >= trials:
+    if len(study.ended) >= trials and not options.confirming:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
         resumed = f": {those} ended; ask for more with {'trials=' if options.from_python else '--trials'}"
     return what, f"study {study.name}, seed {space.seed}{resumed}"
@@ -278,7 +274,3 @@ def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
     alone = [name for name in space.optimizers if not has_rule(optimizer_class(name))]
     alone += filter(is_own, space.schedulers)
     return words + (f", those of {' and '.join(alone)} each alone" if alone else "")
-
-
-def _best_file(study: Study, store: Store) -> Path:
-    return store.folder(study.name) / "best.yaml"

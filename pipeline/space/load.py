@@ -24,6 +24,7 @@ from pipeline.space.config import (
     Settings,
     TrialConfig,
 )
+from pipeline.space.confirm import Confirm
 from pipeline.space.distributions import as_stored, contains, describe, extremes, is_searched, label
 from pipeline.space.file_format import (
     FORM,
@@ -246,6 +247,7 @@ def file_form() -> type[BaseModel]:
         ),
         "sampler": (form_of(Sampler, searchable=False), defaults),
         "pruner": (named_union(*PRUNERS.values()), no_pruner),
+        "confirm": (form_of(Confirm, searchable=False), defaults),
         "enqueue": (list[dict[str, Any]], Field(default=[], description="Configs to try first, in a file's words.")),
     }
     return create_model("SearchSpace", __config__=FORM, **fields)
@@ -281,6 +283,7 @@ def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[Searc
         no_weight_decay=tuple(ParameterRule(**dict(rule)) for rule in values.no_weight_decay or ()),
         sampler=Sampler(**dict(values.sampler)),
         pruner=PRUNERS[values.pruner.name](**dict(values.pruner)),
+        confirm=Confirm(**dict(values.confirm)),
         enqueue=(),
         document=document,
     )

@@ -6,11 +6,13 @@ A config is a space of one point, so `load_config` reads it by the same rules.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pipeline.space.config import SEARCHABLE_SETTINGS, TrialConfig, WorkloadChoice
+from pipeline.space.confirm import Confirm
 from pipeline.space.distributions import Choices, Suggests, extremes, is_searched, suggest
 from pipeline.space.limits import Interval
 from pipeline.space.optimizers import make_optimizer
@@ -21,6 +23,8 @@ from pipeline.space.schedules import make_scheduler, scheduler_class
 from pipeline.space.shares import resolve_floors, resolve_lengths
 from pipeline.space.trial import EndedTrial, EpochMetrics
 
+LATE_EPOCHS, LATE_SHARE = 3, 0.15
+"""Most epochs, and share of a trial's epochs, whose mean score chooses the finalists of the confirmation."""
 Domains = Mapping[str, Any]
 """Hyperparameter name to a value or to a distribution, `Choices` or `Range`, that a search draws from."""
 
@@ -50,6 +54,17 @@ class Objective:
     def score(self, epochs: Sequence[EpochMetrics]) -> Score:
         """Return the score of a trial with these epochs, by which trials are ranked."""
         return self._score_after(self.deciding(epochs))
+
+    def late_score(self, epochs: Sequence[EpochMetrics]) -> Score:
+        """Return the mean score of the last epochs, which depends less on luck than that of the last.
+
+        These are 15 % of the epochs, at most three. If the best epoch decides, return the score.
+        """
+        if self.of == "best":
+            return self.score(epochs)
+        count = min(LATE_EPOCHS, math.ceil(LATE_SHARE * len(epochs)))
+        values, losses = zip(*map(self._score_after, self.measured(epochs)[-count:]), strict=True)
+        return statistics.fmean(values), statistics.fmean(losses)
 
     def order(self, trial: EndedTrial) -> tuple[Score, int]:
         """Return what sorts complete trials, best first: value, then validation loss, then number."""
@@ -90,6 +105,7 @@ class SearchSpace:
     """Parameters that any of the rules takes have no weight decay, in every group."""
     sampler: Sampler
     pruner: Pruner
+    confirm: Confirm
     enqueue: tuple[Mapping[str, Any], ...]
     """Configs to try first, as values by parameter name; parameters without a value are sampled."""
     document: Mapping[str, Any]

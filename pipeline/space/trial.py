@@ -64,6 +64,8 @@ class BegunTrial:
     """Seconds since 1970; of a trial that goes on, when it first began."""
     epochs: tuple[EpochMetrics, ...] = field(default=(), repr=False)
     """Results of the epochs before the checkpoint; empty for a trial that trains from its beginning."""
+    confirms: str | None = None
+    """What a run of the confirmation confirms, such as `#33`; None for a trial of the search."""
 
 
 def number(value: float) -> str:
@@ -95,6 +97,8 @@ class EndedTrial:
     """Seconds since 1970."""
     environment: Mapping[str, Any] = field(repr=False)
     """Everything but the config that the numbers may depend on: placement, device, machine, versions."""
+    confirms: str | None = field(default=None, repr=False)
+    """What a run of the confirmation confirms, such as `#33`; None for a trial of the search."""
 
     @property
     def score(self) -> str:

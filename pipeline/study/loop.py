@@ -5,23 +5,54 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.placement import PlacementRules
+from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import STATES, Checkpoints
 from pipeline.study.group_state import GroupState, Proposals
-from pipeline.study.study import Study
 from pipeline.training.contract import GroupLost, TrialGroup
+
+
+class GroupOwner(Protocol):
+    """Whose trials a group trains, and who stores them: a study, or its confirmation."""
+
+    @property
+    def identity(self) -> str:
+        """What differs between two owners whose trials have the same numbers."""
+        ...
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space."""
+        ...
+
+    @property
+    def rules(self) -> PlacementRules:
+        """The rules of placement that are stored."""
+        ...
+
+    def keep_rules(self, rules: PlacementRules) -> None:
+        """Store the placement rules if they have changed."""
+        ...
+
+    def stored(self, number: int) -> EndedTrial | None:
+        """Return a trial that has ended and is stored; None if it is not."""
+        ...
+
+    def stops(self, epoch: int, running: Mapping[int, Sequence[EpochMetrics]]) -> set[int]:
+        """Return which running trials of a group stop after an epoch."""
+        ...
 
 
 def run_group(
     group: TrialGroup,
     proposals: Proposals,
-    study: Study,
+    study: GroupOwner,
     *,
     checkpoints: Checkpoints,
     environment: Mapping[str, Any],
@@ -39,7 +70,7 @@ def run_group(
     Args:
         group: All trials of the group, untrained.
         proposals: From `study.next_group`.
-        study: Gives the verdicts.
+        study: Gives the verdicts, and knows which trials are stored.
         checkpoints: Saves a checkpoint when one is due, and on an interruption.
         environment: Recorded with each trial: device, machine, versions.
         on_epoch: Takes the metrics of each epoch.
@@ -53,7 +84,7 @@ def run_group(
         InvalidInput: The checkpoint belongs to these trials, but does not fit their model.
         StorageError: A checkpoint cannot be written.
     """
-    ended = {number: study.ended[number] for number in proposals if number < len(study.ended)}
+    ended = {number: trial for number in proposals if (trial := study.stored(number)) is not None}
     study.keep_rules(rules())
     state = GroupState(
         proposals,
@@ -86,13 +117,13 @@ def run_group(
             break
     if not state.running:
         checkpoints.clear()
-        checkpoints.forget_unused(before=_name(len(study.ended)))
+        checkpoints.forget_unused(before=_name(max(proposals) + 1))
 
 
-def forget_ended(checkpoints: Checkpoints, study: Study) -> None:
+def forget_ended(checkpoints: Checkpoints, study: GroupOwner) -> None:
     """Remove checkpoints of a group whose trials are all stored; a crash may have left such checkpoints."""
     for _, content in checkpoints.load():
-        if content["last"] < len(study.ended):
+        if study.stored(content["last"]) is not None:
             checkpoints.clear()
             return
 
@@ -180,7 +211,7 @@ def _does_not_fit(path: Path, error: Exception) -> InvalidInput:
 
 
 def _outcomes(
-    results: Mapping[int, EpochMetrics], state: GroupState, study: Study
+    results: Mapping[int, EpochMetrics], state: GroupState, study: GroupOwner
 ) -> dict[int, tuple[TrialState, str | None]]:
     """Return the state and the reason of each trial that ends with this epoch."""
     outcomes: dict[int, tuple[TrialState, str | None]] = {}

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.study import StudySummary
 
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, counted, did_you_mean
 from pipeline.files.atomic import sweep
@@ -24,7 +23,7 @@ from pipeline.files.locks import LOCK, is_study_name, lock, refuse_links, study_
 from pipeline.space.load import space_from_document
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
-from pipeline.study.database import Database
+from pipeline.study.database import Database, garbage_kept
 from pipeline.study.study import HEADER, Study, group_size, storage_errors
 
 FORMAT = 3
@@ -37,6 +36,7 @@ HEADER_TYPES = {
     "placement": Mapping,
     "created": float,
     "fingerprint": Mapping | None,
+    "confirmed": int | None,
 }
 """Stored field of a `StudyHeader` to its types."""
 
@@ -58,6 +58,8 @@ class StudyHeader:
     """`PlacementRules` as plain values."""
     fingerprint: Mapping[str, str] | None
     """Part of the workload, such as its code, to a text that changes with it; None in studies of earlier versions."""
+    confirmed: int | None
+    """Number of trials after which the confirmation was complete; None in studies of earlier versions."""
     ended: int
     """Number of stored trials."""
     created: float
@@ -67,6 +69,11 @@ class StudyHeader:
     def identity(self) -> str:
         """Identity of the study; a study of the same name in a new database has another identity."""
         return f"{self.created:.6f}"
+
+    def lacks(self, trials: int, space: SearchSpace) -> bool:
+        """Return whether the study lacks trials of a total, or the confirmation that a space asks for."""
+        unconfirmed = space.confirm.share > 0 and self.confirmed not in (None, self.ended)
+        return self.ended < trials or unconfirmed
 
 
 class Store:
@@ -98,23 +105,23 @@ class Store:
             InvalidInput: The database cannot be read, or holds a study of another format.
         """
         headers = []
-        summaries = self._summaries()
-        ended = self._database.count_trials() if summaries else {}
-        for summary in summaries:
-            header = summary.user_attrs.get(HEADER)
-            if not isinstance(header, Mapping) or not is_study_name(summary.study_name):
+        studies = self._studies()
+        ended = self._database.count_trials() if studies else {}
+        for name, attrs in studies.items():
+            header = attrs.get(HEADER)
+            if not isinstance(header, Mapping) or not is_study_name(name):
                 continue  # another program's study, or an abandoned one
             if header.get("format") != FORMAT:
                 message = (
                     f"is of format {header.get('format')}, and this version reads format {FORMAT}; use another --root"
                 )
-                raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
+                raise InvalidInput(str(self.database), [Problem(name, message)])
             values: dict[str, Any] = {key: header.get(key) for key in HEADER_TYPES}
             if wrong := [key for key, types in HEADER_TYPES.items() if not isinstance(values[key], types)]:
                 remedy = "restore it, or remove the study with Optuna's command line: optuna delete-study"
                 message = f"another program changed its {wrong[0]}, got {values[wrong[0]]!r}; {remedy}"
-                raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
-            headers.append(StudyHeader(name=summary.study_name, ended=ended.get(summary.study_name, 0), **values))
+                raise InvalidInput(str(self.database), [Problem(name, message)])
+            headers.append(StudyHeader(name=name, ended=ended.get(name, 0), **values))
         return sorted(headers, key=lambda header: header.created)
 
     def choose(
@@ -144,10 +151,10 @@ class Store:
                 same_rows = rows in (None, header.placement["rows"])
                 if (
                     header.trials == trials
-                    and header.ended < trials
+                    and header.lacks(trials, space)
                     and same_rows
                     and not list(fingerprint_changes(header.fingerprint, fingerprint))
-                    and _with_defaults(header) == space.document
+                    and searched_part(_with_defaults(header)) == searched_part(space.document)
                 ):
                     return header.name, True
             taken = self._names()
@@ -157,7 +164,7 @@ class Store:
                 message = "was made by another program in the same database; choose another name"
                 raise InvalidInput("--study", [Problem(name, message)])
             return name, False
-        if differences := list(_differences(_with_defaults(known[name]), space.document)):
+        if differences := list(_differences(searched_part(_with_defaults(known[name])), searched_part(space.document))):
             remedy = "a study keeps its space; choose another --study, or the space that it was made with"
             if [problem.place for problem in differences] == ["seed"]:
                 remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
@@ -195,12 +202,13 @@ class Store:
             "group_size": group_size(trials),
             "placement": rules.to_dict(),
             "fingerprint": fingerprint,
+            "confirmed": 0,
             "created": time.time(),
         }
         storage = self._database.storage(create=True)
         self._database.before_write()
         with storage_errors(f"creating study {name}"):
-            if any(s.study_name == name and self._is_abandoned(s) for s in self._summaries()):
+            if self._is_abandoned(name, self._studies().get(name)):
                 optuna.delete_study(study_name=name, storage=storage)
             direction = space.objective.direction
             study = optuna.create_study(storage=storage, study_name=name, direction=direction)
@@ -211,23 +219,32 @@ class Store:
         return self.open(name)
 
     def open(
-        self, name: str | None, *, trials: int | None = None, fingerprint: Mapping[str, str] | None = None
+        self,
+        name: str | None,
+        *,
+        trials: int | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+        confirm: Mapping[str, Any] | None = None,
     ) -> Study:
-        """Open a study, by default the newest, with its stored space; store a new total of trials, or fingerprint.
+        """Open a study, by default the newest, with its stored space.
+
+        A total of trials, a fingerprint, or settings of the confirmation replace what is stored.
 
         Raises:
             InvalidInput: There is no such study.
         """
         header = self.header(name)
         storage = self._database.storage()
-        with storage_errors(f"opening study {header.name}"):
-            stored = {"trials": header.trials, "fingerprint": header.fingerprint}
+        with storage_errors(f"opening study {header.name}"), garbage_kept():
+            document = {**header.document, "confirm": confirm} if confirm else header.document
+            stored = {"trials": header.trials, "fingerprint": header.fingerprint, "document": header.document}
             wanted = {"trials": trials or header.trials, "fingerprint": fingerprint or header.fingerprint}
+            wanted["document"] = document
             if wanted != stored:
                 self._database.before_write()
                 optuna_study = optuna.load_study(study_name=header.name, storage=storage)
                 optuna_study.set_user_attr(HEADER, optuna_study.user_attrs[HEADER] | wanted)
-            space = space_from_document(header.document, name=header.space)
+            space = space_from_document(document, name=header.space)
             study = Study(
                 space,
                 name=header.name,
@@ -306,18 +323,18 @@ class Store:
 
     def _names(self) -> set[str]:
         """Return the study names in use in the database, including other programs' studies."""
-        return {summary.study_name for summary in self._summaries() if not self._is_abandoned(summary)}
+        return {name for name, attrs in self._studies().items() if not self._is_abandoned(name, attrs)}
 
-    def _is_abandoned(self, study: StudySummary) -> bool:
+    def _is_abandoned(self, name: str, attrs: Mapping[str, Any] | None) -> bool:
         """Return whether a search created a study and was killed before it stored the header.
 
         The folder of such a study exists, since a search takes the lock before it creates the study.
         """
-        bare = HEADER not in study.user_attrs and study.n_trials == 0 and is_study_name(study.study_name)
-        return bare and self.folder(study.study_name).exists()
+        bare = attrs is not None and HEADER not in attrs and is_study_name(name) and self._database.is_empty(name)
+        return bare and self.folder(name).exists()
 
-    def _summaries(self) -> list[StudySummary]:
-        return self._database.summaries() if self.database.exists() else []
+    def _studies(self) -> dict[str, Mapping[str, Any]]:
+        return self._database.studies() if self.database.exists() else {}
 
 
 def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
@@ -326,6 +343,11 @@ def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
         return space_from_document(header.document, name=header.space).document
     except InvalidInput:  # of another version, so that it equals no space of this one
         return header.document
+
+
+def searched_part(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document without the settings of the confirmation, on which no trial depends."""
+    return {key: value for key, value in document.items() if key != "confirm"}
 
 
 def fingerprint_changes(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> Iterator[tuple[str, str]]:

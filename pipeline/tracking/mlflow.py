@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,8 @@ from pipeline.tracking.mlflow_store import (
 from pipeline.tracking.mlflow_trials import TrialRuns
 from pipeline.tracking.record import lr_metric, objective_name
 from pipeline.tracking.standings import Standings
-from pipeline.tracking.tracker import StudyInfo, StudySummary, root_cause
-from pipeline.tracking.view import RANK, TAG_PREFIX, WINNER, mlflow_name, saved_view, view_path
+from pipeline.tracking.tracker import StoredTrial, StudyInfo, StudySummary, root_cause
+from pipeline.tracking.view import CONFIRMED, RANK, TAG_PREFIX, WINNER, mlflow_name, saved_view, view_path
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
@@ -82,7 +82,9 @@ class MLflowTracker:
         refuse_outside(self._root.absolute(), location, self._run.info.artifact_uri)
         self._trials = TrialRuns(self._client, study, self._run, root=self._root.absolute())
         self._client.log_text(self._run_id, study.space, "space.yaml")
-        self._standings = Standings(study.objective, ranks=self._trials.metric(RANK))
+        self._standings = Standings(ranks=self._trials.metric(RANK))
+        for trial in study.ended:
+            self._standings.end(trial)
         self._winners = self._trials.tagged(WINNER)
         points = self._client.get_metric_history(self._run_id, "study/complete")
         self._logged = max((point.step for point in points), default=0)
@@ -99,6 +101,10 @@ class MLflowTracker:
         command = "mlflow ui" if here and not remote_uri() else f"python -m pipeline.ui{root}"
         return f"{command}   then open http://127.0.0.1:5000{self._view_path(self._experiment_id)}"
 
+    def recorded(self) -> set[int]:
+        """Return which trials have a run that has ended, of the same config, or a run that a person has deleted."""
+        return {trial.number for trial in self._study.ended if self._trials.is_recorded(trial)}
+
     def begin(self, trial: BegunTrial) -> None:
         """Take a trial that begins or goes on; `flush` has its run begin or go on."""
         self._trials.begin(trial)
@@ -108,10 +114,10 @@ class MLflowTracker:
         self._standings.epochs(len(metrics))
         self._trials.epochs(metrics, at)
 
-    def flush(self) -> None:
+    def flush(self, ending: Collection[int] = ()) -> None:
         """Log what was taken, one batch per trial, and how the study stands."""
         self._check_there()
-        self._trials.flush()
+        self._trials.flush(ending)
         self._log_standings()
         if time.monotonic() - self._ranked_at >= RANK_EVERY_S:
             self._log_ranks()
@@ -120,7 +126,7 @@ class MLflowTracker:
         """Log what the run of a trial lacks, and end it."""
         self._check_there()
         self._trials.end(trial)
-        self._standings.end(trial)
+        self._standings.end(StoredTrial.of(trial))
 
     def finish(self, summary: StudySummary) -> None:
         """Log ranks, mark the winner, and end the study's run; opening the study again makes it run again."""
@@ -135,6 +141,7 @@ class MLflowTracker:
             self._client.set_tag(self._run_id, "hpo.best_trial", str(best.number))
             self._client.set_tag(self._run_id, "hpo.best_value", repr(best.value))
             self._mark_winner(best.number)
+        self._log_confirmed(summary)
         for path in summary.files:
             self._client.log_artifact(self._run_id, str(path))
         status = "FINISHED" if summary.finished else "KILLED"
@@ -266,6 +273,14 @@ class MLflowTracker:
                 self._client.log_batch(run_id, [metric], synchronous=True)
                 self._standings.ranks[number] = rank
         self._ranked_at = time.monotonic()
+
+    def _log_confirmed(self, summary: StudySummary) -> None:
+        from mlflow.entities import Metric
+
+        for number, mean in summary.confirmed.items():
+            if run_id := self._trials.ended.get(number):
+                metric = Metric(CONFIRMED, mean, milliseconds(summary.ended), self._standings.count)
+                self._client.log_batch(run_id, [metric], synchronous=True)
 
     def _mark_winner(self, number: int) -> None:
         """Mark the run of the winner, and no other."""

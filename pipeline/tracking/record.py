@@ -28,8 +28,19 @@ def lr_metric(group: str) -> str:
 
 
 def run_name(trial: BegunTrial, *, batch: bool) -> str:
-    """Return the name of a trial's run: `#033 adamw 1.1e-02 · step 8 × 0.7 · head ×1.8`."""
-    return f"#{trial.number:03} " + " · ".join(strategy_words(trial.config, batch=batch))
+    """Return the name of a trial's run: `#033 adamw 1.1e-02 · step 8 × 0.7 · head ×1.8`.
+
+    The name of a run of the confirmation begins with what the run confirms, and its seed.
+    """
+    name = f"#{trial.number:03}" if trial.confirms is None else f"{trial.confirms}, seed {trial.config.seed}:"
+    return f"{name} " + " · ".join(strategy_words(trial.config, batch=batch))
+
+
+def kind_tags(trial: BegunTrial) -> dict[str, str]:
+    """Return the tags that tell a trial from a run of the confirmation."""
+    if trial.confirms is None:
+        return {"hpo.kind": "trial"}
+    return {"hpo.kind": "confirmation", "hpo.confirms": trial.confirms}
 
 
 def config_hash(config: TrialConfig) -> str:

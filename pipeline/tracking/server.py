@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ from pipeline.tracking.tracker import StudyInfo, Tracker, root_cause
 
 FLUSH_EVERY_S = 2.0
 """Seconds between two flushes, as long as a flush takes at most `FLUSH_SHARE` of them."""
-MAX_FLUSH_EVERY_S = 4.0
+MAX_FLUSH_EVERY_S = 3.0
 FLUSH_SHARE = 0.1
 MAX_FAILURES = 3
 """After so many failures in a row, a tracker is left alone until the next flush: its server may be away."""
@@ -40,14 +41,17 @@ def serve() -> None:
         # A thread, because the first message locks the study's folder, which must not wait for imports.
         threading.Thread(target=_load, args=[servers]).start()
         flush_at = time.monotonic() + FLUSH_EVERY_S
-        while (message := _next(inbox, flush_at)) is not None:
+        waiting: deque[Any] = deque()
+        while (message := waiting.popleft() if waiting else _next(inbox, flush_at)) is not None:
             verb, arguments = message
             if verb == "open":
                 arguments = (_prepare(lock, *arguments),)
             for server in servers:
                 server.do(verb, *arguments)
             if time.monotonic() >= flush_at:
-                flush_at = _flush(servers)
+                while not inbox.empty():
+                    waiting.append(inbox.get())
+                flush_at = _flush(servers, ending=trials_ending(waiting))
         for server in servers:
             server.do("close")
 
@@ -69,11 +73,16 @@ def _next(inbox: queue.SimpleQueue[Any], flush_at: float) -> Any:
         return "idle", ()
 
 
-def _flush(servers: Sequence[Server]) -> float:
+def trials_ending(messages: Iterable[Any]) -> set[int]:
+    """Return the numbers of the trials whose end is among messages."""
+    return {message[1][0].number for message in messages if message is not None and message[0] == "end"}
+
+
+def _flush(servers: Sequence[Server], *, ending: Collection[int]) -> float:
     """Flush every tracker; return when to flush again."""
     began = time.monotonic()
     for server in servers:
-        server.do("flush")
+        server.do("flush", ending)
     ended = time.monotonic()
     return ended + min(max(FLUSH_EVERY_S, (ended - began) / FLUSH_SHARE), MAX_FLUSH_EVERY_S)
 
@@ -133,7 +142,7 @@ class Server:
             else:
                 self._attempt(verb, *arguments)
         elif verb == "flush":
-            self._flush()
+            self._flush(*arguments)
         elif verb in ("finish", "close"):
             if self._closed and verb == "finish":
                 self._open()
@@ -143,8 +152,9 @@ class Server:
     def _open(self) -> None:
         """Open the study, and have the tracker take what came meanwhile."""
         self._closed = None
-        result, self._closed = self._attempt("open", *self._study)
-        self._answer("open", None, result, self._closed)
+        link, self._closed = self._attempt("open", *self._study)
+        recorded, self._closed = self._attempt("recorded")
+        self._answer("open", None, (link, recorded), self._closed)
         if not self._closed:
             taken, self._taken = self._taken, []
             for verb, arguments in taken:
@@ -161,12 +171,12 @@ class Server:
         else:
             self._answer("end", trial.number, None, None)
 
-    def _flush(self) -> None:
+    def _flush(self, ending: Collection[int]) -> None:
         if self._closed:
             self._open()
         cause = self._closed or self._retry(last=False)
         if self._study and not self._closed and self._failures < MAX_FAILURES:
-            _, failed = self._attempt("flush")
+            _, failed = self._attempt("flush", ending)
             cause = cause or failed
         self._answer("flush", None, None, cause)
 

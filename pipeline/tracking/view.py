@@ -18,6 +18,8 @@ from urllib.parse import quote
 TAG_PREFIX = "mlflow.sharedViewState."
 RANK = "rank"
 """The metric that holds the rank of a complete trial, 1 for the best; the view is sorted by it."""
+CONFIRMED = "confirmed"
+"""The metric that holds a trial's mean objective over fresh seeds."""
 WINNER = "hpo.winner"
 """The tag of the winner's run."""
 
@@ -79,7 +81,7 @@ def saved_view(
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
-            *(f"metrics.`{name}`" for name in dict.fromkeys([RANK, ranking, "val/loss"])),
+            *(f"metrics.`{name}`" for name in dict.fromkeys([RANK, CONFIRMED, ranking, "val/loss"])),
             "tags.`hpo.state`",
             f"tags.`{WINNER}`",
             *(f"params.`{name}`" for name in columns),
@@ -110,7 +112,7 @@ def _quoted(text: str) -> str:
 
 
 def _charts(metric: str, ranking: str, axes: Sequence[str], lr_metrics: Sequence[str]) -> list[dict[str, Any]]:
-    undrawn = [*lr_metrics[1:], RANK]
+    undrawn = [*lr_metrics[1:], RANK, CONFIRMED]
     return [
         {
             **_chart("PARALLEL", "parallel", "search space"),

@@ -1,0 +1,133 @@
+"""Run the confirmation of a search: group after group, one for each fresh seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+
+from pipeline.app.device import environment
+from pipeline.errors import counted
+from pipeline.files.signals import Interrupts
+from pipeline.space.confirm import fitting
+from pipeline.space.search_space import SearchSpace
+from pipeline.space.trial import EpochMetrics
+from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.confirmation import Confirmation
+from pipeline.study.loop import forget_ended, run_group
+from pipeline.tracking.process import TrackerProcess
+from pipeline.training.contract import GroupLost, TrialGroup
+from pipeline.training.executor import LocalExecutor
+
+
+def run_confirmation(
+    confirmation: Confirmation,
+    executor: LocalExecutor,
+    checkpoints: Checkpoints,
+    tracker: TrackerProcess,
+    interrupts: Interrupts,
+    console: Console,
+) -> None:
+    """Train the runs that a confirmation lacks, and store each as it ends."""
+    tests: dict[int, Mapping[str, float]] = {}
+    with _Progress(confirmation, console=console) as progress:
+        while not interrupts.reason and (proposals := confirmation.next_group()):
+            group = executor.build({number: config for number, (config, _) in proposals.items()})
+
+            def on_epoch(metrics: Mapping[int, EpochMetrics], group: TrialGroup = group) -> None:
+                progress.epoch(metrics)
+                tracker.epoch(metrics)
+                tests.update(_tested(group, metrics, confirmation.space, executor))
+
+            for run in run_group(
+                group,
+                proposals,
+                confirmation,
+                checkpoints=checkpoints,
+                environment=environment(executor),
+                on_epoch=on_epoch,
+                interrupted=interrupts.asked,
+                rules=lambda: executor.rules,
+                on_begin=lambda run: tracker.begin(confirmation.marked(run)),
+                on_end=lambda run: tracker.end(confirmation.marked(run)),
+            ):
+                confirmation.add(confirmation.marked(run), test=tests.get(run.number, {}))
+            progress.group_ended()
+    forget_ended(checkpoints, confirmation)
+
+
+class _Progress:
+    """Shows how far a confirmation is: one line that changes on a terminal, else a line per seed.
+
+    Args:
+        confirmation: The confirmation, whose runs are counted.
+        console: Where progress is shown.
+    """
+
+    def __init__(self, confirmation: Confirmation, *, console: Console) -> None:
+        self._confirmation = confirmation
+        self._console = console
+        self._left = confirmation.epochs_left
+        self._done = 0
+        self._status = console.status("") if console.is_terminal else None
+
+    def __enter__(self) -> _Progress:
+        """Say what is confirmed."""
+        if self._left:
+            labels = ", ".join(candidate.label for candidate in self._confirmation.candidates)
+            seeds = ", ".join(map(str, self._confirmation.seeds))
+            self._console.print(f"confirming    {labels} with seeds {seeds}", soft_wrap=True)
+        if self._status is not None and self._left:
+            self._status.start()
+            self._status.update(self._line())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove the line that changes."""
+        if self._status is not None:
+            self._status.stop()
+
+    def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
+        """Count an epoch of a group."""
+        self._done += len(metrics)
+        if self._status is not None:
+            self._status.update(self._line())
+
+    def group_ended(self) -> None:
+        """Count a group as stored; in a pipe, print a line."""
+        if self._status is None:
+            self._console.print(self._line(), soft_wrap=True)
+
+    def _line(self) -> str:
+        return f"confirming: {self._done} of {counted(self._left, 'epoch')}"
+
+
+def _tested(
+    group: TrialGroup, metrics: Mapping[int, EpochMetrics], space: SearchSpace, executor: LocalExecutor
+) -> Mapping[int, Mapping[str, float]]:
+    """Return the test metrics of runs that have trained their last epoch.
+
+    Every candidate is tested, because the models are gone when the winner is known; only the winner's test is shown.
+    Where the best epoch decides, the last model is not the one that was chosen, and nothing is tested.
+    """
+    last = any(epoch.epoch == space.epochs and epoch.finished for epoch in metrics.values())
+    if not last or space.objective.of == "best" or executor.workload.test is None:
+        return {}
+    try:
+        return group.test()
+    except GroupLost:  # the runs keep their metrics, and have no test
+        return {}
+
+
+def announcement(space: SearchSpace, *, trials: int) -> str:
+    """Return what the confirmation of a search will do and cost at most; empty if there will be none."""
+    confirm = space.confirm
+    size = fitting(confirm, complete=trials, searched=trials * space.epochs, epochs=space.epochs)
+    if confirm.share == 0 or size is None:
+        return ""
+    baselines = f" and {counted(size.baselines, 'baseline')}" if size.baselines else ""
+    cost = counted(size.runs * space.epochs, "epoch")
+    return (
+        f"then          {counted(size.finalists, 'finalist')}{baselines} train again with {size.seeds} fresh seeds: "
+        f"at most {cost}, and {confirm.share:.0%} of all"
+    )

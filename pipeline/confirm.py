@@ -1,0 +1,124 @@
+"""Confirm the best trials of a study: `python -m pipeline.confirm`, or `confirm` from Python.
+
+A search does so at its end, within a share of its epochs. This command has no such limit, and takes more seeds or
+finalists; it trains only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipeline.app import cli
+
+if TYPE_CHECKING:
+    from pipeline.app.result import SearchResult
+    from pipeline.workloads.loop import Epochs
+    from pipeline.workloads.workload import Workload
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    arguments = _parse(argv)
+    return _confirm(
+        space=arguments.space,
+        workload=None,
+        overrides=cli.overrides_of(arguments),
+        settings={"seeds": arguments.seeds, "finalists": arguments.finalists, "baselines": arguments.baselines},
+        study=arguments.study,
+        timeout=arguments.timeout,
+        root=arguments.root,
+        device=arguments.device,
+        from_python=False,
+    ).exit_status
+
+
+def confirm(
+    study: str | None = None,
+    *,
+    seeds: int | None = None,
+    finalists: int | None = None,
+    baselines: bool | None = None,
+    space: Path | str | Mapping[str, Any] | None = None,
+    workload: Callable[..., Workload | Epochs] | Workload | str | None = None,
+    timeout: float | None = None,
+    root: Path | str = ".",
+    device: str = "auto",
+    quiet: bool = False,
+) -> SearchResult:
+    """Confirm the best trials of a study, as the command line does.
+
+    Args:
+        study: Name of the study; None: the newest.
+        seeds: Number of fresh seeds; None: as the study's space says.
+        finalists: Number of trials to confirm; None: as the study's space says.
+        baselines: Whether two baselines train too; None: as the study's space says.
+        space: The study's space again, if it has optimizers or schedules of your own.
+        workload: The study's workload again, if it is your own.
+        timeout: In minutes.
+        root: Folder that holds `mlflow.db` and `mlruns/`.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        quiet: Print nothing.
+
+    Raises:
+        PipelineError: As `pipeline.errors` draws them; `InvalidInput` with every problem of the arguments.
+    """
+    return _confirm(
+        space=space,
+        workload=workload,
+        overrides={},
+        settings={"seeds": seeds, "finalists": finalists, "baselines": baselines},
+        study=study,
+        timeout=timeout,
+        root=root,
+        device=device,
+        from_python=True,
+        quiet=quiet,
+    )
+
+
+def _confirm(
+    *, study: str | None, root: Path | str, overrides: Mapping[str, Any], settings: Mapping[str, Any], **given: Any
+) -> SearchResult:
+    from pipeline.app.start_search import start_search
+    from pipeline.study.store import Store
+
+    name = Store(Path(root)).header(study).name
+    changes = {f"confirm.{key}": value for key, value in settings.items() if value is not None}
+    return start_search(
+        overrides={**overrides, "confirm.share": 1.0, **changes},
+        study=name,
+        root=root,
+        trials=None,
+        rows=None,
+        changed_code=False,
+        confirming=True,
+        **given,
+    )
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    description = "Train the best trials of a study, and two baselines, again with fresh seeds."
+    parser = cli.build_parser("confirm", description)
+    cli.add_study(parser, help="which study (default: the newest)")
+    default = "(default: as the study's space says, or 3)"
+    parser.add_argument("--seeds", type=cli.whole_number(2, 50), metavar="N", help=f"fresh seeds {default}")
+    parser.add_argument("--finalists", type=cli.whole_number(1, 20), metavar="N", help=f"trials to confirm {default}")
+    help = "whether Adam at its default rate and SGD with StepLR train beside (default: yes)"
+    parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, help=help)
+    parser.add_argument("--timeout", type=cli.positive_number, metavar="MINUTES", help="stop after this long")
+    cli.add_root(parser)
+    cli.add_device(parser)
+    cli.add_space(parser)
+    return parser.parse_args(argv)
+
+
+def script() -> NoReturn:
+    """Run the command line as a console script does, and exit."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

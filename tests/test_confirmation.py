@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import RULES, tiny_workload
+
+from pipeline.app.answer import Answer, versus
+from pipeline.app.run_confirmation import announcement
+from pipeline.space.confirm import Confirm, Size, fitting
+from pipeline.space.load import space_from_document
+from pipeline.space.optimizers import SGD, Adam
+from pipeline.space.schedules import Constant, Step
+from pipeline.space.search_space import Objective, SearchSpace
+from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.confirmation import Confirmation
+from pipeline.study.loop import run_group
+from pipeline.study.store import Store
+from pipeline.study.study import Study
+from pipeline.training.executor import LocalExecutor
+from pipeline.workloads.workload import Split
+
+EPOCHS = 4
+DOCUMENT: dict[str, Any] = {
+    "workload": {"name": "digits", "model": "mlp"},
+    "epochs": EPOCHS,
+    "batch_size": 8,
+    "clip_grad_norm": 5.0,
+    "optimizer": {"sgd": {"base_lr": {"low": 1e-3, "high": 1.0, "log": True}}},
+    "scheduler": {"step": {"step_size": {"low": 1, "high": 4}}},
+    "param_groups": {
+        "head": {"pattern": "head.*", "lr_ratio": {"low": 0.1, "high": 10.0, "log": True}},
+        "body": {"pattern": "*"},
+    },
+    "confirm": {"share": 1.0},
+}
+RATES = (0.03, 0.1, 0.3, 0.5)
+LATE = {0.03: [0.5, 0.6], 0.1: [0.6, 0.8], 0.3: [0.7, 0.7], 0.5: [0.7, 0.7]}
+"""Rate of each trial to its accuracy after the third and the fourth epoch."""
+
+
+def space_with(**changes: Any) -> SearchSpace:
+    return space_from_document({**DOCUMENT, **changes}, name="small")
+
+
+def ended_trial(number: int, rate: float, space: SearchSpace, *, losses: float = 0.5) -> EndedTrial:
+    example = space.example()
+    config = dataclasses.replace(example, optimizer=SGD(base_lr=rate, momentum=0.0))
+    accuracies = [0.1, 0.2, *LATE[rate]]
+    epochs = tuple(
+        EpochMetrics(
+            epoch=epoch,
+            step=5 * epoch,
+            metrics={"train/loss": losses, "val/loss": losses, "val/accuracy": accuracy},
+            lr={},
+        )
+        for epoch, accuracy in enumerate(accuracies, 1)
+    )
+    return EndedTrial(
+        number=number,
+        config=config,
+        params={"sgd.base_lr": rate},
+        state=TrialState.COMPLETE,
+        objective=Objective(),
+        reason=None,
+        value=accuracies[-1],
+        epochs=epochs,
+        started=1_700_000_000.0,
+        ended=1_700_000_001.0,
+        environment={"placement": []},
+    )
+
+
+def searched(store: Store, space: SearchSpace, *, name: str = "s", rates: tuple[float, ...] = RATES) -> Study:
+    study = store.create(space, name=name, trials=len(rates), rules=RULES)
+    for number, rate in enumerate(rates):
+        study.add(ended_trial(number, rate, space))
+    return study
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("searched", "size"),
+    [
+        (10_000, Size(finalists=3, baselines=2, seeds=3)),
+        (610, Size(finalists=3, baselines=2, seeds=3)),  # 300 of 910 epochs
+        (608, Size(finalists=3, baselines=1, seeds=3)),
+        (400, Size(finalists=2, baselines=1, seeds=3)),
+        (300, Size(finalists=2, baselines=1, seeds=2)),
+        (243, None),
+    ],
+)
+def test_a_confirmation_is_made_smaller_until_it_fits_into_its_share(searched: int, size: Size | None) -> None:
+    found = fitting(Confirm(), complete=11, searched=searched, epochs=20)
+    assert found == size
+    if size is not None:
+        assert size.runs * 20 <= 0.33 * (searched + size.runs * 20)
+
+
+def test_a_confirmation_has_no_more_finalists_than_complete_trials_and_no_limit_at_a_share_of_1() -> None:
+    assert fitting(Confirm(), complete=1, searched=10_000, epochs=20) == Size(finalists=1, baselines=2, seeds=3)
+    assert fitting(Confirm(share=1, baselines=False), complete=9, searched=1, epochs=20) == Size(
+        finalists=3, baselines=0, seeds=3
+    )
+
+
+def test_the_cost_is_said_before_a_search_that_can_afford_a_confirmation() -> None:
+    space = space_with(confirm={}, epochs=20)
+    assert announcement(space, trials=50) == (
+        "then          3 finalists and 2 baselines train again with 3 fresh seeds: at most 300 epochs, and 33% of all"
+    )
+    assert announcement(space, trials=8) == ""
+    assert announcement(space_with(confirm={"share": 0.0}), trials=50) == ""
+
+
+def test_finalists_are_the_best_by_their_late_epochs_and_have_no_config_twice(store: Store) -> None:
+    space = space_with(epochs=20)
+    assert space.objective.late_score(ended_trial(0, 0.1, space).epochs) == (-0.8, 0.5)  # 15 % of 4 epochs is one
+    many = ended_trial(0, 0.1, space).epochs * 5
+    assert space.objective.late_score(many) == pytest.approx((-(0.2 + 0.6 + 0.8) / 3, 0.5))
+    best = Objective(of="best").late_score(many)
+    assert best == (-0.8, 0.5)
+    study = searched(store, space_with(), rates=(0.03, 0.1, 0.1, 0.3, 0.5))
+    labels = [candidate.label for candidate in Confirmation(study).candidates]
+    assert labels == ["#1", "#3", "#4", "Adam's default", "SGD with StepLR"]
+
+
+def test_baselines_have_the_settings_of_the_space_and_one_rate_for_all_groups(store: Store) -> None:
+    groups = {"head": {"pattern": "head.*", "lr_ratio": 3.0}, "body": {"pattern": "*", "lr_ratio": 0.0}}
+    study = searched(store, space_with(param_groups=groups))
+    *_, adam, sgd = Confirmation(study).candidates
+    assert (adam.config.optimizer, adam.config.scheduler) == (Adam(base_lr=1e-3), Constant())
+    assert (sgd.config.optimizer, sgd.config.scheduler) == (
+        SGD(base_lr=0.1, momentum=0.9),
+        Step(step_size=2, gamma=0.1),
+    )
+    assert [group.lr_ratio for group in adam.config.param_groups.values()] == [1.0, 0.0]  # frozen by the space
+    assert (adam.config.clip_grad_norm, adam.config.batch_size, adam.trial) == (5.0, 8, None)
+
+
+def confirm(study: Study, folder: Path, *, epochs: int | None = None, test: Split | None = None) -> Confirmation:
+    """Confirm a study on the tiny problem, for a number of epochs; None: to its end."""
+    workload = tiny_workload() if test is None else dataclasses.replace(tiny_workload(), test=test)
+    confirmation, trained = Confirmation(study), list[Mapping[int, EpochMetrics]]()
+    executor = LocalExecutor(workload, study.space.example(), device=torch.device("cpu"))
+    checkpoints = Checkpoints(folder / study.name, warn=pytest.fail)
+    while len(trained) != epochs and (proposals := confirmation.next_group()):
+        group = executor.build({number: config for number, (config, _) in proposals.items()})
+        for run in run_group(
+            group,
+            proposals,
+            confirmation,
+            checkpoints=checkpoints,
+            environment={},
+            on_epoch=trained.append,
+            interrupted=lambda: len(trained) == epochs,
+            rules=lambda: executor.rules,
+        ):
+            confirmation.add(confirmation.marked(run), test={"test/loss": 1.0})
+    return confirmation
+
+
+def numbers_of(confirmation: Confirmation) -> list[tuple[Any, ...]]:
+    runs = [(run.confirms, run.config, run.value, run.metrics, run.environment) for run in confirmation.runs]
+    return [*runs, *((found.candidate.label, found.mean, found.std) for found in confirmation.table)]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_confirmation_that_is_stopped_after_any_epoch_goes_on_to_the_same_numbers(store: Store) -> None:
+    space = space_with(confirm={"share": 1.0, "finalists": 2, "seeds": 2, "baselines": False})
+    whole = confirm(searched(store, space, name="whole"), store.root)
+    assert whole.complete
+    assert len(whole.runs) == 4
+    for stop in (1, EPOCHS, EPOCHS + 1):
+        study = searched(store, space, name=f"stopped-{stop}")
+        assert not confirm(study, store.root, epochs=stop).complete
+        went_on = confirm(store.open(study.name), store.root)
+        assert numbers_of(went_on) == numbers_of(whole)
+        assert went_on.test() == {"test/loss": 1.0}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_runs_count_again_when_more_trials_have_ended(store: Store) -> None:
+    space = space_with(confirm={"share": 1.0, "finalists": 2, "seeds": 2, "baselines": False})
+    study = searched(store, space, rates=(0.03, 0.1))
+    before = {run.number: run for run in confirm(study, store.root).runs}
+    study.add(ended_trial(2, 0.3, space))
+    after = confirm(store.open("s"), store.root)
+    assert [candidate.label for candidate in after.candidates] == ["#1", "#2"]
+    assert after.complete
+    assert {run.confirms for run in after.runs if run.number not in before} == {"#2"}
+    assert len(after.runs) == 6
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nothing_but_the_test_reads_the_test_split(store: Store) -> None:
+    space = space_with(confirm={"share": 1.0, "finalists": 2, "seeds": 2})
+    split = tiny_workload().test
+    assert isinstance(split, Split)
+    assert isinstance(split.inputs, torch.Tensor)
+    broken = dataclasses.replace(split, inputs=torch.full_like(split.inputs, torch.nan))
+    with_test = confirm(searched(store, space, name="with-test"), store.root)
+    without = confirm(searched(store, space, name="without"), store.root, test=broken)
+    assert numbers_of(with_test) == numbers_of(without)
+
+
+def run_of(confirmation: Confirmation, label: str, seed: int, value: float | None, number: int) -> EndedTrial:
+    candidate = next(c for c in confirmation.candidates if c.label == label)
+    trial = ended_trial(0, 0.1, confirmation.space)
+    last = dataclasses.replace(trial.epochs[-1], metrics={**trial.metrics, "val/accuracy": value or 0.0})
+    return dataclasses.replace(
+        trial,
+        number=number,
+        config=candidate.with_seed(seed),
+        confirms=label,
+        state=TrialState.DIVERGED if value is None else TrialState.COMPLETE,
+        value=value,
+        epochs=(*trial.epochs[:-1], last),
+    )
+
+
+def confirmed(study: Study, scores: Mapping[str, tuple[float | None, float]]) -> Answer:
+    """Confirm a study by given scores of two seeds."""
+    confirmation = Confirmation(study)
+    numbers = itertools.count(1_000_000)
+    for label, values in scores.items():
+        for seed, value in zip(confirmation.seeds, values, strict=True):
+            confirmation.add(run_of(confirmation, label, seed, value, next(numbers)), test={})
+    return Answer.of(study)
+
+
+TWO_SEEDS = {"share": 1.0, "finalists": 2, "seeds": 2}
+
+
+def test_the_best_mean_wins_and_a_candidate_that_diverged_with_a_seed_cannot(store: Store) -> None:
+    study = searched(store, space_with(confirm=TWO_SEEDS))
+    scores = {"#1": (0.7, 0.71), "#2": (0.74, 0.75), "Adam's default": (None, 0.9), "SGD with StepLR": (0.6, 0.62)}
+    answer = confirmed(study, scores)
+    assert answer.trial == study.ended[2]
+    assert [found.candidate.label for found in answer.confirmation.table] == [
+        "#2",
+        "#1",
+        "SGD with StepLR",
+        "Adam's default",
+    ]
+    best, second, sgd, adam = answer.confirmation.table
+    assert best.mean == pytest.approx(0.745)
+    assert best.std == pytest.approx(0.00707, abs=1e-5)
+    assert answer.rivals == [second, sgd]
+    assert versus(adam, None) == "Adam's default: diverged with seed 1"
+    lines = answer.lines()
+    assert lines[0].startswith("best          #2 sgd 3.0e-01")
+    assert (
+        lines[1] == "              val/accuracy 0.7450 ± 0.0071 over 2 fresh seeds; the search had 0.7000 with one seed"
+    )
+    assert lines[2].startswith("              better than #1: +0.04 [")
+    assert lines[3].startswith("              better than SGD with StepLR: +0.135 [")
+    assert lines[4] == "              Optuna's best trial is #1, the first with the best score of one seed"
+
+
+def test_a_baseline_that_wins_is_the_answer_and_is_said_to_have_won(store: Store) -> None:
+    study = searched(store, space_with(confirm=TWO_SEEDS))
+    scores = {"#1": (0.7, 0.71), "#2": (0.74, 0.75), "Adam's default": (0.9, 0.9), "SGD with StepLR": (0.6, 0.62)}
+    answer = confirmed(study, scores)
+    assert answer.trial is not None
+    assert (answer.trial.confirms, answer.trial.config.seed) == ("Adam's default", 1)
+    assert answer.lines()[1].endswith("over 2 fresh seeds; a baseline has won")
+    assert [found.candidate.label for found in answer.rivals] == ["#2", "SGD with StepLR"]
+
+
+def test_the_first_of_the_search_is_the_answer_until_every_run_has_ended(store: Store) -> None:
+    study = searched(store, space_with(confirm=TWO_SEEDS))
+    assert Answer.of(study).trial == study.ended[1]
+    assert Answer.of(study).lines()[1] == "              val/accuracy 0.8000, unconfirmed: not finished"
+    off = searched(store, space_with(confirm={"share": 0.0}), name="off")
+    assert (
+        Answer.of(off)
+        .lines()[1]
+        .endswith("unconfirmed: it is turned off; python -m pipeline.confirm --study off does it")
+    )
+
+
+def test_a_study_is_unfinished_until_it_is_confirmed(store: Store) -> None:
+    space = space_with()
+    study = searched(store, space)
+    assert store.choose(space, trials=len(RATES), name=None) == ("s", True)
+    assert store.choose(space_with(confirm={"share": 0.0}), trials=len(RATES), name=None) == ("small-1", False)
+    study.confirmed()
+    assert store.choose(space, trials=len(RATES), name=None) == ("small-1", False)
+
+
+def test_settings_of_the_confirmation_may_change_in_a_study(store: Store) -> None:
+    searched(store, space_with())
+    changed = space_with(confirm={"share": 1.0, "seeds": 5})
+    assert store.choose(changed, trials=len(RATES), name="s") == ("s", True)
+    study = store.open("s", trials=len(RATES), confirm=changed.document["confirm"])
+    assert study.space.confirm.seeds == 5
+    assert store.open("s").space.confirm.seeds == 5
