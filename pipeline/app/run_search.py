@@ -33,6 +33,7 @@ from pipeline.space.trial import EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.loop import forget_ended, run_group
+from pipeline.study.models import Models
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.tracking.process import TrackerProcess
@@ -95,7 +96,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             _tell_again(study, executor, tracker)
             if not options.confirming:
-                _run(study, trials, executor, checkpoints, tracker, interrupts, console)
+                models = Models(store.folder(name) / "models", study, warn=cli.warn)
+                _run(study, trials, executor, checkpoints, models, tracker, interrupts, console)
             done = options.confirming or len(study.ended) >= trials
             if done:
                 runs = Checkpoints(store.folder(name) / "checkpoints" / "confirmation", warn=cli.warn)
@@ -134,6 +136,7 @@ def _run(
     trials: int,
     executor: LocalExecutor,
     checkpoints: Checkpoints,
+    models: Models,
     tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
@@ -160,6 +163,7 @@ def _run(
                 rules=lambda: executor.rules,
                 on_begin=tracker.begin,
                 on_end=tracker.end,
+                models=models,
             ):
                 study.add(trial)
             progress.group_ended()
