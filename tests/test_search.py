@@ -225,7 +225,7 @@ def test_the_confirmation_that_is_printed_is_the_one_that_mlflow_has(found: Foun
     (_, _, noted) = load_config(found.best_yaml)
     assert noted["confirmed"]["mean"] == table[0].mean == winner.data.metrics["confirmed"]
     assert list(noted["confirmed"]["values_by_seed"].values()) == list(table[0].values.values())
-    means = [confirmed.mean for confirmed in table]
+    means = [confirmed.mean or 0.0 for confirmed in table]
     assert means == sorted(means, reverse=True)
 
 
