@@ -101,7 +101,7 @@ def importance_bars(importance: Importance) -> tuple[list[tuple[str, str]], list
     bars = [
         (
             escaped(short_name(name)),
-            f'<i class="bar" style="width:{70 * share / largest:.1f}%"></i> {100 * share:.0f}\N{NO-BREAK SPACE}%',
+            f'<i class="bar" style="width:{60 * share / largest:.1f}%"></i> {100 * share:.0f}\N{NO-BREAK SPACE}%',
         )
         for name, share in shown
     ]
