@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,11 +28,12 @@ from pipeline.space.schedules import OneCycle, Scheduler, Step
 from pipeline.space.search_space import Objective
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 from pipeline.tracking.mlflow import MLflowTracker
+from pipeline.tracking.mlflow_trials import YOUNG_S
 from pipeline.tracking.paths import relocate
 from pipeline.tracking.process import TrackerProcess
 from pipeline.tracking.record import lr_metric, thin
 from pipeline.tracking.server import Server
-from pipeline.tracking.tracker import StudyInfo, StudySummary
+from pipeline.tracking.tracker import StoredTrial, StudyInfo, StudySummary
 from pipeline.tracking.view import TAG_PREFIX, mlflow_name, saved_view
 
 if TYPE_CHECKING:
@@ -276,6 +278,39 @@ def test_a_run_begins_with_its_trial_and_has_each_epoch_after_the_next_flush(roo
     assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
     assert again.data.tags["hpo.state"] == "complete"
     assert [step for step, _ in history(root, run, "val/accuracy")] == [10, 20, 30]
+
+
+def test_a_flush_leaves_what_is_young_for_the_next_and_trials_that_are_about_to_end_for_their_end(root: Path) -> None:
+    tracker = opened(root, study())
+    now = time.time()
+    for number, started in enumerate((now, now - 2 * YOUNG_S, now - 2 * YOUNG_S)):
+        tracker.begin(dataclasses.replace(begun(number), started=started))
+    tracker.flush({2})
+    (run,) = runs(root, "trial")
+    assert run.data.tags["hpo.trial"] == "1"
+    tracker.epochs({1: epoch(1)}, at=time.time())
+    tracker.flush({2})
+    assert history(root, run, "val/loss") == []
+    tracker.end(ended(1, epochs=(epoch(1),)))
+    assert history(root, run, "val/loss") == [(10, 0.5)]
+
+
+def test_a_study_that_goes_on_lacks_trials_without_an_ended_run_of_their_config_unless_a_person_deleted_it(
+    root: Path,
+) -> None:
+    tracker = opened(root, study())
+    for number in range(4):
+        tracker.end(ended(number))
+    tracker.begin(begun(4))
+    tracker.flush()
+    connect(root).delete_run(runs(root, "trial")[1].info.run_id)
+    stored = [StoredTrial.of(ended(number)) for number in range(6)]
+    stored[2] = dataclasses.replace(stored[2], config="another")
+    again = opened(root, dataclasses.replace(study(), ended=tuple(stored)))
+    assert again.recorded() == {0, 1, 3}
+    again.finish(DONE)
+    assert runs(root, "study")[0].data.metrics["study/complete"] == 6
+    assert [run.data.metrics.get("rank") for run in runs(root, "trial")] == [1, 3, 4, None]
 
 
 @pytest.mark.parametrize("objective", [Objective(), Objective(of="best")])

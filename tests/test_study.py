@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,18 @@ def test_the_best_is_decided_by_objective_then_validation_loss_then_number(store
     study.add(ended_trial(5, state=TrialState.PRUNED, value=None, epochs=(epoch_metrics(1, 0.99, 0.0),)))
     assert [trial.number for trial in study.best(10)] == [2, 3, 1, 0, 4]
     assert [trial.number for trial in study.best()] == [2]
+
+
+def test_ranking_and_counts_of_states_are_kept_as_trials_are_stored_and_read(store: Store) -> None:
+    study = new_study(store, space_with(), trials=24)
+    for _ in range(2):
+        for several in (study, store.open(None)):
+            complete = [trial for trial in several.ended if trial.state is TrialState.COMPLETE]
+            assert several.best(100) == sorted(complete, key=several.space.objective.order)
+            assert several.best() == several.best(100)[:1]
+            assert several.states == Counter(trial.state for trial in several.ended)
+        search(study, 24)
+    assert len(study.best(100)) > 3
 
 
 def test_the_best_of_a_minimized_objective_is_the_smallest(store: Store) -> None:

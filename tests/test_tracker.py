@@ -1,7 +1,8 @@
 import csv
+import dataclasses
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from test_mlflow import CLOSE_S, DONE, begun, ended, epoch, study
 from pipeline.errors import InvalidInput, Problem
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.tracking.process import TrackerProcess
-from pipeline.tracking.tracker import StudyInfo, StudySummary
+from pipeline.tracking.server import trials_ending
+from pipeline.tracking.tracker import StoredTrial, StudyInfo, StudySummary
 
 
 class Table:
@@ -28,11 +30,14 @@ class Table:
         self.path = self.root / f"{study.name}.csv"
         return f"open {self.path}"
 
+    def recorded(self) -> set[int]:
+        return {int(row[0]) for row in self.rows()}
+
     def begin(self, trial: BegunTrial) -> None: ...
 
     def epochs(self, metrics: Mapping[int, EpochMetrics], at: float) -> None: ...
 
-    def flush(self) -> None: ...
+    def flush(self, ending: Collection[int]) -> None: ...
 
     def end(self, trial: EndedTrial) -> None:
         if str(trial.number) not in [row[0] for row in self.rows()]:
@@ -125,6 +130,37 @@ def test_a_tracker_that_fails_leaves_the_others_alone(failing: type[Table], warn
     assert links[-1] == f"open {tmp_path / 'mine.csv'}"
     assert warnings[0] == f"tables in {tmp_path}: {warning}"
     assert len((tmp_path / "mine.csv").read_text().splitlines()) == 3
+
+
+def test_of_trials_that_ended_before_the_search_went_on_only_those_that_a_tracker_lacks_are_untold(
+    tmp_path: Path,
+) -> None:
+    record(tmp_path, Table)
+    before = tuple(StoredTrial.of(ended(number)) for number in range(5))
+    process = TrackerProcess(tmp_path, trackers=[Table])
+    process.open(dataclasses.replace(study("mine"), ended=before))
+    assert process.untold(wait=True) == [3, 4]
+    process.end(ended(3))
+    assert process.untold() == [4]
+    process.end(ended(4))
+    process.finish(DONE)
+    assert (process.untold(), process.close(stalled_s=CLOSE_S)[1:], process.incomplete) == ([], [], False)
+    assert [row.partition(",")[0] for row in (tmp_path / "mine.csv").read_text().splitlines()] == list("01234")
+
+
+def test_what_a_tracker_that_cannot_be_opened_lacks_is_missing_with_the_reason(tmp_path: Path) -> None:
+    process = TrackerProcess(tmp_path, trackers=[Closed])
+    process.open(dataclasses.replace(study(), ended=tuple(StoredTrial.of(ended(number)) for number in range(3))))
+    assert process.untold(wait=True) == []
+    process.finish(DONE)
+    expected = "Permission denied; 3 trials and the summary are not recorded"
+    assert process.close(stalled_s=CLOSE_S) == [f"tables in {tmp_path}: {expected}"]
+    assert process.incomplete
+
+
+def test_the_trials_whose_end_is_told_next_are_known_from_the_messages_that_wait() -> None:
+    messages = [("begin", (begun(1),)), ("end", (ended(2),)), ("idle", ()), ("end", (ended(3),)), None]
+    assert trials_ending(messages) == {2, 3}
 
 
 def test_a_killed_process_begins_again_and_is_told_once_more_what_is_not_recorded(tmp_path: Path) -> None:

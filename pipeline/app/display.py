@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,7 +142,7 @@ class Progress:
         return strategy_line(best[0].config, self._study.space) if best else ""
 
     def _line_of_counts(self) -> str:
-        states = counts_of_states(self._study.ended)
+        states = counts_of_states(self._study.states)
         rate = self._epochs / max(time.monotonic() - self._started, 1e-9)
         speed = f"{rate:.0f} trial-epochs/s" if rate >= 10 else f"{rate:.2g} trial-epochs/s"
         return "   ".join(part for part in (states, speed, self._spread) if part)
@@ -298,9 +297,8 @@ def failure_line(trials: Sequence[EndedTrial]) -> str:
     return f"trial {failed[0].number} failed: {reason[:MAX_REASON]}{count}"
 
 
-def counts_of_states(trials: Sequence[EndedTrial]) -> str:
+def counts_of_states(counts: Mapping[TrialState, int]) -> str:
     """Return how many trials ended in which state: `complete 11 · pruned 39`."""
-    counts = Counter(trial.state for trial in trials)
     return " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
 
 

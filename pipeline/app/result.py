@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ class SearchResult:
     """Exit status of the command line: 0 if every trial has ended, at least one is complete, and MLflow has all."""
 
     def __repr__(self) -> str:
-        counts = counts_of_states(self.trials)
+        counts = counts_of_states(Counter(trial.state for trial in self.trials))
         lines = [f"study {self.study}: {counted(len(self.trials), 'trial')}{f', {counts}' if counts else ''}"]
         if self.ranking:
             text = Console(file=io.StringIO(), width=TABLE_WIDTH, force_terminal=False, force_jupyter=False)

@@ -29,14 +29,14 @@ from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EpochMetrics
+from pipeline.space.trial import EndedTrial, EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.tracking.process import TrackerProcess
-from pipeline.tracking.tracker import StudyInfo, StudySummary
+from pipeline.tracking.tracker import StoredTrial, StudyInfo, StudySummary
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
@@ -91,15 +91,17 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             console.print(limit, soft_wrap=True)
         if len(study.ended) < trials and not options.confirming and (said := announcement(space, trials=trials)):
             console.print(said, soft_wrap=True)
-        with _tracked(study, executor, tracker, console), _stopped_by_errors(tracker, resume):
+        before = {trial.number: trial for trial in [*study.ended, *Confirmation(study).runs]}
+        with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
-            _tell_again(study, executor, tracker)
             if not options.confirming:
-                _run(study, trials, executor, checkpoints, tracker, interrupts, console)
+                _run(study, trials, before, executor, checkpoints, tracker, interrupts, console)
             done = options.confirming or len(study.ended) >= trials
             if done:
                 runs = Checkpoints(store.folder(name) / "checkpoints" / "confirmation", warn=cli.warn)
                 done = _confirm(study, executor, runs, tracker, interrupts, console)
+            with busy(console, "asking MLflow which trials it lacks"):
+                _tell_untold(before, executor, tracker, wait=True)
             answer = Answer.of(study)
             finish(answer, store, tracker, console, options, done=done)
             if not done:
@@ -122,9 +124,12 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     )
 
 
-def _tell_again(study: Study, executor: LocalExecutor, tracker: TrackerProcess) -> None:
-    """Tell MLflow of everything that is stored, since it may lack some; it skips what it has."""
-    for trial in [*study.ended, *Confirmation(study).runs]:
+def _tell_untold(
+    before: Mapping[int, EndedTrial], executor: LocalExecutor, tracker: TrackerProcess, *, wait: bool = False
+) -> None:
+    """Tell MLflow of the trials that ended before and that it lacks, once it has said which, or after waiting."""
+    for number in tracker.untold(wait=wait):
+        trial = before[number]
         epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
         tracker.end(dataclasses.replace(trial, epochs=epochs))
 
@@ -132,18 +137,20 @@ def _tell_again(study: Study, executor: LocalExecutor, tracker: TrackerProcess) 
 def _run(
     study: Study,
     trials: int,
+    before: Mapping[int, EndedTrial],
     executor: LocalExecutor,
     checkpoints: Checkpoints,
     tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
 ) -> None:
-    """Train group after group until `trials` trials have ended."""
+    """Train group after group until `trials` trials have ended; tell MLflow of those before that it lacks."""
     with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
 
         def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
             progress.epoch(metrics)
             tracker.epoch(metrics)
+            _tell_untold(before, executor, tracker)
 
         while not interrupts.reason and (proposals := study.next_group(trials)):
             configs = {number: config for number, (config, _) in proposals.items()}
@@ -186,7 +193,13 @@ def _confirm(
 
 
 @contextlib.contextmanager
-def _tracked(study: Study, executor: LocalExecutor, tracker: TrackerProcess, console: Console) -> Iterator[None]:
+def _tracked(
+    study: Study,
+    before: Mapping[int, EndedTrial],
+    executor: LocalExecutor,
+    tracker: TrackerProcess,
+    console: Console,
+) -> Iterator[None]:
     """Have MLflow record a study; a failure of MLflow is a warning, and in the end the exit status."""
     space = study.space
     charted = {name.partition(".")[0]: name for name in space.example().group_names}  # the last of a group's layers
@@ -202,6 +215,7 @@ def _tracked(study: Study, executor: LocalExecutor, tracker: TrackerProcess, con
         seed=space.seed,
         started=study.ended[0].started if study.ended else time.time(),
         environment=environment(executor),
+        ended=tuple(map(StoredTrial.of, before.values())),
     )
     tracker.open(info)
     try:
@@ -234,7 +248,7 @@ def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> 
     name = printable(executor.workload.name)
     what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
-    if len(study.ended) >= trials:
+    if len(study.ended) >= trials and not options.confirming:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
         resumed = f": {those} ended; ask for more with {'trials=' if options.from_python else '--trials'}"
     return f"{what}   study {study.name}, seed {space.seed}{resumed}"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shlex
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.study import StudySummary
 from sqlalchemy import text
 
 from pipeline.errors import InvalidInput, Problem, StorageError
@@ -67,10 +68,16 @@ class Database:
                 self._opened = _identity(self.path)
             return self._storage
 
-    def summaries(self) -> list[StudySummary]:
-        """Return a summary of every study, including other programs' studies."""
+    def studies(self) -> dict[str, Mapping[str, Any]]:
+        """Return the user attributes of every study by its name, including other programs' studies."""
         with _readable(self.path):
-            return optuna.get_all_study_summaries(self.storage())
+            # Optuna's summaries would read every trial of every study.
+            return {study.study_name: study.user_attrs for study in self.storage().get_all_studies()}
+
+    def is_empty(self, study: str) -> bool:
+        """Return whether a study has no trial."""
+        with _readable(self.path):
+            return self.storage().get_n_trials(self.storage().get_study_id_from_name(study)) == 0
 
     def count_trials(self) -> dict[str, int]:
         """Return the number of trials that searches have stored, by study; other programs' trials do not count."""
@@ -98,6 +105,18 @@ class Database:
 
     def _say_locked(self) -> None:
         self._warn(f"{self.path} is locked by another program; the search waits until it is unlocked")
+
+
+@contextlib.contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Pause Python's garbage collection, which takes as long as reading where a hundred thousand objects stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def build_database(path: Path) -> None:

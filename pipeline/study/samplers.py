@@ -1,17 +1,83 @@
-"""Optuna's samplers for a search space: functions of the space, the seed and the trial's number."""
+"""Optuna's samplers: a proposal is a function of the space with its seed, the trial's number and earlier trials."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
 
-from pipeline.space.config import derive_seed
+from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.distributions import Choices, Range, is_searched, label
 from pipeline.space.search_space import SearchSpace
+
+# Optuna warns of parameters that only some trials have, as is normal with one optimizer per trial.
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+BEST, NEWEST = 256, 256
+"""Numbers of earlier trials, the best and the newest, that TPE looks at if there are more; its cost grows with them."""
+GP_BEST, GP_NEWEST = 64, 64
+"""The same of the Gaussian process, whose cost grows faster."""
+
+
+def propose(
+    space: SearchSpace, earlier: Sequence[FrozenTrial], *, first: int, size: int
+) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
+    """Propose `size` trials from number `first` on; they know the results of earlier trials, not of each other.
+
+    An in-memory Optuna study proposes, since asking for a trial through a database takes hundreds of milliseconds.
+
+    Returns:
+        Trial number to config and to the parameters that the sampler chose.
+    """
+    memory = optuna.create_study(direction=space.objective.direction)
+    known = visible(space, earlier)
+    memory.add_trials(known)
+    proposals = {}
+    for number in range(first, first + size):
+        memory.sampler = build_sampler(space, number)
+        if number < len(space.enqueue):
+            memory.enqueue_trial(dict(space.enqueue[number]))
+        trial = memory.ask()
+        assert trial.number - len(known) == number - first
+        proposals[number] = (space.sample(trial), trial.params)
+    return proposals
+
+
+def visible(space: SearchSpace, earlier: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+    """Return the earlier trials that a sampler looks at, in number order: all, or of very many the best and the newest.
+
+    TPE models good trials, the best tenth but at most 25, and the others, of which its weights favour the newest. So
+    the good trials are the same with and without the others between. Trials that failed count for no sampler.
+    """
+    if space.sampler.name in ("random", "qmc"):  # these look at none
+        return ()
+    best, newest = (GP_BEST, GP_NEWEST) if space.sampler.name == "gp" else (BEST, NEWEST)
+    best = max(best, space.sampler.n_startup_trials)
+    if len(earlier) <= best + newest:
+        return earlier
+    count = [trial for trial in earlier if trial.state is not OptunaState.FAIL]
+    older = count[: max(0, len(count) - newest)]
+    chosen = sorted(older, key=lambda trial: _order(trial, space.objective.direction))[:best]
+    return [*sorted(chosen, key=lambda trial: trial.number), *count[len(older) :]]
+
+
+def _order(trial: FrozenTrial, direction: str) -> tuple[float, ...]:
+    """Return what sorts trials as TPE does: complete ones by value, then pruned ones by their last epoch and value."""
+    sign = -1 if direction == "maximize" else 1
+    if trial.state is OptunaState.COMPLETE:
+        assert trial.value is not None
+        return 0, sign * trial.value
+    if not trial.intermediate_values:
+        return 2, 0
+    epoch, value = max(trial.intermediate_values.items())
+    return 1, -epoch, math.inf if math.isnan(value) else sign * value
 
 
 def build_sampler(space: SearchSpace, number: int) -> BaseSampler:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.study import StudySummary
 
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, counted, did_you_mean
 from pipeline.files.atomic import sweep
@@ -24,7 +23,7 @@ from pipeline.files.locks import LOCK, is_study_name, lock, refuse_links, study_
 from pipeline.space.load import space_from_document
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
-from pipeline.study.database import Database
+from pipeline.study.database import Database, garbage_kept
 from pipeline.study.study import HEADER, Study, group_size, storage_errors
 
 FORMAT = 3
@@ -106,23 +105,23 @@ class Store:
             InvalidInput: The database cannot be read, or holds a study of another format.
         """
         headers = []
-        summaries = self._summaries()
-        ended = self._database.count_trials() if summaries else {}
-        for summary in summaries:
-            header = summary.user_attrs.get(HEADER)
-            if not isinstance(header, Mapping) or not is_study_name(summary.study_name):
+        studies = self._studies()
+        ended = self._database.count_trials() if studies else {}
+        for name, attrs in studies.items():
+            header = attrs.get(HEADER)
+            if not isinstance(header, Mapping) or not is_study_name(name):
                 continue  # another program's study, or an abandoned one
             if header.get("format") != FORMAT:
                 message = (
                     f"is of format {header.get('format')}, and this version reads format {FORMAT}; use another --root"
                 )
-                raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
+                raise InvalidInput(str(self.database), [Problem(name, message)])
             values: dict[str, Any] = {key: header.get(key) for key in HEADER_TYPES}
             if wrong := [key for key, types in HEADER_TYPES.items() if not isinstance(values[key], types)]:
                 remedy = "restore it, or remove the study with Optuna's command line: optuna delete-study"
                 message = f"another program changed its {wrong[0]}, got {values[wrong[0]]!r}; {remedy}"
-                raise InvalidInput(str(self.database), [Problem(summary.study_name, message)])
-            headers.append(StudyHeader(name=summary.study_name, ended=ended.get(summary.study_name, 0), **values))
+                raise InvalidInput(str(self.database), [Problem(name, message)])
+            headers.append(StudyHeader(name=name, ended=ended.get(name, 0), **values))
         return sorted(headers, key=lambda header: header.created)
 
     def choose(
@@ -209,7 +208,7 @@ class Store:
         storage = self._database.storage(create=True)
         self._database.before_write()
         with storage_errors(f"creating study {name}"):
-            if any(s.study_name == name and self._is_abandoned(s) for s in self._summaries()):
+            if self._is_abandoned(name, self._studies().get(name)):
                 optuna.delete_study(study_name=name, storage=storage)
             direction = space.objective.direction
             study = optuna.create_study(storage=storage, study_name=name, direction=direction)
@@ -236,7 +235,7 @@ class Store:
         """
         header = self.header(name)
         storage = self._database.storage()
-        with storage_errors(f"opening study {header.name}"):
+        with storage_errors(f"opening study {header.name}"), garbage_kept():
             document = {**header.document, "confirm": confirm} if confirm else header.document
             stored = {"trials": header.trials, "fingerprint": header.fingerprint, "document": header.document}
             wanted = {"trials": trials or header.trials, "fingerprint": fingerprint or header.fingerprint}
@@ -324,18 +323,18 @@ class Store:
 
     def _names(self) -> set[str]:
         """Return the study names in use in the database, including other programs' studies."""
-        return {summary.study_name for summary in self._summaries() if not self._is_abandoned(summary)}
+        return {name for name, attrs in self._studies().items() if not self._is_abandoned(name, attrs)}
 
-    def _is_abandoned(self, study: StudySummary) -> bool:
+    def _is_abandoned(self, name: str, attrs: Mapping[str, Any] | None) -> bool:
         """Return whether a search created a study and was killed before it stored the header.
 
         The folder of such a study exists, since a search takes the lock before it creates the study.
         """
-        bare = HEADER not in study.user_attrs and study.n_trials == 0 and is_study_name(study.study_name)
-        return bare and self.folder(study.study_name).exists()
+        bare = attrs is not None and HEADER not in attrs and is_study_name(name) and self._database.is_empty(name)
+        return bare and self.folder(name).exists()
 
-    def _summaries(self) -> list[StudySummary]:
-        return self._database.summaries() if self.database.exists() else []
+    def _studies(self) -> dict[str, Mapping[str, Any]]:
+        return self._database.studies() if self.database.exists() else {}
 
 
 def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:

@@ -1,16 +1,17 @@
 """The study: Optuna proposes trials, `optuna.db` stores them.
 
-An in-memory Optuna study proposes, since asking for a trial through a database takes hundreds of milliseconds. It is
-built for each group from the ended trials. Therefore a group's proposals are a function of the space, the seed and the
-trials before the group, and a resumed search proposes the same trials as an uninterrupted one.
+A group's proposals are a function of the space, the seed and the trials before the group. Therefore a resumed search
+proposes the same trials as an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +25,8 @@ from pipeline.space.placement import PlacementRules
 from pipeline.space.pruners import Score
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
-from pipeline.study.samplers import build_sampler
+from pipeline.study.samplers import propose
 from pipeline.study.stored_trial import as_stored, from_optuna, own_trials, to_optuna
-
-# Optuna warns of parameters that only some trials have, as is normal with one optimizer per trial.
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 HEADER = "pipeline"
 """User attribute of an Optuna study that holds the fields of its `StudyHeader`."""
@@ -90,9 +88,14 @@ class Study:
             self._groups = [AskedGroup(**group) for group in self.notes(_GROUP)]
         self.ended: list[EndedTrial] = []
         """Stored trials, in number order."""
+        self.states = Counter[TrialState]()
+        """State to the number of stored trials."""
+        self._ranking: list[EndedTrial] = []
+        self._scored: dict[int, tuple[int, list[tuple[int, Score]]]] = {}
+        """Epoch to the number of trials that were looked at, and the scores of those that were measured."""
         for number, trial in enumerate(self._frozen):
             with as_stored(f"trial {number} of study {name}", study=name):
-                self.ended.append(from_optuna(number, trial, self.space.objective))
+                self._take(from_optuna(number, trial, self.space.objective))
 
     def next_group(self, trials: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose the next group of a search of `trials` trials in total.
@@ -108,17 +111,15 @@ class Study:
         if len(self.ended) >= trials:
             return {}
         group = self._group_of(len(self.ended)) or self._ask_for_group(trials)
-        memory = optuna.create_study(direction=self.space.objective.direction)
-        memory.add_trials(self._frozen[: group.known])
-        proposals = {}
-        for number in range(group.first, min(group.first + group.size, trials)):
-            memory.sampler = build_sampler(self.space, number)
-            if number < len(self.space.enqueue):
-                memory.enqueue_trial(dict(self.space.enqueue[number]))
-            trial = memory.ask()
-            assert trial.number == number
-            proposals[number] = (self.space.sample(trial), trial.params)
-        return proposals
+        size = min(group.size, trials - group.first)
+        return propose(self.space, self._frozen[: group.known], first=group.first, size=size)
+
+    @property
+    def groups(self) -> list[range]:
+        """Numbers of the trials that were proposed together, in order."""
+        starts = [group.first for group in self._groups]
+        ends = [*starts[1:], self._groups[-1].first + self._groups[-1].size] if self._groups else []
+        return [range(first, end) for first, end in zip(starts, ends, strict=True)]
 
     def keep_rules(self, rules: PlacementRules) -> None:
         """Store the placement rules if they have changed.
@@ -142,8 +143,9 @@ class Study:
         asked = self._group_of(min(running))
         assert asked is not None
         group = {number: self.space.objective.score(epochs) for number, epochs in running.items()}
-        group |= {n: s for n, s in self._scores_at(epoch, range(asked.first, len(self.ended))) if n not in running}
-        earlier = [s for _, s in self._scores_at(epoch, range(asked.known))]
+        scores = self._scores_after(epoch)
+        group |= {number: score for number, score in scores if number >= asked.first and number not in running}
+        earlier = [score for number, score in scores if number < asked.known]
         return self.space.pruner.stops(epoch, group, earlier) & running.keys()
 
     def add(self, trial: EndedTrial) -> None:
@@ -157,7 +159,7 @@ class Study:
         with self._writing(f"storing trial {trial.number}"):
             self._stored.add_trial(frozen)
         self._frozen.append(frozen)
-        self.ended.append(trial)
+        self._take(trial)
 
     def stored(self, number: int) -> EndedTrial | None:
         """Return a trial that has ended; None if it has not."""
@@ -188,8 +190,14 @@ class Study:
 
     def best(self, count: int = 1) -> list[EndedTrial]:
         """Return the best complete trials, best first: by objective, then validation loss, then number."""
-        complete = [trial for trial in self.ended if trial.state is TrialState.COMPLETE]
-        return sorted(complete, key=self.space.objective.order)[:count]
+        return self._ranking[:count]
+
+    def _take(self, trial: EndedTrial) -> None:
+        """Add a stored trial to the states and to the ranking, which is kept, since displays ask for the best often."""
+        self.ended.append(trial)
+        self.states[trial.state] += 1
+        if trial.state is TrialState.COMPLETE:
+            bisect.insort(self._ranking, trial, key=self.space.objective.order)
 
     @contextlib.contextmanager
     def _writing(self, doing: str) -> Iterator[None]:
@@ -215,11 +223,15 @@ class Study:
         self._groups.append(group)
         return group
 
-    def _scores_at(self, epoch: int, numbers: Iterable[int]) -> Iterator[tuple[int, Score]]:
-        for number in numbers:
-            epochs = self.space.objective.measured(self.ended[number].epochs)
+    def _scores_after(self, epoch: int) -> list[tuple[int, Score]]:
+        """Return number and score, after an epoch, of each stored trial that was measured in so many epochs."""
+        scored, scores = self._scored.get(epoch, (0, []))
+        for trial in self.ended[scored:]:  # the others are known, since a stored trial does not change
+            epochs = self.space.objective.measured(trial.epochs)
             if len(epochs) >= epoch:
-                yield number, self.space.objective.score(epochs[:epoch])
+                scores.append((trial.number, self.space.objective.score(epochs[:epoch])))
+        self._scored[epoch] = len(self.ended), scores
+        return scores
 
 
 def group_size(trials: int) -> int:

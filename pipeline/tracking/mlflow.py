@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from pipeline.tracking.mlflow_store import (
 from pipeline.tracking.mlflow_trials import TrialRuns
 from pipeline.tracking.record import lr_metric, objective_name
 from pipeline.tracking.standings import Standings
-from pipeline.tracking.tracker import StudyInfo, StudySummary, root_cause
+from pipeline.tracking.tracker import StoredTrial, StudyInfo, StudySummary, root_cause
 from pipeline.tracking.view import CONFIRMED, RANK, TAG_PREFIX, WINNER, mlflow_name, saved_view, view_path
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class MLflowTracker:
         refuse_outside(self._root.absolute(), location, self._run.info.artifact_uri)
         self._trials = TrialRuns(self._client, study, self._run, root=self._root.absolute())
         self._client.log_text(self._run_id, study.space, "space.yaml")
-        self._standings = Standings(study.objective, ranks=self._trials.metric(RANK))
+        self._standings = Standings(ranks=self._trials.metric(RANK))
+        for trial in study.ended:
+            self._standings.end(trial)
         self._winners = self._trials.tagged(WINNER)
         points = self._client.get_metric_history(self._run_id, "study/complete")
         self._logged = max((point.step for point in points), default=0)
@@ -94,6 +96,10 @@ class MLflowTracker:
         command = "mlflow ui" if here and not remote_uri() else f"python -m pipeline.ui{root}"
         return f"{command}   then open http://127.0.0.1:5000{self._view_path(self._experiment_id)}"
 
+    def recorded(self) -> set[int]:
+        """Return which trials have a run that has ended, of the same config, or a run that a person has deleted."""
+        return {trial.number for trial in self._study.ended if self._trials.is_recorded(trial)}
+
     def begin(self, trial: BegunTrial) -> None:
         """Take a trial that begins or goes on; `flush` has its run begin or go on."""
         self._trials.begin(trial)
@@ -103,9 +109,9 @@ class MLflowTracker:
         self._standings.epochs(len(metrics))
         self._trials.epochs(metrics, at)
 
-    def flush(self) -> None:
+    def flush(self, ending: Collection[int] = ()) -> None:
         """Log what was taken, one batch per trial, and how the study stands."""
-        self._trials.flush()
+        self._trials.flush(ending)
         self._log_standings()
         if time.monotonic() - self._ranked_at >= RANK_EVERY_S:
             self._log_ranks()
@@ -113,8 +119,7 @@ class MLflowTracker:
     def end(self, trial: EndedTrial) -> None:
         """Log what the run of a trial lacks, and end it."""
         self._trials.end(trial)
-        if trial.confirms is None:
-            self._standings.end(trial)
+        self._standings.end(StoredTrial.of(trial))
 
     def finish(self, summary: StudySummary) -> None:
         """Log ranks, mark the winner, and end the study's run; opening the study again makes it run again."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +27,7 @@ from pipeline.tracking.record import (
     run_name,
     trial_params,
 )
-from pipeline.tracking.tracker import StudyInfo
+from pipeline.tracking.tracker import StoredTrial, StudyInfo
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,6 +40,8 @@ STATUS = {
     TrialState.FAILED: "FAILED",
 }
 STATES = {state.value for state in TrialState}
+YOUNG_S = 1.5
+"""Seconds that something may wait to be logged, besides the time to the next flush."""
 RUNNING, INTERRUPTED, SUPERSEDED = "running", "interrupted", "superseded"
 """Values of the tag `hpo.state` of a trial that has not ended."""
 
@@ -81,6 +83,13 @@ class TrialRuns:
         """Return the numbers of the trials whose runs had a tag when they were found."""
         return [number for number, run in self._found.items() if tag in run.data.tags]
 
+    def is_recorded(self, trial: StoredTrial) -> bool:
+        """Return whether a trial has a run that has ended, of the same config, or a run that a person has deleted."""
+        if trial.number in self._deleted:
+            return True
+        run = self._found.get(trial.number)
+        return run is not None and trial.number in self.ended and run.data.tags.get("hpo.config") == trial.config
+
     def begin(self, trial: BegunTrial) -> None:
         """Take a trial that begins or goes on; `flush` has its run begin or go on."""
         if trial.number not in self._deleted:
@@ -94,16 +103,20 @@ class TrialRuns:
             if number in self._training:
                 self._training[number].add([epoch], at=at, objective=self._study.objective)
 
-    def flush(self) -> None:
+    def flush(self, ending: Collection[int] = ()) -> None:
         """Log what was taken; log what can be logged even if some run cannot.
+
+        What is younger than `YOUNG_S` waits for the next time, and trials that are about to end wait for their end: a
+        trial that trains for a second or two is then logged once.
 
         Raises:
             Exception: The last reason why a run could not be logged.
         """
         failed: Exception | None = None
-        for training in list(self._training.values()):
+        old = time.time() - YOUNG_S
+        for number, training in list(self._training.items()):
             try:
-                if training.waiting or training.run_id is None:
+                if number not in ending and training.waits_since <= old:
                     with self._unless_deleted(training):
                         self._log(training)
             except Exception as error:
@@ -296,6 +309,13 @@ class _Training:
     def last_step(self) -> int:
         """The last step that the run has of any metric; -1 if there is none."""
         return max((self.last or {}).values(), default=-1)
+
+    @property
+    def waits_since(self) -> float:
+        """When the oldest of what waits came to be, in seconds since 1970; infinity if nothing waits."""
+        if self.run_id is None:
+            return self.trial.started
+        return self.waiting[0].time if self.waiting else math.inf
 
     def add(self, epochs: Sequence[EpochMetrics], *, at: float, objective: Objective) -> None:
         """Add epochs that ended by a time; trials train together, so steps are spread evenly since the last time."""

@@ -7,6 +7,7 @@ order (`serve`), calls each tracker, and answers over a second pipe.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import queue
@@ -23,7 +24,7 @@ from typing import Any
 from pipeline.errors import counted
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.tracking.mlflow import MLflowTracker
-from pipeline.tracking.tracker import StudyInfo, StudySummary, Tracker
+from pipeline.tracking.tracker import StoredTrial, StudyInfo, StudySummary, Tracker
 
 TRACKERS: tuple[Callable[[Path], Tracker], ...] = (MLflowTracker,)
 """Every tracker of a search; each is built with the root folder and may refuse it with `InvalidInput`."""
@@ -53,9 +54,13 @@ class TrackerProcess:
         self._records = [_Record(tracker) for tracker in self._trackers]
         self._root = root.absolute()
         self._lock = threading.Lock()  # of the outbox, of the messages to send again, and of the records
-        self._opening: _Message | None = None
+        self._study: StudyInfo | None = None
         self._trials: defaultdict[int, list[_Message]] = defaultdict(list)
         """Number of each trial that some tracker has not recorded, to its messages."""
+        self._ended: list[StoredTrial] = []
+        """Trials that have ended, before the study was opened and since."""
+        self._before: set[int] = set()
+        """Numbers of the trials that had ended when the study was opened, and that were not told since."""
         self._finish: _Message | None = None
         self._closing = False
         self._end: str | None = None
@@ -84,11 +89,27 @@ class TrackerProcess:
 
     def open(self, study: StudyInfo) -> None:
         """Have every tracker open a study, with the environment variables of this moment."""
-        for record in self._records:
-            record.name = str(record.tracker)
         with self._lock:
-            self._opening = "open", (self._root, study, dict(os.environ))
-            self._outbox.put(self._opening)
+            self._before = {trial.number for trial in study.ended}
+            for record in self._records:
+                record.name = str(record.tracker)
+                record.missing |= self._before
+            self._study, self._ended = study, list(study.ended)
+            self._environment = dict(os.environ)
+            self._outbox.put(self._opening())
+
+    def untold(self, *, wait: bool = False) -> list[int]:
+        """Return the numbers of trials that had ended when the study was opened, and that a tracker lacks.
+
+        None is known before the trackers are open. A trial whose end is told is left out from then on.
+
+        Args:
+            wait: Whether to wait until the trackers are open, at most a minute.
+        """
+        if not self._before or not self._ready.wait(timeout=60 if wait else 0):
+            return []
+        with self._lock:
+            return sorted(self._before & set().union(*(r.missing for r in self._records if r.opened)))
 
     def links(self) -> list[str]:
         """Return how a person looks at each record, once it is open; wait at most a minute."""
@@ -110,6 +131,8 @@ class TrackerProcess:
     def end(self, trial: EndedTrial) -> None:
         """Have every tracker record a trial that has ended."""
         with self._lock:
+            self._before.discard(trial.number)
+            self._ended.append(StoredTrial.of(trial))
             for record in self._records:
                 record.missing.add(trial.number)
         self._send(trial.number, "end", trial)
@@ -134,7 +157,7 @@ class TrackerProcess:
         with self._lock:
             self._closing = True
             self._outbox.put(None)
-        if self._opening is None:
+        if self._study is None:
             self._process.kill()
         answers, since = self._answers(), time.monotonic()
         while self._reader.is_alive():
@@ -148,7 +171,7 @@ class TrackerProcess:
                 self._end = f"nothing was recorded for {stalled_s:g} s"
                 self._process.kill()
         self._writer.join()
-        opened = [] if self._opening is None else self._records
+        opened = [] if self._study is None else self._records
         self._warnings = [line for record in opened for line in record.warnings(self._end)]
         return self._warnings
 
@@ -159,6 +182,12 @@ class TrackerProcess:
         with self._lock:
             self._trials[number].append((verb, arguments))
             self._outbox.put((verb, arguments))
+
+    def _opening(self) -> _Message | None:
+        if self._study is None:
+            return None
+        study = dataclasses.replace(self._study, ended=tuple(self._ended))
+        return "open", (self._root, study, self._environment)
 
     def _start(self) -> None:
         """Start the process, and send what is not recorded."""
@@ -174,7 +203,7 @@ class TrackerProcess:
         )
         again = [message for _, messages in sorted(self._trials.items()) for message in messages]
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for message in filter(None, (self._trackers, self._opening, *again, self._finish)):
+        for message in filter(None, (self._trackers, self._opening(), *again, self._finish)):
             self._outbox.put(message)
         if self._closing:
             self._outbox.put(None)
@@ -186,7 +215,7 @@ class TrackerProcess:
         try:
             for _ in range(MAX_RESTARTS):
                 status = self._take_answers()
-                unneeded = self._closing and self._opening is None
+                unneeded = self._closing and self._study is None
                 if status >= 0 or unneeded or self._end:
                     break
                 with self._lock:
@@ -209,7 +238,7 @@ class TrackerProcess:
                     recorded = self._records[index].take(*answer)
                     if recorded is not None and not any(recorded in record.missing for record in self._records):
                         self._trials.pop(recorded, None)
-                if all(record.opened for record in self._records):
+                if all(record.answered for record in self._records):
                     self._ready.set()
         return self._process.wait()
 
@@ -231,6 +260,8 @@ class _Record:
         self.tracker = tracker
         self.name = str(tracker)
         self.link: str | None = None
+        self.answered = False
+        """Whether the tracker has tried to open the study."""
         self.opened = False
         self.answers = 0
         self.missing: set[int] = set()
@@ -243,13 +274,15 @@ class _Record:
     def take(self, verb: str, number: int | None, result: Any, cause: str | None) -> int | None:
         """Take an answer, what the tracker returned or why it failed; return the number of a trial now recorded."""
         self.answers += 1
-        self.opened = self.opened or verb == "open"
+        self.answered = self.answered or verb == "open"
         if cause is not None:
             self._causes[verb if number is None else number] = cause
             return None
         self._causes.pop(verb if number is None else number, None)
         if verb == "open":
-            self.link = result
+            self.link, recorded = result
+            self.opened = True
+            self.missing -= recorded
         elif verb == "close":
             self._notes += result
         elif verb == "finish":
@@ -264,7 +297,7 @@ class _Record:
         lost: defaultdict[str, list[str | int]] = defaultdict(list)
         keys: list[str | int] = [*sorted(self.missing), *(["finish"] if self.finish_is_missing else [])]
         for key in keys:
-            lost[self._causes.get(key, because)].append(key)
+            lost[self._causes.get(key, self._causes.get("open", because))].append(key)
         for cause in [*self._causes.values(), *([end] if end else []), *self._notes]:
             lost[cause] += []
         return [f"{self.name}: {_sentence(cause, keys)}" for cause, keys in lost.items()]

@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ from pipeline.tracking.tracker import StudyInfo, Tracker, root_cause
 
 FLUSH_EVERY_S = 2.0
 """Seconds between two flushes, as long as a flush takes at most `FLUSH_SHARE` of them."""
-MAX_FLUSH_EVERY_S = 4.0
+MAX_FLUSH_EVERY_S = 3.0
 FLUSH_SHARE = 0.1
 MAX_FAILURES = 3
 """After so many failures in a row, a tracker is left alone until the next flush: its server may be away."""
@@ -40,14 +41,17 @@ def serve() -> None:
         # A thread, because the first message locks the study's folder, which must not wait for imports.
         threading.Thread(target=_load, args=[servers]).start()
         flush_at = time.monotonic() + FLUSH_EVERY_S
-        while (message := _next(inbox, flush_at)) is not None:
+        waiting: deque[Any] = deque()
+        while (message := waiting.popleft() if waiting else _next(inbox, flush_at)) is not None:
             verb, arguments = message
             if verb == "open":
                 arguments = (_prepare(lock, *arguments),)
             for server in servers:
                 server.do(verb, *arguments)
             if time.monotonic() >= flush_at:
-                flush_at = _flush(servers)
+                while not inbox.empty():
+                    waiting.append(inbox.get())
+                flush_at = _flush(servers, ending=trials_ending(waiting))
         for server in servers:
             server.do("close")
 
@@ -69,11 +73,16 @@ def _next(inbox: queue.SimpleQueue[Any], flush_at: float) -> Any:
         return "idle", ()
 
 
-def _flush(servers: Sequence[Server]) -> float:
+def trials_ending(messages: Iterable[Any]) -> set[int]:
+    """Return the numbers of the trials whose end is among messages."""
+    return {message[1][0].number for message in messages if message is not None and message[0] == "end"}
+
+
+def _flush(servers: Sequence[Server], *, ending: Collection[int]) -> float:
     """Flush every tracker; return when to flush again."""
     began = time.monotonic()
     for server in servers:
-        server.do("flush")
+        server.do("flush", ending)
     ended = time.monotonic()
     return ended + min(max(FLUSH_EVERY_S, (ended - began) / FLUSH_SHARE), MAX_FLUSH_EVERY_S)
 
@@ -119,9 +128,10 @@ class Server:
     def do(self, verb: str, *arguments: Any) -> None:
         """Call a method of the tracker; "idle" calls none."""
         if verb == "open":
-            result, self._broken = self._attempt(verb, *arguments)
+            link, self._broken = self._attempt(verb, *arguments)
+            recorded, self._broken = self._attempt("recorded")
             self._opened = self._broken is None
-            self._answer(verb, None, result, self._broken)
+            self._answer(verb, None, (link, recorded), self._broken)
         elif verb == "end":
             self._end(*arguments)
         elif verb in ("begin", "epochs"):
@@ -130,7 +140,7 @@ class Server:
         elif verb == "flush":
             self._retry(last=False)
             if self._opened and self._failures < MAX_FAILURES:
-                self._attempt(verb)
+                self._attempt(verb, *arguments)
             self._answer(verb, None, None, None)
         elif verb in ("finish", "close"):
             self._retry(last=True)

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from pipeline.space.pruners import Score
-from pipeline.space.search_space import Objective
-from pipeline.space.trial import EndedTrial, TrialState
+from pipeline.space.trial import TrialState
+from pipeline.tracking.tracker import StoredTrial
 
 RANKED = 100
 """Best trials whose ranks are kept up to date; MLflow's page shows as many runs at a time."""
@@ -18,14 +18,12 @@ class Standings:
     """The trials of a study that have ended, ranked as the search ranks them.
 
     Args:
-        objective: Ranks trials.
         ranks: Trial number to the rank that is recorded.
     """
 
-    def __init__(self, objective: Objective, *, ranks: Mapping[int, float]) -> None:
+    def __init__(self, *, ranks: Mapping[int, float]) -> None:
         self.ranks = dict(ranks)
         """Trial number to the rank that is recorded."""
-        self._objective = objective
         self._states: dict[int, TrialState] = {}
         self._ranking: list[tuple[tuple[Score, int], float]] = []
         self._epochs = 0
@@ -40,13 +38,13 @@ class Standings:
         """Count epochs of trials."""
         self._epochs += count
 
-    def end(self, trial: EndedTrial) -> None:
-        """Count a trial that has ended; it counts once."""
-        if trial.number in self._states:
+    def end(self, trial: StoredTrial) -> None:
+        """Count a trial that has ended; it counts once, and a run of the confirmation never."""
+        if trial.confirms or trial.number in self._states:
             return
         self._states[trial.number] = trial.state
-        if trial.value is not None:
-            bisect.insort(self._ranking, (self._objective.order(trial), trial.value))
+        if trial.order is not None and trial.value is not None:
+            bisect.insort(self._ranking, (trial.order, trial.value))
 
     def changed_ranks(self) -> dict[int, int]:
         """Return the ranks to record, best first, by trial number: of the best, and of trials that were among them."""

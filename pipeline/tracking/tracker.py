@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.space.pruners import Score
 from pipeline.space.search_space import Objective
-from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
+from pipeline.tracking.record import config_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTrial:
+    """A trial that ended before the search went on, in short: a tracker may have its record."""
+
+    number: int
+    state: TrialState
+    value: float | None
+    order: tuple[Score, int] | None
+    """What sorts complete trials, best first; None unless complete."""
+    config: str
+    """`config_hash` of its config."""
+    confirms: bool
+    """Whether it is a run of the confirmation, which is not ranked among trials."""
+
+    @classmethod
+    def of(cls, trial: EndedTrial) -> StoredTrial:
+        """Return a trial in short."""
+        order = None if trial.value is None else trial.objective.order(trial)
+        config = config_hash(trial.config)
+        return cls(
+            number=trial.number,
+            state=trial.state,
+            value=trial.value,
+            order=order,
+            config=config,
+            confirms=trial.confirms is not None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +67,8 @@ class StudyInfo:
     """When the first trial began, or else the search; seconds since 1970."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Everything but configs that the numbers may depend on: device, machine, versions."""
+    ended: tuple[StoredTrial, ...] = field(default=(), repr=False)
+    """The trials that have ended, and the runs of the confirmation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +108,10 @@ class Tracker(Protocol):
         """Begin a study's record or go on with it, and return how a person looks at it, such as a command."""
         ...
 
+    def recorded(self) -> set[int]:
+        """Return the numbers of those of `StudyInfo.ended` that need not be told again; called after `open`."""
+        ...
+
     def begin(self, trial: BegunTrial) -> None:
         """Take a trial that begins, or goes on from a checkpoint; `flush` may record it."""
         ...
@@ -83,8 +120,12 @@ class Tracker(Protocol):
         """Take the metrics of an epoch by trial number, and when it ended; `flush` may record them."""
         ...
 
-    def flush(self) -> None:
-        """Record what was taken; called every few seconds."""
+    def flush(self, ending: Collection[int]) -> None:
+        """Record what was taken; called every few seconds.
+
+        Args:
+            ending: Numbers of trials whose end is told next, which says it all.
+        """
         ...
 
     def end(self, trial: EndedTrial) -> None:
