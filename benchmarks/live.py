@@ -25,6 +25,7 @@ from chaos import children
 from pipeline.files.sqlite import sqlite_uri
 from pipeline.study.store import Store
 
+FROZEN = Path(__file__).resolve().parent / "frozen_digits.yaml"
 STUDY = "live"
 METRIC = "val/loss"
 POLL_EVERY_S = 5.0
@@ -36,7 +37,7 @@ def main() -> int:
     """Run a search, poll it, and print how late points were, and what is missing or there twice in the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=50, metavar="N", help="trials of the search (default: 50)")
-    parser.add_argument("--space", default="default", help="search space (default: default)")
+    parser.add_argument("--space", default=str(FROZEN), help="search space (default: frozen_digits.yaml)")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kills of the tracker process (default: 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the moments (default: 0)")
     options = parser.parse_args()

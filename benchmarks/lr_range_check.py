@@ -1,9 +1,9 @@
 """Check that the bounds of the range test contain the best rates of a random search.
 
 For SGD and Adam, each model and each seed, the check compares the range test's proposal with a random search of 200
-trials. The search has the default space's other hyperparameters and epochs; base rates are drawn from 1e-5 to 10. The
-best rates have the highest validation accuracy after the last epoch, ties decided by validation loss. The exit status
-is 1 if one of the five best rates lies outside the proposed bounds.
+trials. The search has the other hyperparameters and the epochs of `frozen_digits.yaml`; base rates are drawn from 1e-5
+to 10. The best rates have the highest validation accuracy after the last epoch, ties decided by validation loss. The
+exit status is 1 if one of the five best rates lies outside the proposed bounds.
 
     python benchmarks/lr_range_check.py
     python benchmarks/lr_range_check.py --models mlp --seeds 0
@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package n
 from pipeline.app.prepare import prepare
 from pipeline.app.range_test import range_test
 from pipeline.space.load import load_space, space_from_document
-from pipeline.space.ready_made import find_space
 from pipeline.space.search_space import SearchSpace
 from pipeline.training.executor import LocalExecutor
 
+FROZEN = Path(__file__).resolve().parent / "frozen_digits.yaml"
 WIDE_RANGE = {"low": 1e-5, "high": 10.0, "log": True}
 ROWS = 25
 BEST_RATES = 5
@@ -79,7 +79,7 @@ def main() -> int:
 def check(model: str, optimizer: str, seed: int, trials: int, device: str) -> bool:
     """Print a proposal and the best rates of a search; return whether the proposal contains them."""
     space = space_of(model, optimizer, seed)
-    _, trainer = prepare(space, source="the default space", device=device, searching=True, rows=ROWS)
+    _, trainer = prepare(space, source="the frozen space", device=device, searching=True, rows=ROWS)
     start = time.perf_counter()
     bounds = range_test(space, optimizer, trainer).bounds()
     seconds = time.perf_counter() - start
@@ -99,8 +99,8 @@ def check(model: str, optimizer: str, seed: int, trials: int, device: str) -> bo
 
 
 def space_of(model: str, optimizer: str, seed: int) -> SearchSpace:
-    """Return the default space with one optimizer at a wide range of rates."""
-    document = {**load_space(find_space(None)).document}
+    """Return the frozen space with one optimizer at a wide range of rates."""
+    document = {**load_space(FROZEN).document}
     momentum = {"momentum": {"choices": [0.0, 0.9]}} if optimizer == "sgd" else {}
     document |= {"workload": {"name": "digits", "model": model}, "seed": seed}
     return space_from_document({**document, "optimizer": {optimizer: {"base_lr": WIDE_RANGE, **momentum}}}, name="wide")

@@ -2,7 +2,7 @@
 
 Both searches are whole commands that run in turns, in fresh processes and fresh folders. Wall time includes imports,
 databases and MLflow. Both train the digits with the same model, split, number of epochs and batch size, draw from the
-distributions of `search_spaces/default.yaml` with TPE, and store trials in SQLite. Both log parameters, and metrics and
+distributions of `frozen_digits.yaml` with TPE, and store trials in SQLite. Both log parameters, and metrics and
 learning rates of every epoch, to MLflow's SQLite store.
 
 The search by hand follows the documentation of Optuna and MLflow: `study.optimize` with `sqlite:///optuna.db`, a nested
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEFAULT_SPACE = REPOSITORY / "search_spaces" / "default.yaml"
+SPACE = REPOSITORY / "benchmarks" / "frozen_digits.yaml"
 EPOCHS = 20
 BATCH_SIZE = 64
 OURS, PEER = "pipeline.search", "by hand"
@@ -156,7 +156,7 @@ def search_by_hand(model: str, trials: int, *, pruning: bool, threads: int | Non
 
 
 def _suggest_optimizer(trial: optuna.Trial, net: nn.Module) -> torch.optim.Optimizer:
-    """Draw an optimizer and the head's ratio from the distributions of default.yaml."""
+    """Draw an optimizer and the head's ratio from the distributions of frozen_digits.yaml."""
     import torch
 
     head_ratio = trial.suggest_float("head_ratio", 0.1, 10.0, log=True)
@@ -193,7 +193,7 @@ def _run(command: Sequence[str], options: argparse.Namespace) -> Found:
     """Run one search in a fresh folder, and read the result from the Optuna database."""
     import yaml
 
-    space = yaml.safe_load(DEFAULT_SPACE.read_text())
+    space = yaml.safe_load(SPACE.read_text())
     assert (space["epochs"], space["batch_size"]) == (EPOCHS, BATCH_SIZE)
     space["workload"]["model"] = options.model
     space["pruner"] = {"name": "successive_halving" if options.pruning else "none"}

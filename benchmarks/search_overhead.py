@@ -1,5 +1,7 @@
 """Where the wall time of a search goes: `python -m pipeline.search`, the whole command, in a fresh folder.
 
+Without other options the search is that of `frozen_digits.yaml`.
+
 The search runs in a process of its own in which functions of the pipeline are wrapped with a stopwatch. Times are of
 the main thread and exclude each other: an import in the middle of a proposal counts as an import. Training is
 `ShardedTrials.train_epoch`, in all its processes, with whatever runs beside it, so while MLflow's process works
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+FROZEN = ["--space", str(REPOSITORY / "benchmarks" / "frozen_digits.yaml"), "--trials", "50"]
 
 START = "start of Python"
 IMPORTS = "imports"
@@ -127,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each kind (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every turn's figures there")
-    parser.add_argument("search", nargs="*", metavar="-- OPTION", help="options of the search (default: none)")
+    parser.add_argument("search", nargs="*", metavar="-- OPTION", default=FROZEN, help="options of the search")
     options = parser.parse_args()
     turns, bare = [], []
     for _ in range(options.repeats):

@@ -353,6 +353,12 @@ REFUSED = [
     # No study.
     option("export", "--root: 1 problem", NO_STUDY),
     option("export --study default-1", "--root: 1 problem", NO_STUDY),
+    option("export --format mlflow", "--out: 1 problem\n  is missing: a model is a folder; add --out DIR"),
+    option("export --format mlflow --out mine.yaml", "mine.yaml: exists already; name another, or remove it"),
+    option("export --format mlflow --out new/model", "there is no folder"),
+    option("export --format xml", "argument --format: invalid choice: 'xml' (choose from"),
+    option("export mine.yaml --trial 1", "CONFIG is a config by itself; leave --study and --trial away"),
+    option("export none.yaml", "none.yaml: 1 problem\n  there is no such file"),
     option("export --trial -1", "argument --trial: must be a whole number from 0 to 1000000000, got '-1'"),
 ]
 

@@ -263,6 +263,10 @@ def test_a_stored_study_is_exported_without_its_code_and_goes_on_only_with_it(fo
     text = (folder / "mine.py").read_text()
     (folder / "mine.py").write_text(f"{text}\nopen({str(sentinel)!r}, 'w').close()\n")
     assert pipeline.export.main(["--trial", "0", "--out", "one.yaml"]) == 0
+    assert pipeline.export.main(["--trial", "0", "--format", "python"]) == 0
+    unnamed = re.escape("trains with task.py:tiny, code that is run only when you name its file")
+    with pytest.raises(InvalidInput, match=unnamed):
+        pipeline.export.main(["--trial", "0", "--format", "mlflow", "--out", "model"])
     with pytest.raises(InvalidInput) as caught:
         pipeline.search.main(["--study", "space-1", "--workload", "task.py:tiny"])
     (problem,) = caught.value.problems

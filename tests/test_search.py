@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import RULES
@@ -45,8 +47,11 @@ from pipeline.workloads.workload import Split
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-# MLflow's own use of SQLAlchemy 2.1.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+# MLflow's own use of SQLAlchemy 2.1 and, while it is imported, of types.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning"),
+]
 
 TRIALS = 12
 """Proposed two at a time."""
@@ -220,7 +225,7 @@ def test_the_confirmation_that_is_printed_is_the_one_that_mlflow_has(found: Foun
     (_, _, noted) = load_config(found.best_yaml)
     assert noted["confirmed"]["mean"] == table[0].mean == winner.data.metrics["confirmed"]
     assert list(noted["confirmed"]["values_by_seed"].values()) == list(table[0].values.values())
-    means = [confirmed.mean for confirmed in table]
+    means = [confirmed.mean or 0.0 for confirmed in table]
     assert means == sorted(means, reverse=True)
 
 
@@ -300,6 +305,52 @@ def test_a_trained_model_loads_and_scores_what_was_printed(
 def test_export_prints_the_best_trial_as_best_yaml_has_it(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline.export.main(["--root", str(found.root)]) == 0
     assert capsys.readouterr().out == found.best_yaml.read_text()
+
+
+def test_export_as_json_has_the_content_of_best_yaml_and_is_a_config(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "best.json"
+    assert pipeline.export.main(["--root", str(found.root), "--format", "json", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}   train it: python -m pipeline.train {out}\n"
+    assert json.loads(out.read_text()) == strict_yaml.load(found.best_yaml) == strict_yaml.load(out)
+    assert load_config(out)[1:] == load_config(found.best_yaml)[1:]
+    assert pipeline.export.main([str(out)]) == 0
+    assert capsys.readouterr().out == found.best_yaml.read_text().partition("\n")[2]
+    assert pipeline.export.main([str(found.best_yaml)]) == 0
+    assert capsys.readouterr().out == found.best_yaml.read_text()
+
+
+def test_export_as_python_says_which_trial_it_is(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.export.main(["--root", str(found.root), "--format", "python"]) == 0
+    code = capsys.readouterr().out
+    head, _, body = code.partition("\n# Trained with ")
+    assert head.replace("\n# ", " ") == found.best_yaml.read_text().partition("\n")[0]
+    assert body.startswith(f"torch {torch.__version__} on cpu, seed 0.\n\nimport torch\n")
+    assert repr(load_config(found.best_yaml)[1].optimizer.base_lr) in code
+    assert pipeline.export.main([str(found.best_yaml), "--format", "python"]) == 0
+    assert capsys.readouterr().out == code
+
+
+def test_export_for_mlflow_saves_the_model_of_the_trial_for_any_batch_size(
+    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    out = tmp_path / "model"
+    options = ["--format", "mlflow", "--out", str(out), "--device", "cpu"]
+    assert pipeline.export.main(["--root", str(found.root), *options]) == 0
+    assert "repeated      every metric of the search, to the last bit" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    workload, loaded = digits("mlp"), mlflow.pyfunc.load_model(str(out))
+    assert isinstance(workload.val, Split)
+    images, labels = workload.val.inputs.numpy(), workload.val.targets.numpy()
+    hits = [
+        loaded.predict(images[first:last]).argmax(axis=1) == labels[first:last] for first, last in ((0, 7), (7, 270))
+    ]
+    metrics = load_config(found.best_yaml)[2]["metrics"]
+    assert np.concatenate(hits).mean() == metrics["val/accuracy"]
+    assert loaded.metadata.metadata["metrics"] == metrics
 
 
 def test_an_exported_pruned_trial_trains_again(

@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import sys
-from pathlib import Path
 from typing import Any
 
-from pipeline.app import cli
 from pipeline.app.answer import Answer
 from pipeline.app.display import spread
 from pipeline.app.found import record
 from pipeline.errors import InvalidInput, Problem, counted
 from pipeline.files import strict_yaml
-from pipeline.files.atomic import write_atomic
 from pipeline.space.load import FOUND
 from pipeline.space.trial import EndedTrial, number
-from pipeline.study.store import Store
 from pipeline.study.study import Study
 
 
-def export(root: Path, *, study: str | None, trial: int | None, out: Path | None) -> int:
-    """Write a trial to a file, or to the terminal; return the exit status.
-
-    Args:
-        root: Folder that holds `mlruns/`.
-        study: None: the newest.
-        trial: Number of the trial; None: the best.
-        out: None: the terminal.
-
-    Raises:
-        InvalidInput: There is no such study or trial, or the file cannot be written.
-    """
-    file = None if out is None else cli.writable_out(out)
-    opened = Store(root, warn=cli.warn).open(study)
-    text = config_file(opened, choose_trial(opened, trial))
-    if file is None:
-        sys.stdout.write(text)
-        return 0
-    try:
-        write_atomic(file, text)
-    except OSError as error:
-        raise InvalidInput("--out", [Problem(str(out), f"cannot be written: {error.strerror}")]) from None
-    print(f"{out}   train it: python -m pipeline.train {cli.quoted(out or file)}")
-    return 0
-
-
 def config_file(study: Study, trial: EndedTrial) -> str:
-    """Return a trial as YAML: its config and objective, and under `found` its metrics, environment and study."""
+    """Return a trial as YAML: `config_content` below `config_comment`."""
+    return strict_yaml.dumps(config_content(study, trial), comment=config_comment(study, trial))
+
+
+def config_content(study: Study, trial: EndedTrial) -> dict[str, Any]:
+    """Return a trial as plain values: config and objective, and under `found` its metrics, environment and study."""
     objective = study.space.objective
     found: dict[str, Any] = {
         "study": study.name,
@@ -57,11 +31,17 @@ def config_file(study: Study, trial: EndedTrial) -> str:
         "date": datetime.datetime.fromtimestamp(trial.ended).isoformat(timespec="seconds"),
         **record(trial),
     }
-    answer = Answer.of(study)
-    confirmed = answer.confirmed(trial)
+    confirmed = Answer.of(study).confirmed(trial)
     if confirmed is not None and confirmed.mean is not None:
         values = {str(seed): value for seed, value in confirmed.values.items()}
         found["confirmed"] = {"mean": confirmed.mean, "std": confirmed.std, "values_by_seed": values}
+    return {**trial.config.to_dict(), "objective": dataclasses.asdict(objective), FOUND: found}
+
+
+def config_comment(study: Study, trial: EndedTrial) -> str:
+    """Return a line that says which trial it is, and how good."""
+    answer = Answer.of(study)
+    confirmed = answer.confirmed(trial)
     name = (
         f"Trial {trial.number}"
         if trial.confirms is None
@@ -69,9 +49,9 @@ def config_file(study: Study, trial: EndedTrial) -> str:
     )
     comment = f"{name} of study {study.name}: {_score_line(study, trial)}."
     if confirmed is not None and confirmed is answer.confirmation.winner:
-        comment += f" Confirmed: {objective.metric} {spread(confirmed)} over {len(confirmed.values)} fresh seeds."
-    content = {**trial.config.to_dict(), "objective": dataclasses.asdict(objective), FOUND: found}
-    return strict_yaml.dumps(content, comment=comment)
+        metric = study.space.objective.metric
+        comment += f" Confirmed: {metric} {spread(confirmed)} over {len(confirmed.values)} fresh seeds."
+    return comment
 
 
 def choose_trial(study: Study, number: int | None) -> EndedTrial:

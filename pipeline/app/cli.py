@@ -77,9 +77,9 @@ def add_delete(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="delete without asking")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser, *, help: str = "") -> None:
     """Add `--device`."""
-    help = "auto, cpu, cuda, cuda:1 or mps (default: auto)"
+    help += "auto, cpu, cuda, cuda:1 or mps (default: auto)"
     parser.add_argument("--device", type=device_name, default="auto", metavar="NAME", help=help)
 
 

@@ -248,7 +248,7 @@ def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> 
     name = printable(executor.workload.name)
     what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
-    if len(study.ended) >= trials:
+    if len(study.ended) >= trials and not options.confirming:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
         resumed = f": {those} ended; ask for more with {'trials=' if options.from_python else '--trials'}"
     return f"{what}   study {study.name}, seed {space.seed}{resumed}"

@@ -33,6 +33,8 @@ class Trained:
     """Metrics of the epoch whose model this is, and `test/…` if they were asked for."""
     history: tuple[EpochMetrics, ...] = field(repr=False)
     """Results of each epoch; `pandas.DataFrame(epoch.metrics for epoch in history)` is a table of them."""
+    workload: Workload | Loop = field(repr=False)
+    """What was trained, with its data on the device."""
 
 
 def train_config(
@@ -102,7 +104,7 @@ def train_config(
         metrics |= tested
     model = executor.untrained_model(config)  # what is no part of the trained state is as it was
     model.load_state_dict({**model.state_dict(), **group.model_state(0)})
-    return Trained(model=model.eval(), metrics=metrics, history=tuple(history))
+    return Trained(model=model.eval(), metrics=metrics, history=tuple(history), workload=executor.workload)
 
 
 def _epoch_line(epoch: EpochMetrics, epochs: int) -> str:

@@ -45,6 +45,8 @@ class Digits(WorkloadChoice):
     loader: ClassVar[str] = "pipeline.workloads.digits:load_digits"
     name: Literal["digits"] = "digits"
     model: Literal["cnn", "mlp"] = "cnn"
+    train_samples: Annotated[int, Interval(ge=1, le=1795)] = 1257
+    """Images to train on. Half of the rest validates, and half tests."""
 
     @property
     def title(self) -> str:

@@ -114,6 +114,13 @@ class Study:
         size = min(group.size, trials - group.first)
         return propose(self.space, self._frozen[: group.known], first=group.first, size=size)
 
+    @property
+    def groups(self) -> list[range]:
+        """Numbers of the trials that were proposed together, in order."""
+        starts = [group.first for group in self._groups]
+        ends = [*starts[1:], self._groups[-1].first + self._groups[-1].size] if self._groups else []
+        return [range(first, end) for first, end in zip(starts, ends, strict=True)]
+
     def keep_rules(self, rules: PlacementRules) -> None:
         """Store the placement rules if they have changed.
 

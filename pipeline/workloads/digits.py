@@ -16,7 +16,6 @@ from pipeline.workloads.workload import Metric, Split, Workload, accuracy
 
 SPLIT_SEED = 1797
 """Fixed, so that every search has the same test images, whatever its seed."""
-VAL_SAMPLES = TEST_SAMPLES = 270
 
 
 class DigitsCNN(nn.Module):
@@ -56,12 +55,16 @@ MODELS: dict[str, type[nn.Module]] = {"cnn": DigitsCNN, "mlp": DigitsMLP}
 
 
 def load_digits(choice: Digits) -> Workload:
-    """Return the digits workload with the chosen model."""
-    return digits(choice.model)
+    """Return the digits workload with the chosen model and number of training images."""
+    return digits(choice.model, train_samples=choice.train_samples)
 
 
-def digits(model: str = "cnn") -> Workload:
-    """Return the digits workload: 1,257 images to train on, 270 to validate, 270 to test.
+def digits(model: str = "cnn", *, train_samples: int = Digits.train_samples) -> Workload:
+    """Return the digits workload: of 1,797 images, 1,257 to train on, 270 to validate, 270 to test.
+
+    Args:
+        model: One of `MODELS`.
+        train_samples: Images to train on. Half of the rest validates, and half tests.
 
     Raises:
         InvalidInput: There is no such model.
@@ -71,7 +74,8 @@ def digits(model: str = "cnn") -> Workload:
         raise InvalidInput("workload", [Problem("workload.model", message)])
     images, labels = _read_digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    test, val, train = order.split([TEST_SAMPLES, VAL_SAMPLES, len(order) - VAL_SAMPLES - TEST_SAMPLES])
+    test_samples = (len(order) - train_samples) // 2
+    test, val, train = order.split([test_samples, len(order) - train_samples - test_samples, train_samples])
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
     return Workload(

@@ -37,7 +37,8 @@ def fingerprint(workload: Workload | Loop, model: nn.Module, code: Iterable[Any]
         code: Optimizers and schedules of the person's own.
     """
     parts = {
-        f"code of {path.name}": _digest(_code(path, module)) for path, module in _files(workload, model, code).items()
+        f"code of {path.name}": _digest(_code(path, module))
+        for path, module in code_files(workload, model, code).items()
     }
     for name in ("train", "val", "test"):
         if isinstance(workload, Workload) and getattr(workload, name) is not None:
@@ -46,6 +47,27 @@ def fingerprint(workload: Workload | Loop, model: nn.Module, code: Iterable[Any]
     shapes = "; ".join(f"{name} {described(tensor)} {tensor.dtype}" for name, tensor in named)
     parts["model"] = f"{type(model).__name__} of {len(named)} tensors, {_digest(shapes)}"
     return parts
+
+
+def code_files(workload: Workload | Loop, model: nn.Module, code: Iterable[Any] = ()) -> dict[Path, ModuleType]:
+    """Return the files of the person's own code: of each member, and of what these files import from their folders.
+
+    Args:
+        workload: The workload, or a training loop.
+        model: Built by the workload.
+        code: Optimizers and schedules of the person's own.
+    """
+    waiting = [module for member in (model, *_members(workload), *code) if (module := _module_of(member))]
+    files: dict[Path, ModuleType] = {}
+    while waiting:
+        module = waiting.pop()
+        path = _own_file(module)
+        if path is None or path in files:
+            continue
+        files[path] = module
+        used = (value if isinstance(value, ModuleType) else _module_of(value) for value in vars(module).values())
+        waiting += [other for other in used if other and (file := _own_file(other)) and file.parent == path.parent]
+    return dict(sorted(files.items()))
 
 
 def _described_samples(samples: Samples) -> str:
@@ -68,21 +90,6 @@ def _code(path: Path, module: ModuleType) -> str:
     if module.__name__ == "__main__":
         tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return ast.dump(tree)
-
-
-def _files(workload: Workload | Loop, model: nn.Module, code: Iterable[Any]) -> dict[Path, ModuleType]:
-    """Return the files of the person's own code: of each member, and of what these files import from their folders."""
-    waiting = [module for member in (model, *_members(workload), *code) if (module := _module_of(member))]
-    files: dict[Path, ModuleType] = {}
-    while waiting:
-        module = waiting.pop()
-        path = _own_file(module)
-        if path is None or path in files:
-            continue
-        files[path] = module
-        used = (value if isinstance(value, ModuleType) else _module_of(value) for value in vars(module).values())
-        waiting += [other for other in used if other and (file := _own_file(other)) and file.parent == path.parent]
-    return dict(sorted(files.items()))
 
 
 def _members(workload: Workload | Loop) -> list[Any]:

@@ -1,0 +1,80 @@
+"""Noise: which values of the objective cannot be told from the best one."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from pipeline.page.metric import counts_samples, last_scatter
+from pipeline.page.results import StudyResults
+from pipeline.space.trial import EndedTrial, number
+
+LEAST_GAP = 1e-4
+"""Least difference of scores that is written with four decimals."""
+Z = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The worst value that is as good as the best, and where the number comes from."""
+
+    limit: float
+    source: str
+    """In words."""
+    trials: tuple[EndedTrial, ...]
+    """Complete trials within noise of the best, best first, the best included."""
+    rates: tuple[float, float]
+    """Lowest and highest base rate among these trials that have the best trial's optimizer."""
+
+
+def noise_of(results: StudyResults) -> Noise | None:
+    """Return what lies within noise of the search's first; None if nothing is known of it.
+
+    Where strategies were trained again, their spread over seeds says how far apart two runs of one strategy are. Else
+    an accuracy that counts samples has the Wilson interval of a proportion, and any other objective the scatter of the
+    last three epochs, which is a lower bound: other seeds differ more.
+
+    Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953.
+    """
+    best = results.best
+    if best is None or best.value is None:
+        return None
+    maximized = results.space.objective.direction == "maximize"
+    if (seeds := _spread_over_seeds(results)) is not None:
+        limit = best.value - seeds if maximized else best.value + seeds
+        source = f"± {gap_text(seeds)}, from the spread over seeds"
+    elif results.val_samples and counts_samples(results):
+        low, high = wilson(best.value, results.val_samples)
+        source = f"95 % of {number(best.value)} on {results.val_samples} samples: {low:.3f}–{high:.3f}"
+        limit = low
+    elif (scatter := last_scatter(results)) is not None:
+        reach = Z * math.sqrt(2) * scatter
+        limit = best.value - reach if maximized else best.value + reach
+        source = f"± {gap_text(reach)}, from how much the best trials still move in their last three epochs"
+    else:
+        return None
+    near = tuple(t for t in results.ranking if t.value is not None and results.better(t.value, limit) >= 0)
+    rates = [t.config.optimizer.base_lr for t in near if t.config.optimizer.name == best.config.optimizer.name]
+    return Noise(limit=limit, source=source, trials=near, rates=(min(rates), max(rates)))
+
+
+def _spread_over_seeds(results: StudyResults) -> float | None:
+    """Return how far apart two runs with different seeds are in 95 % of cases; None if nothing was trained again."""
+    strategies = results.confirmed.strategies if results.confirmed is not None else ()
+    spreads = [strategy.std for strategy in strategies if strategy.std is not None]
+    return Z * math.sqrt(2 * statistics.fmean(std**2 for std in spreads)) if spreads else None
+
+
+def gap_text(value: float) -> str:
+    """Return a difference of scores with as many decimals as `number` gives a score; two digits of a smaller one."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= LEAST_GAP else f"{value:.1e}"
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion that was measured on `count` samples."""
+    middle = share + Z**2 / (2 * count)
+    half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    whole = 1 + Z**2 / count
+    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
