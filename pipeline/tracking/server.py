@@ -20,9 +20,9 @@ from pipeline.files.locks import folder_locked, study_folder
 from pipeline.space.trial import EndedTrial
 from pipeline.tracking.tracker import StudyInfo, Tracker, root_cause
 
-FLUSH_EVERY_S = 2.0
+FLUSH_EVERY_S = 1.0
 """Seconds between two flushes, as long as a flush takes at most `FLUSH_SHARE` of them."""
-MAX_FLUSH_EVERY_S = 3.0
+MAX_FLUSH_EVERY_S = 2.0
 FLUSH_SHARE = 0.1
 MAX_FAILURES = 3
 """After so many failures in a row, a tracker is left alone until the next flush: its server may be away."""
