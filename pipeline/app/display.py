@@ -116,14 +116,15 @@ def print_confirmation(console: Console, ranking: Sequence[Confirmed], space: Se
 
 def _print_fitting(console: Console, table: Table, narrow: Sequence[Sequence[str]]) -> None:
     """Print a table; where a terminal is too narrow for it, fewer cells per row, of which the last may be folded."""
-    width = console.width if console.is_terminal else TABLE_WIDTH
-    if console.measure(table, options=console.options.update(width=TABLE_WIDTH)).maximum > width:
+    if not console.is_terminal:
+        console.width = max(console.width, TABLE_WIDTH)  # `print` takes no width above it
+    if console.measure(table, options=console.options.update(width=TABLE_WIDTH)).maximum > console.width:
         table = Table.grid(padding=(0, 2, 0, 0))
         for column in range(len(narrow[0])):
             table.add_column(no_wrap=column < len(narrow[0]) - 1)
         for row in narrow:
             table.add_row(*row)
-    console.print(table, width=width, crop=False)
+    console.print(table, crop=False)
 
 
 def confirmation_table(ranking: Sequence[Confirmed], space: SearchSpace) -> Table:
