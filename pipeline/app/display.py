@@ -34,7 +34,10 @@ BEST = 5
 def build_console(*, quiet: bool) -> Console:
     """Return the console of a search; in a notebook it prints plain text, in which long lines wrap."""
     is_terminal = False if in_notebook() else None
-    return Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+    console = Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    return console
 
 
 def busy(console: Console, words: str) -> contextlib.AbstractContextManager[object]:
@@ -108,14 +111,13 @@ def print_confirmation(console: Console, ranking: Sequence[Confirmed], space: Se
 
 def _print_fitting(console: Console, table: Table, narrow: Sequence[Sequence[str]]) -> None:
     """Print a table; where a terminal is too narrow for it, fewer cells per row, of which the last may be folded."""
-    width = console.width if console.is_terminal else TABLE_WIDTH
-    if console.measure(table, options=console.options.update(width=TABLE_WIDTH)).maximum > width:
+    if console.measure(table, options=console.options.update(width=TABLE_WIDTH)).maximum > console.width:
         table = Table.grid(padding=(0, 2, 0, 0))
         for column in range(len(narrow[0])):
             table.add_column(no_wrap=column < len(narrow[0]) - 1)
         for row in narrow:
             table.add_row(*row)
-    console.print(table, width=width, crop=False)
+    console.print(table, crop=False)
 
 
 def confirmation_table(ranking: Sequence[Confirmed], space: SearchSpace) -> Table:
