@@ -128,7 +128,7 @@ def test_finalists_are_the_best_by_their_late_epochs_and_have_no_config_twice(st
     space = space_with(epochs=20)
     assert space.objective.late_score(ended_trial(0, 0.1, space).epochs) == (-0.8, 0.5)  # 15 % of 4 epochs is one
     many = ended_trial(0, 0.1, space).epochs * 5
-    assert space.objective.late_score(many) == (pytest.approx(-(0.2 + 0.6 + 0.8) / 3), 0.5)
+    assert space.objective.late_score(many) == pytest.approx((-(0.2 + 0.6 + 0.8) / 3, 0.5))
     best = Objective(of="best").late_score(many)
     assert best == (-0.8, 0.5)
     study = searched(store, space_with(), rates=(0.03, 0.1, 0.1, 0.3, 0.5))
@@ -207,7 +207,8 @@ def test_runs_count_again_when_more_trials_have_ended(store: Store) -> None:
 def test_nothing_but_the_test_reads_the_test_split(store: Store) -> None:
     space = space_with(confirm={"share": 1.0, "finalists": 2, "seeds": 2})
     split = tiny_workload().test
-    assert split is not None
+    assert isinstance(split, Split)
+    assert isinstance(split.inputs, torch.Tensor)
     broken = dataclasses.replace(split, inputs=torch.full_like(split.inputs, torch.nan))
     with_test = confirm(searched(store, space, name="with-test"), store.root)
     without = confirm(searched(store, space, name="without"), store.root, test=broken)
@@ -254,7 +255,8 @@ def test_the_best_mean_wins_and_a_candidate_that_diverged_with_a_seed_cannot(sto
         "Adam's default",
     ]
     best, second, sgd, adam = answer.confirmation.table
-    assert (best.mean, best.std) == (pytest.approx(0.745), pytest.approx(0.00707, abs=1e-5))
+    assert best.mean == pytest.approx(0.745)
+    assert best.std == pytest.approx(0.00707, abs=1e-5)
     assert answer.rivals == [second, sgd]
     assert versus(adam, None) == "Adam's default: diverged with seed 1"
     lines = answer.lines()

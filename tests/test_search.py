@@ -225,7 +225,7 @@ def test_the_confirmation_that_is_printed_is_the_one_that_mlflow_has(found: Foun
     (_, _, noted) = load_config(found.best_yaml)
     assert noted["confirmed"]["mean"] == table[0].mean == winner.data.metrics["confirmed"]
     assert list(noted["confirmed"]["values_by_seed"].values()) == list(table[0].values.values())
-    means = [confirmed.mean for confirmed in table]
+    means = [confirmed.mean or 0.0 for confirmed in table]
     assert means == sorted(means, reverse=True)
 
 
@@ -300,6 +300,25 @@ def test_a_trained_model_loads_and_scores_what_was_printed(
     assert tested == (f"{loss:.4f}", f"{accuracy:.4f}")
     val_accuracy = (model(workload.val.inputs).argmax(dim=1) == workload.val.targets).double().mean().item()
     assert val_accuracy == found.best.value
+
+
+def test_the_winners_model_is_a_file_and_an_artifact_of_the_study(found: Found) -> None:
+    from mlflow import MlflowClient
+
+    noted = load_config(found.best_yaml)[2]
+    models = {trial.number for trial in found.study.ended if trial.state is TrialState.COMPLETE}
+    kept = {int(path.stem.removeprefix("trial-")) for path in (found.best_yaml.parent / "models").iterdir()}
+    assert {noted["trial"], found.study.best()[0].number} <= kept <= models
+    assert len(kept) <= 4
+    file = found.best_yaml.parent / "models" / f"trial-{noted['trial']:06}.pt"
+    model, workload = DigitsMLP(), digits("mlp")
+    model.load_state_dict(torch.load(file, weights_only=True))
+    assert isinstance(workload.val, Split)
+    hits = model.eval()(workload.val.inputs).argmax(dim=1) == workload.val.targets
+    assert hits.double().mean().item() == noted["metrics"]["val/accuracy"]
+    ((study,), _, _) = mlflow_runs(found.root)
+    artifacts = MlflowClient(f"sqlite:///{found.root / 'mlflow.db'}").list_artifacts(study.info.run_id)
+    assert {"best.yaml", file.name} <= {artifact.path for artifact in artifacts}
 
 
 def test_export_prints_the_best_trial_as_best_yaml_has_it(found: Found, capsys: pytest.CaptureFixture[str]) -> None:

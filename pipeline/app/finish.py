@@ -13,6 +13,7 @@ from pipeline.app.display import TABLE_WIDTH, best_table, confirmation_table, fa
 from pipeline.app.options import SearchOptions
 from pipeline.errors import StorageError, counted
 from pipeline.files.atomic import write_atomic
+from pipeline.study.models import model_file
 from pipeline.study.store import Store
 from pipeline.tracking.process import TrackerProcess
 from pipeline.tracking.tracker import StudySummary
@@ -46,6 +47,10 @@ def finish(
             raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
         shown = options.root / path.relative_to(options.folder)
         console.print(f"best config   {shown}   train it again: {options.train_again(shown)}", soft_wrap=True)
+        if (model := model_file(store.folder(study.name) / "models", winner.number)).exists():
+            files.append(model)
+            shown = options.root / model.relative_to(options.folder)
+            console.print(f"best model    {shown}", soft_wrap=True)
     again = f"Train it again: `{options.train_again(Path('best.yaml'))}`." if winner else ""
     note = f"{counted(len(study.ended), 'trial')}. {'. '.join(line.strip() for line in lines)}. {again}"
     means = {

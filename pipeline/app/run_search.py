@@ -33,6 +33,7 @@ from pipeline.space.trial import EndedTrial, EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.loop import forget_ended, run_group
+from pipeline.study.models import Models
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.tracking.process import TrackerProcess
@@ -95,7 +96,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             if not options.confirming:
-                _run(study, trials, before, executor, checkpoints, tracker, interrupts, console)
+                models = Models(store.folder(name) / "models", study, warn=cli.warn)
+                _run(study, trials, before, executor, checkpoints, models, tracker, interrupts, console)
             done = options.confirming or len(study.ended) >= trials
             if done:
                 runs = Checkpoints(store.folder(name) / "checkpoints" / "confirmation", warn=cli.warn)
@@ -140,6 +142,7 @@ def _run(
     before: Mapping[int, EndedTrial],
     executor: LocalExecutor,
     checkpoints: Checkpoints,
+    models: Models,
     tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
@@ -167,6 +170,7 @@ def _run(
                 rules=lambda: executor.rules,
                 on_begin=tracker.begin,
                 on_end=tracker.end,
+                models=models,
             ):
                 study.add(trial)
             progress.group_ended()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.group_state import GroupState, Proposals
+from pipeline.study.models import Models
 from pipeline.training.contract import GroupLost, TrialGroup
 
 
@@ -61,6 +63,7 @@ def run_group(
     rules: Callable[[], PlacementRules],
     on_begin: Callable[[BegunTrial], None] = lambda _: None,
     on_end: Callable[[EndedTrial], None] = lambda _: None,
+    models: Models | None = None,
 ) -> Iterator[EndedTrial]:
     """Train a group, from its last checkpoint if there is one; yield finished trials in number order.
 
@@ -79,6 +82,7 @@ def run_group(
             then the rules are stored: epochs before are trained again only by the rules that they were trained by.
         on_begin: Takes each trial that begins, or goes on from the checkpoint.
         on_end: Takes each trial as it ends, which is before all lower numbers have ended.
+        models: Keeps the models of trials that may win.
 
     Raises:
         InvalidInput: The checkpoint belongs to these trials, but does not fit their model.
@@ -105,7 +109,10 @@ def run_group(
         on_epoch(results)
         state.add(results)
         for number, (outcome, reason) in _outcomes(results, state, study).items():
-            on_end(state.end(number, outcome, reason))
+            on_end(trial := state.end(number, outcome, reason))
+            if models is not None:
+                with contextlib.suppress(GroupLost):  # the next epoch raises it again
+                    models.offer(trial, functools.partial(group.model_state, number))
             group.drop(number)
         yield from state.pop_ended()
         stop = interrupted()
