@@ -454,6 +454,8 @@ def test_importance_finds_what_decides_also_in_pruned_trials() -> None:
     assert max(shares, key=lambda name: shares[name]) == "sgd.base_lr"
     assert shares["sgd.base_lr"] > 0.5
     assert importances(space, trials[:9], epoch=2) == {}
+    lone = [trial(SPACE, n, rising(0.9), params=SGD if n else ADAMW) for n in range(12)]
+    assert sum(importances(SPACE, lone, epoch=2).values()) == pytest.approx(1)  # without a warning
     assert importances(space, trials, epoch=3) == {}
 
 
