@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import NoReturn
 
 from pipeline.app import cli
@@ -13,7 +12,7 @@ FORMATS = ("yaml", "json", "python", "mlflow")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     description = "Write a trial of a search, or a config, as a file that trains again, as code or as a trained model."
-    parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=description)
+    parser = cli.build_parser("export", description)
     help = "a config's file, such as best.yaml (default: a trial of a study)"
     parser.add_argument("config", nargs="?", type=cli.file, metavar="CONFIG", help=help)
     cli.add_root(parser)

@@ -717,6 +717,20 @@ def test_trials_that_fail_for_one_reason_are_one_warning(root: Path, background:
     assert background.close(stalled_s=CLOSE_S) == [f"MLflow in {root}: Not a directory; 2 trials are not recorded"]
 
 
+def test_a_database_that_is_removed_in_mid_run_is_told_and_one_that_is_put_back_is_used(root: Path) -> None:
+    tracker = opened(root, study())
+    tracker.end(ended(0))
+    (root / "mlflow.db").rename(root / "away.db")
+    for verb, argument in (("end", ended(1)), ("flush", None), ("finish", DONE)):
+        with pytest.raises(
+            StorageError, match=r"^mlflow\.db was removed or replaced by another program meanwhile; put"
+        ):
+            getattr(tracker, verb)(*([] if argument is None else [argument]))
+    (root / "away.db").rename(root / "mlflow.db")
+    tracker.end(ended(1))
+    assert [run.data.tags["hpo.trial"] for run in runs(root, "trial")] == ["0", "1"]
+
+
 def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> None:
     answers = io.BytesIO()
     server = Server(0, MLflowTracker(root, sample_every_s=None), answers)

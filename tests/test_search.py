@@ -139,7 +139,7 @@ def test_a_search_leaves_its_record_and_says_where(found: Found) -> None:
     assert not (found.root / "mlruns/optuna.db-wal").exists()  # whoever copies the database has all trials
     first, *_ = found.printed.splitlines()
     assert first == "digits · mlp · 3 epochs · cpu, 3 trials at once   study small-1, seed 0"
-    assert f"{TRIALS}/{TRIALS}   best " in found.printed
+    assert f"{TRIALS}/{TRIALS} trials   " in found.printed
     assert (
         f"best config   {found.best_yaml}   train it again: python -m pipeline.train {found.best_yaml}" in found.printed
     )

@@ -26,7 +26,9 @@ from pipeline.space.own_code import is_own
 from pipeline.space.param_groups import is_numbered
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.shares import has_shares_of_run
+from pipeline.space.trial import EndedTrial
 from pipeline.study.store import Store
+from pipeline.study.study import Study
 
 CUDA_ONLY = "fp32_precision"
 """A key of the environment of trials that were trained on a CUDA device."""
@@ -96,6 +98,11 @@ def export(
     return 0
 
 
+def trial_code(study: Study, trial: EndedTrial) -> str:
+    """Return a trial, or a run of the confirmation, as plain PyTorch code."""
+    return _python(_source_of(study, trial))
+
+
 def _read(config: Path | None, *, root: Path, study: str | None, trial: int | str | None, seed: int | None) -> Source:
     if config is not None:
         content = strict_yaml.load(config)
@@ -103,9 +110,12 @@ def _read(config: Path | None, *, root: Path, study: str | None, trial: int | st
         Found.read(found, source=str(config))
         return Source(str(config), content, _comment_of(config), config)
     opened = Store(root, warn=cli.warn).open(study)
-    chosen = choose_trial(opened, trial, seed)
-    name = f"{trial_name(chosen)} of study {opened.name}"
-    return Source(name, config_content(opened, chosen), config_comment(opened, chosen), None)
+    return _source_of(opened, choose_trial(opened, trial, seed))
+
+
+def _source_of(study: Study, trial: EndedTrial) -> Source:
+    name = f"{trial_name(trial)} of study {study.name}"
+    return Source(name, config_content(study, trial), config_comment(study, trial), None)
 
 
 def _comment_of(config: Path) -> str:

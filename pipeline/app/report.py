@@ -9,9 +9,7 @@ from pathlib import Path
 
 from pipeline.app import cli
 from pipeline.app.answer import Answer
-from pipeline.app.best_yaml import config_comment
-from pipeline.app.code import python_code
-from pipeline.app.export import CUDA_ONLY
+from pipeline.app.export import trial_code
 from pipeline.errors import InvalidInput, Problem
 from pipeline.files.atomic import write_atomic
 from pipeline.page.confirmed import Comparison, Confirmed, ConfirmedStrategy
@@ -76,23 +74,13 @@ def write_report(
         val_samples=_val_samples(header.fingerprint),
         with_rates=_with_rates(answer, directions),
         confirmed=_confirmed(answer, planned=header.trials),
-        code=_code(answer, directions),
+        code=None if answer.trial is None else trial_code(study, answer.trial),
         options="" if store.root == Path() else f" --root {cli.quoted(store.root)}",
     )
     shares = importances(study.space, study.ended, epoch=results.first_rung)
     if shares:
         results = dataclasses.replace(results, importance=Importance(shares=shares, epoch=results.first_rung))
     write_atomic(path, build_page(results))
-
-
-def _code(answer: Answer, directions: Mapping[str, str] | None) -> str | None:
-    """Return the winner as plain PyTorch code; None if no trial is complete."""
-    trial, objective = answer.trial, answer.study.space.objective
-    if trial is None:
-        return None
-    known = directions or {objective.metric: objective.direction}
-    comment, cuda = config_comment(answer.study, trial), CUDA_ONLY in trial.environment
-    return python_code(trial.config, directions=known, comment=comment, cuda=cuda)
 
 
 def _val_samples(fingerprint: Mapping[str, str] | None) -> int | None:

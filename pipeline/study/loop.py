@@ -14,7 +14,7 @@ from pipeline.errors import InvalidInput, Problem
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
-from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.checkpoint import STATES, Checkpoints
 from pipeline.study.group_state import GroupState, Proposals
 from pipeline.study.models import Models
 from pipeline.training.contract import GroupLost, TrialGroup
@@ -168,7 +168,7 @@ def _train_epoch(
 def _load_newest(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> tuple[int, int | None]:
     """Load a running group's newest checkpoint, or its beginning; return its number of epochs and its row limit."""
     for _, content in checkpoints.load():
-        group.load_state_dict(content["state"])
+        group.load_state_dict(_state(content))
         return content["epoch"], content["row_limit"]
     group.load_state_dict({})
     return 0, state.row_limit
@@ -177,7 +177,13 @@ def _load_newest(group: TrialGroup, state: GroupState, checkpoints: Checkpoints)
 def _save(group: TrialGroup, state: GroupState, checkpoints: Checkpoints, *, row_limit: int | None) -> None:
     name = f"{_name(max(state.proposals))}-epoch-{state.epoch:06}.pt"
     with contextlib.suppress(GroupLost):  # the next epoch raises it again
-        checkpoints.save(name, lambda: {**state.to_dict(), "row_limit": row_limit, "state": group.state_dict()})
+        content = {**state.to_dict(), "row_limit": row_limit}
+        checkpoints.save(name, content, group.trial_states)
+
+
+def _state(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of the group that a checkpoint holds."""
+    return {"epochs": content["epoch"], "trials": content[STATES]}
 
 
 def _name(last: int) -> str:
@@ -197,7 +203,7 @@ def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> N
         state.load_dict(content)
         try:
             with contextlib.suppress(GroupLost):  # the next epoch raises it again
-                group.load_state_dict(content["state"])
+                group.load_state_dict(_state(content))
         except (RuntimeError, KeyError, ValueError) as error:
             raise _does_not_fit(path, error) from error
         checkpoints.clear(but=path)

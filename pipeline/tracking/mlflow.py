@@ -11,8 +11,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import StorageError
+from pipeline.files.sqlite import file_identity
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.tracking.mlflow_store import (
+    database_file,
     find_runs,
     load_mlflow,
     milliseconds,
@@ -71,6 +74,8 @@ class MLflowTracker:
         self._study = study
         self._warnings: list[str] = []
         self._client = open_store(self._root.absolute())
+        self._file = None if server_uri() else database_file(self._root.absolute())
+        self._opened = self._file and file_identity(self._file)
         self._is_new = False
         self._run = self._find_or_create_run()
         location = self._client.get_experiment(self._experiment_id).artifact_location
@@ -111,6 +116,7 @@ class MLflowTracker:
 
     def flush(self, ending: Collection[int] = ()) -> None:
         """Log what was taken, one batch per trial, and how the study stands."""
+        self._check_there()
         self._trials.flush(ending)
         self._log_standings()
         if time.monotonic() - self._ranked_at >= RANK_EVERY_S:
@@ -118,12 +124,14 @@ class MLflowTracker:
 
     def end(self, trial: EndedTrial) -> None:
         """Log what the run of a trial lacks, and end it."""
+        self._check_there()
         self._trials.end(trial)
         self._standings.end(StoredTrial.of(trial))
 
     def finish(self, summary: StudySummary) -> None:
         """Log ranks, mark the winner, and end the study's run; opening the study again makes it run again."""
         self._stop_monitor()
+        self._check_there()
         self._trials.interrupt()
         self._log_standings()
         self._log_ranks()
@@ -175,6 +183,15 @@ class MLflowTracker:
     @property
     def _experiment_id(self) -> str:
         return str(self._run.info.experiment_id)
+
+    def _check_there(self) -> None:
+        """Check that the database is the one that was opened: SQLite writes on into a file that was removed.
+
+        Raises:
+            StorageError: The database was removed or replaced.
+        """
+        if self._file is not None and file_identity(self._file) != self._opened:
+            raise StorageError(f"{self._file.name} was removed or replaced by another program meanwhile; put it back")
 
     def _view_path(self, experiment_id: str) -> str:
         return view_path(experiment_id, self._study.name)
