@@ -381,6 +381,37 @@ def test_trials_are_found_whatever_became_of_the_study_s_run(root: Path) -> None
     assert run.data.tags["mlflow.parentRunId"] not in ("", parent.info.run_id)
 
 
+def test_names_that_a_person_gives_stay_and_runs_are_found_under_them(root: Path) -> None:
+    opened(root, study()).end(ended())
+    client, (parent,), (run,) = connect(root), runs(root, "study"), runs(root, "trial")
+    for name, found in (("my study", parent), ("my trial", run)):
+        client.update_run(found.info.run_id, name=name)
+    client.rename_experiment(parent.info.experiment_id, "my experiment")
+    opened(root, study()).end(ended())
+    assert {client.get_run(found.info.run_id).info.run_name for found in (parent, run)} == {"my study", "my trial"}
+    client.set_tag(parent.info.run_id, "hpo.study_id", "a run that is gone for ever")
+    client.delete_experiment(parent.info.experiment_id)
+    opened(root, study()).end(ended())
+    assert client.get_experiment_by_name("digits-cnn") is None
+    trials = client.search_runs([parent.info.experiment_id], "tags.`hpo.kind` = 'trial'")
+    assert [again.info.run_id for again in trials] == [run.info.run_id]
+
+
+def test_a_trial_s_run_that_a_person_restores_goes_on(root: Path) -> None:
+    tracker = opened(root, study())
+    tracker.begin(begun(0))
+    tracker.flush()
+    (run,) = runs(root, "trial")
+    connect(root).delete_run(run.info.run_id)
+    opened(root, study()).end(ended(0))
+    assert runs(root, "trial") == []
+    connect(root).restore_run(run.info.run_id)
+    opened(root, study()).end(ended(0))
+    (again,) = runs(root, "trial")
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
+    assert history(root, again, "val/accuracy") == [(10, 0.9)]
+
+
 def test_a_trial_s_run_that_a_person_deletes_stays_deleted(root: Path) -> None:
     tracker = opened(root, study())
     tracker.begin(begun(0))

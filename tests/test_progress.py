@@ -109,6 +109,7 @@ def test_a_curve_has_one_character_per_epoch_or_per_several_and_dots_for_those_t
     rising = {epoch: float(epoch) for epoch in range(1, 9)}
     assert sparkline(rising, 8, low=1, high=8, width=20) == "▁▂▃▄▅▆▇█"
     assert sparkline(rising, 16, low=1, high=8, width=4) == "▄█··"
+    assert sparkline({1: 1.0, 2: 8.0, 3: 4.5}, 8, low=1, high=8, width=4) == "█▅··"
     assert sparkline({1: 0.5, 3: 0.5}, 4, low=0.5, high=0.5, width=4) == "▁·▁·"
 
 
@@ -144,16 +145,22 @@ def test_a_line_too_long_for_a_terminal_becomes_a_line_per_part_and_a_command_st
     for target in (narrow, pipe):
         say(target, "best config", "mlruns/best.yaml", "python -m pipeline.train best.yaml", command=True)
         say(target, "a sentence of several words")
+        say(target, "time limit    it ends after that")
     assert printed(narrow) == [
         "best config",
         "  mlruns/best.yaml",
         "  python -m pipeline.train best.yaml",
         "a sentence of",
         "several words",
+        "time limit    it",
+        "              ends",
+        "              after",
+        "              that",
     ]
     assert printed(pipe) == [
         "best config   mlruns/best.yaml   python -m pipeline.train best.yaml",
         "a sentence of several words",
+        "time limit    it ends after that",
     ]
 
 

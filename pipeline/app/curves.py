@@ -87,7 +87,9 @@ def sparkline(values: Mapping[int, float], epochs: int, *, low: float, high: flo
     """
     width = min(width, epochs)
     marks = []
-    for last in (-(-epochs * (place + 1) // width) for place in range(width)):
-        share = (values[last] - low) / (high - low) if last in values and high > low else 0.0
-        marks.append(LEVELS[round(share * (len(LEVELS) - 1))] if last in values else "·")
+    for place in range(width):
+        first, last = epochs * place // width + 1, epochs * (place + 1) // width
+        newest = max((epoch for epoch in range(first, last + 1) if epoch in values), default=None)
+        share = (values[newest] - low) / (high - low) if newest is not None and high > low else 0.0
+        marks.append("·" if newest is None else LEVELS[round(share * (len(LEVELS) - 1))])
     return "".join(marks)

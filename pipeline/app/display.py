@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ SAY_EVERY_S = 10.0
 """In a pipe, seconds between two lines that say the same."""
 TABLE_WIDTH = 200
 """Characters per line of the table of best trials where the width is not a terminal's."""
+LABEL = 14
+"""Columns of the word before a line, such as `time limit    `."""
 MAX_REASON = 200
 """Most characters of a reason in a line."""
 BEST = 5
@@ -56,7 +59,12 @@ def say(console: Console, *parts: str, command: bool = False) -> None:
     """
     line = "   ".join(parts)
     if console.is_terminal and len(line) > console.width:
-        line = "\n  ".join(parts)
+        if not command and len(parts) == 1:
+            indent = " " * LABEL if line[:LABEL].endswith("  ") else ""
+            parts = tuple(textwrap.wrap(line, console.width, subsequent_indent=indent, break_on_hyphens=False))
+            line = "\n".join(parts)
+        else:
+            line = "\n  ".join(parts)
     console.print(line, soft_wrap=command or not console.is_terminal)
 
 

@@ -201,11 +201,18 @@ class MLflowTracker:
         from mlflow.entities import ViewType
 
         experiments = [e.experiment_id for e in self._client.search_experiments(ViewType.ALL)]
-        condition = f"tags.`hpo.kind` = 'study' and tags.`hpo.study_id` = '{self._study.identity}'"
-        found = next(find_runs(self._client, experiments, condition, view=ViewType.ALL), None)
+        ours = f"tags.`hpo.study_id` = '{self._study.identity}'"
+        kind = " and tags.`hpo.kind` = 'study'"
+        found = next(find_runs(self._client, experiments, ours + kind, view=ViewType.ALL), None)
         if found is None:
             self._is_new = True
-            experiment_id = self._find_or_create_experiment().experiment_id
+            # The run may be gone for good, and its experiment renamed, while the trials' runs are there.
+            trial = next(find_runs(self._client, experiments, ours, view=ViewType.ALL), None)
+            if trial is None:
+                experiment_id = self._find_or_create_experiment().experiment_id
+            else:
+                experiment_id = trial.info.experiment_id
+                self._restore(self._client.get_experiment(experiment_id))
             return self._client.create_run(
                 experiment_id,
                 start_time=milliseconds(self._study.started),
