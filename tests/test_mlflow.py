@@ -445,6 +445,15 @@ def test_the_winner_is_marked_and_ranks_break_ties_as_the_search_does(root: Path
     found = runs(root, "trial")
     assert [run.data.metrics.get("rank") for run in found] == [4, 2, 3, None, 1]
     assert [run.data.tags.get("hpo.winner") for run in found] == [None, None, None, None, "yes"]
+    confirmed = {2: 0.95, 1: 0.94}
+    tracker = opened(root, study())
+    for trial in (*trials, better):
+        tracker.end(trial)
+    tracker.finish(dataclasses.replace(DONE, best=trials[2], confirmed=confirmed))
+    found = runs(root, "trial")
+    assert [run.data.metrics.get("rank") for run in found] == [4, 2, 1, None, 3]
+    assert [run.data.metrics.get("confirmed") for run in found] == [None, 0.94, 0.95, None, None]
+    assert [run.data.tags.get("hpo.winner") for run in found] == [None, None, "yes", None, None]
 
 
 def test_the_study_s_run_has_the_search_s_times_counts_and_best_value(root: Path) -> None:
@@ -523,8 +532,9 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
     assert state["searchFilter"] == "tags.`hpo.kind` = 'trial' and tags.`hpo.study_id` = '7.5'"
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`rank`", True)
-    assert state["selectedColumns"][:4] == [
+    assert state["selectedColumns"][:5] == [
         "metrics.`rank`",
+        "metrics.`confirmed`",
         "metrics.`val/loss.best`",
         "metrics.`val/loss`",
         "tags.`hpo.state`",
@@ -537,7 +547,11 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
         ["val/loss"],
         ["train/loss"],
     ]
-    assert [line["metricKey"] for line in lines if line["deleted"]] == ["lr/body", "rank"]  # have no chart of their own
+    assert [line["metricKey"] for line in lines if line["deleted"]] == [
+        "lr/body",
+        "rank",
+        "confirmed",
+    ]  # have no chart of their own
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
         section["uuid"] for section in state["compareRunSections"]
     }

@@ -37,7 +37,10 @@ BEST = 5
 def build_console(*, quiet: bool) -> Console:
     """Return the console of a search; in a notebook it prints plain text, in which long lines wrap."""
     is_terminal = False if in_notebook() else None
-    return Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+    console = Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    return console
 
 
 def busy(console: Console, words: str) -> contextlib.AbstractContextManager[object]:
@@ -116,8 +119,6 @@ def print_confirmation(console: Console, ranking: Sequence[Confirmed], space: Se
 
 def _print_fitting(console: Console, table: Table, narrow: Sequence[Sequence[str]]) -> None:
     """Print a table; where a terminal is too narrow for it, fewer cells per row, of which the last may be folded."""
-    if not console.is_terminal:
-        console.width = max(console.width, TABLE_WIDTH)  # `print` takes no width above it
     if console.measure(table, options=console.options.update(width=TABLE_WIDTH)).maximum > console.width:
         table = Table.grid(padding=(0, 2, 0, 0))
         for column in range(len(narrow[0])):

@@ -47,7 +47,7 @@ def finish(
     means = {
         confirmed.candidate.trial: confirmed.mean
         for confirmed in answer.confirmation.table
-        if confirmed.candidate.trial is not None and confirmed.mean is not None
+        if answer.confirmation.winner and confirmed.candidate.trial is not None and confirmed.mean is not None
     }
     summary = StudySummary(
         finished=done, note=note, best=winner, confirmed=means, ended=time.time(), files=tuple(files)

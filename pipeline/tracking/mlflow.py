@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,7 @@ class MLflowTracker:
         self._check_there()
         self._trials.interrupt()
         self._log_standings()
-        self._log_ranks()
+        self._log_ranks(confirmed=list(summary.confirmed))
         self._client.set_tag(self._run_id, "mlflow.note.content", summary.note)
         best = summary.best
         if best is not None:
@@ -270,11 +270,11 @@ class MLflowTracker:
         self._client.log_batch(self._run_id, metrics, synchronous=True)
         self._logged = count
 
-    def _log_ranks(self) -> None:
+    def _log_ranks(self, *, confirmed: Sequence[int] = ()) -> None:
         from mlflow.entities import Metric
 
         now = milliseconds(time.time())
-        for number, rank in self._standings.changed_ranks().items():
+        for number, rank in self._standings.changed_ranks(confirmed=confirmed).items():
             if run_id := self._trials.ended.get(number):  # none if a person has deleted the run
                 metric = Metric(RANK, rank, now, self._standings.count)
                 self._client.log_batch(run_id, [metric], synchronous=True)
