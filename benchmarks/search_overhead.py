@@ -62,7 +62,7 @@ CATEGORIES = (
     END,
 )
 WRAPPED = (
-    ("pipeline.search", "read_space", "reading and checking"),
+    ("pipeline.app.options", "read_space", "reading and checking"),
     ("pipeline.app.prepare", "prepare", "reading and checking"),
     ("pipeline.study.store", "Store.choose", "reading and checking"),
     ("pipeline.study.store", "Store.create", DATABASES),
