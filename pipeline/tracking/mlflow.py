@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 RANK_EVERY_S = 30.0
 """Seconds between two updates of the ranks of trials, which the view is sorted by."""
+RANK_SHARE = 0.02
+"""Most of the time that updates of ranks take; a good trial changes the ranks of up to a hundred others."""
 
 
 class MLflowTracker:
@@ -89,7 +91,7 @@ class MLflowTracker:
         points = self._client.get_metric_history(self._run_id, "study/complete")
         self._logged = max((point.step for point in points), default=0)
         """Number of ended trials at the last point of the study's metrics."""
-        self._ranked_at = time.monotonic()
+        self._rank_at = time.monotonic() + RANK_EVERY_S
         self._finished = False
         self._save_view()
         self._monitor = self._start_monitor()
@@ -119,7 +121,7 @@ class MLflowTracker:
         self._check_there()
         self._trials.flush(ending)
         self._log_standings()
-        if time.monotonic() - self._ranked_at >= RANK_EVERY_S:
+        if time.monotonic() >= self._rank_at:
             self._log_ranks()
 
     def end(self, trial: EndedTrial) -> None:
@@ -273,13 +275,14 @@ class MLflowTracker:
     def _log_ranks(self, *, confirmed: Sequence[int] = ()) -> None:
         from mlflow.entities import Metric
 
-        now = milliseconds(time.time())
+        began, now = time.monotonic(), milliseconds(time.time())
         for number, rank in self._standings.changed_ranks(confirmed=confirmed).items():
             if run_id := self._trials.ended.get(number):  # none if a person has deleted the run
                 metric = Metric(RANK, rank, now, self._standings.count)
                 self._client.log_batch(run_id, [metric], synchronous=True)
                 self._standings.ranks[number] = rank
-        self._ranked_at = time.monotonic()
+        ended = time.monotonic()
+        self._rank_at = ended + max(RANK_EVERY_S, (ended - began) / RANK_SHARE)
 
     def _log_confirmed(self, summary: StudySummary) -> None:
         from mlflow.entities import Metric
