@@ -536,7 +536,7 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
         printed, errors = process.communicate()
     assert process.returncode == status
     assert headline.endswith("study small-1, seed 0\n")
-    assert first_group.startswith(f"3/{TRIALS}   ")
+    assert first_group.startswith(f"3/{TRIALS} trials   ")
     kept = Store(root).open("small-1").ended
     assert 3 <= len(kept) < TRIALS
     assert outcomes(kept) == outcomes(found.study.ended[: len(kept)])
