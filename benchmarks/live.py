@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from chaos import children
@@ -62,7 +63,7 @@ def poll(
     while process.poll() is None:
         time.sleep(POLL_EVERY_S)
         now = time.time()
-        polls.append((now, {number: [step for step, _ in points] for number, points in recorded(root).items()}))
+        polls.append((now, {number: [step for step, _ in points] for number, points in recorded(uri_of(root)).items()}))
         if kills and random_.random() < 0.3:
             for pid, kind in children(process.pid):
                 if kind == "mlflow":
@@ -71,11 +72,16 @@ def poll(
     return polls
 
 
-def recorded(root: Path) -> dict[int, list[tuple[int, float]]]:
-    """Return the points of each trial's run, as (step, seconds since 1970)."""
+def uri_of(root: Path) -> str:
+    """Return the URI of a root's MLflow database."""
+    return sqlite_uri(root / "mlflow.db")
+
+
+def recorded(uri: str) -> dict[int, list[tuple[int, float]]]:
+    """Return the points of each trial's run in an MLflow store, as (step, seconds since 1970)."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(sqlite_uri(root / "mlflow.db"))
+    client = MlflowClient(uri)
     found: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
     for experiment in client.search_experiments():
         for run in client.search_runs([experiment.experiment_id], "tags.`hpo.kind` = 'trial'", max_results=10_000):
@@ -86,7 +92,7 @@ def recorded(root: Path) -> dict[int, list[tuple[int, float]]]:
 
 def report(root: Path, polls: list[tuple[float, Steps]]) -> None:
     """Print the ages of the oldest points that polls did not see, and compare the end with optuna.db."""
-    whole = recorded(root)
+    whole = recorded(uri_of(root))
     late = []
     for now, seen in polls:
         unseen = [at for n, points in whole.items() for step, at in points if at < now and step not in seen.get(n, [])]
@@ -97,12 +103,18 @@ def report(root: Path, polls: list[tuple[float, Steps]]) -> None:
         end="",
     )
     print(f"{late[-1]:.1f} s at most")
+    missing, twice = compared(root, whole, study=STUDY)
+    print(f"afterwards {missing} points are missing, {twice} are there twice")
+
+
+def compared(root: Path, whole: Mapping[int, list[tuple[int, float]]], *, study: str) -> tuple[int, int]:
+    """Return how many points of a study MLflow lacks, and how many it has twice; `whole` is from `recorded`."""
     missing = twice = 0
-    for trial in Store(root).open(STUDY).ended:
-        steps = [step for step, _ in whole[trial.number]]
+    for trial in Store(root).open(study).ended:
+        steps = [step for step, _ in whole.get(trial.number, [])]
         missing += len({epoch.step for epoch in trial.epochs if epoch.finished} - set(steps))
         twice += len(steps) - len(set(steps))
-    print(f"afterwards {missing} points are missing, {twice} are there twice")
+    return missing, twice
 
 
 if __name__ == "__main__":

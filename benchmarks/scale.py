@@ -1,6 +1,6 @@
 """What a search of many small trials costs: early and late, at its exit, and when the finished study is used again.
 
-A model of 33 parameters trains for 2 epochs, so nearly everything is what the search does around training. The search
+A model of 31 parameters trains for 2 epochs, so nearly everything is what the search does around training. The search
 is the whole command. It is watched from outside: every half second, the CPU time of its processes is read, and how many
 trials `optuna.db` and `mlflow.db` have. An early and a late window of whole groups give the CPU time per trial; the
 search's own, with the processes that train, is counted by trials in optuna.db, that of MLflow's process by runs that
@@ -70,7 +70,7 @@ print(time.process_time() - began)
 
 
 def tiny() -> Workload:
-    """Return a regression of 4 numbers to one, by 33 parameters."""
+    """Return a regression of 4 numbers to one, by 31 parameters."""
     numbers = torch.Generator().manual_seed(0)
     inputs = torch.randn(160, 4, generator=numbers)
     targets = inputs.prod(dim=1, keepdim=True)

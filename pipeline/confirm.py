@@ -101,7 +101,7 @@ def _confirm(
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     description = "Train the best trials of a study, and two baselines, again with fresh seeds."
-    parser = argparse.ArgumentParser(prog="python -m pipeline.confirm", description=description)
+    parser = cli.build_parser("confirm", description)
     cli.add_study(parser, help="which study (default: the newest)")
     default = "(default: as the study's space says, or 3)"
     parser.add_argument("--seeds", type=cli.whole_number(2, 50), metavar="N", help=f"fresh seeds {default}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import NoReturn
 
 from pipeline.app import cli
@@ -13,12 +12,15 @@ FORMATS = ("yaml", "json", "python", "mlflow")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     description = "Write a trial of a search, or a config, as a file that trains again, as code or as a trained model."
-    parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=description)
+    parser = cli.build_parser("export", description)
     help = "a config's file, such as best.yaml (default: a trial of a study)"
     parser.add_argument("config", nargs="?", type=cli.file, metavar="CONFIG", help=help)
     cli.add_root(parser)
     cli.add_study(parser, help="which study (default: the newest)")
-    parser.add_argument("--trial", type=cli.whole_number(0), metavar="N", help="which trial (default: the best)")
+    help = "which trial, or adam or sgd for a baseline of the confirmation (default: the winner)"
+    parser.add_argument("--trial", type=_trial, metavar="N", help=help)
+    help = "the trial's run of the confirmation with this seed"
+    parser.add_argument("--seed", type=cli.whole_number(0, cli.MAX_SEED), metavar="N", help=help)
     help = "yaml or json: a config that trains again; python: plain PyTorch code that does not need this package; "
     help += "mlflow: the model, trained again, as a folder that MLflow loads and serves (default: yaml)"
     parser.add_argument("--format", choices=FORMATS, default="yaml", help=help)
@@ -26,8 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=cli.file, metavar="PATH", help=help)
     cli.add_device(parser, help="where mlflow's model is trained: ")
     arguments = parser.parse_args(argv)
-    if arguments.config is not None and (arguments.study is not None or arguments.trial is not None):
-        parser.error("CONFIG is a config by itself; leave --study and --trial away")
+    if arguments.config is not None and any(
+        given is not None for given in (arguments.study, arguments.trial, arguments.seed)
+    ):
+        parser.error("CONFIG is a config by itself; leave --study, --trial and --seed away")
 
     from pipeline.app.export import export
 
@@ -36,10 +40,15 @@ def main(argv: list[str] | None = None) -> int:
         root=arguments.root,
         study=arguments.study,
         trial=arguments.trial,
+        seed=arguments.seed,
         format=arguments.format,
         out=arguments.out,
         device=arguments.device,
     )
+
+
+def _trial(text: str) -> int | str:
+    return text if text in ("adam", "sgd") else cli.whole_number(0)(text)
 
 
 def script() -> NoReturn:

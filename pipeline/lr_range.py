@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.lr_range", description="Find bounds for base_lr.")
+    parser = cli.build_parser("lr_range", "Find bounds for base_lr.")
     cli.add_space(parser)
     parser.add_argument("--write", action="store_true", help="put the proposed bounds into the file of --space")
     cli.add_root(parser, help="folder whose mlruns/ gets the picture, made if need be")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import NoReturn
 
 from pipeline.app import cli
@@ -11,7 +10,7 @@ from pipeline.app import cli
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     description = "Write the report of a study as one HTML file, which opens without network."
-    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=description)
+    parser = cli.build_parser("report", description)
     cli.add_root(parser)
     cli.add_study(parser, help="which study (default: the newest)")
     help = "where to write it (default: report.html in the study's folder)"

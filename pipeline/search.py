@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from pipeline.workloads.loop import Epochs
     from pipeline.workloads.workload import Workload
 
+EXAMPLES = (
+    "--trials 50",
+    "--workload my_task.py:sine --trials 20",
+    "--space decay --set epochs=40 --set workload.model=mlp --study long",
+)
+"""Options that `--help` shows."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
@@ -100,7 +107,8 @@ def search(
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.search", description="Search learning-rate strategies.")
+    more = [*cli.choices_of_spaces(), "", "examples:", *(f"  python -m pipeline.search {words}" for words in EXAMPLES)]
+    parser = cli.build_parser("search", "Search learning-rate strategies.", more=more)
     cli.add_space(parser)
     help = "in total (default: what the study was last asked for, or 50)"
     parser.add_argument("--trials", type=cli.whole_number(1), metavar="N", help=help)

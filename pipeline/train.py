@@ -102,7 +102,7 @@ def _save(trained: Trained, file: Path, *, shown: Path) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description="Train a config, such as best.yaml.")
+    parser = cli.build_parser("train", "Train a config, such as best.yaml.")
     parser.add_argument("config", type=cli.file, metavar="CONFIG", help="a YAML file: of a search, or written by hand")
     parser.add_argument("--test", action="store_true", help="report the test split too; never choose by it")
     help = "train alone, with every core, in place of repeating the search's metrics to the bit"

@@ -5,7 +5,6 @@ A bare `mlflow ui` in the same folder shows the same runs.
 
 from __future__ import annotations
 
-import argparse
 from typing import NoReturn
 
 from pipeline.app import cli
@@ -13,7 +12,7 @@ from pipeline.app import cli
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.ui", description="Compare trials in MLflow's web page.")
+    parser = cli.build_parser("ui", "Compare trials in MLflow's web page.")
     cli.add_root(parser, help="folder that holds mlflow.db")
     help = "port on this machine (default: 5000)"
     parser.add_argument("--port", type=cli.whole_number(1, 65535), default=5000, metavar="N", help=help)

@@ -9,7 +9,7 @@ import pickle
 import re
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -39,7 +39,7 @@ from pipeline.space.schedules import (
     Step,
 )
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
-from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.checkpoint import STATES, Checkpoints
 from pipeline.study.loop import forget_ended, run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
@@ -96,7 +96,7 @@ def folder(tmp_path: Path) -> Folder:
 def saved(folder: Folder, *values: int) -> None:
     for value in values:
         content = {"value": value, "tensor": torch.arange(4)}
-        folder.open().save(f"{value:03}.pt", functools.partial(dict, content))
+        folder.open().save(f"{value:03}.pt", content)
 
 
 def values(folder: Folder) -> list[int]:
@@ -137,9 +137,9 @@ def test_a_file_that_was_cut_off_is_damaged(folder: Folder, size: int) -> None:
 def test_another_format_is_refused_by_its_number(folder: Folder) -> None:
     saved(folder, 1)
     data = folder.newest().read_bytes()
-    folder.newest().write_bytes(data.replace(b"format 2\n", b"format 7\n", 1))
+    folder.newest().write_bytes(data.replace(b"format 3\n", b"format 7\n", 1))
     assert values(folder) == []
-    assert folder.warnings == [f"{folder.path / '001.pt'}: is of format 7, and this version reads format 2"]
+    assert folder.warnings == [f"{folder.path / '001.pt'}: is of format 7, and this version reads format 3"]
 
 
 class Code:
@@ -153,8 +153,9 @@ def test_code_in_a_checkpoint_does_not_run(folder: Folder) -> None:
     saved(folder, 1)
     data = folder.newest().read_bytes()
     payload = pickle.dumps(Code(), protocol=2)  # torch's
-    title = data.partition(b"\n")[0]
-    folder.newest().write_bytes(title + b"\n" + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+    title, last = data.partition(b"\n")[0], f"[{len(payload)}]".encode()
+    line = f"{hashlib.sha256(payload + last).hexdigest()} {len(last)}".encode()
+    folder.newest().write_bytes(b"\n".join([title, line, payload + last]))
     assert values(folder) == []
     assert "001.pt: cannot be loaded: " in folder.warnings[0]
 
@@ -184,13 +185,19 @@ def peak_memory_growth(action: Callable[[], object]) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux counts it")
-def test_saving_takes_no_copy_of_the_whole_and_loading_takes_one(folder: Folder) -> None:
-    size = 1 << 25
-    state = {str(number): {"row": torch.full((size // 4,), float(number))} for number in range(6)}
-    assert peak_memory_growth(lambda: folder.open().save("001.pt", lambda: state)) < 1.5 * size
+def test_saving_takes_one_trials_state_at_a_time_and_loading_one_copy_of_all(folder: Folder) -> None:
+    size, trials = 1 << 25, 6
+
+    def states() -> Iterator[tuple[str, Any]]:
+        for number in range(trials):
+            yield str(number), {"row": torch.full((size // 4,), float(number))}
+
+    assert peak_memory_growth(lambda: folder.open().save("001.pt", {"epoch": 1}, states)) < 1.5 * size
     loaded: list[Any] = []
-    assert peak_memory_growth(lambda: loaded.extend(folder.open().load())) < 7.5 * size
-    assert all(torch.equal(loaded[0][1][number]["row"], state[number]["row"]) for number in state)
+    assert peak_memory_growth(lambda: loaded.extend(folder.open().load())) < (trials + 2.5) * size
+    ((_, content),) = loaded
+    assert content["epoch"] == 1
+    assert all(torch.equal(content[STATES][number]["row"], state["row"]) for number, state in states())
 
 
 def test_a_full_disk_in_the_middle_of_a_checkpoint_is_told_and_leaves_the_others(folder: Folder) -> None:
@@ -200,7 +207,7 @@ def test_a_full_disk_in_the_middle_of_a_checkpoint_is_told_and_leaves_the_others
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         with pytest.raises(StorageError, match=r"002\.pt: cannot be written: File too large$"):
-            folder.open().save("002.pt", lambda: {"tensor": torch.zeros(1 << 20), "more": torch.zeros(1 << 20)})
+            folder.open().save("002.pt", {"tensor": torch.zeros(1 << 20), "more": torch.zeros(1 << 20)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -239,10 +246,10 @@ def test_a_group_goes_on_from_any_epochs_checkpoint_to_the_same_bits(
     resumed: dict[int, PlainTrials | FusedTrials] = {}
     for epoch in range(EPOCHS):
         if epoch in (0, 1, STEP_SIZE - 1, EPOCHS - 1):
-            folder.open().save(f"{epoch}.pt", uninterrupted.state_dict)
-            _, state = next(folder.open().load())
+            folder.open().save(f"{epoch}.pt", {}, lambda: uninterrupted.state_dict().items())
+            _, content = next(folder.open().load())
             resumed[epoch] = trainer(configs, workload, device=CPU)
-            resumed[epoch].load_state_dict(state)
+            resumed[epoch].load_state_dict(content[STATES])
         history.append(uninterrupted.train_epoch())
     for epoch, group in resumed.items():
         assert [group.train_epoch() for _ in range(epoch, EPOCHS)] == history[epoch:]
@@ -442,7 +449,8 @@ def test_other_proposals_do_not_take_the_checkpoint(store: Store) -> None:
     (path,) = files(store)
     content = dict(next(Folder(path.parent).open().load())[1])
     content["trials"][3]["params"] = {**content["trials"][3]["params"], "exponential.gamma": 0.5}
-    Folder(path.parent).open().save(path.name, lambda: content)
+    states = content.pop(STATES)
+    Folder(path.parent).open().save(path.name, content, states.items)
     _, (warning,) = search(store, epochs=1)
     assert "trial 3 is proposed otherwise now" in warning
 
@@ -452,10 +460,11 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(store: Store) -> None:
     search(store, epochs=1)
     (path,) = files(store)
     content = dict(next(Folder(path.parent).open().load())[1])
-    for state in content["state"]["trials"].values():
+    for state in content[STATES].values():
         for name in state.keys() & {"row"}:
             state[name] = torch.zeros(5)
-    Folder(path.parent).open().save(path.name, lambda: content)
+    states = content.pop(STATES)
+    Folder(path.parent).open().save(path.name, content, states.items)
     with pytest.raises(InvalidInput, match=rf"^{path}: 1 problem\n  does not fit the model: .*; if the model has chan"):
         search(store)
     assert files(store) == [path]

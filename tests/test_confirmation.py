@@ -117,8 +117,7 @@ def test_a_confirmation_has_no_more_finalists_than_complete_trials_and_no_limit_
 def test_the_cost_is_said_before_a_search_that_can_afford_a_confirmation() -> None:
     space = space_with(confirm={}, epochs=20)
     assert announcement(space, trials=50) == (
-        "then          3 finalists and 2 baselines train again with 3 fresh seeds: at most 300 trial-epochs, "
-        "and 33% of all"
+        "then          3 finalists and 2 baselines train again with 3 fresh seeds: at most 300 epochs, and 33% of all"
     )
     assert announcement(space, trials=8) == ""
     assert announcement(space_with(confirm={"share": 0.0}), trials=50) == ""

@@ -52,6 +52,7 @@ OWNERS = {
         "app.train_config",
         "train",
         "study.checkpoint",
+        "study.models",
     ),
     "sklearn": ("workloads*",),
     "yaml": ("files.strict_yaml",),

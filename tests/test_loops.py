@@ -34,7 +34,7 @@ from pipeline.space.placement import Placement
 from pipeline.space.schedules import OneCycle, Plateau, Scheduler, Step
 from pipeline.space.trial import EpochMetrics
 from pipeline.strategy import build
-from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.checkpoint import STATES, Checkpoints
 from pipeline.train import train
 from pipeline.training.contract import TrialGroup
 from pipeline.training.executor import LocalExecutor
@@ -193,12 +193,13 @@ def test_a_loop_goes_on_from_a_checkpoint_to_the_same_numbers(
     whole = group_of(two_models, config, keeps=keeps)
     trained(whole, 2)
     checkpoints = Checkpoints(tmp_path, warn=pytest.fail, share=1)
-    checkpoints.save("one.pt", whole.state_dict)
+    checkpoints.save("one.pt", {}, whole.trial_states)
     rest = trained(whole, 2)
     TRAINED.clear()
     resumed = group_of(two_models, config, keeps=keeps)
-    resumed.load_state_dict(next(checkpoints.load())[1])
-    assert str(resumed.state_dict()) == str(next(checkpoints.load())[1])
+    state = {"epochs": 2, "trials": next(checkpoints.load())[1][STATES]}
+    resumed.load_state_dict(state)
+    assert str(resumed.state_dict()) == str(state)
     assert trained(resumed, 2) == rest
     assert again == TRAINED
     for name, value in whole.model_state(0).items():

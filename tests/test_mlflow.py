@@ -381,6 +381,37 @@ def test_trials_are_found_whatever_became_of_the_study_s_run(root: Path) -> None
     assert run.data.tags["mlflow.parentRunId"] not in ("", parent.info.run_id)
 
 
+def test_names_that_a_person_gives_stay_and_runs_are_found_under_them(root: Path) -> None:
+    opened(root, study()).end(ended())
+    client, (parent,), (run,) = connect(root), runs(root, "study"), runs(root, "trial")
+    for name, found in (("my study", parent), ("my trial", run)):
+        client.update_run(found.info.run_id, name=name)
+    client.rename_experiment(parent.info.experiment_id, "my experiment")
+    opened(root, study()).end(ended())
+    assert {client.get_run(found.info.run_id).info.run_name for found in (parent, run)} == {"my study", "my trial"}
+    client.set_tag(parent.info.run_id, "hpo.study_id", "a run that is gone for ever")
+    client.delete_experiment(parent.info.experiment_id)
+    opened(root, study()).end(ended())
+    assert client.get_experiment_by_name("digits-cnn") is None
+    trials = client.search_runs([parent.info.experiment_id], "tags.`hpo.kind` = 'trial'")
+    assert [again.info.run_id for again in trials] == [run.info.run_id]
+
+
+def test_a_trial_s_run_that_a_person_restores_goes_on(root: Path) -> None:
+    tracker = opened(root, study())
+    tracker.begin(begun(0))
+    tracker.flush()
+    (run,) = runs(root, "trial")
+    connect(root).delete_run(run.info.run_id)
+    opened(root, study()).end(ended(0))
+    assert runs(root, "trial") == []
+    connect(root).restore_run(run.info.run_id)
+    opened(root, study()).end(ended(0))
+    (again,) = runs(root, "trial")
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
+    assert history(root, again, "val/accuracy") == [(10, 0.9)]
+
+
 def test_a_trial_s_run_that_a_person_deletes_stays_deleted(root: Path) -> None:
     tracker = opened(root, study())
     tracker.begin(begun(0))
@@ -414,6 +445,15 @@ def test_the_winner_is_marked_and_ranks_break_ties_as_the_search_does(root: Path
     found = runs(root, "trial")
     assert [run.data.metrics.get("rank") for run in found] == [4, 2, 3, None, 1]
     assert [run.data.tags.get("hpo.winner") for run in found] == [None, None, None, None, "yes"]
+    confirmed = {2: 0.95, 1: 0.94}
+    tracker = opened(root, study())
+    for trial in (*trials, better):
+        tracker.end(trial)
+    tracker.finish(dataclasses.replace(DONE, best=trials[2], confirmed=confirmed))
+    found = runs(root, "trial")
+    assert [run.data.metrics.get("rank") for run in found] == [4, 2, 1, None, 3]
+    assert [run.data.metrics.get("confirmed") for run in found] == [None, 0.94, 0.95, None, None]
+    assert [run.data.tags.get("hpo.winner") for run in found] == [None, None, "yes", None, None]
 
 
 def test_the_study_s_run_has_the_search_s_times_counts_and_best_value(root: Path) -> None:
@@ -492,8 +532,9 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
     state = json.loads(zlib.decompress(base64.b64decode(packed)))
     assert state["searchFilter"] == "tags.`hpo.kind` = 'trial' and tags.`hpo.study_id` = '7.5'"
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`rank`", True)
-    assert state["selectedColumns"][:4] == [
+    assert state["selectedColumns"][:5] == [
         "metrics.`rank`",
+        "metrics.`confirmed`",
         "metrics.`val/loss.best`",
         "metrics.`val/loss`",
         "tags.`hpo.state`",
@@ -506,7 +547,11 @@ def test_the_view_sorts_trials_by_the_objective_and_charts_every_group() -> None
         ["val/loss"],
         ["train/loss"],
     ]
-    assert [line["metricKey"] for line in lines if line["deleted"]] == ["lr/body", "rank"]  # have no chart of their own
+    assert [line["metricKey"] for line in lines if line["deleted"]] == [
+        "lr/body",
+        "rank",
+        "confirmed",
+    ]  # have no chart of their own
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {
         section["uuid"] for section in state["compareRunSections"]
     }
@@ -715,6 +760,20 @@ def test_trials_that_fail_for_one_reason_are_one_warning(root: Path, background:
     background.end(many_rates(0))
     background.end(many_rates(1))
     assert background.close(stalled_s=CLOSE_S) == [f"MLflow in {root}: Not a directory; 2 trials are not recorded"]
+
+
+def test_a_database_that_is_removed_in_mid_run_is_told_and_one_that_is_put_back_is_used(root: Path) -> None:
+    tracker = opened(root, study())
+    tracker.end(ended(0))
+    (root / "mlflow.db").rename(root / "away.db")
+    for verb, argument in (("end", ended(1)), ("flush", None), ("finish", DONE)):
+        with pytest.raises(
+            StorageError, match=r"^mlflow\.db was removed or replaced by another program meanwhile; put"
+        ):
+            getattr(tracker, verb)(*([] if argument is None else [argument]))
+    (root / "away.db").rename(root / "mlflow.db")
+    tracker.end(ended(1))
+    assert [run.data.tags["hpo.trial"] for run in runs(root, "trial")] == ["0", "1"]
 
 
 def test_a_trial_that_could_not_be_logged_is_logged_at_the_end(root: Path) -> None:

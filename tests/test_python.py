@@ -132,7 +132,7 @@ def test_what_a_stopped_search_prints_goes_on_with_it(script: Ran) -> None:
     assert call == f"search(study='{script.names['result'].study}', trials=8, workload=sine)"
     assert len(script.names["result"].trials) == 2
     assert "seed 0, goes on from trial 2\n" in script.printed  # as the page's last call, the same one, did
-    assert "9/9   best " in script.printed
+    assert "9/9 trials   " in script.printed
     assert script.printed.count("time limit    1e-09 minutes; an epoch that trains then is finished first\n") == 1
 
 

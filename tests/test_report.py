@@ -125,6 +125,10 @@ def test_the_score_says_how_many_samples_are_wrong() -> None:
     assert text_of(score_line(typical(val_samples=None))) == "val/accuracy 0.9700. Trial #0."
     assert text_of(score_line(typical(val_samples=270))) == "val/accuracy 0.9700. Trial #0."  # which counts none of 270
     assert rest_line(typical()) == "batch size 64, 8 epochs"
+    space = space_with(optimizer={**SPACE.document["optimizer"], "adam": {"base_lr": 1e-3, "beta1": 0.8}})
+    assert rest_line(results_of(space, [trial(space, 0, rising(0.9), params=SGD)])) == "batch size 64, 8 epochs"
+    adam = trial(space, 0, rising(0.9), params={"optimizer": "adam"})
+    assert rest_line(results_of(space, [adam])) == "batch size 64, 8 epochs, beta1 0.8"
 
 
 def test_without_confirmation_it_is_said_that_one_seed_was_tried() -> None:
@@ -247,8 +251,8 @@ def test_what_was_trained_again_is_said_with_its_interval() -> None:
     assert "Better than #0 by 0.1000 [0.0500, 0.1500], by a paired t interval, since its runs vary otherwise." in words
     noise = noise_of(results)
     assert noise is not None
-    assert noise.source == "± 0.0244, from the spread over seeds"
-    assert [trial.number for trial in noise.trials] == [0, 1]
+    assert noise.source == "± 0.0092, from how fresh seeds disagree"
+    assert [trial.number for trial in noise.trials] == [0]
 
 
 def test_a_baseline_that_wins_is_used() -> None:
@@ -454,6 +458,8 @@ def test_importance_finds_what_decides_also_in_pruned_trials() -> None:
     assert max(shares, key=lambda name: shares[name]) == "sgd.base_lr"
     assert shares["sgd.base_lr"] > 0.5
     assert importances(space, trials[:9], epoch=2) == {}
+    lone = [trial(SPACE, n, rising(0.9), params=SGD if n else ADAMW) for n in range(12)]
+    assert sum(importances(SPACE, lone, epoch=2).values()) == pytest.approx(1)  # without a warning
     assert importances(space, trials, epoch=3) == {}
 
 
@@ -473,6 +479,7 @@ def test_the_command_writes_the_report_of_a_stored_study(tmp_path: Path, capsys:
     assert "Best so far: AdamW, base rate" in page
     assert "10 of 100 validation samples wrong" in page
     assert "Learning rate per group" in page
+    assert "lr_scheduler.CosineAnnealingLR(" in page
     assert f"--study small-1 --root {tmp_path}" in page
     (tmp_path / "small.yaml").write_text(html.unescape(page.rpartition("<pre>")[2].partition("</pre>")[0]))
     assert load_space(tmp_path / "small.yaml").document == space.document

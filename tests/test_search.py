@@ -139,7 +139,7 @@ def test_a_search_leaves_its_record_and_says_where(found: Found) -> None:
     assert not (found.root / "mlruns/optuna.db-wal").exists()  # whoever copies the database has all trials
     first, *_ = found.printed.splitlines()
     assert first == "digits · mlp · 3 epochs · cpu, 3 trials at once   study small-1, seed 0"
-    assert f"{TRIALS}/{TRIALS}   best " in found.printed
+    assert f"{TRIALS}/{TRIALS} trials   " in found.printed
     assert (
         f"best config   {found.best_yaml}   train it again: python -m pipeline.train {found.best_yaml}" in found.printed
     )
@@ -300,6 +300,25 @@ def test_a_trained_model_loads_and_scores_what_was_printed(
     assert tested == (f"{loss:.4f}", f"{accuracy:.4f}")
     val_accuracy = (model(workload.val.inputs).argmax(dim=1) == workload.val.targets).double().mean().item()
     assert val_accuracy == found.best.value
+
+
+def test_the_winners_model_is_a_file_and_an_artifact_of_the_study(found: Found) -> None:
+    from mlflow import MlflowClient
+
+    noted = load_config(found.best_yaml)[2]
+    models = {trial.number for trial in found.study.ended if trial.state is TrialState.COMPLETE}
+    kept = {int(path.stem.removeprefix("trial-")) for path in (found.best_yaml.parent / "models").iterdir()}
+    assert {noted["trial"], found.study.best()[0].number} <= kept <= models
+    assert len(kept) <= 4
+    file = found.best_yaml.parent / "models" / f"trial-{noted['trial']:06}.pt"
+    model, workload = DigitsMLP(), digits("mlp")
+    model.load_state_dict(torch.load(file, weights_only=True))
+    assert isinstance(workload.val, Split)
+    hits = model.eval()(workload.val.inputs).argmax(dim=1) == workload.val.targets
+    assert hits.double().mean().item() == noted["metrics"]["val/accuracy"]
+    ((study,), _, _) = mlflow_runs(found.root)
+    artifacts = MlflowClient(f"sqlite:///{found.root / 'mlflow.db'}").list_artifacts(study.info.run_id)
+    assert {"best.yaml", file.name} <= {artifact.path for artifact in artifacts}
 
 
 def test_export_prints_the_best_trial_as_best_yaml_has_it(found: Found, capsys: pytest.CaptureFixture[str]) -> None:
@@ -517,7 +536,7 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
         printed, errors = process.communicate()
     assert process.returncode == status
     assert headline.endswith("study small-1, seed 0\n")
-    assert first_group.startswith(f"3/{TRIALS}   ")
+    assert first_group.startswith(f"3/{TRIALS} trials   ")
     kept = Store(root).open("small-1").ended
     assert 3 <= len(kept) < TRIALS
     assert outcomes(kept) == outcomes(found.study.ended[: len(kept)])

@@ -504,6 +504,17 @@ def test_a_trial_that_another_program_removed_is_missed(store: Store, numbered: 
         assert [trial.params for trial in store.open("mine").ended] == [ended_trial(n).params for n in (0, 2)]
 
 
+def test_a_study_that_another_program_renamed_goes_on_under_its_new_name(store: Store) -> None:
+    store.create(space_with(), name="small-1", trials=2, rules=RULES).add(ended_trial(0))
+    store.close()
+    with contextlib.closing(sqlite3.connect(store.root / "mlruns" / "optuna.db")) as connection, connection:
+        connection.execute("UPDATE studies SET study_name = 'renamed'")
+    again = Store(store.root)
+    assert [header.name for header in again.headers()] == ["renamed"]
+    study = again.open("renamed", trials=2)
+    assert (study.name, len(study.ended)) == ("renamed", 1)
+
+
 @pytest.mark.parametrize(
     ("version", "remedy"),
     [

@@ -88,6 +88,9 @@ class Curves:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
+    def trial_states(self) -> Iterator[tuple[str, Any]]:
+        return iter(())
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         return None
 

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import os
+import queue
 import signal
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -208,3 +209,32 @@ def test_the_process_of_trackers_imports_nothing_from_the_working_folder(
     tracker.open(study())
     assert tracker.close(stalled_s=CLOSE_S) == [f"tables in {tmp_path}: the disk is nearly full"]
     assert not (tmp_path / "ran").exists()
+
+
+class Away(Table):
+    """Cannot be reached until a file is there."""
+
+    def open(self, study: StudyInfo) -> str:
+        if not (self.root / "back").exists():
+            raise ConnectionRefusedError(111, "Connection refused")
+        return super().open(study)
+
+
+def test_a_tracker_that_is_away_is_told_at_once_and_records_what_it_missed_once_it_is_back(tmp_path: Path) -> None:
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    process = TrackerProcess(tmp_path, trackers=[Away], warn=said.put)
+    process.open(study("mine"))
+    process.begin(begun(0))
+    process.epoch({0: epoch(1)})
+    process.end(ended(0))
+    name = f"tables in {tmp_path}"
+    assert (
+        said.get(timeout=CLOSE_S)
+        == f"{name}: Connection refused; the search goes on, and tries again every few seconds"
+    )
+    (tmp_path / "back").touch()
+    assert said.get(timeout=CLOSE_S) == f"{name}: records again, also what it has missed"
+    process.finish(DONE)
+    assert process.close(stalled_s=CLOSE_S) == [f"{name}: the disk is nearly full"]
+    assert not process.incomplete
+    assert (tmp_path / "mine.csv").read_text().splitlines() == ["0,complete,0.9"]

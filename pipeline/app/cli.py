@@ -8,18 +8,21 @@ import io
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipeline import __version__
 from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean, printable
 from pipeline.files.atomic import check_writable
 from pipeline.files.locks import is_study_name, refuse_links
 from pipeline.files.signals import CtrlC
 from pipeline.space.config import WORKLOADS, Own
 from pipeline.space.overrides import parse_override
-from pipeline.space.ready_made import DEFAULT, DEFAULT_WITH_WORKLOAD
+from pipeline.space.ready_made import DEFAULT, DEFAULT_WITH_WORKLOAD, ready_made, summary
 
 if TYPE_CHECKING:
     from pipeline.space.search_space import SearchSpace
@@ -55,8 +58,43 @@ def run(main: Callable[[], int]) -> NoReturn:
             status = error.exit_status
         else:
             raise
-    gc.freeze()  # at exit Python would search all objects of torch and Optuna for garbage, which takes over a second
+    # At exit Python would search all objects of torch and Optuna for garbage, which takes over a second. A module built
+    # with nanobind prints a line for each of its objects that is left then.
+    if not any(kind.__module__ == "nanobind" for kind in type.__subclasses__(type)):
+        gc.freeze()
     sys.exit(status)
+
+
+def build_parser(command: str, description: str, *, more: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of a command, with `--version`.
+
+    Args:
+        command: Name of the command's module.
+        description: A sentence.
+        more: Lines below the options.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipeline.{command}",
+        description=description,
+        epilog="\n".join(more),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lr-strategy-search {__version__}")
+    return parser
+
+
+def choices_of_spaces() -> list[str]:
+    """Return lines that say which ready-made spaces and built-in workloads there are."""
+    width = shutil.get_terminal_size().columns - 2
+    spaces = {name: summary(file) for name, file in ready_made().items()}
+    indent = max(map(len, spaces)) + 4
+    lines = [
+        textwrap.fill(f"  {name:{indent - 2}}{words}", width, subsequent_indent=" " * indent)
+        for name, words in spaces.items()
+    ]
+    built_in = ", ".join(name for name in WORKLOADS if name != "own")
+    workloads = textwrap.fill(f"  {built_in}; or your own, path/to/file.py:function", width, subsequent_indent="  ")
+    return ["ready-made spaces:", *lines, "", "workloads:", workloads]
 
 
 def add_root(parser: argparse.ArgumentParser, *, help: str = "folder that holds mlflow.db and mlruns/") -> None:

@@ -1,37 +1,33 @@
-"""Show a search: progress while it runs, a table of the best trials when it ends."""
+"""What a search prints: lines, the table of the best trials, values in words."""
 
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from rich import get_console
-from rich.console import Console, Group
-from rich.constrain import Constrain
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Console
 from rich.status import Status
 from rich.table import Table
-from rich.text import Text
 
 from pipeline.errors import counted
-from pipeline.files.signals import Interrupts
 from pipeline.space.config import TrialConfig
 from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.strategy import schedule_line, strategy_words
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState, number
+from pipeline.space.trial import EndedTrial, TrialState, number
 
 if TYPE_CHECKING:
     from pipeline.study.confirmation import Confirmed
-    from pipeline.study.study import Study
 
-REFRESHES_PER_SECOND = 4
 SAY_EVERY_S = 10.0
 """In a pipe, seconds between two lines that say the same."""
 TABLE_WIDTH = 200
-"""Characters per line of the table of best trials; a narrow terminal wraps a line instead of cutting off numbers."""
+"""Characters per line of the table of best trials where the width is not a terminal's."""
+LABEL = 14
+"""Columns of the word before a line, such as `time limit    `."""
 MAX_REASON = 200
 """Most characters of a reason in a line."""
 BEST = 5
@@ -40,8 +36,11 @@ BEST = 5
 
 def build_console(*, quiet: bool) -> Console:
     """Return the console of a search; in a notebook it prints plain text, in which long lines wrap."""
-    is_terminal = False if _in_notebook() else None
-    return Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+    is_terminal = False if in_notebook() else None
+    console = Console(highlight=False, markup=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    return console
 
 
 def busy(console: Console, words: str) -> contextlib.AbstractContextManager[object]:
@@ -49,169 +48,29 @@ def busy(console: Console, words: str) -> contextlib.AbstractContextManager[obje
     return console.status(words) if console.is_terminal else contextlib.nullcontext()
 
 
-def _in_notebook() -> bool:
-    return get_console().is_jupyter
-
-
-class Progress:
-    """Show trials done, the best strategy so far and the time left.
-
-    On a terminal and in a notebook this is one display that changes, whose last state stays; in a pipe it is a line per
-    group.
+def say(console: Console, *parts: str, command: bool = False) -> None:
+    """Print a line of parts; where a terminal is too narrow for the line, a line per part, indented after the first.
 
     Args:
-        study: The study whose trials are counted.
-        trials: Number of trials of the search.
-        console: Where progress is shown.
-        interrupts: A request to end the search early is shown too.
+        console: Where to print.
+        parts: Texts without line breaks.
+        command: Whether a part is a command or an address, in which only the terminal breaks lines, so that it can be
+            copied.
     """
-
-    def __init__(self, study: Study, *, trials: int, console: Console, interrupts: Interrupts) -> None:
-        self._study = study
-        self._trials = trials
-        self._console = console
-        self._interrupts = interrupts
-        self._started = time.monotonic()
-        self._before = len(study.ended)
-        self._epochs = 0
-        self._in_group = 0.0
-        self._spread = ""
-        self._runs = False
-        self._display: _Display | None = None
-        if _in_notebook() and not console.quiet:
-            self._display = _NotebookDisplay(self._render)
-        elif console.is_terminal:
-            self._display = _TerminalDisplay(self._render, console)
-
-    def __enter__(self) -> Progress:
-        """Start the display."""
-        self._runs = True
-        if self._display is not None:
-            self._display.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Stop the display, and leave its last state."""
-        self._runs = False
-        if self._display is not None:
-            self._display.stop()
-
-    def group_begins(self, spread: str) -> None:
-        """Set the text that says how a group's trials are spread over matrices."""
-        self._spread = spread
-
-    def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
-        """Count an epoch of a group."""
-        self._epochs += len(metrics)
-        self._in_group = sum(m.epoch for m in metrics.values()) / self._study.space.epochs
-        if self._display is not None:
-            self._display.changed()
-
-    def group_ended(self) -> None:
-        """Count a group as stored; in a pipe, print a line."""
-        self._in_group = 0.0
-        if self._display is None:
-            parts = (self._done(), self._best_strategy(), self._line_of_counts())
-            self._console.print("   ".join(part for part in parts if part), soft_wrap=True, highlight=False)
-
-    def _render(self) -> Constrain:
-        done = len(self._study.ended) + self._in_group
-        bar = ProgressBar(
-            total=self._trials,
-            completed=min(done, self._trials),
-            width=min(36, self._console.width // 2),
-            complete_style="cyan",
-            finished_style="green",
-        )
-        head = Table.grid(padding=(0, 1))
-        head.add_row("", bar, Text(f"{self._done()}   {self._time_left(done)}"))
-        below = [Text(f"  {line}", style="dim") for line in (self._best_strategy(), self._line_of_counts()) if line]
-        if self._runs and self._interrupts.exit_status:
-            below.append(Text("  ends after this epoch; Ctrl-C again ends at once"))
-        elif self._runs and self._interrupts.is_overdue:
-            below.append(Text("  the time is over; ends after this epoch"))
-        return Constrain(Group(head, *below))  # unlike a Group, a notebook can show it
-
-    def _done(self) -> str:
-        best = self._study.best()
-        done = f"{len(self._study.ended)}/{self._trials}"
-        return f"{done}   best {best[0].score}" if best else done
-
-    def _best_strategy(self) -> str:
-        best = self._study.best()
-        return strategy_line(best[0].config, self._study.space) if best else ""
-
-    def _line_of_counts(self) -> str:
-        states = counts_of_states(self._study.states)
-        rate = self._epochs / max(time.monotonic() - self._started, 1e-9)
-        speed = f"{rate:.0f} trial-epochs/s" if rate >= 10 else f"{rate:.2g} trial-epochs/s"
-        return "   ".join(part for part in (states, speed, self._spread) if part)
-
-    def _time_left(self, done: float) -> str:
-        gained = done - self._before
-        if gained <= 0 or done >= self._trials:
-            return ""
-        seconds = (time.monotonic() - self._started) / gained * (self._trials - done)
-        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
+    line = "   ".join(parts)
+    if console.is_terminal and len(line) > console.width:
+        if not command and len(parts) == 1:
+            indent = " " * LABEL if line[:LABEL].endswith("  ") else ""
+            parts = tuple(textwrap.wrap(line, console.width, subsequent_indent=indent, break_on_hyphens=False))
+            line = "\n".join(parts)
+        else:
+            line = "\n  ".join(parts)
+    console.print(line, soft_wrap=command or not console.is_terminal)
 
 
-class _Display(Protocol):
-    """Shows a text that changes."""
-
-    def start(self) -> None:
-        """Show the text."""
-
-    def changed(self) -> None:
-        """Show what the text has become."""
-
-    def stop(self) -> None:
-        """Leave the last state."""
-
-
-class _TerminalDisplay:
-    """Draws over its last state, also between two changes."""
-
-    def __init__(self, render: Callable[[], Constrain], console: Console) -> None:
-        self._render = render
-        self._console = console
-        self._live = Live(
-            console=console, get_renderable=render, refresh_per_second=REFRESHES_PER_SECOND, transient=True
-        )
-
-    def start(self) -> None:
-        self._live.start()
-
-    def changed(self) -> None:
-        """Do nothing: a thread draws."""
-
-    def stop(self) -> None:
-        self._live.stop()
-        self._console.print(self._render())
-
-
-class _NotebookDisplay:
-    """Replaces one output of a notebook's cell, which a saved notebook keeps in its last state.
-
-    Unlike rich's own display for notebooks, this needs no ipywidgets, and an exported notebook shows it.
-    """
-
-    def __init__(self, render: Callable[[], Constrain]) -> None:
-        self._render = render
-        self._handle: Any = None
-        self._shown = 0.0
-
-    def start(self) -> None:
-        from IPython.display import display
-
-        self._handle = display(self._render(), display_id=True)
-
-    def changed(self) -> None:
-        if time.monotonic() - self._shown >= 1 / REFRESHES_PER_SECOND:
-            self._shown = time.monotonic()
-            self._handle.update(self._render())
-
-    def stop(self) -> None:
-        self._handle.update(self._render())
+def in_notebook() -> bool:
+    """Return whether this process runs a notebook."""
+    return get_console().is_jupyter
 
 
 @contextlib.contextmanager
@@ -244,6 +103,29 @@ def best_table(ranking: Sequence[EndedTrial], space: SearchSpace) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
+
+
+def print_best(console: Console, ranking: Sequence[EndedTrial], space: SearchSpace) -> None:
+    """Print the table of the first trials of a ranking; on a terminal that is too narrow, each trial in a few words."""
+    rows = [(f"#{t.number}", score_line(t, space.objective), strategy_line(t.config, space)) for t in ranking[:BEST]]
+    _print_fitting(console, best_table(ranking, space), rows)
+
+
+def print_confirmation(console: Console, ranking: Sequence[Confirmed], space: SearchSpace) -> None:
+    """Print the table of a confirmation; on a terminal that is too narrow, without the seeds."""
+    rows = [(found.candidate.label, spread(found), strategy_line(found.candidate.config, space)) for found in ranking]
+    _print_fitting(console, confirmation_table(ranking, space), rows)
+
+
+def _print_fitting(console: Console, table: Table, narrow: Sequence[Sequence[str]]) -> None:
+    """Print a table; where a terminal is too narrow for it, fewer cells per row, of which the last may be folded."""
+    if console.measure(table, options=console.options.update(width=TABLE_WIDTH)).maximum > console.width:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for column in range(len(narrow[0])):
+            table.add_column(no_wrap=column < len(narrow[0]) - 1)
+        for row in narrow:
+            table.add_row(*row)
+    console.print(table, crop=False)
 
 
 def confirmation_table(ranking: Sequence[Confirmed], space: SearchSpace) -> Table:
@@ -300,6 +182,16 @@ def failure_line(trials: Sequence[EndedTrial]) -> str:
 def counts_of_states(counts: Mapping[TrialState, int]) -> str:
     """Return how many trials ended in which state: `complete 11 · pruned 39`."""
     return " · ".join(f"{state} {count}" for state, count in sorted(counts.items()))
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people: `12 s`, `3 min 20 s`, `2 h 5 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 def strategy_line(config: TrialConfig, space: SearchSpace) -> str:

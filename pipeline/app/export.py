@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.app import cli
-from pipeline.app.best_yaml import choose_trial, config_comment, config_content
+from pipeline.app.best_yaml import choose_trial, config_comment, config_content, trial_name
 from pipeline.app.code import python_code
 from pipeline.app.code_layout import WIDTH as CODE_WIDTH
 from pipeline.app.found import Found
@@ -26,7 +26,9 @@ from pipeline.space.own_code import is_own
 from pipeline.space.param_groups import is_numbered
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.shares import has_shares_of_run
+from pipeline.space.trial import EndedTrial
 from pipeline.study.store import Store
+from pipeline.study.study import Study
 
 CUDA_ONLY = "fp32_precision"
 """A key of the environment of trials that were trained on a CUDA device."""
@@ -50,7 +52,8 @@ def export(
     *,
     root: Path,
     study: str | None,
-    trial: int | None,
+    trial: int | str | None,
+    seed: int | None,
     format: str,
     out: Path | None,
     device: str,
@@ -61,7 +64,8 @@ def export(
         config: A config's file; None: a trial.
         root: Folder that holds `mlruns/`.
         study: None: the newest.
-        trial: Number of the trial; None: the best.
+        trial: Number of the trial, or the name of a baseline; None: the winner.
+        seed: Seed of a run of the confirmation; None: the trial itself.
         format: "yaml", "json", "python", or "mlflow", which trains the config.
         out: None: the terminal.
         device: Where to train, as `--device` takes it.
@@ -74,14 +78,14 @@ def export(
         from pipeline.app.export_model import checked_folder, export_model
 
         folder = checked_folder(out)
-        source = _read(config, root=root, study=study, trial=trial)
+        source = _read(config, root=root, study=study, trial=trial, seed=seed)
         _refuse_unnamed_code(source)
         assert out is not None
         return export_model(source.content, source.file, folder=folder, shown=out, device=device)
     file = None if out is None else cli.writable_out(out)
     if file is not None and config is not None and file == config.resolve():
         raise InvalidInput("--out", [Problem(str(out), "is the config itself; name another file")])
-    text = _written(_read(config, root=root, study=study, trial=trial), format)
+    text = _written(_read(config, root=root, study=study, trial=trial, seed=seed), format)
     if file is None:
         sys.stdout.write(text)
         return 0
@@ -94,16 +98,24 @@ def export(
     return 0
 
 
-def _read(config: Path | None, *, root: Path, study: str | None, trial: int | None) -> Source:
+def trial_code(study: Study, trial: EndedTrial) -> str:
+    """Return a trial, or a run of the confirmation, as plain PyTorch code."""
+    return _python(_source_of(study, trial))
+
+
+def _read(config: Path | None, *, root: Path, study: str | None, trial: int | str | None, seed: int | None) -> Source:
     if config is not None:
         content = strict_yaml.load(config)
         _, _, found = build_config(content, source=str(config), name="config", load_code=False)
         Found.read(found, source=str(config))
         return Source(str(config), content, _comment_of(config), config)
     opened = Store(root, warn=cli.warn).open(study)
-    chosen = choose_trial(opened, trial)
-    name = f"trial {chosen.number} of study {opened.name}"
-    return Source(name, config_content(opened, chosen), config_comment(opened, chosen), None)
+    return _source_of(opened, choose_trial(opened, trial, seed))
+
+
+def _source_of(study: Study, trial: EndedTrial) -> Source:
+    name = f"{trial_name(trial)} of study {study.name}"
+    return Source(name, config_content(study, trial), config_comment(study, trial), None)
 
 
 def _comment_of(config: Path) -> str:

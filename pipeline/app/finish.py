@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.app import cli
 from pipeline.app.answer import Answer
 from pipeline.app.best_yaml import config_file
-from pipeline.app.display import TABLE_WIDTH, best_table, confirmation_table, failure_line
+from pipeline.app.display import busy, failure_line, print_best, print_confirmation, say
 from pipeline.app.options import SearchOptions
+from pipeline.app.report import REPORT, write_report
 from pipeline.errors import StorageError, counted
 from pipeline.files.atomic import write_atomic
+from pipeline.study.models import model_file
 from pipeline.study.store import Store
 from pipeline.tracking.process import TrackerProcess
 from pipeline.tracking.tracker import StudySummary
@@ -36,30 +40,57 @@ def finish(
     if failure := failure_line(study.ended):
         lines.append(failure)
     for line in lines:
-        console.print(line, soft_wrap=True)
-    files: list[Path] = []
-    if winner:
-        files.append(path := best_file(store, study.name))
-        try:
-            write_atomic(path, config_file(study, winner))
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
-        shown = options.root / path.relative_to(options.folder)
-        console.print(f"best config   {shown}   train it again: {options.train_again(shown)}", soft_wrap=True)
+        say(console, line)
+    files = list(_written(answer, store, console, options)) if winner else []
     again = f"Train it again: `{options.train_again(Path('best.yaml'))}`." if winner else ""
     note = f"{counted(len(study.ended), 'trial')}. {'. '.join(line.strip() for line in lines)}. {again}"
     means = {
         confirmed.candidate.trial: confirmed.mean
         for confirmed in answer.confirmation.table
-        if confirmed.candidate.trial is not None and confirmed.mean is not None
+        if answer.confirmation.winner and confirmed.candidate.trial is not None and confirmed.mean is not None
     }
     summary = StudySummary(
         finished=done, note=note, best=winner, confirmed=means, ended=time.time(), files=tuple(files)
     )
     tracker.finish(summary)
     if winner:
-        for link in tracker.links():
-            console.print(f"compare       {link}", soft_wrap=True)
+        with busy(console, "MLflow opens"):
+            links = tracker.links()
+        for link in links:
+            say(console, "compare    ", *link.split("   "), command=True)
+
+
+def _written(answer: Answer, store: Store, console: Console, options: SearchOptions) -> Iterator[Path]:
+    """Write and name the files of the answer: best.yaml, the winner's model, which is there already, the report.
+
+    Raises:
+        StorageError: best.yaml cannot be written.
+    """
+    study, winner = answer.study, answer.trial
+    assert winner is not None
+
+    def shown(path: Path) -> Path:
+        return options.root / path.relative_to(options.folder)
+
+    path = best_file(store, study.name)
+    try:
+        write_atomic(path, config_file(study, winner))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}; see python -m pipeline.export") from None
+    say(console, "best config", str(shown(path)), f"train it again: {options.train_again(shown(path))}", command=True)
+    yield path
+    if (model := model_file(store.folder(study.name) / "models", winner.number)).exists():
+        say(console, "best model ", str(shown(model)), command=True)
+        yield model
+    report = store.folder(study.name) / REPORT
+    try:
+        with busy(console, "writing the report"):
+            write_report(answer, store, report)
+    except Exception as error:  # a search of hours does not end with an error for the sake of a picture
+        cli.warn(f"the report could not be written: {type(error).__name__}: {error}")
+        return
+    say(console, "report     ", str(shown(report)), command=True)
+    yield report
 
 
 def best_file(store: Store, study: str) -> Path:
@@ -71,11 +102,10 @@ def _print_tables(answer: Answer, console: Console) -> list[str]:
     """Print the best trials, and the candidates of a complete confirmation; return the lines that say who wins."""
     study = answer.study
     console.print()
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(best_table(study.best(len(study.ended)), study.space), crop=False)
+    print_best(console, study.best(len(study.ended)), study.space)
     console.print()
     if answer.confirmation.complete:
-        console.print(confirmation_table(answer.confirmation.table, study.space), crop=False)
+        print_confirmation(console, answer.confirmation.table, study.space)
         console.print()
     return answer.lines()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.app import cli
 from pipeline.app.answer import Answer
+from pipeline.app.export import trial_code
 from pipeline.errors import InvalidInput, Problem
 from pipeline.files.atomic import write_atomic
 from pipeline.page.confirmed import Comparison, Confirmed, ConfirmedStrategy
@@ -50,7 +51,6 @@ def write_report(
     path: Path,
     *,
     directions: Mapping[str, str] | None = None,
-    code: str | None = None,
 ) -> None:
     """Write the report of a study as one HTML file.
 
@@ -60,7 +60,6 @@ def write_report(
         path: Replaced if it exists.
         directions: Metric of the workload to "minimize" or "maximize", which ReduceLROnPlateau may need; None: what
             the space says.
-        code: The winner as code for a script of the reader's own.
 
     Raises:
         OSError: The file cannot be written.
@@ -75,7 +74,7 @@ def write_report(
         val_samples=_val_samples(header.fingerprint),
         with_rates=_with_rates(answer, directions),
         confirmed=_confirmed(answer, planned=header.trials),
-        code=code,
+        code=None if answer.trial is None else trial_code(study, answer.trial),
         options="" if store.root == Path() else f" --root {cli.quoted(store.root)}",
     )
     shares = importances(study.space, study.ended, epoch=results.first_rung)

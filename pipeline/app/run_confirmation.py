@@ -99,7 +99,7 @@ class _Progress:
             self._console.print(self._line(), soft_wrap=True)
 
     def _line(self) -> str:
-        return f"confirming: {self._done} of {counted(self._left, 'trial-epoch')}"
+        return f"confirming: {self._done} of {counted(self._left, 'epoch')}"
 
 
 def _tested(
@@ -126,7 +126,7 @@ def announcement(space: SearchSpace, *, trials: int) -> str:
     if confirm.share == 0 or size is None:
         return ""
     baselines = f" and {counted(size.baselines, 'baseline')}" if size.baselines else ""
-    cost = counted(size.runs * space.epochs, "trial-epoch")
+    cost = counted(size.runs * space.epochs, "epoch")
     return (
         f"then          {counted(size.finalists, 'finalist')}{baselines} train again with {size.seeds} fresh seeds: "
         f"at most {cost}, and {confirm.share:.0%} of all"

@@ -13,14 +13,11 @@ from rich.console import Console
 from pipeline.app import cli
 from pipeline.app.answer import Answer
 from pipeline.app.device import environment
-from pipeline.app.display import (
-    Progress,
-    busy,
-    waiting_line,
-)
+from pipeline.app.display import busy, say, waiting_line
 from pipeline.app.finish import best_file, finish
 from pipeline.app.options import SearchOptions
 from pipeline.app.prepare import fingerprint_of, prepare
+from pipeline.app.progress import Progress
 from pipeline.app.result import SearchResult
 from pipeline.app.run_confirmation import announcement, run_confirmation
 from pipeline.errors import DataError, DeviceError, StorageError, counted, nearest, printable
@@ -29,10 +26,11 @@ from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EndedTrial, EpochMetrics
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.loop import forget_ended, run_group
+from pipeline.study.models import Models
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.tracking.process import TrackerProcess
@@ -41,6 +39,7 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.optim import replay_rates
 from pipeline.training.rows.update_rules import has_rule
 
+OPENING = "opening the study"
 SIMILAR = 0.8
 """Likeness of the names of two studies from which one may be the other, mistyped."""
 
@@ -66,36 +65,40 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     with busy(console, "comparing code, data and model with those of the study"):
         trained = fingerprint_of(space, executor)
     compared = None if options.changed_code else trained
-    name, exists = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
+    with busy(console, OPENING):
+        name, exists = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
     if not exists and options.study is not None:
         near = nearest(name, [header.name for header in store.headers()], cutoff=SIMILAR)
         if near is not None:
-            console.print(f"new study     {name}; did you mean to continue {near}?", soft_wrap=True)
+            say(console, f"new study     {name}; did you mean to continue {near}?")
     resume = options.resume(name)
     message = f"ended at once; go on with: {resume}"
     interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
     with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
-        # Another search may have begun the study meanwhile.
-        _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
-        if exists:
-            confirm = space.document["confirm"]
-            study = store.open(name, trials=trials, fingerprint=trained, confirm=confirm)
-            executor.adopt(study.rules)
-        else:
-            study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
-        with busy(console, "trying whether trials of this model train as rows of one matrix"):
+        with busy(console, OPENING):
+            # Another search may have begun the study meanwhile.
+            _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
+            if exists:
+                confirm = space.document["confirm"]
+                study = store.open(name, trials=trials, fingerprint=trained, confirm=confirm)
+            else:
+                study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
+        with busy(console, "trying how many trials of this model train at once"):
+            if exists:
+                executor.adopt(study.rules)
             headline = _headline(study, executor, options)
-        console.print(headline, soft_wrap=True)
+        say(console, *headline)
         if options.timeout is not None:
             limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
-            console.print(limit, soft_wrap=True)
+            say(console, limit)
         if len(study.ended) < trials and not options.confirming and (said := announcement(space, trials=trials)):
-            console.print(said, soft_wrap=True)
+            say(console, said)
         before = {trial.number: trial for trial in [*study.ended, *Confirmation(study).runs]}
         with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, resume):
             checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
             if not options.confirming:
-                _run(study, trials, before, executor, checkpoints, tracker, interrupts, console)
+                models = Models(store.folder(name) / "models", study, warn=cli.warn)
+                _run(study, trials, before, executor, checkpoints, models, tracker, interrupts, console)
             done = options.confirming or len(study.ended) >= trials
             if done:
                 runs = Checkpoints(store.folder(name) / "checkpoints" / "confirmation", warn=cli.warn)
@@ -140,6 +143,7 @@ def _run(
     before: Mapping[int, EndedTrial],
     executor: LocalExecutor,
     checkpoints: Checkpoints,
+    models: Models,
     tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
@@ -152,10 +156,17 @@ def _run(
             tracker.epoch(metrics)
             _tell_untold(before, executor, tracker)
 
+        def on_begin(trial: BegunTrial) -> None:
+            progress.begin(trial)
+            tracker.begin(trial)
+
+        def on_end(trial: EndedTrial) -> None:
+            progress.end(trial)
+            tracker.end(trial)
+
         while not interrupts.reason and (proposals := study.next_group(trials)):
             configs = {number: config for number, (config, _) in proposals.items()}
             group = executor.build(configs)
-            progress.group_begins(executor.describe(configs))
             for trial in run_group(
                 group,
                 proposals,
@@ -165,8 +176,9 @@ def _run(
                 on_epoch=on_epoch,
                 interrupted=interrupts.asked,
                 rules=lambda: executor.rules,
-                on_begin=tracker.begin,
-                on_end=tracker.end,
+                on_begin=on_begin,
+                on_end=on_end,
+                models=models,
             ):
                 study.add(trial)
             progress.group_ended()
@@ -241,7 +253,7 @@ def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
         raise
 
 
-def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> str:
+def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> tuple[str, str]:
     space, trials, size = study.space, options.trials, min(study.group_size, options.trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
     together += _which_alone(space, executor)
@@ -251,7 +263,7 @@ def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> 
     if len(study.ended) >= trials and not options.confirming:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
         resumed = f": {those} ended; ask for more with {'trials=' if options.from_python else '--trials'}"
-    return f"{what}   study {study.name}, seed {space.seed}{resumed}"
+    return what, f"study {study.name}, seed {space.seed}{resumed}"
 
 
 def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:

@@ -19,7 +19,7 @@ def start_search(*, quiet: bool = False, **given: Any) -> SearchResult:
     options = read_search(**given)
     cli.refuse_root(options.folder, "mlruns/optuna.db")
     console = build_console(quiet=quiet)
-    with contextlib.closing(TrackerProcess(options.folder)) as tracker:
+    with contextlib.closing(TrackerProcess(options.folder, warn=cli.warn)) as tracker:
         with busy(console, "loading PyTorch and Optuna"):
             # Here, not above: bad options are refused without the seconds that these imports take, and the tracker's
             # process imports MLflow at the same time.

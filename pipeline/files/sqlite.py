@@ -67,6 +67,15 @@ def open_existing(database: Path, *, patience: float = 5.0) -> sqlite3.Connectio
     return sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", timeout=patience, uri=True)
 
 
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Return what differs between two files that have had one path; None if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def create_whole(database: Path, build: Callable[[Path], object]) -> None:
     """Create a database whole or not at all, unless it exists; if several processes try at once, one creates it.
 

@@ -101,7 +101,7 @@ def importance_bars(importance: Importance) -> tuple[list[tuple[str, str]], list
     bars = [
         (
             escaped(short_name(name)),
-            f'<i class="bar" style="width:{70 * share / largest:.1f}%"></i> {100 * share:.0f}\N{NO-BREAK SPACE}%',
+            f'<i class="bar" style="width:{60 * share / largest:.1f}%"></i> {100 * share:.0f}\N{NO-BREAK SPACE}%',
         )
         for name, share in shown
     ]
@@ -109,7 +109,7 @@ def importance_bars(importance: Importance) -> tuple[list[tuple[str, str]], list
 
 
 def confirmed_seeds(results: StudyResults, confirmed: Confirmed) -> str:
-    """Return the figure of what was trained again: a point per seed, a bar at each mean."""
+    """Return the figure of what was trained again: a point per seed, a bar at each mean, a line per seed."""
     strategies = [strategy for strategy in confirmed.strategies if strategy.values]
     values = [value for strategy in strategies for value in strategy.values.values()]
     if not values:
@@ -124,6 +124,9 @@ def confirmed_seeds(results: StudyResults, confirmed: Confirmed) -> str:
         size=(SMALL[0], 60 + 30 * len(strategies)),
         downwards=True,
     )
+    for seed in confirmed.seeds:
+        pairs = [(strategy.values[seed], row) for row, strategy in enumerate(strategies) if seed in strategy.values]
+        plot.line(pairs, "curve faint", f"seed {seed}")
     for row, strategy in enumerate(strategies):
         css = "" if strategy.trial is None else colour(results, strategy.config.optimizer.name)
         plot.dots([(v, row, f"{strategy.label}, seed {seed}: {number(v)}") for seed, v in strategy.values.items()], css)

@@ -65,7 +65,7 @@ def rate_curves(results: StudyResults) -> str:
 def _rates(trial: EndedTrial) -> dict[str, Points]:
     """Return group to points (epochs trained, rate), without frozen groups."""
     epochs = trial.epochs
-    per_epoch = epochs[0].step if epochs else 1
+    per_epoch = max(1, epochs[0].step) if epochs else 1
     curves: dict[str, Points] = {}
     for name in trial.config.group_names:
         points = [(step / per_epoch, rate) for epoch in epochs for step, rate in epoch.lr.get(name, ())]

@@ -11,6 +11,7 @@ from pipeline.page.noise import gap_text
 from pipeline.page.results import StudyResults
 from pipeline.page.scales import plain
 from pipeline.page.sentence import strategy_sentence
+from pipeline.space.distributions import is_searched
 from pipeline.space.optimizers import Optimizer
 from pipeline.space.trial import number
 
@@ -49,7 +50,7 @@ def rest_line(results: StudyResults) -> str:
     config = results.winner
     if config is None:
         return ""
-    searched = results.space.searched_hyperparameters()
+    searched = {name for name, of in results.space.optimizers.get(config.optimizer.name, {}).items() if is_searched(of)}
     told = ("base_lr", "momentum", "nesterov")
     words = [
         f"{name} {_plainly(value)}"

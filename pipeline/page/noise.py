@@ -32,9 +32,9 @@ class Noise:
 def noise_of(results: StudyResults) -> Noise | None:
     """Return what lies within noise of the search's first; None if nothing is known of it.
 
-    Where strategies were trained again, their spread over seeds says how far apart two runs of one strategy are. Else
-    an accuracy that counts samples has the Wilson interval of a proportion, and any other objective the scatter of the
-    last three epochs, which is a lower bound: other seeds differ more.
+    Where strategies were trained again, their residuals say how far apart two equally good trials are. Else an accuracy
+    that counts samples has the Wilson interval of a proportion, and any other objective the scatter of the last three
+    epochs, which is a lower bound: other seeds differ more.
 
     Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953.
     """
@@ -42,9 +42,9 @@ def noise_of(results: StudyResults) -> Noise | None:
     if best is None or best.value is None:
         return None
     maximized = results.space.objective.direction == "maximize"
-    if (seeds := _spread_over_seeds(results)) is not None:
+    if (seeds := _spread_of_runs(results)) is not None:
         limit = best.value - seeds if maximized else best.value + seeds
-        source = f"± {gap_text(seeds)}, from the spread over seeds"
+        source = f"± {gap_text(seeds)}, from how fresh seeds disagree"
     elif results.val_samples and counts_samples(results):
         low, high = wilson(best.value, results.val_samples)
         source = f"95 % of {number(best.value)} on {results.val_samples} samples: {low:.3f}–{high:.3f}"
@@ -60,11 +60,20 @@ def noise_of(results: StudyResults) -> Noise | None:
     return Noise(limit=limit, source=source, trials=near, rates=(min(rates), max(rates)))
 
 
-def _spread_over_seeds(results: StudyResults) -> float | None:
-    """Return how far apart two runs with different seeds are in 95 % of cases; None if nothing was trained again."""
+def _spread_of_runs(results: StudyResults) -> float | None:
+    """Return how far apart two trials of one quality and one seed are in 95 % of cases; None without a confirmation.
+
+    A seed moves all strategies alike by a part, which the trials of a search share; the residuals are without it.
+    """
     strategies = results.confirmed.strategies if results.confirmed is not None else ()
-    spreads = [strategy.std for strategy in strategies if strategy.std is not None]
-    return Z * math.sqrt(2 * statistics.fmean(std**2 for std in spreads)) if spreads else None
+    rows = [list(strategy.values.values()) for strategy in strategies if strategy.mean is not None]
+    freedom = (len(rows) - 1) * (len(rows[0]) - 1) if rows else 0
+    if freedom <= 0:
+        return None
+    by_seed = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    mean = statistics.fmean(by_seed)
+    residuals = [v - statistics.fmean(row) - s + mean for row in rows for v, s in zip(row, by_seed, strict=True)]
+    return Z * math.sqrt(2 * sum(residual**2 for residual in residuals) / freedom)
 
 
 def gap_text(value: float) -> str:

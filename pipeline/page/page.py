@@ -27,6 +27,7 @@ from pipeline.space.strategy import schedule_line
 from pipeline.space.trial import EndedTrial, number
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+SEEDS = "<figcaption><small>a point per run, a line per seed, bars at the means</small></figcaption>"
 MANY = 50
 """Trials from which PED-ANOVA has five among the best tenth, as Optuna recommends."""
 MAX_TRIALS_LISTED = 12
@@ -78,7 +79,11 @@ def _subtitle(results: StudyResults) -> str:
 def _how_sure(results: StudyResults, noise: Noise | None) -> str:
     drawn = charts.confirmed_seeds(results, results.confirmed) if results.confirmed is not None else ""
     words = paragraphs(how_sure(results, noise))
-    return card("How sure?", split(f"<div>{words}</div>", drawn) if drawn else words, wide=bool(drawn))
+    return card(
+        "How sure?",
+        split(f"<div>{words}</div>", f"<figure>{SEEDS}{drawn}</figure>") if drawn else words,
+        wide=bool(drawn),
+    )
 
 
 def _best_of_each(results: StudyResults) -> str:

@@ -72,6 +72,7 @@ tbody tr:last-child td { border-bottom: 0; }
 .trials td { white-space: nowrap; font-size: 0.86rem; padding-right: 16px; }
 .sortable th { cursor: pointer; }
 .bars td:first-child { white-space: nowrap; width: 1%; max-width: 180px; overflow: hidden; text-overflow: ellipsis; }
+.bars td { white-space: nowrap; }
 .bar { display: inline-block; height: 0.75em; background: var(--accent); border-radius: 2px; margin-right: 6px; }
 .key { margin-right: 14px; white-space: nowrap; }
 .key::before { content: "●"; color: var(--c); margin-right: 5px; }

@@ -113,7 +113,7 @@ class Plot:
         ordered = sorted(lines, key=lambda line: self.py(line[0]))
         heights = [len(texts) * LINE for _, texts, _ in ordered]
         wanted = [self.py(value) - height / 2 for (value, _, _), height in zip(ordered, heights, strict=True)]
-        for y, (_, texts, css) in zip(apart(wanted, heights, low=2, high=self.bottom + LINE), ordered, strict=True):
+        for y, (_, texts, css) in zip(apart(wanted, heights, low=2, high=self.bottom), ordered, strict=True):
             for index, text in enumerate(texts):
                 place = f'x="{_n(self.right + 6)}" y="{_n(y + (index + 0.8) * LINE)}"'
                 self._marks.append(f'<text class="{css}" {place}>{escaped(text)}</text>')

@@ -25,6 +25,11 @@ def ready_made() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+def summary(file: Path) -> str:
+    """Return what a ready-made space is for: the comment on its second line."""
+    return file.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
+
+
 def find_space(given: Path | None, *, with_workload: bool = False) -> Path:
     """Return the file of a search space; a file in the working folder hides a ready-made space of the same name.
 

@@ -1,26 +1,31 @@
 """Checkpoints of a running group, in files that are written completely or not at all.
 
-A file is a line that names its format, a line with the SHA-256 of the rest, and the rest as `torch.save` writes it. A
-file is read with `weights_only=True`: it holds plain values and tensors, and loading it runs no code. Files are written
-and read tensor by tensor, without a copy of the whole. The last two are kept, in case the newest is damaged.
+A file is a line that names its format, a line with the SHA-256 of the rest and the length of the last line, parts, each
+as `torch.save` writes it, and a last line with the sizes of the parts. The first part has plain values, each other the
+state of a trial. Parts are read with `weights_only=True`, so that loading runs no code. They are made, written and read
+one after another, so that saving takes the memory of one trial's state at most. The last two files are kept, in case
+the newest is damaged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import json
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
 from pipeline.errors import StorageError
 from pipeline.files.atomic import opened_atomic
 
-FORMAT = 2
+FORMAT = 3
 MAX_SAVING_SHARE = 0.02
 """Largest share of the run time that saving may take."""
 ASSUMED_SAVE_S = 0.02
@@ -28,7 +33,11 @@ ASSUMED_SAVE_S = 0.02
 CHECKPOINTS_KEPT = 2
 _TITLE = b"checkpoint of lr-strategy-search, format "
 _LINE = 200
-"""Most bytes of a line before the content."""
+"""Most bytes of each of the first two lines."""
+_HASH = "%64s %10d\n"
+"""The second line."""
+STATES = "state"
+"""Key of the loaded content under which the states of the trials are."""
 
 
 class Checkpoints:
@@ -51,27 +60,35 @@ class Checkpoints:
         """Return whether a save as long as the last one would keep within the share of the run time."""
         return time.monotonic() - self._last >= self._took / self._share
 
-    def save(self, name: str, content: Callable[[], Mapping[str, Any]]) -> None:
+    def save(
+        self, name: str, content: Mapping[str, Any], states: Callable[[], Iterable[tuple[str, Any]]] = tuple
+    ) -> None:
         """Write a checkpoint, synced to the disk.
 
         Args:
             name: Name of the file; later names sort after earlier names.
-            content: Returns the content; called here, so that the time to copy from a device counts as saving.
+            content: Plain values.
+            states: Returns number and state of each trial, which may be made one after another; called here, so that
+                the time to copy from a device counts as saving.
 
         Raises:
             StorageError: The file cannot be written; earlier checkpoints are unchanged.
         """
         start = time.monotonic()
-        state = content()
         with _storage_errors(self.folder / name, "written"), opened_atomic(self.folder / name) as file:
             file.write(_TITLE + str(FORMAT).encode() + b"\n")
             place = file.tell()
-            file.write(hashlib.sha256().hexdigest().encode() + b"\n")  # of nothing yet
-            payload: Any = _Hashed(file)
-            torch.save(state, payload)  # tensor by tensor
+            file.write((_HASH % ("", 0)).encode())  # of nothing yet
+            payload = _Hashed(file)
+            sizes = [payload.add(dict(content))]
+            for number, state in states():
+                sizes.append(payload.add({number: state}))
+                del state  # before the next one is made
+            last = json.dumps(sizes).encode()
+            payload.write(last)
             payload.raise_failure()
             file.seek(place)
-            file.write(payload.sha256.hexdigest().encode())
+            file.write((_HASH % (payload.sha256.hexdigest(), len(last))).encode())
         self._remove(self._paths()[CHECKPOINTS_KEPT:])
         self._last = time.monotonic()
         self._took = self._last - start
@@ -121,10 +138,19 @@ class _Hashed:
         self.sha256 = hashlib.sha256()
         self._file = file
         self._failure: OSError | None = None
+        self._size = 0
+
+    def add(self, part: Any) -> int:
+        """Write a part, tensor by tensor; return its size in bytes."""
+        before = self._size
+        torch.save(part, cast(BinaryIO, self))
+        self.raise_failure()
+        return self._size - before
 
     def write(self, data: bytes) -> int:
         """Write a part, unless a part before could not be written."""
         self.sha256.update(data)
+        self._size += len(data)
         if self._failure is None:
             try:
                 self._file.write(data)
@@ -136,7 +162,7 @@ class _Hashed:
         """Leave that to the file's owner."""
 
     def raise_failure(self) -> None:
-        """Raise the error of the first part that could not be written."""
+        """Raise the error of the first write that failed."""
         if self._failure is not None:
             raise self._failure
 
@@ -153,19 +179,26 @@ def _read(path: Path) -> dict[str, Any] | str:
     """Return the content of a checkpoint, or a message that says why the file cannot be used."""
     try:
         with path.open("rb") as file:
-            title, expected = file.readline(_LINE).removesuffix(b"\n"), file.readline(_LINE).removesuffix(b"\n")
+            title, hashed = file.readline(_LINE).removesuffix(b"\n"), file.readline(_LINE).split()
             if not title.startswith(_TITLE):
                 return "is no checkpoint of this program, or its beginning is damaged"
             if title != _TITLE + str(FORMAT).encode():
                 number = title.removeprefix(_TITLE).decode(errors="replace")[:20]
                 return f"is of format {number}, and this version reads format {FORMAT}"
             payload = file.tell()
-            if hashlib.file_digest(file, "sha256").hexdigest().encode() != expected:
+            if [hashlib.file_digest(file, "sha256").hexdigest().encode()] != hashed[:1]:
                 return "is damaged: its content is not what was written"
+            file.seek(-int(hashed[1]), os.SEEK_END)
+            sizes = json.loads(file.read())
             file.seek(payload)
-            content: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+            content, *states = (_load_part(file, size) for size in sizes)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except (pickle.UnpicklingError, RuntimeError) as error:
         return f"cannot be loaded: {str(error).splitlines()[0]}"
-    return content
+    return {**content, STATES: {number: state for part in states for number, state in part.items()}}
+
+
+def _load_part(file: BinaryIO, size: int) -> dict[str, Any]:
+    part: dict[str, Any] = torch.load(io.BytesIO(file.read(size)), weights_only=True, map_location="cpu")
+    return part

@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from pipeline.errors import InvalidInput, Problem, StorageError
 from pipeline.files.locks import refuse_links
-from pipeline.files.sqlite import create_whole, read_only_uri, sqlite_uri, wait_until_unlocked
+from pipeline.files.sqlite import create_whole, file_identity, read_only_uri, sqlite_uri, wait_until_unlocked
 from pipeline.study.stored_trial import NUMBER, OWN_TRIAL
 from pipeline.study.study import storage_errors
 
@@ -65,7 +65,7 @@ class Database:
                 uri = sqlite_uri(self.path) if writable else read_only_uri(self.path)
                 # Without Optuna's creation of tables: they would end up in a database of another program.
                 self._storage = RDBStorage(uri, skip_table_creation=True)
-                self._opened = _identity(self.path)
+                self._opened = file_identity(self.path)
             return self._storage
 
     def studies(self) -> dict[str, Mapping[str, Any]]:
@@ -90,7 +90,7 @@ class Database:
         Raises:
             StorageError: The database is not the one that was opened: what is written would be lost.
         """
-        if self._opened is None or _identity(self.path) != self._opened:
+        if self._opened is None or file_identity(self.path) != self._opened:
             remedy = "put it back; without it, the same command begins the study anew"
             raise StorageError(f"{self.path} was removed or replaced by another program meanwhile; {remedy}")
         with storage_errors(f"waiting for {self.path}"):
@@ -122,15 +122,6 @@ def garbage_kept() -> Iterator[None]:
 def build_database(path: Path) -> None:
     """Create Optuna's tables."""
     RDBStorage(sqlite_uri(path)).engine.dispose()
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what differs between two files that have had one path; None if there is no file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager

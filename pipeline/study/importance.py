@@ -50,6 +50,6 @@ def importances(space: SearchSpace, trials: Sequence[EndedTrial], *, epoch: int)
     if count < FEWEST or len(domains) < 2:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # of an experimental class, and of optimizers with one trial
         evaluator = PedAnovaImportanceEvaluator(target_quantile=max(QUANTILE, min(0.5, TOP / count)))
         return dict(optuna.importance.get_param_importances(copy, evaluator=evaluator))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from pipeline.errors import InvalidInput, Problem
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
-from pipeline.study.checkpoint import Checkpoints
+from pipeline.study.checkpoint import STATES, Checkpoints
 from pipeline.study.group_state import GroupState, Proposals
+from pipeline.study.models import Models
 from pipeline.training.contract import GroupLost, TrialGroup
 
 
@@ -61,6 +63,7 @@ def run_group(
     rules: Callable[[], PlacementRules],
     on_begin: Callable[[BegunTrial], None] = lambda _: None,
     on_end: Callable[[EndedTrial], None] = lambda _: None,
+    models: Models | None = None,
 ) -> Iterator[EndedTrial]:
     """Train a group, from its last checkpoint if there is one; yield finished trials in number order.
 
@@ -79,6 +82,7 @@ def run_group(
             then the rules are stored: epochs before are trained again only by the rules that they were trained by.
         on_begin: Takes each trial that begins, or goes on from the checkpoint.
         on_end: Takes each trial as it ends, which is before all lower numbers have ended.
+        models: Keeps the models of trials that may win.
 
     Raises:
         InvalidInput: The checkpoint belongs to these trials, but does not fit their model.
@@ -105,7 +109,10 @@ def run_group(
         on_epoch(results)
         state.add(results)
         for number, (outcome, reason) in _outcomes(results, state, study).items():
-            on_end(state.end(number, outcome, reason))
+            on_end(trial := state.end(number, outcome, reason))
+            if models is not None:
+                with contextlib.suppress(GroupLost):  # the next epoch raises it again
+                    models.offer(trial, functools.partial(group.model_state, number))
             group.drop(number)
         yield from state.pop_ended()
         stop = interrupted()
@@ -161,7 +168,7 @@ def _train_epoch(
 def _load_newest(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> tuple[int, int | None]:
     """Load a running group's newest checkpoint, or its beginning; return its number of epochs and its row limit."""
     for _, content in checkpoints.load():
-        group.load_state_dict(content["state"])
+        group.load_state_dict(_state(content))
         return content["epoch"], content["row_limit"]
     group.load_state_dict({})
     return 0, state.row_limit
@@ -170,7 +177,13 @@ def _load_newest(group: TrialGroup, state: GroupState, checkpoints: Checkpoints)
 def _save(group: TrialGroup, state: GroupState, checkpoints: Checkpoints, *, row_limit: int | None) -> None:
     name = f"{_name(max(state.proposals))}-epoch-{state.epoch:06}.pt"
     with contextlib.suppress(GroupLost):  # the next epoch raises it again
-        checkpoints.save(name, lambda: {**state.to_dict(), "row_limit": row_limit, "state": group.state_dict()})
+        content = {**state.to_dict(), "row_limit": row_limit}
+        checkpoints.save(name, content, group.trial_states)
+
+
+def _state(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of the group that a checkpoint holds."""
+    return {"epochs": content["epoch"], "trials": content[STATES]}
 
 
 def _name(last: int) -> str:
@@ -190,7 +203,7 @@ def _resume(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> N
         state.load_dict(content)
         try:
             with contextlib.suppress(GroupLost):  # the next epoch raises it again
-                group.load_state_dict(content["state"])
+                group.load_state_dict(_state(content))
         except (RuntimeError, KeyError, ValueError) as error:
             raise _does_not_fit(path, error) from error
         checkpoints.clear(but=path)

@@ -20,8 +20,11 @@ from pipeline.space.search_space import SearchSpace
 # Optuna warns of parameters that only some trials have, as is normal with one optimizer per trial.
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-BEST, NEWEST = 256, 256
-"""Numbers of earlier trials, the best and the newest, that TPE looks at if there are more; its cost grows with them."""
+BEST, NEWEST = 64, 448
+"""Numbers of earlier trials, the best and the newest, that TPE looks at if there are more; its cost grows with them.
+
+More of the best and fewer of the newest found less (benchmarks/NOTES.md): TPE calls 25 trials good, and would take the
+other best ones as examples of bad ones."""
 GP_BEST, GP_NEWEST = 64, 64
 """The same of the Gaussian process, whose cost grows faster."""
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import StorageError
+from pipeline.files.sqlite import file_identity
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.tracking.mlflow_store import (
+    database_file,
     find_runs,
     load_mlflow,
     milliseconds,
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 RANK_EVERY_S = 30.0
 """Seconds between two updates of the ranks of trials, which the view is sorted by."""
+RANK_SHARE = 0.02
+"""Most of the time that updates of ranks take; a good trial changes the ranks of up to a hundred others."""
 
 
 class MLflowTracker:
@@ -71,6 +76,8 @@ class MLflowTracker:
         self._study = study
         self._warnings: list[str] = []
         self._client = open_store(self._root.absolute())
+        self._file = None if server_uri() else database_file(self._root.absolute())
+        self._opened = self._file and file_identity(self._file)
         self._is_new = False
         self._run = self._find_or_create_run()
         location = self._client.get_experiment(self._experiment_id).artifact_location
@@ -84,7 +91,7 @@ class MLflowTracker:
         points = self._client.get_metric_history(self._run_id, "study/complete")
         self._logged = max((point.step for point in points), default=0)
         """Number of ended trials at the last point of the study's metrics."""
-        self._ranked_at = time.monotonic()
+        self._rank_at = time.monotonic() + RANK_EVERY_S
         self._finished = False
         self._save_view()
         self._monitor = self._start_monitor()
@@ -111,22 +118,25 @@ class MLflowTracker:
 
     def flush(self, ending: Collection[int] = ()) -> None:
         """Log what was taken, one batch per trial, and how the study stands."""
+        self._check_there()
         self._trials.flush(ending)
         self._log_standings()
-        if time.monotonic() - self._ranked_at >= RANK_EVERY_S:
+        if time.monotonic() >= self._rank_at:
             self._log_ranks()
 
     def end(self, trial: EndedTrial) -> None:
         """Log what the run of a trial lacks, and end it."""
+        self._check_there()
         self._trials.end(trial)
         self._standings.end(StoredTrial.of(trial))
 
     def finish(self, summary: StudySummary) -> None:
         """Log ranks, mark the winner, and end the study's run; opening the study again makes it run again."""
         self._stop_monitor()
+        self._check_there()
         self._trials.interrupt()
         self._log_standings()
-        self._log_ranks()
+        self._log_ranks(confirmed=list(summary.confirmed))
         self._client.set_tag(self._run_id, "mlflow.note.content", summary.note)
         best = summary.best
         if best is not None:
@@ -176,6 +186,15 @@ class MLflowTracker:
     def _experiment_id(self) -> str:
         return str(self._run.info.experiment_id)
 
+    def _check_there(self) -> None:
+        """Check that the database is the one that was opened: SQLite writes on into a file that was removed.
+
+        Raises:
+            StorageError: The database was removed or replaced.
+        """
+        if self._file is not None and file_identity(self._file) != self._opened:
+            raise StorageError(f"{self._file.name} was removed or replaced by another program meanwhile; put it back")
+
     def _view_path(self, experiment_id: str) -> str:
         return view_path(experiment_id, self._study.name)
 
@@ -184,11 +203,18 @@ class MLflowTracker:
         from mlflow.entities import ViewType
 
         experiments = [e.experiment_id for e in self._client.search_experiments(ViewType.ALL)]
-        condition = f"tags.`hpo.kind` = 'study' and tags.`hpo.study_id` = '{self._study.identity}'"
-        found = next(find_runs(self._client, experiments, condition, view=ViewType.ALL), None)
+        ours = f"tags.`hpo.study_id` = '{self._study.identity}'"
+        kind = " and tags.`hpo.kind` = 'study'"
+        found = next(find_runs(self._client, experiments, ours + kind, view=ViewType.ALL), None)
         if found is None:
             self._is_new = True
-            experiment_id = self._find_or_create_experiment().experiment_id
+            # The run may be gone for good, and its experiment renamed, while the trials' runs are there.
+            trial = next(find_runs(self._client, experiments, ours, view=ViewType.ALL), None)
+            if trial is None:
+                experiment_id = self._find_or_create_experiment().experiment_id
+            else:
+                experiment_id = trial.info.experiment_id
+                self._restore(self._client.get_experiment(experiment_id))
             return self._client.create_run(
                 experiment_id,
                 start_time=milliseconds(self._study.started),
@@ -246,16 +272,17 @@ class MLflowTracker:
         self._client.log_batch(self._run_id, metrics, synchronous=True)
         self._logged = count
 
-    def _log_ranks(self) -> None:
+    def _log_ranks(self, *, confirmed: Sequence[int] = ()) -> None:
         from mlflow.entities import Metric
 
-        now = milliseconds(time.time())
-        for number, rank in self._standings.changed_ranks().items():
+        began, now = time.monotonic(), milliseconds(time.time())
+        for number, rank in self._standings.changed_ranks(confirmed=confirmed).items():
             if run_id := self._trials.ended.get(number):  # none if a person has deleted the run
                 metric = Metric(RANK, rank, now, self._standings.count)
                 self._client.log_batch(run_id, [metric], synchronous=True)
                 self._standings.ranks[number] = rank
-        self._ranked_at = time.monotonic()
+        ended = time.monotonic()
+        self._rank_at = ended + max(RANK_EVERY_S, (ended - began) / RANK_SHARE)
 
     def _log_confirmed(self, summary: StudySummary) -> None:
         from mlflow.entities import Metric

@@ -40,8 +40,8 @@ STATUS = {
     TrialState.FAILED: "FAILED",
 }
 STATES = {state.value for state in TrialState}
-YOUNG_S = 1.5
-"""Seconds that something may wait to be logged, besides the time to the next flush."""
+YOUNG_S = 2.5
+"""Seconds that something waits to be logged, besides the time to the next flush; small trials end within them."""
 RUNNING, INTERRUPTED, SUPERSEDED = "running", "interrupted", "superseded"
 """Values of the tag `hpo.state` of a trial that has not ended."""
 

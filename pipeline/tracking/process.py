@@ -44,8 +44,19 @@ class TrackerProcess:
     every trial that is not recorded.
     """
 
-    def __init__(self, root: Path, *, trackers: Sequence[Callable[[Path], Tracker]] = TRACKERS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        trackers: Sequence[Callable[[Path], Tracker]] = TRACKERS,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Build the trackers and start their process.
+
+        Args:
+            root: The root folder.
+            trackers: Each builds a tracker.
+            warn: Takes one sentence, from another thread, when a tracker begins to fail, and when it no longer does.
 
         Raises:
             InvalidInput: A tracker cannot use the root.
@@ -53,6 +64,7 @@ class TrackerProcess:
         self._trackers = [build(root) for build in trackers]
         self._records = [_Record(tracker) for tracker in self._trackers]
         self._root = root.absolute()
+        self._warn = warn
         self._lock = threading.Lock()  # of the outbox, of the messages to send again, and of the records
         self._study: StudyInfo | None = None
         self._trials: defaultdict[int, list[_Message]] = defaultdict(list)
@@ -236,8 +248,11 @@ class TrackerProcess:
                 index, *answer = pickle.load(pipe)
                 with self._lock:
                     recorded = self._records[index].take(*answer)
+                    news = None if self._closing else self._records[index].news()
                     if recorded is not None and not any(recorded in record.missing for record in self._records):
                         self._trials.pop(recorded, None)
+                if news:
+                    self._warn(news)
                 if all(record.answered for record in self._records):
                     self._ready.set()
         return self._process.wait()
@@ -270,6 +285,7 @@ class _Record:
         self._causes: dict[str | int, str] = {}
         """Number of a trial, or a method, to why it failed the last time."""
         self._notes: list[str] = []
+        self._is_failing = False
 
     def take(self, verb: str, number: int | None, result: Any, cause: str | None) -> int | None:
         """Take an answer, what the tracker returned or why it failed; return the number of a trial now recorded."""
@@ -290,6 +306,16 @@ class _Record:
         elif number is not None:
             self.missing.discard(number)
         return number
+
+    def news(self) -> str | None:
+        """Return a sentence when the tracker begins to fail, and when it no longer does."""
+        cause = self._causes.get("open") or self._causes.get("flush")
+        if (cause is not None) == self._is_failing:
+            return None
+        self._is_failing = cause is not None
+        if cause is None:
+            return f"{self.name}: records again, also what it has missed"
+        return f"{self.name}: {cause}; the search goes on, and tries again every few seconds"
 
     def warnings(self, end: str | None) -> list[str]:
         """Return what went wrong, given why the process ended if it did not end by itself."""

@@ -20,9 +20,9 @@ from pipeline.files.locks import folder_locked, study_folder
 from pipeline.space.trial import EndedTrial
 from pipeline.tracking.tracker import StudyInfo, Tracker, root_cause
 
-FLUSH_EVERY_S = 2.0
+FLUSH_EVERY_S = 1.0
 """Seconds between two flushes, as long as a flush takes at most `FLUSH_SHARE` of them."""
-MAX_FLUSH_EVERY_S = 3.0
+MAX_FLUSH_EVERY_S = 2.0
 FLUSH_SHARE = 0.1
 MAX_FAILURES = 3
 """After so many failures in a row, a tracker is left alone until the next flush: its server may be away."""
@@ -107,16 +107,20 @@ def _prepare(lock: contextlib.ExitStack, root: Path, study: StudyInfo, environme
 class Server:
     """Calls one tracker, and answers with its number, the verb, the trial's number, the result, and why it failed.
 
-    What is taken and flushed is not answered: a trial's end says it all once more. A trial that could not be recorded
-    is tried again with each flush, and answered in the end.
+    A trial's end says once more all that was taken before. A trial that could not be recorded is tried again with each
+    flush, and answered in the end; so is a study that could not be opened. The answer of a flush is why something could
+    not be recorded, if so.
     """
 
     def __init__(self, index: int, tracker: Tracker, answers: IO[bytes]) -> None:
         self._index = index
         self._tracker = tracker
         self._answers = answers
-        self._opened = False
-        self._broken: str | None = None
+        self._study: tuple[Any, ...] = ()
+        self._closed: str | None = None
+        """Why the tracker could not open the study; None if it could, or is still to do so."""
+        self._taken: list[tuple[str, tuple[Any, ...]]] = []
+        """What came while the tracker could not open the study, besides ends."""
         self._failures = 0
         self._missed: list[EndedTrial] = []
 
@@ -128,54 +132,78 @@ class Server:
     def do(self, verb: str, *arguments: Any) -> None:
         """Call a method of the tracker; "idle" calls none."""
         if verb == "open":
-            link, self._broken = self._attempt(verb, *arguments)
-            recorded, self._broken = self._attempt("recorded")
-            self._opened = self._broken is None
-            self._answer(verb, None, (link, recorded), self._broken)
+            self._study = arguments
+            self._open()
         elif verb == "end":
             self._end(*arguments)
         elif verb in ("begin", "epochs"):
-            if self._opened:
+            if self._closed:
+                self._taken.append((verb, arguments))
+            else:
                 self._attempt(verb, *arguments)
         elif verb == "flush":
-            self._retry(last=False)
-            if self._opened and self._failures < MAX_FAILURES:
-                self._attempt(verb, *arguments)
-            self._answer(verb, None, None, None)
+            self._flush(*arguments)
         elif verb in ("finish", "close"):
+            if self._closed and verb == "finish":
+                self._open()
             self._retry(last=True)
             self._answer(verb, None, *self._attempt(verb, *arguments))
 
+    def _open(self) -> None:
+        """Open the study, and have the tracker take what came meanwhile."""
+        self._closed = None
+        link, self._closed = self._attempt("open", *self._study)
+        recorded, self._closed = self._attempt("recorded")
+        self._answer("open", None, (link, recorded), self._closed)
+        if not self._closed:
+            taken, self._taken = self._taken, []
+            for verb, arguments in taken:
+                self._attempt(verb, *arguments)
+
     def _end(self, trial: EndedTrial) -> None:
-        if self._broken:
-            self._answer("end", trial.number, None, self._broken)
-        elif self._failures >= MAX_FAILURES:
+        if self._closed or self._failures >= MAX_FAILURES:
+            self._missed.append(trial)
+            return
+        _, cause = self._attempt("end", trial)
+        self._failures = self._failures + 1 if cause else 0
+        if cause:
             self._missed.append(trial)
         else:
-            _, cause = self._attempt("end", trial)
-            self._failures = self._failures + 1 if cause else 0
-            if cause:
-                self._missed.append(trial)
-            else:
-                self._answer("end", trial.number, None, None)
+            self._answer("end", trial.number, None, None)
 
-    def _retry(self, *, last: bool) -> None:
-        """Record the missed trials, until too many fail in a row; answer those that fail only the last time."""
+    def _flush(self, ending: Collection[int]) -> None:
+        if self._closed:
+            self._open()
+        cause = self._closed or self._retry(last=False)
+        if self._study and not self._closed and self._failures < MAX_FAILURES:
+            _, failed = self._attempt("flush", ending)
+            cause = cause or failed
+        self._answer("flush", None, None, cause)
+
+    def _retry(self, *, last: bool) -> str | None:
+        """Record the missed trials, until too many fail in a row; answer those that fail only the last time.
+
+        Returns:
+            Why a trial could not be recorded; None if all could.
+        """
         missed, self._missed, self._failures = self._missed, [], 0
         cause: str | None = None
+        failed: str | None = None
         for trial in missed:
             if self._failures < MAX_FAILURES:
                 _, cause = self._attempt("end", trial)
                 self._failures = self._failures + 1 if cause else 0
+                failed = cause or failed
             if cause and not last:
                 self._missed.append(trial)
             else:
                 self._answer("end", trial.number, None, cause)
+        return failed
 
     def _attempt(self, verb: str, *arguments: Any) -> tuple[Any, str | None]:
         """Return what a method returned, or why it failed."""
-        if self._broken:
-            return None, self._broken
+        if self._closed:
+            return None, self._closed
         try:
             return getattr(self._tracker, verb)(*arguments), None
         except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.space.pruners import Score
 from pipeline.space.trial import TrialState
@@ -46,9 +46,15 @@ class Standings:
         if trial.order is not None and trial.value is not None:
             bisect.insort(self._ranking, (trial.order, trial.value))
 
-    def changed_ranks(self) -> dict[int, int]:
-        """Return the ranks to record, best first, by trial number: of the best, and of trials that were among them."""
-        ranks = {number: rank for rank, ((_, number), _) in enumerate(self._ranking, 1)}
+    def changed_ranks(self, *, confirmed: Sequence[int] = ()) -> dict[int, int]:
+        """Return the ranks to record, best first, by trial number: of the best, and of trials that were among them.
+
+        Args:
+            confirmed: Trials that fresh seeds have ranked, best first; they stand before all others.
+        """
+        found = [number for (_, number), _ in self._ranking]
+        order = [*confirmed, *(number for number in found if number not in confirmed)]
+        ranks = {number: rank for rank, number in enumerate(order, 1)}
         return {
             number: rank
             for number, rank in ranks.items()

@@ -82,7 +82,8 @@ class StudySummary:
     best: EndedTrial | None = None
     """The winner: a trial, or a run of the confirmation if a baseline has won."""
     confirmed: Mapping[int, float] = field(default_factory=dict)
-    """Number of each trial that was confirmed to its mean objective over fresh seeds."""
+    """Number of each trial that was confirmed to its mean objective over fresh seeds, best first; empty until the
+    confirmation is complete."""
     ended: float
     """When the search ended; seconds since 1970."""
     files: tuple[Path, ...] = ()

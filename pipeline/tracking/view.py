@@ -17,7 +17,8 @@ from urllib.parse import quote
 
 TAG_PREFIX = "mlflow.sharedViewState."
 RANK = "rank"
-"""The metric that holds the rank of a complete trial, 1 for the best; the view is sorted by it."""
+"""The metric that holds the rank of a complete trial, 1 for the winner: trials that were confirmed stand before the
+others. The view is sorted by it."""
 CONFIRMED = "confirmed"
 """The metric that holds a trial's mean objective over fresh seeds."""
 WINNER = "hpo.winner"

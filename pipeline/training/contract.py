@@ -62,6 +62,10 @@ class TrialGroup(Protocol):
         """Return everything that the next epoch depends on, as tensors and plain values."""
         ...
 
+    def trial_states(self) -> Iterator[tuple[str, Any]]:
+        """Yield the trials of `state_dict`, number and state, while no other method is called."""
+        ...
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of a group of the same trials, and drop the trials that are not in the state."""
         ...

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from pipeline.errors import PipelineError
 from pipeline.files.locks import LOCK
@@ -38,6 +41,10 @@ from pipeline.training.contract import exit_error
 
 Build = Callable[[Mapping[int, TrialConfig], bool], Any]
 """Builds a trainer from configs by trial number, and whether the trials train plain."""
+Packed = list[memoryview]
+"""A message to another process: the pickled message, then the memory of its tensors."""
+_AS_ARRAYS = {torch.float16, torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool}
+"""Types of tensors that NumPy has under the same name; others are pickled as a copy."""
 
 
 class ProcessDied(Exception):
@@ -100,8 +107,8 @@ class TrainingProcess:
         with self._lock:
             released = [self._released.popleft() for _ in range(len(self._released))]
             try:
-                self._connection.send_bytes(pickle.dumps((key, method, arguments, released)))
-                value, configs, error = pickle.loads(self._connection.recv_bytes())
+                _send(self._connection, _packed((key, method, arguments, released)))
+                value, configs, error = _receive(self._connection)
             except (EOFError, OSError):
                 if status := self._end():
                     self._end_reason += f", killed by signal {-status}" if status < 0 else f", with status {status}"
@@ -172,12 +179,13 @@ def _serve(connection: Connection, build: Build) -> NoReturn:
         trainers: dict[int, Any] = {}
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                key, method, arguments, released = pickle.loads(connection.recv_bytes())
+                key, method, arguments, released = _receive(connection)
                 for old in released:
                     trainers.pop(old, None)
                 answer = _answer(trainers, key, method, arguments, build)
                 sys.stdout.flush()
-                connection.send_bytes(answer)
+                _send(connection, answer)
+                del answer, arguments  # which may be a trial's state
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -185,17 +193,51 @@ def _serve(connection: Connection, build: Build) -> NoReturn:
         os._exit(status)
 
 
-def _answer(trainers: dict[int, Any], key: int, method: str, arguments: tuple[Any, ...], build: Build) -> bytes:
-    """Return, pickled, a value, the configs of the remaining trials, and the exception raised in place of a value."""
+def _answer(trainers: dict[int, Any], key: int, method: str, arguments: tuple[Any, ...], build: Build) -> Packed:
+    """Return, packed, a value, the configs of the remaining trials, and the exception raised in place of a value."""
     try:
         if method == "build":
             trainers[key] = build(*arguments)
-            return pickle.dumps((None, trainers[key].configs, None))
+            return _packed((None, trainers[key].configs, None))
         value = getattr(trainers[key], method)(*arguments)
-        return pickle.dumps((value, trainers[key].configs, None))
+        return _packed((value, trainers[key].configs, None))
     except (Exception, SystemExit) as error:
         portable = exit_error(error) if isinstance(error, SystemExit) else _portable(error)
-        return pickle.dumps((None, trainers[key].configs if key in trainers else {}, portable))
+        return _packed((None, trainers[key].configs if key in trainers else {}, portable))
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors of a CPU without a copy of their memory."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Take a tensor as an array, whose memory `pickle` leaves out; see `pickle.Pickler`."""
+        if type(value) not in (Tensor, Parameter) or value.device.type != "cpu" or not value.is_contiguous():
+            return NotImplemented
+        tensor = value.detach()
+        if tensor.dtype in _AS_ARRAYS and not tensor.is_conj() and not tensor.is_neg():
+            return torch.from_numpy, (tensor.numpy(),)
+        return NotImplemented
+
+
+def _packed(message: Any) -> Packed:
+    """Return a message as bytes, then the memory of each tensor in it, without a copy."""
+    pickled, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Pickler(pickled, protocol=5, buffer_callback=buffers.append).dump(message)
+    return [pickled.getbuffer(), *(buffer.raw() for buffer in buffers)]
+
+
+def _send(connection: Connection, packed: Packed) -> None:
+    connection.send_bytes(pickle.dumps([part.nbytes for part in packed]))
+    for part in packed:
+        connection.send_bytes(part)
+
+
+def _receive(connection: Connection) -> Any:
+    """Return the next message; its tensors are writable."""
+    parts = [bytearray(size) for size in pickle.loads(connection.recv_bytes())]
+    for part in parts:
+        connection.recv_bytes_into(part)
+    return pickle.loads(parts[0], buffers=parts[1:])
 
 
 def _portable(error: Exception) -> Exception:

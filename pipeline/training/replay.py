@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,10 @@ class ReplayedTrial:
             return {"epochs": self._epoch, "trials": {}}
         state = self._placed_trainer().state_dict()[str(self._row)]
         return {"epochs": self._epoch, "trials": {str(self._number): state}}
+
+    def trial_states(self) -> Iterator[tuple[str, Any]]:
+        """Yield the trial's state."""
+        yield from self.state_dict()["trials"].items()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of the trial."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -103,9 +103,13 @@ class ShardedTrials:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every trial, without the placement."""
+        return {"epochs": self._epoch, "trials": dict(self.trial_states())}
+
+    def trial_states(self) -> Iterator[tuple[str, Any]]:
+        """Yield the state of each trial; those of one trainer are in memory at a time."""
         self._call(self._arrange)
-        trials = self._call(lambda: _states_of(self._trainers))
-        return {"epochs": self._epoch, "trials": trials}
+        for trainer in self._trainers:
+            yield from self._call(trainer.state_dict).items()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, and drop the trials that are not in the state; an empty state is the beginning."""
