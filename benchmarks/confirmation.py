@@ -53,6 +53,8 @@ def main() -> None:
             result = search(
                 options.space, overrides=changes, trials=options.trials, root=root, device="cpu", quiet=True
             )
+        if len(result.trials) < options.trials:  # interrupted
+            break
         if not result.confirmed:
             print(f"seed {seed}: not confirmed", flush=True)
             continue
