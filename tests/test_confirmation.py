@@ -290,12 +290,15 @@ def test_the_first_of_the_search_is_the_answer_until_every_run_has_ended(store: 
     )
 
 
-def test_a_study_is_unfinished_until_it_is_confirmed(store: Store) -> None:
+def test_a_study_is_unfinished_until_it_is_confirmed_and_its_end_is_stored(store: Store) -> None:
     space = space_with()
-    study = searched(store, space)
+    searched(store, space)
     assert store.choose(space, trials=len(RATES), name=None) == ("s", True)
-    assert store.choose(space_with(confirm={"share": 0.0}), trials=len(RATES), name=None) == ("small-1", False)
-    study.confirmed()
+    without = space_with(confirm={"share": 0.0})
+    store.open("s", confirm=without.document["confirm"]).finish()
+    assert store.choose(without, trials=len(RATES), name=None) == ("small-1", False)
+    assert store.choose(space, trials=len(RATES), name=None) == ("s", True)
+    store.open("s", confirm=space.document["confirm"]).finish()
     assert store.choose(space, trials=len(RATES), name=None) == ("small-1", False)
 
 

@@ -78,6 +78,8 @@ def create(store: Store, space: SearchSpace, *, name: str, trials: int, ended: i
     study = store.create(space, name=name, trials=trials, rules=RULES)
     for number in range(ended):
         study.add(ended_trial(number))
+    if ended == trials:
+        study.finish()
 
 
 def test_a_root_without_studies_is_only_looked_at(store: Store) -> None:

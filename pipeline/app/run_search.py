@@ -64,9 +64,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     store = Store(options.folder, warn=cli.warn)
     with busy(console, "comparing code, data and model with those of the study"):
         trained = fingerprint_of(space, executor)
-    compared = None if options.changed_code else trained
     with busy(console, OPENING):
-        name, exists = store.choose(space, trials=trials, name=options.study, rows=options.rows, fingerprint=compared)
+        name, exists = _chosen(store, space, trained, options)
     if not exists and options.study is not None:
         near = nearest(name, [header.name for header in store.headers()], cutoff=SIMILAR)
         if near is not None:
@@ -76,16 +75,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
     with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
         with busy(console, OPENING):
-            # Another search may have begun the study meanwhile.
-            _, exists = store.choose(space, trials=trials, name=name, rows=options.rows, fingerprint=compared)
-            if exists:
-                confirm = space.document["confirm"]
-                study = store.open(name, trials=trials, fingerprint=trained, confirm=confirm)
-            else:
-                study = store.create(space, name=name, trials=trials, rules=executor.rules, fingerprint=trained)
+            study = _opened(store, space, trained, executor, dataclasses.replace(options, study=name))
         with busy(console, "trying how many trials of this model train at once"):
-            if exists:
-                executor.adopt(study.rules)
             headline = _headline(study, executor, options)
         say(console, *headline)
         if options.timeout is not None:
@@ -95,22 +86,14 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             say(console, said)
         before = {trial.number: trial for trial in [*study.ended, *Confirmation(study).runs]}
         with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, resume):
-            checkpoints = Checkpoints(store.folder(name) / "checkpoints", warn=cli.warn)
-            if not options.confirming:
-                models = Models(store.folder(name) / "models", study, warn=cli.warn)
-                _run(study, trials, before, executor, checkpoints, models, tracker, interrupts, console)
-            done = options.confirming or len(study.ended) >= trials
-            if done:
-                runs = Checkpoints(store.folder(name) / "checkpoints" / "confirmation", warn=cli.warn)
-                done = _confirm(study, executor, runs, tracker, interrupts, console)
-            with busy(console, "asking MLflow which trials it lacks"):
-                _tell_untold(before, executor, tracker, wait=True)
+            done = _train(study, before, executor, store, tracker, interrupts, console, options)
             answer = Answer.of(study)
             finish(answer, store, tracker, console, options, done=done)
             if not done:
                 console.print(f"{interrupts.reason}; go on with: {resume}", soft_wrap=True)
-    ranking = tuple(study.best(len(study.ended)))
-    status = 0 if ranking else 1
+        if done and not tracker.incomplete:
+            study.finish()
+    status = 0 if answer.trial else 1
     if not done:
         status = interrupts.exit_status
     if tracker.incomplete:
@@ -119,12 +102,68 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         study=study.name,
         space=study.space,
         trials=tuple(study.ended),
-        ranking=ranking,
+        ranking=tuple(study.best(len(study.ended))),
         best=answer.trial,
         confirmed=tuple(answer.confirmation.table) if answer.confirmation.complete else (),
-        config_file=best_file(store, study.name) if ranking else None,
+        config_file=best_file(store, study.name) if answer.trial else None,
         exit_status=status,
     )
+
+
+def _chosen(
+    store: Store, space: SearchSpace, trained: Mapping[str, str] | None, options: SearchOptions
+) -> tuple[str, bool]:
+    """Return the name of the study that the options mean, and whether it exists."""
+    return store.choose(
+        space,
+        trials=options.trials,
+        name=options.study,
+        rows=options.rows,
+        fingerprint=None if options.changed_code else trained,
+    )
+
+
+def _opened(
+    store: Store,
+    space: SearchSpace,
+    trained: Mapping[str, str] | None,
+    executor: LocalExecutor,
+    options: SearchOptions,
+) -> Study:
+    """Open the study, or begin it; another search may have begun it since it was chosen."""
+    name, exists = _chosen(store, space, trained, options)
+    if not exists:
+        return store.create(space, name=name, trials=options.trials, rules=executor.rules, fingerprint=trained)
+    study = store.open(name, trials=options.trials, fingerprint=trained, confirm=space.document["confirm"])
+    executor.adopt(study.rules)
+    return study
+
+
+def _train(
+    study: Study,
+    before: Mapping[int, EndedTrial],
+    executor: LocalExecutor,
+    store: Store,
+    tracker: TrackerProcess,
+    interrupts: Interrupts,
+    console: Console,
+    options: SearchOptions,
+) -> bool:
+    """Train the trials that a study lacks, then its confirmation; return whether nothing is left to train."""
+    folder = store.folder(study.name)
+    checkpoints = Checkpoints(folder / "checkpoints", warn=cli.warn)
+    if not options.confirming:
+        models = Models(folder / "models", study, warn=cli.warn)
+        _run(study, options.trials, before, executor, checkpoints, models, tracker, interrupts, console)
+    done = options.confirming or len(study.ended) >= options.trials
+    if done:
+        confirmation = Confirmation(study)
+        runs = Checkpoints(checkpoints.folder / "confirmation", warn=cli.warn)
+        run_confirmation(confirmation, executor, runs, tracker, interrupts, console)
+        done = confirmation.complete or not confirmation.candidates
+    with busy(console, "asking MLflow which trials it lacks"):
+        _tell_untold(before, executor, tracker, wait=True)
+    return done
 
 
 def _tell_untold(
@@ -183,25 +222,6 @@ def _run(
                 study.add(trial)
             progress.group_ended()
     forget_ended(checkpoints, study)
-
-
-def _confirm(
-    study: Study,
-    executor: LocalExecutor,
-    checkpoints: Checkpoints,
-    tracker: TrackerProcess,
-    interrupts: Interrupts,
-    console: Console,
-) -> bool:
-    """Confirm a finished search, if its space asks for it; return whether nothing is left to do."""
-    confirmation = Confirmation(study)
-    if confirmation.candidates:
-        run_confirmation(confirmation, executor, checkpoints, tracker, interrupts, console)
-        if not confirmation.complete:
-            return False
-    if study.space.confirm.share:
-        study.confirmed()
-    return True
 
 
 @contextlib.contextmanager

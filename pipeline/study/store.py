@@ -37,6 +37,7 @@ HEADER_TYPES = {
     "created": float,
     "fingerprint": Mapping | None,
     "confirmed": int | None,
+    "finished": int | None,
 }
 """Stored field of a `StudyHeader` to its types."""
 
@@ -60,6 +61,8 @@ class StudyHeader:
     """Part of the workload, such as its code, to a text that changes with it; None in studies of earlier versions."""
     confirmed: int | None
     """Number of trials after which the confirmation was complete; None in studies of earlier versions."""
+    finished: int | None
+    """Number of trials after which nothing was left to do; None in studies of earlier versions."""
     ended: int
     """Number of stored trials."""
     created: float
@@ -71,9 +74,9 @@ class StudyHeader:
         return f"{self.created:.6f}"
 
     def lacks(self, trials: int, space: SearchSpace) -> bool:
-        """Return whether the study lacks trials of a total, or the confirmation that a space asks for."""
+        """Return whether the study lacks trials of a total, or its end, or the confirmation that a space asks for."""
         unconfirmed = space.confirm.share > 0 and self.confirmed not in (None, self.ended)
-        return self.ended < trials or unconfirmed
+        return self.ended < trials or self.finished not in (None, self.ended) or unconfirmed
 
 
 class Store:
@@ -203,6 +206,7 @@ class Store:
             "placement": rules.to_dict(),
             "fingerprint": fingerprint,
             "confirmed": 0,
+            "finished": 0,
             "created": time.time(),
         }
         storage = self._database.storage(create=True)

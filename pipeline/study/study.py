@@ -179,14 +179,17 @@ class Study:
         with self._writing(doing):
             self._stored.set_user_attr(name, value)
 
-    def confirmed(self) -> None:
-        """Store that the confirmation after these trials is complete.
+    def finish(self) -> None:
+        """Store that nothing is left to do: these trials are recorded, and confirmed if the space asks for it.
 
         Raises:
             StorageError: The storage cannot be written.
         """
-        header = {**self._stored.user_attrs[HEADER], "confirmed": len(self.ended)}
-        self.note(HEADER, header, doing="storing that the confirmation is complete")
+        ended = len(self.ended)
+        done = {"finished": ended, **({"confirmed": ended} if self.space.confirm.share else {})}
+        stored = self._stored.user_attrs[HEADER]
+        if stored != {**stored, **done}:
+            self.note(HEADER, {**stored, **done}, doing="storing that the search is finished")
 
     def best(self, count: int = 1) -> list[EndedTrial]:
         """Return the best complete trials, best first: by objective, then validation loss, then number."""
