@@ -24,6 +24,17 @@ SMALL: dict[str, Any] = {
 }
 
 
+SLOW_FIXTURES = {"test_delete", "test_objective", "test_python", "test_search"}
+"""Modules whose tests share a whole search, which is made once if `pytest -n auto` runs them in one process."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW_FIXTURES:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture
 def space_file(tmp_path: Path) -> Callable[..., Path]:
     """Write the small space, with whole sections replaced or added, to a file."""
