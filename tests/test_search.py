@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -149,6 +150,7 @@ def test_a_search_leaves_its_record_and_says_where(found: Found) -> None:
     )
 
 
+@pytest.mark.usefixtures("root_with_tables")
 def test_a_search_that_mlflow_lacks_says_so_and_the_same_command_logs_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -516,9 +518,12 @@ def test_a_search_interrupted_within_a_group_goes_on_to_the_same_trials(found: F
     assert outcomes(store.open("pieces").ended) == outcomes(whole.ended) == outcomes(found.study.ended)
 
 
-def search_with_signals(found: Found, root: Path, signals: list[signal.Signals]) -> tuple[int, int, str, str]:
+def search_with_signals(
+    found: Found, root: Path, tables: Path, signals: list[signal.Signals]
+) -> tuple[int, int, str, str]:
     """Send signals to a search after its first group; return its status, its ended trials and what it printed."""
     root.mkdir()
+    shutil.copy(tables, root)
     options = ["--space", str(write_space(root.parent)), "--trials", str(TRIALS), "--device", "cpu", "--no-confirm"]
     command = [sys.executable, "-c", WAITS_BEFORE_ITS_SECOND_GROUP, "--root", str(root), *options]
     pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -541,19 +546,19 @@ def go_on_of(root: Path) -> str:
     return f"--study small-1 --trials {TRIALS} --root {root} --device cpu"
 
 
-def test_a_termination_ends_a_search_after_its_epoch(found: Found, tmp_path: Path) -> None:
+def test_a_termination_ends_a_search_after_its_epoch(found: Found, tmp_path: Path, mlflow_tables: Path) -> None:
     root = tmp_path / "root"
-    status, _, printed, errors = search_with_signals(found, root, [signal.SIGTERM])
+    status, _, printed, errors = search_with_signals(found, root, mlflow_tables, [signal.SIGTERM])
     assert (status, errors) == (143, "")
     assert f"interrupted; go on with: python -m pipeline.search {go_on_of(root)}\n" in printed
 
 
 @pytest.mark.parametrize("times", [1, 1000])
 def test_ctrl_c_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
-    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str], times: int
+    found: Found, tmp_path: Path, mlflow_tables: Path, capsys: pytest.CaptureFixture[str], times: int
 ) -> None:
     root, moved = tmp_path / "root", tmp_path / "moved"
-    status, kept, printed, errors = search_with_signals(found, root, [signal.SIGINT] * times)
+    status, kept, printed, errors = search_with_signals(found, root, mlflow_tables, [signal.SIGINT] * times)
     assert status == 130
     go_on = go_on_of(root)
     after_the_epoch = f"interrupted; go on with: python -m pipeline.search {go_on}\n"
@@ -611,6 +616,7 @@ def test_ctrl_c_that_an_import_turns_into_another_error_or_loses_ends_a_search(t
     assert not list(tmp_path.rglob("*.db"))
 
 
+@pytest.mark.usefixtures("root_with_tables")
 def test_a_new_study_of_a_name_like_another_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = write_space(tmp_path)
     with contextlib.closing(Store(tmp_path)) as store:
