@@ -32,6 +32,7 @@ from pipeline.space.load import load_space
 from pipeline.space.schedules import make_scheduler
 from pipeline.space.trial import EndedTrial, TrialState
 from pipeline.space.trial import number as number_text
+from pipeline.study.candidates import plan
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.importance import importances
 from pipeline.study.store import Store
@@ -498,12 +499,13 @@ def test_the_report_of_a_confirmed_study_repeats_its_answer(
     study = store.create(space, name="small-1", trials=2, rules=RULES)
     for number in range(2):
         study.add(trial(space, number, rising(0.9 - number / 10), params={**ADAMW, "step.gamma": 0.5 + number / 10}))
-    confirmation = Confirmation(study)
+    confirmation = Confirmation(study, plan(study, space.confirm))
     while group := confirmation.next_group():
         for number, (config, _) in group.items():
             run = confirmation.marked(trial(space, number, rising(0.5), params=ADAMW, config=config))
             score = scores.get(run.confirms, 0.3) + config.seed / 100
             confirmation.add(with_last(run, score), test={"test/accuracy": 0.77})
+    confirmation.keep()
     answer = Answer.of(study)
     write_report(answer, store, path := tmp_path / "report.html")
     page = path.read_text()

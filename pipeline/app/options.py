@@ -23,6 +23,7 @@ from pipeline.errors import InvalidInput, Problem
 from pipeline.files import strict_yaml
 from pipeline.space import rules
 from pipeline.space.config import Own
+from pipeline.space.confirm import Confirm
 from pipeline.space.load import build_space, study_name
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.own_code import is_own
@@ -46,6 +47,8 @@ OPTIONS: Mapping[str, tuple[Any, str, Callable[[str], Any]]] = {
     "study": (str | None, "a text", cli.study_name),
     "root": (str | Path, "a path", cli.folder),
     "device": (str, "a name", cli.device_name),
+    "seeds": (numbers.Integral | None, "a whole number", cli.SEEDS),
+    "finalists": (numbers.Integral | None, "a whole number", cli.FINALISTS),
     "rows": (numbers.Integral | None, "a whole number", cli.whole_number(1)),
 }
 """Argument of a call from Python to its types, their name, and the reader of the same option of the command line."""
@@ -83,6 +86,8 @@ class SearchOptions:
     rows: int | None
     changed_code: bool
     """Whether a study goes on although its code, data or model has changed."""
+    confirm: Confirm
+    """Settings of the confirmation: the space's, with the changes that the options make for this time alone."""
     confirming: bool = False
     """Whether only the confirmation runs, and no trial."""
     from_python: bool
@@ -134,6 +139,10 @@ class SearchOptions:
             return "".join([f" --space {cli.quoted(self.file)}", *changes])
         choice = self.space.workload
         return f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
+
+    def confirm_again(self, study: str) -> str:
+        """Return the command, or the call, that confirms a study."""
+        return dataclasses.replace(self, confirming=True).resume(study)
 
     def train_again(self, config: Path) -> str:
         """Return the command, or the call, that trains a config of the search again."""
@@ -189,6 +198,7 @@ def read_search(
     overrides: Overrides,
     changed_code: bool,
     from_python: bool,
+    confirm: Mapping[str, Any],
     confirming: bool = False,
     **options: Any,
 ) -> SearchOptions:
@@ -222,6 +232,7 @@ def read_search(
         folder=folder,
         changed_code=changed_code,
         from_python=from_python,
+        confirm=dataclasses.replace(found.space.confirm, **confirm),
         confirming=confirming,
         workload_name=None if made is None else _name_of(workload),
         file=found.file,

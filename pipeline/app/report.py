@@ -69,11 +69,11 @@ def write_report(
         name=study.name,
         space=study.space,
         trials=study.ended,
-        planned=header.trials,
+        planned=study.planned,
         groups=study.groups,
         val_samples=_val_samples(header.fingerprint),
         with_rates=_with_rates(answer, directions),
-        confirmed=_confirmed(answer, planned=header.trials),
+        confirmed=_confirmed(answer),
         code=None if answer.trial is None else trial_code(study, answer.trial),
         options="" if store.root == Path() else f" --root {cli.quoted(store.root)}",
     )
@@ -106,7 +106,7 @@ def _with_rates(answer: Answer, directions: Mapping[str, str] | None) -> list[En
     return made
 
 
-def _confirmed(answer: Answer, *, planned: int) -> Confirmed:
+def _confirmed(answer: Answer) -> Confirmed:
     """Return the confirmation as plain values."""
     confirmation = answer.confirmation
     strategies = [
@@ -137,16 +137,5 @@ def _confirmed(answer: Answer, *, planned: int) -> Confirmed:
         ],
         complete=confirmation.complete,
         test=confirmation.test(),
-        reason=_why_unconfirmed(answer, planned=planned),
+        reason=answer.unconfirmed,
     )
-
-
-def _why_unconfirmed(answer: Answer, *, planned: int) -> str:
-    """Return why no winner is confirmed; empty if one is."""
-    if answer.confirmation.winner is not None:
-        return ""
-    if len(answer.study.ended) < planned:
-        return "the search has not ended"
-    if answer.confirmation.complete:
-        return "no candidate trained to its end with every seed"
-    return answer.confirmation.reason or "the confirmation has not ended"
