@@ -87,7 +87,7 @@ def _written(answer: Answer, store: Store, console: Console, options: SearchOpti
     report = store.folder(study.name) / REPORT
     try:
         with busy(console, "writing the report"):
-            write_report(answer, store, report)
+            write_report(answer, store, report, confirm_command=options.confirm_again(study.name))
     except Exception as error:  # a search of hours does not end with an error for the sake of a picture
         cli.warn(f"the report could not be written: {type(error).__name__}: {error}")
         return
