@@ -101,11 +101,15 @@ class SearchOptions:
 
     def resume(self, study: str) -> str:
         """Return the command, or the call, that continues the search after a stop; it names the user's code again."""
+        sizes = [name for name in ("seeds", "finalists") if self.confirming and self._differs(name)]
+        skips = not self.confirming and self._differs("share") and self.confirm.share == 0
         if self.from_python:
             return _call(
                 "confirm" if self.confirming else "search",
                 study=repr(study),
                 trials=None if self.confirming else repr(self.trials),
+                **{name: repr(getattr(self.confirm, name)) for name in sizes},
+                confirm="False" if skips else None,
                 **self._code_from_python(),
                 root=None if self.root == Path() else repr(str(self.root)),
                 device=None if self.device == "auto" else repr(self.device),
@@ -115,8 +119,14 @@ class SearchOptions:
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
         if self.confirming:
-            return f"python -m pipeline.confirm --study {study}{self._code()}{root}{device}"
-        return f"python -m pipeline.search --study {study} --trials {self.trials}{self._code()}{root}{device}{rows}"
+            size = "".join(f" --{name} {getattr(self.confirm, name)}" for name in sizes)
+            return f"python -m pipeline.confirm --study {study}{size}{self._code()}{root}{device}"
+        trials = f"{self.trials}{' --no-confirm' if skips else ''}"
+        return f"python -m pipeline.search --study {study} --trials {trials}{self._code()}{root}{device}{rows}"
+
+    def _differs(self, setting: str) -> bool:
+        """Return whether a setting of the confirmation is not the space's."""
+        return bool(getattr(self.confirm, setting) != getattr(self.space.confirm, setting))
 
     def _code_from_python(self) -> dict[str, str | None]:
         """Return the arguments that name the user's code: the space with its changes, or only the workload."""
