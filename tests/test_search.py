@@ -541,7 +541,7 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
     assert 3 <= len(kept) < TRIALS
     assert outcomes(kept) == outcomes(found.study.ended[: len(kept)])
 
-    go_on = f"--study small-1 --trials {TRIALS} --root {root} --device cpu"
+    go_on = f"--study small-1 --trials {TRIALS} --no-confirm --root {root} --device cpu"
     after_the_epoch = f"interrupted; go on with: python -m pipeline.search {go_on}\n"
     at_once = f"ended at once; go on with: python -m pipeline.search {go_on}\n"
     assert (errors == "" and after_the_epoch in printed) or (errors == at_once and len(signals) > 1)

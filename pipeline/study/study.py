@@ -53,6 +53,7 @@ class Study:
         space: The search space.
         name: Name of the study in the storage.
         identity: Differs from the identity of a study of the same name in a new database.
+        planned: Total number of trials that was last asked for.
         group_size: Number of trials that are proposed at a time.
         storage: Storage of the ended trials.
         before_write: Called before each change of the storage; raises if the change would be lost.
@@ -67,6 +68,7 @@ class Study:
         *,
         name: str,
         identity: str,
+        planned: int,
         group_size: int,
         storage: RDBStorage,
         before_write: Callable[[], None],
@@ -74,6 +76,7 @@ class Study:
         self.space = space
         self.name = name
         self.identity = identity
+        self.planned = planned
         self.group_size = group_size
         self._stored = optuna.load_study(study_name=name, storage=storage)
         self._before_write = before_write
@@ -179,14 +182,17 @@ class Study:
         with self._writing(doing):
             self._stored.set_user_attr(name, value)
 
-    def finish(self) -> None:
-        """Store that nothing is left to do: these trials are recorded, and confirmed if the space asks for it.
+    def finish(self, *, confirmed: bool) -> None:
+        """Store that nothing is left to do with these trials.
+
+        Args:
+            confirmed: Whether the confirmation, if there can be one, is complete; not if it was turned off.
 
         Raises:
             StorageError: The storage cannot be written.
         """
         ended = len(self.ended)
-        done = {"finished": ended, **({"confirmed": ended} if self.space.confirm.share else {})}
+        done = {"finished": ended, **({"confirmed": ended} if confirmed else {})}
         stored = self._stored.user_attrs[HEADER]
         if stored != {**stored, **done}:
             self.note(HEADER, {**stored, **done}, doing="storing that the search is finished")

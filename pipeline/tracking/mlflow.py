@@ -140,7 +140,7 @@ class MLflowTracker:
         self._client.set_tag(self._run_id, "mlflow.note.content", summary.note)
         best = summary.best
         if best is not None:
-            self._client.set_tag(self._run_id, "hpo.best_trial", str(best.number))
+            self._client.set_tag(self._run_id, "hpo.best_trial", best.confirms or str(best.number))
             self._client.set_tag(self._run_id, "hpo.best_value", repr(best.value))
             self._mark_winner(best.number)
         self._log_confirmed(summary)
