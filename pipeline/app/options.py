@@ -113,7 +113,7 @@ class SearchOptions:
                 **self._code_from_python(),
                 root=None if self.root == Path() else repr(str(self.root)),
                 device=None if self.device == "auto" else repr(self.device),
-                rows=None if self.rows is None else repr(self.rows),
+                rows=None if self.rows is None or self.confirming else repr(self.rows),
             )
         root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
         device = "" if self.device == "auto" else f" --device {self.device}"
