@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.app import cli
@@ -208,7 +209,7 @@ def read_search(
     overrides: Overrides,
     changed_code: bool,
     from_python: bool,
-    confirm: Mapping[str, Any],
+    confirm: Mapping[str, Any] = MappingProxyType({}),
     confirming: bool = False,
     **options: Any,
 ) -> SearchOptions:
