@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from tiny import RULES, tiny_workload
 
 from pipeline.app.answer import Answer, versus
-from pipeline.app.run_confirmation import announcement
+from pipeline.app.run_confirmation import announcement, evaluated_on_test
+from pipeline.errors import StorageError
 from pipeline.space.confirm import Confirm, Size, fitting
 from pipeline.space.load import space_from_document
 from pipeline.space.optimizers import SGD, Adam
 from pipeline.space.schedules import Constant, Step
 from pipeline.space.search_space import Objective, SearchSpace
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 from pipeline.study.candidates import plan
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
@@ -25,7 +25,7 @@ from pipeline.study.loop import run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.training.executor import LocalExecutor
-from pipeline.workloads.workload import Split
+from pipeline.workloads.workload import Metric, Split
 
 EPOCHS = 4
 DOCUMENT: dict[str, Any] = {
@@ -41,6 +41,7 @@ DOCUMENT: dict[str, Any] = {
     },
     "confirm": {"share": 1.0},
 }
+TWO_SEEDS = {"share": 1.0, "finalists": 2, "seeds": 2}
 RATES = (0.03, 0.1, 0.3, 0.5)
 LATE = {0.03: [0.5, 0.6], 0.1: [0.6, 0.8], 0.3: [0.7, 0.7], 0.5: [0.7, 0.7]}
 """Rate of each trial to its accuracy after the third and the fourth epoch."""
@@ -155,6 +156,59 @@ def test_baselines_have_the_settings_of_the_space_and_one_rate_for_all_groups(st
     assert (adam.config.clip_grad_norm, adam.config.batch_size, adam.trial) == (5.0, 8, None)
 
 
+def test_a_baseline_of_layers_trains_each_at_one_rate(store: Store) -> None:
+    layers = {"layers": ["hidden.*", "head.*"], "layer_decay": 0.5}
+    study = searched(store, space_with(param_groups={"all": layers}))
+    *_, adam, _ = planned(study).candidates
+    assert [group.lr_ratio for group in adam.config.torch_groups().values()] == [1.0, 1.0]
+
+
+def test_a_metric_that_is_undefined_on_the_test_split_leaves_the_runs_without_a_test(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def near(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(targets) == 3:
+            raise ValueError("one class only")
+        return (outputs.argmax(1) == targets).float().mean()
+
+    workload = tiny_workload()
+    assert isinstance(workload.test, Split)
+    short = Split(*(part[:3] for part in (workload.test.inputs, workload.test.targets)))
+    workload = dataclasses.replace(workload, test=short, metrics={"accuracy": Metric(near, "maximize")})
+    space = space_with(epochs=1, scheduler={"constant": {}})
+    executor = LocalExecutor(workload, space.example(), device=torch.device("cpu"))
+    group = executor.build({0: space.example()})
+    assert evaluated_on_test(group, group.train_epoch(), space, executor) == {}
+    assert "the test split could not be evaluated: one class only" in capsys.readouterr().err
+
+
+CHANGES: dict[str, Any] = {
+    "another config": lambda run: run["config"].update(seed=77),
+    "another label": lambda run: run.update(confirms="\x1b]0;x\x07"),
+    "a number of text": lambda run: run.update(number="1"),
+    "a score of text": lambda run: run["history"].update({"val/loss": ["x"] * EPOCHS}),
+    "a test that is a list": lambda run: run.update(test=[1.0]),
+    "no placement": lambda run: run.update(environment={}),
+    "a time beyond the calendar": lambda run: run.update(ended=1e300),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.usefixtures("one_thread")
+def test_a_stored_run_that_another_program_has_changed_is_refused(store: Store, change: Any) -> None:
+    study = searched(store, space_with(confirm=TWO_SEEDS))
+    (number, (config, _)), *_ = planned(study).next_group().items()
+    confirmation = planned(study)
+    run = run_of(confirmation, "#1", 1, 0.7, number)
+    assert run.config == config
+    confirmation.add(run, test={"test/loss": 1.0})
+    (stored,) = study.notes("pipeline.confirmation.run.")
+    change(stored)
+    study.note(f"pipeline.confirmation.run.{number:07}", stored, doing="changing a run")
+    with pytest.raises(StorageError, match=r"the confirmation of study s is not as a search stored it: .*; restore it"):
+        planned(study)
+
+
 def confirm(study: Study, folder: Path, *, epochs: int | None = None, test: Split | None = None) -> Confirmation:
     """Confirm a study on the tiny problem, for a number of epochs; None: to its end."""
     workload = tiny_workload() if test is None else dataclasses.replace(tiny_workload(), test=test)
@@ -241,15 +295,13 @@ def run_of(confirmation: Confirmation, label: str, seed: int, value: float | Non
 def confirmed(study: Study, scores: Mapping[str, tuple[float | None, float]]) -> Answer:
     """Confirm a study by given scores of two seeds."""
     confirmation = planned(study)
-    numbers = itertools.count(1_000_000)
-    for label, values in scores.items():
-        for seed, value in zip(confirmation.seeds, values, strict=True):
-            confirmation.add(run_of(confirmation, label, seed, value, next(numbers)), test={})
+    while group := confirmation.next_group():
+        for number, (config, _) in group.items():
+            label = confirmation.marked(BegunTrial(number=number, config=config, started=0.0)).confirms
+            value = scores[label][config.seed - 1]
+            confirmation.add(run_of(confirmation, label, config.seed, value, number), test={})
     confirmation.keep()
     return Answer.of(study)
-
-
-TWO_SEEDS = {"share": 1.0, "finalists": 2, "seeds": 2}
 
 
 def test_the_best_mean_wins_and_a_candidate_that_diverged_with_a_seed_cannot(store: Store) -> None:

@@ -33,6 +33,7 @@ from pipeline.space.schedules import make_scheduler
 from pipeline.space.trial import EndedTrial, TrialState
 from pipeline.space.trial import number as number_text
 from pipeline.study.candidates import plan
+from pipeline.study.certainty import residual_deviation
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.importance import importances
 from pipeline.study.store import Store
@@ -248,7 +249,13 @@ def confirmed_with(**changes: Any) -> Confirmed:
         Comparison(other="#0", better_by=0.0067, low=-0.003, high=0.016),
         Comparison(other="Adam's default", better_by=0.04, low=0.03, high=0.05),
     ]
-    values = {"seeds": (1, 2, 3), "strategies": strategies, "comparisons": comparisons, "test": {"test/accuracy": 0.94}}
+    values: dict[str, Any] = {
+        "seeds": (1, 2, 3),
+        "strategies": strategies,
+        "comparisons": comparisons,
+        "test": {"test/accuracy": 0.94},
+    }
+    values["residual"] = residual_deviation([list(strategy.values.values()) for strategy in strategies])
     return Confirmed(**{**values, **changes})
 
 
@@ -616,4 +623,4 @@ def test_the_report_of_a_confirmed_study_repeats_its_answer(
 def with_last(run: EndedTrial, value: float) -> EndedTrial:
     """Return a run whose last epoch has another accuracy."""
     last = dataclasses.replace(run.epochs[-1], metrics={**run.epochs[-1].metrics, "val/accuracy": value})
-    return dataclasses.replace(run, epochs=(*run.epochs[:-1], last), value=value)
+    return dataclasses.replace(run, epochs=(*run.epochs[:-1], last), value=value, environment={"placement": []})

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.app.display import score_line, spread, strategy_line
-from pipeline.errors import counted
+from pipeline.errors import counted, printable
 from pipeline.page.noise import gap_text
 from pipeline.space.trial import EndedTrial, number
 from pipeline.study.candidates import plan
@@ -76,7 +76,7 @@ class Answer:
         Args:
             confirm: The command, or the call, that confirms the study.
         """
-        return list(self._lines(confirm))
+        return [printable(line) for line in self._lines(confirm)]
 
     def _lines(self, confirm: str) -> Iterator[str]:
         space, winner, trial = self.study.space, self.confirmation.winner, self.trial

@@ -19,6 +19,7 @@ from pipeline.page.page import build_page
 from pipeline.page.results import Importance, StudyResults
 from pipeline.space.config import Own
 from pipeline.space.trial import EndedTrial
+from pipeline.study.certainty import residual_deviation
 from pipeline.study.importance import importances
 from pipeline.study.store import Store
 from pipeline.study.study import Study
@@ -130,6 +131,7 @@ def _with_rates(answer: Answer, directions: Mapping[str, str] | None) -> list[En
 def _confirmed(answer: Answer) -> Confirmed:
     """Return the confirmation as plain values."""
     confirmation = answer.confirmation
+    measured = [found for found in confirmation.table if found.mean is not None]
     strategies = [
         ConfirmedStrategy(
             label=found.candidate.label,
@@ -159,5 +161,6 @@ def _confirmed(answer: Answer) -> Confirmed:
         ],
         complete=confirmation.complete,
         test=confirmation.test(),
+        residual=residual_deviation([list(found.values.values()) for found in measured]),
         reason=answer.unconfirmed,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from rich.console import Console
 
+from pipeline.app import cli
 from pipeline.app.device import environment
-from pipeline.errors import counted
+from pipeline.errors import counted, first_line
 from pipeline.files.signals import Interrupts
 from pipeline.space.confirm import Confirm, fitting
 from pipeline.space.pruners import NoPruner
@@ -41,7 +43,7 @@ def run_confirmation(
             def on_epoch(metrics: Mapping[int, EpochMetrics], group: TrialGroup = group) -> None:
                 progress.epoch(metrics)
                 tracker.epoch(metrics)
-                tests.update(_tested(group, metrics, confirmation.space, executor))
+                tests.update(evaluated_on_test(group, metrics, confirmation.space, executor))
 
             for run in run_group(
                 group,
@@ -108,7 +110,7 @@ class _Progress:
         return f"confirming    {min(sum(self._epochs.values()), self._left)} of {counted(self._left, 'epoch')}"
 
 
-def _tested(
+def evaluated_on_test(
     group: TrialGroup, metrics: Mapping[int, EpochMetrics], space: SearchSpace, executor: LocalExecutor
 ) -> Mapping[int, Mapping[str, float]]:
     """Return the test metrics of runs that have trained their last epoch.
@@ -120,9 +122,16 @@ def _tested(
     if not last or space.objective.of == "best" or executor.workload.test is None:
         return {}
     try:
-        return group.test()
+        tested = group.test()
     except GroupLost:  # the runs keep their metrics, and have no test
         return {}
+    except Exception as error:  # such as of a metric that is undefined on the test split
+        cli.warn(f"the test split could not be evaluated: {first_line(error)}")
+        return {}
+    return {
+        number: {name: float(value) for name, value in scores.items() if math.isfinite(value)}
+        for number, scores in tested.items()
+    }
 
 
 def announcement(confirm: Confirm, space: SearchSpace, *, trials: int) -> str:

@@ -61,6 +61,8 @@ class Confirmed:
     """Whether every planned run has ended."""
     test: Mapping[str, float] = field(default_factory=dict)
     """Metric to the winner's score on the test split."""
+    residual: float | None = None
+    """Standard deviation of a score without the effects of its strategy and its seed; None if it is not known."""
     reason: str = ""
     """Why there is no winner; empty if there is one."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 
 from pipeline.page.metric import counts_samples, last_scatter
@@ -79,15 +78,8 @@ def _spread_of_runs(results: StudyResults) -> float | None:
 
     A seed moves all strategies alike by a part, which the trials of a search share; the residuals are without it.
     """
-    strategies = results.confirmed.strategies if results.confirmed is not None else ()
-    rows = [list(strategy.values.values()) for strategy in strategies if strategy.mean is not None]
-    freedom = (len(rows) - 1) * (len(rows[0]) - 1) if rows else 0
-    if freedom <= 0:
-        return None
-    by_seed = [statistics.fmean(column) for column in zip(*rows, strict=True)]
-    mean = statistics.fmean(by_seed)
-    residuals = [v - statistics.fmean(row) - s + mean for row in rows for v, s in zip(row, by_seed, strict=True)]
-    return Z * math.sqrt(2 * sum(residual**2 for residual in residuals) / freedom)
+    residual = results.confirmed.residual if results.confirmed is not None else None
+    return None if residual is None else Z * math.sqrt(2) * residual
 
 
 def gap_text(value: float) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,11 @@ from pipeline.study.study import Study
 
 ADAM, SGD_STEP = "Adam's default", "SGD with StepLR"
 """Labels of the baselines."""
+
+
+def is_label(text: Any) -> bool:
+    """Return whether a stored value is the label of a candidate."""
+    return text in (ADAM, SGD_STEP) or (isinstance(text, str) and re.fullmatch(r"#[0-9]{1,9}", text) is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,10 @@ class Candidate:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Candidate:
         """Return a candidate that was stored."""
-        return cls(trial=stored["trial"], label=stored["label"], config=TrialConfig.from_dict(stored["config"]))
+        trial, label = stored["trial"], stored["label"]
+        if label != (f"#{trial}" if type(trial) is int else label) or not is_label(label):
+            raise ValueError(f"label {label!r} of trial {trial!r}")
+        return cls(trial=trial, label=label, config=TrialConfig.from_dict(stored["config"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +107,17 @@ def _seeds(seed: int, count: int) -> tuple[int, ...]:
 
 def _candidates(complete: Sequence[EndedTrial], size: Size, space: SearchSpace) -> list[Candidate]:
     """Return the candidates, without repetitions of a config."""
-    ranked = sorted(complete, key=lambda trial: (space.objective.late_score(trial.epochs), trial.number))
-    finalists = (Candidate(trial=t.number, label=f"#{t.number}", config=t.config) for t in _unlike(ranked))
-    chosen = list(itertools.islice(finalists, size.finalists))
+    best = finalists(complete, space, count=size.finalists)
+    chosen = [Candidate(trial=trial.number, label=f"#{trial.number}", config=trial.config) for trial in best]
     known = [candidate.config for candidate in chosen]
     baselines = itertools.islice(_baselines(complete[0].config, space), size.baselines)
     return chosen + [baseline for baseline in baselines if baseline.config not in known]
+
+
+def finalists(complete: Iterable[EndedTrial], space: SearchSpace, *, count: int) -> list[EndedTrial]:
+    """Return the best complete trials by their late epochs, each config once."""
+    ranked = sorted(complete, key=lambda trial: (space.objective.late_score(trial.epochs), trial.number))
+    return list(itertools.islice(_unlike(ranked), count))
 
 
 def _unlike(trials: Sequence[EndedTrial]) -> Iterator[EndedTrial]:
@@ -126,6 +140,7 @@ def _baselines(config: TrialConfig, space: SearchSpace) -> Iterator[Candidate]:
             pattern=group.pattern,
             dims=group.dims,
             layers=group.layers,
+            layer_decay=None if group.layers is None else 1.0,
             lr_ratio=0.0 if space.param_groups[name]["lr_ratio"] == 0 else 1.0,
         )
         for name, group in config.param_groups.items()

@@ -7,6 +7,8 @@ candidate on the same order of the data from the same initial weights, so that d
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +16,11 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.placement import PlacementRules
+from pipeline.space.placement import PlacementRules, from_run_lengths
 from pipeline.space.pruners import Score
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
-from pipeline.study.candidates import Candidate, Plan
+from pipeline.study.candidates import Candidate, Plan, is_label
 from pipeline.study.stored_trial import as_stored, epochs_of, plain_epochs
 from pipeline.study.study import Study
 
@@ -72,7 +74,11 @@ class Confirmation:
             self._groups = [_group_of(group) for group in study.notes(_GROUP)]
             stored = study.notes(_RUN)
             self._runs = {run.number: run for run in map(self._run_of, stored)}
-            self._tests: dict[int, Mapping[str, float]] = {run["number"]: run["test"] for run in stored}
+            self._tests: dict[int, Mapping[str, float]] = {
+                run["number"]: _checked_scores(run["test"]) for run in stored
+            }
+            if len(self._runs) < len(stored):
+                raise ValueError("two runs have one number")
             known = [candidate for last in study.notes(_COMPLETE) for candidate in Plan.from_dict(last).candidates]
         if self.candidates:
             self.candidates += [c for c in known if c not in self.candidates and self._has_every_seed(c)]
@@ -135,7 +141,13 @@ class Confirmation:
         for seed in self.seeds:
             if missing := self._missing(seed):
                 wanted = [candidate.with_seed(seed) for candidate in missing]
-                asked = (group for group in self._groups if any(config in wanted for config, _ in group.values()))
+                every = [candidate.with_seed(seed) for candidate in self.candidates]
+                asked = (
+                    group
+                    for group in self._groups
+                    if any(config in wanted for config, _ in group.values())
+                    and all(config in every for config, _ in group.values())
+                )
                 group = next(asked, None) or self._ask_for_group(missing, seed)
                 return {number: (config, {}) for number, (config, _) in group.items()}
         return {}
@@ -197,7 +209,8 @@ class Confirmation:
         if self.winner is None:
             return {}
         tests = [self._tests[run.number] for run in self.winner.runs.values()]
-        return {name: statistics.fmean(test[name] for test in tests) for name in tests[0] if all(tests)}
+        names = [name for name in tests[0] if all(name in test for test in tests)]
+        return {name: statistics.fmean(test[name] for test in tests) for name in names}
 
     def _has_every_seed(self, candidate: Candidate) -> bool:
         ended = [run.config for run in self._runs.values()]
@@ -220,11 +233,20 @@ class Confirmation:
         return group
 
     def _run_of(self, stored: Mapping[str, Any]) -> EndedTrial:
-        """Return a run that was stored."""
+        """Return a run that was stored; it must be as its group says."""
         epochs, state, objective = epochs_of(stored), TrialState(stored["state"]), self.space.objective
+        number, config = stored["number"], TrialConfig.from_dict(stored["config"])
+        group = next((group for group in self._groups if number in group), {})
+        if group.get(number) != (config, stored["confirms"]):
+            raise ValueError(f"run {number!r} is not as it was begun")
+        for epoch in epochs:
+            _checked_scores(epoch.metrics)
+        from_run_lengths(stored["environment"]["placement"])
+        datetime.datetime.fromtimestamp(stored["started"])
+        datetime.datetime.fromtimestamp(stored["ended"])
         return EndedTrial(
-            number=stored["number"],
-            config=TrialConfig.from_dict(stored["config"]),
+            number=number,
+            config=config,
             params={},
             state=state,
             objective=objective,
@@ -259,5 +281,18 @@ _Group = dict[int, tuple[TrialConfig, str]]
 """Number of a run to its config and to what it confirms."""
 
 
+def _checked_scores(stored: Any) -> dict[str, float]:
+    """Return metrics that were stored, which must be finite.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in stored.values()):
+        raise ValueError(f"metrics {stored!r:.200}")
+    return dict(stored)
+
+
 def _group_of(stored: Mapping[str, Any]) -> _Group:
+    if not all(is_label(run["confirms"]) for run in stored.values()):
+        raise ValueError("a run confirms something else than a trial or a baseline")
     return {int(n): (TrialConfig.from_dict(run["config"]), run["confirms"]) for n, run in stored.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -253,12 +254,22 @@ def group_size(trials: int) -> int:
     return min(64, -(-trials // 4))
 
 
+STORAGE_ERRORS = (
+    optuna.exceptions.StorageInternalError,
+    sqlalchemy.exc.SQLAlchemyError,
+    sqlite3.Error,
+    OSError,
+    json.JSONDecodeError,
+)
+"""What a storage raises that is broken, locked, or changed by another program."""
+
+
 @contextlib.contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
     """Turn any error of a storage into a StorageError."""
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+    except STORAGE_ERRORS as error:
         raise StorageError(f"{doing}: {_root_cause(error)}") from error
     except AssertionError as error:  # an assertion in Optuna's `finally` hides the cause
         raise StorageError(f"{doing}: {_root_cause(error)}") from error
