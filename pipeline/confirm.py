@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         space=arguments.space,
         workload=None,
         overrides=cli.overrides_of(arguments),
-        settings={"seeds": arguments.seeds, "finalists": arguments.finalists, "baselines": arguments.baselines},
+        settings={"seeds": arguments.seeds, "finalists": arguments.finalists},
         study=arguments.study,
         timeout=arguments.timeout,
         root=arguments.root,
@@ -40,7 +40,6 @@ def confirm(
     *,
     seeds: int | None = None,
     finalists: int | None = None,
-    baselines: bool | None = None,
     space: Path | str | Mapping[str, Any] | None = None,
     workload: Callable[..., Workload | Epochs] | Workload | str | None = None,
     timeout: float | None = None,
@@ -54,7 +53,6 @@ def confirm(
         study: Name of the study; None: the newest.
         seeds: Number of fresh seeds; None: as the study's space says.
         finalists: Number of trials to confirm; None: as the study's space says.
-        baselines: Whether two baselines train too; None: as the study's space says.
         space: The study's space again, if it has optimizers or schedules of your own.
         workload: The study's workload again, if it is your own.
         timeout: In minutes.
@@ -65,31 +63,32 @@ def confirm(
     Raises:
         PipelineError: As `pipeline.errors` draws them; `InvalidInput` with every problem of the arguments.
     """
+    from pipeline.app.options import read_options
+
+    given = {"study": study, "root": root, "seeds": seeds, "finalists": finalists}
+    read = read_options("confirm", given, workload=None, overrides={}, problems=[])
     return _confirm(
         space=space,
         workload=workload,
         overrides={},
-        settings={"seeds": seeds, "finalists": finalists, "baselines": baselines},
-        study=study,
+        settings={"seeds": read["seeds"], "finalists": read["finalists"]},
+        study=read["study"],
         timeout=timeout,
-        root=root,
+        root=read["root"],
         device=device,
         from_python=True,
         quiet=quiet,
     )
 
 
-def _confirm(
-    *, study: str | None, root: Path | str, overrides: Mapping[str, Any], settings: Mapping[str, Any], **given: Any
-) -> SearchResult:
+def _confirm(*, study: str | None, root: Path, settings: Mapping[str, int | None], **given: Any) -> SearchResult:
     from pipeline.app.start_search import start_search
     from pipeline.study.store import Store
 
-    name = Store(Path(root)).header(study).name
-    changes = {f"confirm.{key}": value for key, value in settings.items() if value is not None}
+    changes = {name: value for name, value in settings.items() if value is not None}
     return start_search(
-        overrides={**overrides, "confirm.share": 1.0, **changes},
-        study=name,
+        confirm={"share": 1.0, **changes},
+        study=Store(root).header(study).name,
         root=root,
         trials=None,
         rows=None,
@@ -104,10 +103,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.build_parser("confirm", description)
     cli.add_study(parser, help="which study (default: the newest)")
     default = "(default: as the study's space says, or 3)"
-    parser.add_argument("--seeds", type=cli.whole_number(2, 50), metavar="N", help=f"fresh seeds {default}")
-    parser.add_argument("--finalists", type=cli.whole_number(1, 20), metavar="N", help=f"trials to confirm {default}")
-    help = "whether Adam at its default rate and SGD with StepLR train beside (default: yes)"
-    parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, help=help)
+    parser.add_argument("--seeds", type=cli.SEEDS, metavar="N", help=f"fresh seeds {default}")
+    parser.add_argument("--finalists", type=cli.FINALISTS, metavar="N", help=f"trials to confirm {default}")
     parser.add_argument("--timeout", type=cli.positive_number, metavar="MINUTES", help="stop after this long")
     cli.add_root(parser)
     cli.add_device(parser)

@@ -139,9 +139,9 @@ def listed(names: Sequence[str], *, show: int = 8) -> str:
     return ", ".join(names[:show]) + more
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun: `1 epoch`, `2 epochs`."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def first_line(error: BaseException) -> str:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     return start_search(
         space=arguments.space,
         workload=None,
-        overrides={**cli.overrides_of(arguments), **(cli.NO_CONFIRMATION if arguments.no_confirm else {})},
+        overrides=cli.overrides_of(arguments),
         trials=arguments.trials,
         timeout=arguments.timeout,
         study=arguments.study,
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         device=arguments.device,
         rows=arguments.rows,
         changed_code=arguments.changed_code,
+        confirm={"share": 0.0} if arguments.no_confirm else {},
         from_python=False,
     ).exit_status
 
@@ -93,7 +94,7 @@ def search(
     return start_search(
         space=space,
         workload=workload,
-        overrides=overrides if confirm else {**overrides, **cli.NO_CONFIRMATION},
+        overrides=overrides,
         trials=trials,
         timeout=timeout,
         study=study,
@@ -101,6 +102,7 @@ def search(
         device=device,
         rows=rows,
         changed_code=changed_code,
+        confirm={} if confirm else {"share": 0.0},
         from_python=True,
         quiet=quiet,
     )

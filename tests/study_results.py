@@ -85,6 +85,7 @@ def results_of(space: SearchSpace, trials: Sequence[EndedTrial], **changes: Any)
         "trials": trials,
         "planned": len(trials),
         "groups": [range(len(trials))],
+        "confirm_command": "python -m pipeline.confirm --study small-1",
         **changes,
     }
     return StudyResults(**values)

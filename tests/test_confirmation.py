@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,22 @@ import torch
 from tiny import RULES, tiny_workload
 
 from pipeline.app.answer import Answer, versus
-from pipeline.app.run_confirmation import announcement
+from pipeline.app.run_confirmation import announcement, evaluated_on_test
+from pipeline.errors import StorageError
 from pipeline.space.confirm import Confirm, Size, fitting
 from pipeline.space.load import space_from_document
 from pipeline.space.optimizers import SGD, Adam
 from pipeline.space.schedules import Constant, Step
 from pipeline.space.search_space import Objective, SearchSpace
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
+from pipeline.study.candidates import plan
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.loop import run_group
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.training.executor import LocalExecutor
-from pipeline.workloads.workload import Split
+from pipeline.workloads.workload import Metric, Split
 
 EPOCHS = 4
 DOCUMENT: dict[str, Any] = {
@@ -40,6 +41,7 @@ DOCUMENT: dict[str, Any] = {
     },
     "confirm": {"share": 1.0},
 }
+TWO_SEEDS = {"share": 1.0, "finalists": 2, "seeds": 2}
 RATES = (0.03, 0.1, 0.3, 0.5)
 LATE = {0.03: [0.5, 0.6], 0.1: [0.6, 0.8], 0.3: [0.7, 0.7], 0.5: [0.7, 0.7]}
 """Rate of each trial to its accuracy after the third and the fourth epoch."""
@@ -84,6 +86,10 @@ def searched(store: Store, space: SearchSpace, *, name: str = "s", rates: tuple[
     return study
 
 
+def planned(study: Study) -> Confirmation:
+    return Confirmation(study, plan(study, study.space.confirm))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
@@ -114,13 +120,15 @@ def test_a_confirmation_has_no_more_finalists_than_complete_trials_and_no_limit_
     )
 
 
-def test_the_cost_is_said_before_a_search_that_can_afford_a_confirmation() -> None:
-    space = space_with(confirm={}, epochs=20)
-    assert announcement(space, trials=50) == (
-        "then          3 finalists and 2 baselines train again with 3 fresh seeds: at most 300 epochs, and 33% of all"
+def test_the_cost_is_said_before_a_search_that_can_probably_afford_a_confirmation() -> None:
+    space = space_with(epochs=20, pruner={"name": "median"})
+    assert announcement(Confirm(), space, trials=50) == (
+        "then          about 4 strategies train again with 3 fresh seeds: 240 epochs, at most 33 % of all"
     )
-    assert announcement(space, trials=8) == ""
-    assert announcement(space_with(confirm={"share": 0.0}), trials=50) == ""
+    few = "then          no confirmation, if as many trials are pruned as usual: too few trials for a share of 33 %"
+    assert announcement(Confirm(), space, trials=20) == few
+    assert announcement(Confirm(), space_with(epochs=20), trials=20).startswith("then          about 3 strategies")
+    assert announcement(Confirm(share=0), space, trials=50) == ""
 
 
 def test_finalists_are_the_best_by_their_late_epochs_and_have_no_config_twice(store: Store) -> None:
@@ -131,14 +139,14 @@ def test_finalists_are_the_best_by_their_late_epochs_and_have_no_config_twice(st
     best = Objective(of="best").late_score(many)
     assert best == (-0.8, 0.5)
     study = searched(store, space_with(), rates=(0.03, 0.1, 0.1, 0.3, 0.5))
-    labels = [candidate.label for candidate in Confirmation(study).candidates]
+    labels = [candidate.label for candidate in planned(study).candidates]
     assert labels == ["#1", "#3", "#4", "Adam's default", "SGD with StepLR"]
 
 
 def test_baselines_have_the_settings_of_the_space_and_one_rate_for_all_groups(store: Store) -> None:
     groups = {"head": {"pattern": "head.*", "lr_ratio": 3.0}, "body": {"pattern": "*", "lr_ratio": 0.0}}
     study = searched(store, space_with(param_groups=groups))
-    *_, adam, sgd = Confirmation(study).candidates
+    *_, adam, sgd = planned(study).candidates
     assert (adam.config.optimizer, adam.config.scheduler) == (Adam(base_lr=1e-3), Constant())
     assert (sgd.config.optimizer, sgd.config.scheduler) == (
         SGD(base_lr=0.1, momentum=0.9),
@@ -148,10 +156,63 @@ def test_baselines_have_the_settings_of_the_space_and_one_rate_for_all_groups(st
     assert (adam.config.clip_grad_norm, adam.config.batch_size, adam.trial) == (5.0, 8, None)
 
 
+def test_a_baseline_of_layers_trains_each_at_one_rate(store: Store) -> None:
+    layers = {"layers": ["hidden.*", "head.*"], "layer_decay": 0.5}
+    study = searched(store, space_with(param_groups={"all": layers}))
+    *_, adam, _ = planned(study).candidates
+    assert [group.lr_ratio for group in adam.config.torch_groups().values()] == [1.0, 1.0]
+
+
+def test_a_metric_that_is_undefined_on_the_test_split_leaves_the_runs_without_a_test(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def near(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(targets) == 3:
+            raise ValueError("one class only")
+        return (outputs.argmax(1) == targets).float().mean()
+
+    workload = tiny_workload()
+    assert isinstance(workload.test, Split)
+    short = Split(*(part[:3] for part in (workload.test.inputs, workload.test.targets)))
+    workload = dataclasses.replace(workload, test=short, metrics={"accuracy": Metric(near, "maximize")})
+    space = space_with(epochs=1, scheduler={"constant": {}})
+    executor = LocalExecutor(workload, space.example(), device=torch.device("cpu"))
+    group = executor.build({0: space.example()})
+    assert evaluated_on_test(group, group.train_epoch(), space, executor) == {}
+    assert "the test split could not be evaluated: one class only" in capsys.readouterr().err
+
+
+CHANGES: dict[str, Any] = {
+    "another config": lambda run: run["config"].update(seed=77),
+    "another label": lambda run: run.update(confirms="\x1b]0;x\x07"),
+    "a number of text": lambda run: run.update(number="1"),
+    "a score of text": lambda run: run["history"].update({"val/loss": ["x"] * EPOCHS}),
+    "a test that is a list": lambda run: run.update(test=[1.0]),
+    "no placement": lambda run: run.update(environment={}),
+    "a time beyond the calendar": lambda run: run.update(ended=1e300),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.usefixtures("one_thread")
+def test_a_stored_run_that_another_program_has_changed_is_refused(store: Store, change: Any) -> None:
+    study = searched(store, space_with(confirm=TWO_SEEDS))
+    (number, (config, _)), *_ = planned(study).next_group().items()
+    confirmation = planned(study)
+    run = run_of(confirmation, "#1", 1, 0.7, number)
+    assert run.config == config
+    confirmation.add(run, test={"test/loss": 1.0})
+    (stored,) = study.notes("pipeline.confirmation.run.")
+    change(stored)
+    study.note(f"pipeline.confirmation.run.{number:07}", stored, doing="changing a run")
+    with pytest.raises(StorageError, match=r"the confirmation of study s is not as a search stored it: .*; restore it"):
+        planned(study)
+
+
 def confirm(study: Study, folder: Path, *, epochs: int | None = None, test: Split | None = None) -> Confirmation:
     """Confirm a study on the tiny problem, for a number of epochs; None: to its end."""
     workload = tiny_workload() if test is None else dataclasses.replace(tiny_workload(), test=test)
-    confirmation, trained = Confirmation(study), list[Mapping[int, EpochMetrics]]()
+    confirmation, trained = planned(study), list[Mapping[int, EpochMetrics]]()
     executor = LocalExecutor(workload, study.space.example(), device=torch.device("cpu"))
     checkpoints = Checkpoints(folder / study.name, warn=pytest.fail)
     while len(trained) != epochs and (proposals := confirmation.next_group()):
@@ -167,6 +228,8 @@ def confirm(study: Study, folder: Path, *, epochs: int | None = None, test: Spli
             rules=lambda: executor.rules,
         ):
             confirmation.add(confirmation.marked(run), test={"test/loss": 1.0})
+    if confirmation.complete:
+        confirmation.keep()
     return confirmation
 
 
@@ -196,7 +259,7 @@ def test_runs_count_again_when_more_trials_have_ended(store: Store) -> None:
     before = {run.number: run for run in confirm(study, store.root).runs}
     study.add(ended_trial(2, 0.3, space))
     after = confirm(store.open("s"), store.root)
-    assert [candidate.label for candidate in after.candidates] == ["#1", "#2"]
+    assert [candidate.label for candidate in after.candidates] == ["#1", "#2", "#0"]  # what is known of #0 counts
     assert after.complete
     assert {run.confirms for run in after.runs if run.number not in before} == {"#2"}
     assert len(after.runs) == 6
@@ -231,15 +294,14 @@ def run_of(confirmation: Confirmation, label: str, seed: int, value: float | Non
 
 def confirmed(study: Study, scores: Mapping[str, tuple[float | None, float]]) -> Answer:
     """Confirm a study by given scores of two seeds."""
-    confirmation = Confirmation(study)
-    numbers = itertools.count(1_000_000)
-    for label, values in scores.items():
-        for seed, value in zip(confirmation.seeds, values, strict=True):
-            confirmation.add(run_of(confirmation, label, seed, value, next(numbers)), test={})
+    confirmation = planned(study)
+    while group := confirmation.next_group():
+        for number, (config, _) in group.items():
+            label = confirmation.marked(BegunTrial(number=number, config=config, started=0.0)).confirms
+            value = scores[label][config.seed - 1]
+            confirmation.add(run_of(confirmation, label, config.seed, value, number), test={})
+    confirmation.keep()
     return Answer.of(study)
-
-
-TWO_SEEDS = {"share": 1.0, "finalists": 2, "seeds": 2}
 
 
 def test_the_best_mean_wins_and_a_candidate_that_diverged_with_a_seed_cannot(store: Store) -> None:
@@ -258,14 +320,14 @@ def test_the_best_mean_wins_and_a_candidate_that_diverged_with_a_seed_cannot(sto
     assert best.std == pytest.approx(0.00707, abs=1e-5)
     assert answer.rivals == [second, sgd]
     assert versus(adam, None) == "Adam's default: diverged with seed 1"
-    lines = answer.lines()
-    assert lines[0].startswith("best          #2 sgd 3.0e-01")
-    assert (
-        lines[1] == "              val/accuracy 0.7450 ± 0.0071 over 2 fresh seeds; the search had 0.7000 with one seed"
-    )
-    assert lines[2].startswith("              better than #1: +0.04 [")
-    assert lines[3].startswith("              better than SGD with StepLR: +0.135 [")
-    assert lines[4] == "              Optuna's best trial is #1, the first with the best score of one seed"
+    assert answer.lines(confirm="") == [
+        "best          #2 sgd 3.0e-01, step 1 × 0.1, head ×0.1, clip 5",
+        "              val/accuracy 0.7450 ± 0.0071 (mean ± standard deviation) over 2 fresh seeds",
+        "              the search had 0.7000 with one seed, 0.0450 worse",
+        "              better than #1 by 0.0400 [0.0224, 0.0576], the 95 % interval over seeds",
+        "              better than SGD with StepLR by 0.1350 [0.1174, 0.1526], the 95 % interval over seeds",
+        "              Optuna's own tools call #1 the best: it has the best score of one seed",
+    ]
 
 
 def test_a_baseline_that_wins_is_the_answer_and_is_said_to_have_won(store: Store) -> None:
@@ -274,38 +336,60 @@ def test_a_baseline_that_wins_is_the_answer_and_is_said_to_have_won(store: Store
     answer = confirmed(study, scores)
     assert answer.trial is not None
     assert (answer.trial.confirms, answer.trial.config.seed) == ("Adam's default", 1)
-    assert answer.lines()[1].endswith("over 2 fresh seeds; a baseline has won")
+    won = "              a baseline has won: no finalist is better; widen the ranges, or search more trials"
+    assert answer.lines(confirm="")[2] == won
     assert [found.candidate.label for found in answer.rivals] == ["#2", "SGD with StepLR"]
 
 
 def test_the_first_of_the_search_is_the_answer_until_every_run_has_ended(store: Store) -> None:
     study = searched(store, space_with(confirm=TWO_SEEDS))
     assert Answer.of(study).trial == study.ended[1]
-    assert Answer.of(study).lines()[1] == "              val/accuracy 0.8000, unconfirmed: not finished"
+    assert Answer.of(study).lines(confirm="COMMAND") == [
+        "best          #1 sgd 1.0e-01, step 1 × 0.1, head ×0.1, clip 5",
+        "              val/accuracy 0.8000 with one seed",
+        "unconfirmed   the confirmation has not ended",
+        "confirm it    COMMAND",
+    ]
     off = searched(store, space_with(confirm={"share": 0.0}), name="off")
-    assert (
-        Answer.of(off)
-        .lines()[1]
-        .endswith("unconfirmed: it is turned off; python -m pipeline.confirm --study off does it")
-    )
+    assert Answer.of(off).unconfirmed == "the confirmation is turned off"
+    stopped = store.open("s", trials=50)
+    assert Answer.of(stopped).unconfirmed == "the search has not ended"
+    assert len(Answer.of(stopped).lines(confirm="COMMAND")) == 3
+
+
+def test_the_last_complete_confirmation_is_the_answer_until_another_is_complete(store: Store) -> None:
+    study = searched(store, space_with(confirm=TWO_SEEDS))
+    scores = {"#1": (0.7, 0.71), "#2": (0.74, 0.75), "Adam's default": (0.5, 0.9), "SGD with StepLR": (0.6, 0.62)}
+    before = confirmed(study, scores)
+    more = Confirmation(study, plan(study, Confirm(share=1, finalists=1, seeds=4)))
+    assert not more.complete
+    assert Answer.of(study).trial == before.trial
+    fewer = Confirmation(study, plan(study, Confirm(share=1, finalists=1, seeds=2, baselines=False)))
+    assert [found.candidate.label for found in fewer.table] == [
+        found.candidate.label for found in before.confirmation.table
+    ]
+    study.add(ended_trial(len(RATES), 0.03, study.space))
+    answer = Answer.of(store.open("s"))
+    assert answer.trial == before.trial
+    assert answer.lines(confirm="")[1].endswith("over 2 fresh seeds, after 4 of 5 trials")
 
 
 def test_a_study_is_unfinished_until_it_is_confirmed_and_its_end_is_stored(store: Store) -> None:
     space = space_with()
     searched(store, space)
-    assert store.choose(space, trials=len(RATES), name=None) == ("s", True)
-    without = space_with(confirm={"share": 0.0})
-    store.open("s", confirm=without.document["confirm"]).finish()
-    assert store.choose(without, trials=len(RATES), name=None) == ("small-1", False)
-    assert store.choose(space, trials=len(RATES), name=None) == ("s", True)
-    store.open("s", confirm=space.document["confirm"]).finish()
-    assert store.choose(space, trials=len(RATES), name=None) == ("small-1", False)
+
+    def next_study(*, confirm: bool) -> tuple[str, bool]:
+        return store.choose(space, trials=len(RATES), name=None, confirm=confirm)
+
+    assert next_study(confirm=False) == ("s", True)
+    store.open("s").finish(confirmed=False)
+    assert next_study(confirm=False) == ("small-1", False)
+    assert next_study(confirm=True) == ("s", True)
+    store.open("s").finish(confirmed=True)
+    assert next_study(confirm=True) == ("small-1", False)
 
 
-def test_settings_of_the_confirmation_may_change_in_a_study(store: Store) -> None:
+def test_other_settings_of_the_confirmation_make_no_other_study(store: Store) -> None:
     searched(store, space_with())
     changed = space_with(confirm={"share": 1.0, "seeds": 5})
     assert store.choose(changed, trials=len(RATES), name="s") == ("s", True)
-    study = store.open("s", trials=len(RATES), confirm=changed.document["confirm"])
-    assert study.space.confirm.seeds == 5
-    assert store.open("s").space.confirm.seeds == 5

@@ -180,9 +180,11 @@ def test_a_result_shows_itself_as_a_short_table(notebook: Ran) -> None:
     first, header, *rows = repr(result).splitlines()
     assert first == "study search-1: 3 trials, complete 1 · failed 2"
     assert header.split() == ["#", "val/loss", "optimizer", "base_lr", "schedule"]
+    *rows, nothing, answer = rows
     assert [row.split() for row in rows] == [["0", f"{result.best.value:.4f}", "sgd", "1.00e-01", "constant"]]
+    assert (nothing, answer) == ("", "best: #0, unconfirmed")
     many = dataclasses.replace(result, ranking=result.ranking * 9)
-    assert len(repr(many).splitlines()) == 2 + 5
+    assert len(repr(many).splitlines()) == 2 + 5 + 2
     none = dataclasses.replace(result, ranking=(), best=None)
     assert repr(none) == first
     assert none.best is None

@@ -32,6 +32,8 @@ from pipeline.space.load import load_space
 from pipeline.space.schedules import make_scheduler
 from pipeline.space.trial import EndedTrial, TrialState
 from pipeline.space.trial import number as number_text
+from pipeline.study.candidates import plan
+from pipeline.study.certainty import residual_deviation
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.importance import importances
 from pipeline.study.store import Store
@@ -121,9 +123,10 @@ def test_a_rate_has_three_digits(rate: float, words: str) -> None:
 
 
 def test_the_score_says_how_many_samples_are_wrong() -> None:
-    assert text_of(score_line(typical())) == "val/accuracy 0.9700: 3 of 100 validation samples wrong. Trial #0."
-    assert text_of(score_line(typical(val_samples=None))) == "val/accuracy 0.9700. Trial #0."
-    assert text_of(score_line(typical(val_samples=270))) == "val/accuracy 0.9700. Trial #0."  # which counts none of 270
+    first = "Unconfirmed, one seed: val/accuracy 0.9700"
+    assert text_of(score_line(typical())) == f"{first}: 3 of 100 validation samples wrong. Trial #0."
+    assert text_of(score_line(typical(val_samples=None))) == f"{first}. Trial #0."
+    assert text_of(score_line(typical(val_samples=270))) == f"{first}. Trial #0."  # which counts none of 270
     assert rest_line(typical()) == "batch size 64, 8 epochs"
     space = space_with(optimizer={**SPACE.document["optimizer"], "adam": {"base_lr": 1e-3, "beta1": 0.8}})
     assert rest_line(results_of(space, [trial(space, 0, rising(0.9), params=SGD)])) == "batch size 64, 8 epochs"
@@ -141,6 +144,9 @@ def test_without_confirmation_it_is_said_that_one_seed_was_tried() -> None:
     assert "AdamW did as well at base rates from 3e-3 to 1e-2." in words
     assert "The optimizer: all 3 complete trials use AdamW." in words
     assert "The last with SGD was pruned at epoch 4, 0.0300 behind the best with AdamW there." in words
+    call = "confirm('small-1', workload=<lambda>)"
+    assert html.escape(call) in said(typical(confirm_command=call))
+    assert "fresh seeds:" not in said(typical(confirm_command=""))
 
 
 def test_a_study_without_trials_has_a_page() -> None:
@@ -181,6 +187,16 @@ def test_ties_and_optimizers_that_cannot_be_told_apart_are_said() -> None:
     assert "no other of the 2 complete trials lies within noise of the best" in words
 
 
+def test_noise_of_the_last_epochs_is_said_to_be_a_lower_bound() -> None:
+    trials = [trial(SPACE, 0, rising(0.9), params=ADAMW), trial(SPACE, 1, rising(0.2), params=SGD)]
+    results = results_of(SPACE, trials)
+    words = said(results)
+    assert "still move in their last three epochs: a lower bound, since other seeds differ more" in words
+    assert "which is more than this lower bound of noise, but other seeds may reverse it." in words
+    assert "more than noise" not in words
+    assert "dotted: the limit of noise, a lower bound" in build_page(results)
+
+
 def test_one_optimizer_alone_is_said_to_be_the_only_one() -> None:
     space = space_with(optimizer={"sgd": {"base_lr": {"low": 1e-3, "high": 1.0, "log": True}}})
     words = said(results_of(space, [trial(space, 0, rising(0.9)), trial(space, 1, rising(0.8))]))
@@ -202,6 +218,9 @@ def test_the_best_of_each_optimizer_are_compared_at_the_same_epochs() -> None:
     assert [(s.value, s.left) if s else None for s in second.standings] == [(0.23, 2), (0.45, 1), None]
     assert first.cautions == []
     assert second.cautions == ["only 1 of 4 got past epoch 2"]
+    trials = [trial(SPACE, n, rising(0.9), params={**ADAMW, "adamw.base_lr": 0.1}) for n in range(3)]
+    cautions = contenders(results_of(SPACE, trials), "optimizer")[0].cautions
+    assert cautions == ["its best, #0, has a rate at the upper bound: 0.1"]
 
 
 def test_reasons_that_differ_in_their_step_alone_are_one() -> None:
@@ -230,7 +249,13 @@ def confirmed_with(**changes: Any) -> Confirmed:
         Comparison(other="#0", better_by=0.0067, low=-0.003, high=0.016),
         Comparison(other="Adam's default", better_by=0.04, low=0.03, high=0.05),
     ]
-    values = {"seeds": (1, 2, 3), "strategies": strategies, "comparisons": comparisons, "test": {"test/accuracy": 0.94}}
+    values: dict[str, Any] = {
+        "seeds": (1, 2, 3),
+        "strategies": strategies,
+        "comparisons": comparisons,
+        "test": {"test/accuracy": 0.94},
+    }
+    values["residual"] = residual_deviation([list(strategy.values.values()) for strategy in strategies])
     return Confirmed(**{**values, **changes})
 
 
@@ -243,7 +268,7 @@ def test_what_was_trained_again_is_said_with_its_interval() -> None:
     assert "Confirmed on 3 fresh seeds: 0.9600 ± 0.0100 (mean ± standard deviation)." in words
     assert "Not distinguishable from #0: better by 0.0067, and [−0.0030, 0.0160] holds zero." in words
     assert "Better than Adam&#x27;s default by 0.0400 [0.0300, 0.0500]." in words
-    assert "In the search, on one seed, it had 0.9600: the same." in words
+    assert "In the search, on one seed, it had 0.9600: the same as with fresh seeds." in words
     assert "speak of seeds, not of other data" in words
     assert "Unconfirmed" not in words
     paired = confirmed_with(comparisons=[Comparison(other="#0", better_by=0.1, low=0.05, high=0.15, paired=True)])
@@ -252,16 +277,62 @@ def test_what_was_trained_again_is_said_with_its_interval() -> None:
     noise = noise_of(results)
     assert noise is not None
     assert noise.source == "± 0.0092, from how fresh seeds disagree"
-    assert [trial.number for trial in noise.trials] == [0]
+    assert [trial.number for trial in noise.trials] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("mean", "words"),
+    [(0.95, "0.0100 better than with fresh seeds, so it was lucky."), (0.97, "0.0100 worse than with fresh seeds.")],
+)
+def test_the_luck_of_the_search_is_said_in_words(mean: float, words: str) -> None:
+    confirmed = confirmed_with()
+    first = dataclasses.replace(confirmed.strategies[0], mean=mean)
+    results = typical(confirmed=dataclasses.replace(confirmed, strategies=[first, *confirmed.strategies[1:]]))
+    assert f"In the search, on one seed, it had 0.9600: {words}" in said(results)
+
+
+def test_noise_is_that_of_the_confirmed_trial_and_not_of_the_searched_first() -> None:
+    trials = [trial(SPACE, n, rising(0.97 - n / 100), params={**ADAMW, "adamw.base_lr": 10**-n}) for n in (1, 2, 3, 4)]
+    results = results_of(SPACE, [typical().trials[0], *trials], confirmed=confirmed_with())
+    noise = noise_of(results)
+    assert noise is not None
+    assert (noise.winner.number, results.searched_first) == (1, results.trials[0])
+    assert noise.limit == pytest.approx(0.96 - 0.0092, abs=1e-4)
+    assert "The rate: in the search, AdamW did as well at base rates from 1e-2 to 0.1." in said(results)
+    page = build_page(results)
+    assert "shaded: rates within noise of #1, dotted: the limit of noise<" in page
+    assert "--trial " not in page
+
+
+def test_a_strategy_that_diverged_with_a_fresh_seed_is_named() -> None:
+    confirmed = confirmed_with()
+    ends = {1: "diverged", 2: "failed", 3: "diverged"}
+    gone = dataclasses.replace(confirmed.strategies[2], values={}, mean=None, std=None, incomplete=ends)
+    strategies = [*confirmed.strategies[:2], gone]
+    sentence = "Adam&#x27;s default diverged with seeds 1, 3 and failed with seed 2, so it has no mean."
+    assert sentence in said(typical(confirmed=dataclasses.replace(confirmed, strategies=strategies)))
+    nothing = Confirmed(seeds=(1, 2, 3), strategies=[gone], reason="no candidate trained to its end with every seed")
+    assert sentence in said(typical(confirmed=nothing))
 
 
 def test_a_baseline_that_wins_is_used() -> None:
     confirmed = confirmed_with()
     baseline = dataclasses.replace(confirmed.strategies[2], mean=0.99)
     results = typical(confirmed=dataclasses.replace(confirmed, strategies=[baseline, *confirmed.strategies[:2]]))
-    assert "A baseline won: no finalist of the search has a better mean than Adam&#x27;s default." in said(results)
+    words = said(results)
+    assert "A baseline won: no finalist of the search has a better mean than Adam&#x27;s default." in words
+    assert "What to do: widen the ranges, or search more trials." in words
+    assert "The rate" not in words
     assert "Adam&#x27;s default." in score_line(results)
-    assert "Confirmed" in build_page(results)
+    assert noise_of(results) is None
+    page = build_page(results)
+    assert "at its last epoch; dotted: the mean of Adam&#x27;s default on fresh seeds<" in page
+    assert "shaded" not in page
+    assert 'class="curve bold' not in page
+    run = dataclasses.replace(with_rates(typical().trials[1], "head"), confirms="Adam's default")
+    page = build_page(dataclasses.replace(results, with_rates=[run]))
+    assert "; bold: Adam&#x27;s default, with a fresh seed<" in page
+    assert page.count('class="curve bold') == 2
 
 
 def test_an_unfinished_confirmation_leaves_the_answer_unconfirmed() -> None:
@@ -277,18 +348,21 @@ def axis_of(values: list[list[float]], direction: str, metric: str = "val/score"
 
 def test_an_accuracy_is_drawn_as_its_error_on_a_logarithmic_axis() -> None:
     axis = axis_of([[0.1, 0.9, 0.99]], "maximize", "val/accuracy")
-    assert (axis.name, axis.better, axis.drawn(0.75)) == ("validation error", "up is better", 0.25)
+    assert (axis.name, axis.drawn(0.75)) == ("validation error", 0.25)
+    assert axis.title == "validation error (1 − accuracy), log axis, better is up"
+    assert axis.note == "1 − accuracy, log axis, better is up"
     assert isinstance(axis.scale, Log)
     assert axis.downwards
     perfect = axis_of([[0.5, 1.0]], "maximize").scale
     assert isinstance(perfect, Log)
     assert perfect.zero
-    assert axis_of([[0.5, 1.0]], "maximize").name == "1 − val/score"
+    assert axis_of([[0.5, 1.0]], "maximize").title == "1 − val/score, log axis, better is up"
+    assert axis_of([[0.2, 1.3]], "maximize").note == "better is up"
 
 
 def test_a_loss_is_drawn_on_a_logarithmic_axis_while_it_is_positive() -> None:
     axis = axis_of([[3.0, 0.3], [2.0, 0.1]], "minimize", "val/loss")
-    assert (axis.name, axis.better, axis.downwards) == ("val/loss", "down is better", False)
+    assert (axis.name, axis.note, axis.downwards) == ("val/loss", "log axis, better is down", False)
     assert isinstance(axis.scale, Log)
     assert isinstance(axis_of([[3.0, -0.3]], "minimize", "val/loss").scale, Linear)
     assert isinstance(axis_of([[-300.0, -0.3]], "maximize").scale, Linear)
@@ -481,10 +555,32 @@ def test_the_command_writes_the_report_of_a_stored_study(tmp_path: Path, capsys:
     assert "Learning rate per group" in page
     assert "lr_scheduler.CosineAnnealingLR(" in page
     assert f"--study small-1 --root {tmp_path}" in page
+    assert f"python -m pipeline.confirm --study small-1 --root {tmp_path}</pre>" in page
     (tmp_path / "small.yaml").write_text(html.unescape(page.rpartition("<pre>")[2].partition("</pre>")[0]))
     assert load_space(tmp_path / "small.yaml").document == space.document
     assert report.main(["--root", str(tmp_path), "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("function", "command"),
+    [
+        ("my task.py:sine", "python -m pipeline.confirm --study small-1 --workload 'my task.py:sine' --root {root}"),
+        ("python:sine", "from Python: confirm('small-1', workload=...)"),
+    ],
+)
+def test_a_study_of_a_persons_own_workload_is_confirmed_by_naming_it(
+    tmp_path: Path, function: str, command: str
+) -> None:
+    space = space_with(workload={"name": "own", "function": function})
+    store = Store(tmp_path)
+    study = store.create(space, name="small-1", trials=1, rules=RULES)
+    study.add(trial(space, 0, rising(0.9), params=ADAMW))
+    write_report(Answer.of(study), store, path := tmp_path / "report.html")
+    assert f">{html.escape(command.format(root=tmp_path))}</pre>" in path.read_text()
+    write_report(Answer.of(study), store, path, confirm_command="confirm('small-1', workload=sine)")
+    assert html.escape("confirm('small-1', workload=sine)") in path.read_text()
+    store.close()
 
 
 @pytest.mark.parametrize(
@@ -498,12 +594,13 @@ def test_the_report_of_a_confirmed_study_repeats_its_answer(
     study = store.create(space, name="small-1", trials=2, rules=RULES)
     for number in range(2):
         study.add(trial(space, number, rising(0.9 - number / 10), params={**ADAMW, "step.gamma": 0.5 + number / 10}))
-    confirmation = Confirmation(study)
+    confirmation = Confirmation(study, plan(study, space.confirm))
     while group := confirmation.next_group():
         for number, (config, _) in group.items():
             run = confirmation.marked(trial(space, number, rising(0.5), params=ADAMW, config=config))
             score = scores.get(run.confirms, 0.3) + config.seed / 100
             confirmation.add(with_last(run, score), test={"test/accuracy": 0.77})
+    confirmation.keep()
     answer = Answer.of(study)
     write_report(answer, store, path := tmp_path / "report.html")
     page = path.read_text()
@@ -526,4 +623,4 @@ def test_the_report_of_a_confirmed_study_repeats_its_answer(
 def with_last(run: EndedTrial, value: float) -> EndedTrial:
     """Return a run whose last epoch has another accuracy."""
     last = dataclasses.replace(run.epochs[-1], metrics={**run.epochs[-1].metrics, "val/accuracy": value})
-    return dataclasses.replace(run, epochs=(*run.epochs[:-1], last), value=value)
+    return dataclasses.replace(run, epochs=(*run.epochs[:-1], last), value=value, environment={"placement": []})

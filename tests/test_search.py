@@ -543,7 +543,7 @@ def search_with_signals(
 
 def go_on_of(root: Path) -> str:
     """Return the options that go on with the search that signals have ended."""
-    return f"--study small-1 --trials {TRIALS} --root {root} --device cpu"
+    return f"--study small-1 --trials {TRIALS} --no-confirm --root {root} --device cpu"
 
 
 def test_a_termination_ends_a_search_after_its_epoch(found: Found, tmp_path: Path, mlflow_tables: Path) -> None:

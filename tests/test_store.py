@@ -79,7 +79,7 @@ def create(store: Store, space: SearchSpace, *, name: str, trials: int, ended: i
     for number in range(ended):
         study.add(ended_trial(number))
     if ended == trials:
-        study.finish()
+        study.finish(confirmed=True)
 
 
 def test_a_root_without_studies_is_only_looked_at(store: Store) -> None:

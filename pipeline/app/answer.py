@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.app.display import score_line, spread, strategy_line
+from pipeline.errors import counted, printable
+from pipeline.page.noise import gap_text
 from pipeline.space.trial import EndedTrial, number
+from pipeline.study.candidates import plan
 from pipeline.study.certainty import Difference, compare
 from pipeline.study.confirmation import Confirmation, Confirmed
 from pipeline.study.study import Study
@@ -21,8 +24,8 @@ class Answer:
 
     @classmethod
     def of(cls, study: Study) -> Answer:
-        """Return the answer of a study as it is stored."""
-        return cls(study, Confirmation(study))
+        """Return the answer of a study as it is stored: the last complete confirmation stays until another is."""
+        return cls(study, Confirmation.last(study) or Confirmation(study, plan(study, study.space.confirm)))
 
     @property
     def trial(self) -> EndedTrial | None:
@@ -56,41 +59,63 @@ class Answer:
         baselines = [found for found in others[1:] if found.candidate.trial is None]
         return others[:1] + (baselines[:1] if others[0].candidate.trial is not None else []) if others else []
 
-    def lines(self) -> list[str]:
-        """Return lines that say which strategy is best, and how sure that is; empty if no trial is complete."""
-        return list(self._lines())
+    @property
+    def unconfirmed(self) -> str:
+        """Why no candidate is confirmed; empty if one is."""
+        if self.confirmation.winner is not None:
+            return ""
+        if len(self.study.ended) < self.study.planned:
+            return "the search has not ended"
+        if self.confirmation.complete:
+            return "no candidate trained to its end with every seed"
+        return self.confirmation.reason or "the confirmation has not ended"
 
-    def _lines(self) -> Iterator[str]:
+    def lines(self, *, confirm: str) -> list[str]:
+        """Return lines that say which strategy is best, and how sure that is; empty if no trial is complete.
+
+        Args:
+            confirm: The command, or the call, that confirms the study.
+        """
+        return [printable(line) for line in self._lines(confirm)]
+
+    def _lines(self, confirm: str) -> Iterator[str]:
         space, winner, trial = self.study.space, self.confirmation.winner, self.trial
         if trial is None:
             return
         metric, strategy = space.objective.metric, strategy_line(trial.config, space)
         if winner is None:
             yield f"best          #{trial.number} {strategy}"
-            yield f"              {metric} {score_line(trial, space.objective)}, unconfirmed: {self._why()}"
+            yield f"              {metric} {score_line(trial, space.objective)} with one seed"
+            yield f"unconfirmed   {self.unconfirmed}"
+            if len(self.study.ended) >= self.study.planned:
+                yield f"confirm it    {confirm}"
         else:
-            seeds = len(self.confirmation.seeds)
             yield f"best          {winner.candidate.label} {strategy}"
-            yield f"              {metric} {spread(winner)} over {seeds} fresh seeds{self._luck(winner)}"
+            yield f"              {metric} {spread(winner)} (mean ± standard deviation) over {self._seeds()}"
+            yield f"              {self._luck(winner)}"
             for rival in self.rivals:
                 yield f"              {versus(rival, self.difference(rival))}"
             if test := self.confirmation.test():
-                yield "              " + ", ".join(f"{name} {number(value)}" for name, value in test.items())
+                scores = ", ".join(f"{name} {number(value)}" for name, value in test.items())
+                yield f"              {scores}: means over {self._seeds()}"
         if other := self._optunas_best(trial):
             yield f"              {other}"
 
-    def _why(self) -> str:
-        """Return why the answer is not confirmed."""
-        if self.confirmation.reason:
-            return f"{self.confirmation.reason}; python -m pipeline.confirm --study {self.study.name} does it"
-        return "no candidate trained to its end with every seed" if self.confirmation.complete else "not finished"
+    def _seeds(self) -> str:
+        """Return the number of seeds in words, and of which trials the confirmation knew if there are more by now."""
+        known, ended = self.confirmation.trials, len(self.study.ended)
+        after = f", after {known} of {ended} trials" if known < ended else ""
+        return f"{counted(len(self.confirmation.seeds), 'fresh seed')}{after}"
 
     def _luck(self, winner: Confirmed) -> str:
         """Return how far the search's own score was from the confirmed mean."""
         if winner.candidate.trial is None or winner.mean is None:
-            return "; a baseline has won"
+            return "a baseline has won: no finalist is better; widen the ranges, or search more trials"
         value = self.study.ended[winner.candidate.trial].value
-        return f"; the search had {number(value)} with one seed" if value is not None else ""
+        assert value is not None
+        better = (value < winner.mean) is (self.study.space.objective.direction == "minimize")
+        off = f", {gap_text(abs(value - winner.mean))} {'better' if better else 'worse'}"
+        return f"the search had {number(value)} with one seed{off if value != winner.mean else ''}"
 
     def _optunas_best(self, trial: EndedTrial) -> str:
         """Return why Optuna's best trial, the first of the best value, is another; empty if it is the same."""
@@ -99,9 +124,9 @@ class Answer:
         if first == trial.number:
             return ""
         if self.confirmation.winner is not None:
-            return f"Optuna's best trial is #{first}, the first with the best score of one seed"
-        taken = "Optuna takes the first, this search the lowest validation loss"
-        return f"Optuna's best trial is #{first}, which has the same value: {taken}"
+            return f"Optuna's own tools call #{first} the best: it has the best score of one seed"
+        taken = "they take the first, this search the lowest validation loss"
+        return f"Optuna's own tools call #{first} the best, which has the same value: {taken}"
 
 
 def versus(other: Confirmed, difference: Difference | None) -> str:
@@ -109,6 +134,11 @@ def versus(other: Confirmed, difference: Difference | None) -> str:
     if difference is None:
         ended = [f"{run.state} with seed {seed}" for seed, run in other.runs.items() if run.value is None]
         return f"{other.candidate.label}: {', '.join(ended)}"
-    interval = f"{difference.mean:+.3g} [{difference.low:.3g}, {difference.high:.3g}]"
-    words = "better than" if difference.distinguishable else "not distinguishable from"
-    return f"{words} {other.candidate.label}: {interval}, 95 % over seeds"
+    gap = f"{_signed(difference.mean)} [{_signed(difference.low)}, {_signed(difference.high)}]"
+    if difference.distinguishable:
+        return f"better than {other.candidate.label} by {gap}, the 95 % interval over seeds"
+    return f"not distinguishable from {other.candidate.label}: better by {gap}, the 95 % interval over seeds"
+
+
+def _signed(value: float) -> str:
+    return f"−{gap_text(-value)}" if value < 0 else gap_text(value)

@@ -13,7 +13,7 @@ from pipeline.errors import InvalidInput, Problem, counted
 from pipeline.files import strict_yaml
 from pipeline.space.load import FOUND
 from pipeline.space.trial import EndedTrial, number
-from pipeline.study.confirmation import ADAM, SGD_STEP
+from pipeline.study.candidates import ADAM, SGD_STEP
 from pipeline.study.study import Study
 
 BASELINE_LABELS = {"adam": ADAM, "sgd": SGD_STEP}

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
-NO_CONFIRMATION: Mapping[str, Any] = {"confirm.share": 0.0}
-"""The change to a space that `--no-confirm` makes."""
 MAX_SEED = 2**32 - 1
 MAX_SHOWN = 120
 """Most characters of a bad value that a message shows."""
@@ -173,6 +171,10 @@ def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text[:MAX_SHOWN]!r}")
 
     return parse
+
+
+SEEDS, FINALISTS = whole_number(2, 50), whole_number(1, 20)
+"""Readers of the size of a confirmation, within the limits of `Confirm`."""
 
 
 def positive_number(text: str) -> float:

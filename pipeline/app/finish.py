@@ -36,14 +36,16 @@ def finish(
         done: Whether nothing is left to do.
     """
     study, winner = answer.study, answer.trial
-    lines = _print_tables(answer, console) if winner else _nothing_complete(answer)
+    if winner:
+        _print_tables(answer, console)
+    lines = answer.lines(confirm=options.confirm_again(study.name)) if winner else _nothing_complete(answer)
     if failure := failure_line(study.ended):
         lines.append(failure)
     for line in lines:
-        say(console, line)
+        say(console, line, command=line.startswith("confirm it"))
     files = list(_written(answer, store, console, options)) if winner else []
     again = f"Train it again: `{options.train_again(Path('best.yaml'))}`." if winner else ""
-    note = f"{counted(len(study.ended), 'trial')}. {'. '.join(line.strip() for line in lines)}. {again}"
+    note = f"{counted(len(study.ended), 'trial')}. {'. '.join(' '.join(line.split()) for line in lines)}. {again}"
     means = {
         confirmed.candidate.trial: confirmed.mean
         for confirmed in answer.confirmation.table
@@ -85,7 +87,7 @@ def _written(answer: Answer, store: Store, console: Console, options: SearchOpti
     report = store.folder(study.name) / REPORT
     try:
         with busy(console, "writing the report"):
-            write_report(answer, store, report)
+            write_report(answer, store, report, confirm_command=options.confirm_again(study.name))
     except Exception as error:  # a search of hours does not end with an error for the sake of a picture
         cli.warn(f"the report could not be written: {type(error).__name__}: {error}")
         return
@@ -98,8 +100,8 @@ def best_file(store: Store, study: str) -> Path:
     return store.folder(study) / "best.yaml"
 
 
-def _print_tables(answer: Answer, console: Console) -> list[str]:
-    """Print the best trials, and the candidates of a complete confirmation; return the lines that say who wins."""
+def _print_tables(answer: Answer, console: Console) -> None:
+    """Print the best trials, and the candidates of a complete confirmation."""
     study = answer.study
     console.print()
     print_best(console, study.best(len(study.ended)), study.space)
@@ -107,7 +109,6 @@ def _print_tables(answer: Answer, console: Console) -> list[str]:
     if answer.confirmation.complete:
         print_confirmation(console, answer.confirmation.table, study.space)
         console.print()
-    return answer.lines()
 
 
 def _nothing_complete(answer: Answer) -> list[str]:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.app import cli
@@ -23,6 +24,7 @@ from pipeline.errors import InvalidInput, Problem
 from pipeline.files import strict_yaml
 from pipeline.space import rules
 from pipeline.space.config import Own
+from pipeline.space.confirm import Confirm
 from pipeline.space.load import build_space, study_name
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.own_code import is_own
@@ -46,6 +48,8 @@ OPTIONS: Mapping[str, tuple[Any, str, Callable[[str], Any]]] = {
     "study": (str | None, "a text", cli.study_name),
     "root": (str | Path, "a path", cli.folder),
     "device": (str, "a name", cli.device_name),
+    "seeds": (numbers.Integral | None, "a whole number", cli.SEEDS),
+    "finalists": (numbers.Integral | None, "a whole number", cli.FINALISTS),
     "rows": (numbers.Integral | None, "a whole number", cli.whole_number(1)),
 }
 """Argument of a call from Python to its types, their name, and the reader of the same option of the command line."""
@@ -83,6 +87,8 @@ class SearchOptions:
     rows: int | None
     changed_code: bool
     """Whether a study goes on although its code, data or model has changed."""
+    confirm: Confirm
+    """Settings of the confirmation: the space's, with the changes that the options make for this time alone."""
     confirming: bool = False
     """Whether only the confirmation runs, and no trial."""
     from_python: bool
@@ -96,22 +102,32 @@ class SearchOptions:
 
     def resume(self, study: str) -> str:
         """Return the command, or the call, that continues the search after a stop; it names the user's code again."""
+        sizes = [name for name in ("seeds", "finalists") if self.confirming and self._differs(name)]
+        skips = not self.confirming and self._differs("share") and self.confirm.share == 0
         if self.from_python:
             return _call(
                 "confirm" if self.confirming else "search",
                 study=repr(study),
                 trials=None if self.confirming else repr(self.trials),
+                **{name: repr(getattr(self.confirm, name)) for name in sizes},
+                confirm="False" if skips else None,
                 **self._code_from_python(),
                 root=None if self.root == Path() else repr(str(self.root)),
                 device=None if self.device == "auto" else repr(self.device),
-                rows=None if self.rows is None else repr(self.rows),
+                rows=None if self.rows is None or self.confirming else repr(self.rows),
             )
         root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
         if self.confirming:
-            return f"python -m pipeline.confirm --study {study}{self._code()}{root}{device}"
-        return f"python -m pipeline.search --study {study} --trials {self.trials}{self._code()}{root}{device}{rows}"
+            size = "".join(f" --{name} {getattr(self.confirm, name)}" for name in sizes)
+            return f"python -m pipeline.confirm --study {study}{size}{self._code()}{root}{device}"
+        trials = f"{self.trials}{' --no-confirm' if skips else ''}"
+        return f"python -m pipeline.search --study {study} --trials {trials}{self._code()}{root}{device}{rows}"
+
+    def _differs(self, setting: str) -> bool:
+        """Return whether a setting of the confirmation is not the space's."""
+        return bool(getattr(self.confirm, setting) != getattr(self.space.confirm, setting))
 
     def _code_from_python(self) -> dict[str, str | None]:
         """Return the arguments that name the user's code: the space with its changes, or only the workload."""
@@ -134,6 +150,10 @@ class SearchOptions:
             return "".join([f" --space {cli.quoted(self.file)}", *changes])
         choice = self.space.workload
         return f" --workload {cli.quoted(Path(choice.function))}" if isinstance(choice, Own) else ""
+
+    def confirm_again(self, study: str) -> str:
+        """Return the command, or the call, that confirms a study."""
+        return dataclasses.replace(self, confirming=True).resume(study)
 
     def train_again(self, config: Path) -> str:
         """Return the command, or the call, that trains a config of the search again."""
@@ -189,6 +209,7 @@ def read_search(
     overrides: Overrides,
     changed_code: bool,
     from_python: bool,
+    confirm: Mapping[str, Any] = MappingProxyType({}),
     confirming: bool = False,
     **options: Any,
 ) -> SearchOptions:
@@ -222,6 +243,7 @@ def read_search(
         folder=folder,
         changed_code=changed_code,
         from_python=from_python,
+        confirm=dataclasses.replace(found.space.confirm, **confirm),
         confirming=confirming,
         workload_name=None if made is None else _name_of(workload),
         file=found.file,

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.app import cli
 from pipeline.app.answer import Answer
 from pipeline.app.export import trial_code
+from pipeline.app.options import IN_PYTHON
 from pipeline.errors import InvalidInput, Problem
 from pipeline.files.atomic import write_atomic
 from pipeline.page.confirmed import Comparison, Confirmed, ConfirmedStrategy
 from pipeline.page.page import build_page
 from pipeline.page.results import Importance, StudyResults
+from pipeline.space.config import Own
 from pipeline.space.trial import EndedTrial
+from pipeline.study.certainty import residual_deviation
 from pipeline.study.importance import importances
 from pipeline.study.store import Store
+from pipeline.study.study import Study
 from pipeline.training.optim import replay_rates
 
 DRAWN = 5
@@ -51,6 +56,7 @@ def write_report(
     path: Path,
     *,
     directions: Mapping[str, str] | None = None,
+    confirm_command: str | None = None,
 ) -> None:
     """Write the report of a study as one HTML file.
 
@@ -60,22 +66,25 @@ def write_report(
         path: Replaced if it exists.
         directions: Metric of the workload to "minimize" or "maximize", which ReduceLROnPlateau may need; None: what
             the space says.
+        confirm_command: The whole command, or call, that confirms this study; None: the command line's.
 
     Raises:
         OSError: The file cannot be written.
     """
     study, header = answer.study, store.header(answer.study.name)
+    options = "" if store.root == Path() else f" --root {cli.quoted(store.root)}"
     results = StudyResults(
         name=study.name,
         space=study.space,
         trials=study.ended,
-        planned=header.trials,
+        planned=study.planned,
         groups=study.groups,
         val_samples=_val_samples(header.fingerprint),
         with_rates=_with_rates(answer, directions),
-        confirmed=_confirmed(answer, planned=header.trials),
+        confirmed=_confirmed(answer),
         code=None if answer.trial is None else trial_code(study, answer.trial),
-        options="" if store.root == Path() else f" --root {cli.quoted(store.root)}",
+        options=options,
+        confirm_command=confirm_command or _confirm_command(study, options),
     )
     shares = importances(study.space, study.ended, epoch=results.first_rung)
     if shares:
@@ -87,6 +96,19 @@ def _val_samples(fingerprint: Mapping[str, str] | None) -> int | None:
     """Return the number of validation samples, which the fingerprint begins with; None if it is not known."""
     count = (fingerprint or {}).get("val", "").partition(" ")[0]
     return int(count) if count.isdecimal() else None
+
+
+def _confirm_command(study: Study, options: str) -> str:
+    """Return the command that confirms a study; it names the user's code again, without which it is refused."""
+    choice = study.space.workload
+    if isinstance(choice, Own) and choice.function.startswith(IN_PYTHON):
+        return f"from Python: confirm({study.name!r}, workload=...)"
+    code = ""
+    if study.space.own_code():
+        code = " --space FILE"
+    elif isinstance(choice, Own):
+        code = f" --workload {shlex.quote(choice.function)}"
+    return f"python -m pipeline.confirm --study {study.name}{code}{options}"
 
 
 def _with_rates(answer: Answer, directions: Mapping[str, str] | None) -> list[EndedTrial]:
@@ -106,9 +128,10 @@ def _with_rates(answer: Answer, directions: Mapping[str, str] | None) -> list[En
     return made
 
 
-def _confirmed(answer: Answer, *, planned: int) -> Confirmed:
+def _confirmed(answer: Answer) -> Confirmed:
     """Return the confirmation as plain values."""
     confirmation = answer.confirmation
+    measured = [found for found in confirmation.table if found.mean is not None]
     strategies = [
         ConfirmedStrategy(
             label=found.candidate.label,
@@ -117,6 +140,7 @@ def _confirmed(answer: Answer, *, planned: int) -> Confirmed:
             values=found.values,
             mean=found.mean,
             std=found.std,
+            incomplete={seed: run.state.value for seed, run in found.runs.items() if run.value is None},
         )
         for found in confirmation.table
     ]
@@ -137,16 +161,6 @@ def _confirmed(answer: Answer, *, planned: int) -> Confirmed:
         ],
         complete=confirmation.complete,
         test=confirmation.test(),
-        reason=_why_unconfirmed(answer, planned=planned),
+        residual=residual_deviation([list(found.values.values()) for found in measured]),
+        reason=answer.unconfirmed,
     )
-
-
-def _why_unconfirmed(answer: Answer, *, planned: int) -> str:
-    """Return why no winner is confirmed; empty if one is."""
-    if answer.confirmation.winner is not None:
-        return ""
-    if len(answer.study.ended) < planned:
-        return "the search has not ended"
-    if answer.confirmation.complete:
-        return "no candidate trained to its end with every seed"
-    return answer.confirmation.reason or "the confirmation has not ended"

@@ -51,4 +51,7 @@ class SearchResult:
             with text.capture() as table:
                 text.print(confirmation_table(self.confirmed, self.space), crop=False)
             lines += ["", *map(str.rstrip, table.get().splitlines())]
+        if self.best is not None:
+            how = "confirmed" if self.confirmed else "unconfirmed"
+            lines += ["", f"best: {self.best.confirms or f'#{self.best.number}'}, {how}"]
         return "\n".join(lines)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from rich.console import Console
 
+from pipeline.app import cli
 from pipeline.app.device import environment
-from pipeline.errors import counted
+from pipeline.errors import counted, first_line
 from pipeline.files.signals import Interrupts
-from pipeline.space.confirm import fitting
+from pipeline.space.confirm import Confirm, fitting
+from pipeline.space.pruners import NoPruner
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
@@ -18,6 +21,9 @@ from pipeline.study.loop import forget_ended, run_group
 from pipeline.tracking.process import TrackerProcess
 from pipeline.training.contract import GroupLost, TrialGroup
 from pipeline.training.executor import LocalExecutor
+
+EXPECTED_SHARE = 0.5
+"""Share of the epochs of all trials that a search with a pruner trains, about; measured on the ready-made spaces."""
 
 
 def run_confirmation(
@@ -37,7 +43,7 @@ def run_confirmation(
             def on_epoch(metrics: Mapping[int, EpochMetrics], group: TrialGroup = group) -> None:
                 progress.epoch(metrics)
                 tracker.epoch(metrics)
-                tests.update(_tested(group, metrics, confirmation.space, executor))
+                tests.update(evaluated_on_test(group, metrics, confirmation.space, executor))
 
             for run in run_group(
                 group,
@@ -68,7 +74,8 @@ class _Progress:
         self._confirmation = confirmation
         self._console = console
         self._left = confirmation.epochs_left
-        self._done = 0
+        self._epochs: dict[int, int] = {}
+        """Number of each run to the epochs that it has trained."""
         self._status = console.status("") if console.is_terminal else None
 
     def __enter__(self) -> _Progress:
@@ -89,20 +96,21 @@ class _Progress:
 
     def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
         """Count an epoch of a group."""
-        self._done += len(metrics)
+        self._epochs |= {number: epoch.epoch for number, epoch in metrics.items()}
         if self._status is not None:
             self._status.update(self._line())
 
     def group_ended(self) -> None:
-        """Count a group as stored; in a pipe, print a line."""
+        """Count a group as stored, runs that ended early too; in a pipe, print a line."""
+        self._epochs = dict.fromkeys(self._epochs, self._confirmation.space.epochs)
         if self._status is None:
             self._console.print(self._line(), soft_wrap=True)
 
     def _line(self) -> str:
-        return f"confirming: {self._done} of {counted(self._left, 'epoch')}"
+        return f"confirming    {min(sum(self._epochs.values()), self._left)} of {counted(self._left, 'epoch')}"
 
 
-def _tested(
+def evaluated_on_test(
     group: TrialGroup, metrics: Mapping[int, EpochMetrics], space: SearchSpace, executor: LocalExecutor
 ) -> Mapping[int, Mapping[str, float]]:
     """Return the test metrics of runs that have trained their last epoch.
@@ -114,20 +122,31 @@ def _tested(
     if not last or space.objective.of == "best" or executor.workload.test is None:
         return {}
     try:
-        return group.test()
+        tested = group.test()
     except GroupLost:  # the runs keep their metrics, and have no test
         return {}
+    except Exception as error:  # such as of a metric that is undefined on the test split
+        cli.warn(f"the test split could not be evaluated: {first_line(error)}")
+        return {}
+    return {
+        number: {name: float(value) for name, value in scores.items() if math.isfinite(value)}
+        for number, scores in tested.items()
+    }
 
 
-def announcement(space: SearchSpace, *, trials: int) -> str:
-    """Return what the confirmation of a search will do and cost at most; empty if there will be none."""
-    confirm = space.confirm
-    size = fitting(confirm, complete=trials, searched=trials * space.epochs, epochs=space.epochs)
-    if confirm.share == 0 or size is None:
+def announcement(confirm: Confirm, space: SearchSpace, *, trials: int) -> str:
+    """Return what the confirmation of a search will probably do and cost; empty if it is turned off."""
+    if confirm.share == 0:
         return ""
-    baselines = f" and {counted(size.baselines, 'baseline')}" if size.baselines else ""
+    searched = round(trials * space.epochs * (1 if isinstance(space.pruner, NoPruner) else EXPECTED_SHARE))
+    size = fitting(confirm, complete=trials, searched=searched, epochs=space.epochs)
+    if size is None:
+        return (
+            "then          no confirmation, if as many trials are pruned as usual: too few trials for a share of "
+            f"{confirm.share * 100:.0f} %"
+        )
     cost = counted(size.runs * space.epochs, "epoch")
     return (
-        f"then          {counted(size.finalists, 'finalist')}{baselines} train again with {size.seeds} fresh seeds: "
-        f"at most {cost}, and {confirm.share:.0%} of all"
+        f"then          about {counted(size.finalists + size.baselines, 'strategy', 'strategies')} train again with "
+        f"{size.seeds} fresh seeds: {cost}, at most {confirm.share * 100:.0f} % of all"
     )

@@ -27,6 +27,7 @@ from pipeline.space.optimizers import optimizer_class
 from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
+from pipeline.study.candidates import plan
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.loop import forget_ended, run_group
@@ -82,9 +83,13 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         if options.timeout is not None:
             limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
             say(console, limit)
-        if len(study.ended) < trials and not options.confirming and (said := announcement(space, trials=trials)):
+        if (
+            len(study.ended) < trials
+            and not options.confirming
+            and (said := announcement(options.confirm, space, trials=trials))
+        ):
             say(console, said)
-        before = {trial.number: trial for trial in [*study.ended, *Confirmation(study).runs]}
+        before = {trial.number: trial for trial in [*study.ended, *Answer.of(study).confirmation.runs]}
         with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, resume):
             done = _train(study, before, executor, store, tracker, interrupts, console, options)
             answer = Answer.of(study)
@@ -92,7 +97,7 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             if not done:
                 console.print(f"{interrupts.reason}; go on with: {resume}", soft_wrap=True)
         if done and not tracker.incomplete:
-            study.finish()
+            study.finish(confirmed=options.confirm.share > 0)
     status = 0 if answer.trial else 1
     if not done:
         status = interrupts.exit_status
@@ -120,6 +125,7 @@ def _chosen(
         name=options.study,
         rows=options.rows,
         fingerprint=None if options.changed_code else trained,
+        confirm=options.confirm.share > 0,
     )
 
 
@@ -134,7 +140,7 @@ def _opened(
     name, exists = _chosen(store, space, trained, options)
     if not exists:
         return store.create(space, name=name, trials=options.trials, rules=executor.rules, fingerprint=trained)
-    study = store.open(name, trials=options.trials, fingerprint=trained, confirm=space.document["confirm"])
+    study = store.open(name, trials=options.trials, fingerprint=trained)
     executor.adopt(study.rules)
     return study
 
@@ -157,10 +163,12 @@ def _train(
         _run(study, options.trials, before, executor, checkpoints, models, tracker, interrupts, console)
     done = options.confirming or len(study.ended) >= options.trials
     if done:
-        confirmation = Confirmation(study)
+        confirmation = Confirmation(study, plan(study, options.confirm))
         runs = Checkpoints(checkpoints.folder / "confirmation", warn=cli.warn)
         run_confirmation(confirmation, executor, runs, tracker, interrupts, console)
         done = confirmation.complete or not confirmation.candidates
+        if confirmation.complete:
+            confirmation.keep()
     with busy(console, "asking MLflow which trials it lacks"):
         _tell_untold(before, executor, tracker, wait=True)
     return done
@@ -280,10 +288,19 @@ def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> 
     name = printable(executor.workload.name)
     what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
-    if len(study.ended) >= trials and not options.confirming:
+    if options.confirming:
+        resumed = ""
+    elif len(study.ended) >= trials and _is_unconfirmed(study, options):
+        resumed = ", goes on with its confirmation"
+    elif len(study.ended) >= trials:
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
         resumed = f": {those} ended; ask for more with {'trials=' if options.from_python else '--trials'}"
     return what, f"study {study.name}, seed {space.seed}{resumed}"
+
+
+def _is_unconfirmed(study: Study, options: SearchOptions) -> bool:
+    """Return whether the confirmation of a study has runs left."""
+    return Confirmation(study, plan(study, options.confirm)).epochs_left > 0
 
 
 def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:

@@ -45,7 +45,7 @@ def optimizer_keys(results: StudyResults) -> list[tuple[str, str]]:
 
 
 def errors_by_rate(results: StudyResults, axis: MetricAxis, noise: Noise | None) -> Iterator[Figure]:
-    """Yield a figure per optimizer: every trial by base rate; shaded, the rates that are within noise of the best."""
+    """Yield a figure per optimizer: every trial by base rate; shaded, the rates that are within noise of the winner."""
     for name in results.tried:
         trials = [trial for trial in results.trials if trial.config.optimizer.name == name]
         complete = sum(trial.state is TrialState.COMPLETE for trial in trials)
@@ -147,6 +147,8 @@ def _draw_trials(
         plot.band(min(inside), max(inside))
     if noise is not None:
         plot.level(axis.drawn(noise.limit))
+    elif (baseline := results.winning_baseline) is not None and baseline.mean is not None:
+        plot.level(axis.drawn(baseline.mean))
     winner = results.winning_trial
     last: list[Mark] = []
     for name in results.optimizers:

@@ -23,16 +23,18 @@ class ConfirmedStrategy:
     """None unless every run is complete."""
     std: float | None
     """Standard deviation over seeds; None unless every run is complete."""
+    incomplete: Mapping[int, str] = field(default_factory=dict)
+    """Seed to how a run ended that is not complete: `diverged` or `failed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The winner against another strategy, paired over seeds."""
+    """The winner, whose mean is the best, against another strategy, paired over seeds."""
 
     other: str
     """Label of the other strategy."""
     better_by: float
-    """Difference of the means; above 0 if the winner is better."""
+    """Difference of the means, at least 0."""
     low: float
     """Lower end of the 95 % interval of the difference."""
     high: float
@@ -43,7 +45,7 @@ class Comparison:
     @property
     def distinguishable(self) -> bool:
         """Whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+        return self.low > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class Confirmed:
     """Whether every planned run has ended."""
     test: Mapping[str, float] = field(default_factory=dict)
     """Metric to the winner's score on the test split."""
+    residual: float | None = None
+    """Standard deviation of a score without the effects of its strategy and its seed; None if it is not known."""
     reason: str = ""
     """Why there is no winner; empty if there is one."""
 

@@ -105,10 +105,10 @@ def _group_colour(results: StudyResults, trial: EndedTrial, name: str) -> str:
 
 def learning_curves(results: StudyResults, axis: MetricAxis) -> str:
     """Return the figure of every trial's score by epoch, with the pruning rungs; empty without a finished epoch."""
-    curves = {trial.number: _scores(trial, results, axis) for trial in results.trials}
-    if not any(curves.values()):
+    count = sum(len(_scores(trial, results, axis)) for trial in results.trials)
+    if count == 0:
         return ""
-    every = -(-sum(map(len, curves.values())) // MAX_POINTS) or 1
+    every = -(-count // MAX_POINTS)
     plot = Plot(
         x=Linear(low=0, high=results.space.epochs, whole=True),
         y=axis.scale,
@@ -123,14 +123,14 @@ def learning_curves(results: StudyResults, axis: MetricAxis) -> str:
         words = f"{results.reached(epoch)}→{results.passed(epoch)}" if epoch in labelled else ""
         if words or len(results.rungs) <= MAX_RUNGS:
             plot.rule(epoch, words)
-    winner = results.winning_trial
+    winner = results.winning_trial or results.baseline_run
     for trial in [*(t for t in results.trials if t is not winner), *([winner] if winner is not None else [])]:
         css = colour(results, trial.config.optimizer.name)
         weight = "bold" if trial is winner else "thin" if len(results.trials) > MANY else "faint"
-        points = curves[trial.number]
+        points, title = _scores(trial, results, axis), trial.confirms or f"#{trial.number}"
         if len(points) == 1:
-            plot.dots([(*points[0], f"#{trial.number}")], css, radius=2)
-        plot.line(_thinned(points, every), f"curve {weight} {css}", f"#{trial.number}" if every == 1 else "")
+            plot.dots([(*points[0], title)], css, radius=2)
+        plot.line(_thinned(points, every), f"curve {weight} {css}", title if every == 1 else "")
     return plot.render()
 
 

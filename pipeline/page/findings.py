@@ -88,9 +88,13 @@ def _contender(results: StudyResults, kind: Kind, name: str, epochs: Sequence[in
             f"{few} of {len(trials)} got past epoch {first}" if results.rungs else f"{few} of {len(trials)} complete"
         )
     if known and (bound := at_bound(known[-1].trial, results.space)):
-        rate = rate_text(known[-1].trial.config.optimizer.base_lr)
-        cautions.append(f"best rate {rate} at the {bound} bound")
+        best = known[-1].trial
+        cautions.append(f"its best, #{best.number}, has a rate at the {bound} bound: {_rate(best)}")
     return Contender(name=name, trials=len(trials), standings=standings, cautions=cautions)
+
+
+def _rate(trial: EndedTrial) -> str:
+    return rate_text(trial.config.optimizer.base_lr)
 
 
 def name_of(trial: EndedTrial, kind: Kind) -> str:

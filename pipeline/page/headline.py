@@ -13,7 +13,7 @@ from pipeline.page.scales import plain
 from pipeline.page.sentence import strategy_sentence
 from pipeline.space.distributions import is_searched
 from pipeline.space.optimizers import Optimizer
-from pipeline.space.trial import number
+from pipeline.space.trial import EndedTrial, number
 
 
 def headline(results: StudyResults) -> str:
@@ -34,8 +34,10 @@ def score_line(results: StudyResults) -> str:
         label = escaped(winner.label if winner.trial is None else f"Trial #{winner.trial}")
         tested = "".join(f"; {escaped(name)} <b>{number(v)}</b>" for name, v in results.confirmed.test.items())
         return f"{metric} <b>{with_spread(winner.mean, winner.std)}</b> over {over}{tested}. {label}."
-    if results.best is not None and results.best.value is not None:
-        return f"{metric} <b>{results.best.score}</b>{_of_samples(results)}. Trial #{results.best.number}."
+    first = results.searched_first
+    if first is not None and first.value is not None:
+        score = f"{metric} <b>{first.score}</b>{_of_samples(results, first)}"
+        return f'<b class="warn">Unconfirmed, one seed</b>: {score}. Trial #{first.number}.'
     ended = [(results.last_value(trial), trial) for trial in results.trials]
     known = [(len(trial.epochs), results.better(value, 0.0), trial) for value, trial in ended if value is not None]
     if not known:
@@ -70,13 +72,12 @@ def with_spread(mean: float, std: float | None) -> str:
     return f"{number(mean)} ± {gap_text(std)}" if std is not None else number(mean)
 
 
-def _of_samples(results: StudyResults) -> str:
-    objective, best = results.space.objective, results.best
-    assert best is not None
-    assert best.value is not None
-    epoch = objective.deciding(best.epochs).epoch
-    at = f" at epoch {epoch} of {len(best.epochs)}" if objective.of == "best" else ""
-    wrong = wrong_samples(results, best.value)
+def _of_samples(results: StudyResults, trial: EndedTrial) -> str:
+    objective = results.space.objective
+    assert trial.value is not None
+    epoch = objective.deciding(trial.epochs).epoch
+    at = f" at epoch {epoch} of {len(trial.epochs)}" if objective.of == "best" else ""
+    wrong = wrong_samples(results, trial.value)
     return at + (f": {wrong} of {results.val_samples} validation samples wrong" if wrong is not None else "")
 
 

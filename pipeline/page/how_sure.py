@@ -21,7 +21,7 @@ def how_sure(results: StudyResults, noise: Noise | None) -> list[str]:
     """Return the paragraphs of the section, as HTML."""
     if results.confirmed is not None and results.confirmed.winner is not None:
         return [*_confirmed(results, results.confirmed), _rates(results, noise), *_at_bound(results)]
-    if results.best is None:
+    if results.searched_first is None:
         return _nothing(results)
     return [*_one_seed(results), _this_point(results, noise), *_choices(results, noise), *_at_bound(results)]
 
@@ -30,9 +30,11 @@ def _one_seed(results: StudyResults) -> list[str]:
     why = results.confirmed.reason if results.confirmed is not None else ""
     because = f"Unconfirmed: {escaped(why)}." if why else "Unconfirmed."
     luckiest = f", and the best of {len(results.trials)} is also the luckiest" if len(results.trials) > 1 else ""
-    command = f"python -m pipeline.confirm --study {escaped(results.name + results.options)}"
-    words = f"<b>{because}</b> Each trial ran with one seed{luckiest}. This trains the best again with fresh seeds:"
-    return [words, f'<pre class="command">{command}</pre>']
+    words = [f'<b class="warn">{because}</b> Each trial ran with one seed{luckiest}.']
+    if results.confirm_command:
+        words[0] += " This trains the best again with fresh seeds:"
+        words.append(f'<pre class="command">{escaped(results.confirm_command)}</pre>')
+    return [*words, *(_incomplete(results.confirmed) if results.confirmed is not None else ())]
 
 
 def _this_point(results: StudyResults, noise: Noise | None) -> str:
@@ -60,22 +62,22 @@ def _share_of(some: int, count: int) -> str:
 
 def _rates(results: StudyResults, noise: Noise | None) -> str:
     """Return the range of base rates that did as well in the search; empty unless there is one."""
-    return f"<b>The rate</b>: {words}" if noise is not None and (words := _range(noise)) else ""
+    return f"<b>The rate</b>: in the search, {words}" if noise is not None and (words := _range(noise)) else ""
 
 
 def _range(noise: Noise) -> str:
     low, high = (rate_text(rate) for rate in noise.rates)
     if low == high:
         return ""
-    title = escaped(optimizer_title(noise.trials[0].config.optimizer.name))
+    title = escaped(optimizer_title(noise.winner.config.optimizer.name))
     return f"{title} did as well at base rates from {low} to {high}."
 
 
 def _choices(results: StudyResults, noise: Noise | None) -> Iterator[str]:
     """Say whether the search tells the optimizers apart, and the schedules if it searched several."""
-    assert results.best is not None
+    assert results.searched_first is not None
     if len(results.space.optimizers) == 1:
-        title = escaped(optimizer_title(results.best.config.optimizer.name))
+        title = escaped(optimizer_title(results.searched_first.config.optimizer.name))
         yield f"<b>The optimizer</b>: only {title} was searched."
     else:
         yield f"<b>The optimizer</b>: {_told_apart(results, noise, 'optimizer')}"
@@ -84,8 +86,8 @@ def _choices(results: StudyResults, noise: Noise | None) -> Iterator[str]:
 
 
 def _told_apart(results: StudyResults, noise: Noise | None, kind: Kind) -> str:
-    """Compare the best of the winner's optimizer, or schedule, with the best complete trial of another."""
-    best = results.best
+    """Compare the best of the first trial's optimizer, or schedule, with the best complete trial of another."""
+    best = results.searched_first
     assert best is not None
     assert best.value is not None
     own = name_of(best, kind)
@@ -99,8 +101,17 @@ def _told_apart(results: StudyResults, noise: Noise | None, kind: Kind) -> str:
     pair = f"the best with {_title(kind, name_of(rival, kind))}", f"the best with {_title(kind, own)}"
     if gap == 0:
         return f"{pair[0]} ties with {pair[1]}."
-    told = "" if noise is None else ", which is within noise" if rival in noise.trials else ", which is more than noise"
-    return f"{pair[0]} is {gap_text(gap)} behind {pair[1]}{told}."
+    return f"{pair[0]} is {gap_text(gap)} behind {pair[1]}{_beside(noise, rival)}."
+
+
+def _beside(noise: Noise | None, rival: EndedTrial) -> str:
+    """Say whether a trial is within noise of the first; where noise is a lower bound, more than it decides nothing."""
+    if noise is None:
+        return ""
+    if rival in noise.trials:
+        return ", which is within noise"
+    more = "this lower bound of noise, but other seeds may reverse it" if noise.lower_bound else "noise"
+    return f", which is more than {more}"
 
 
 def _ends_of_others(results: StudyResults, kind: Kind, own: str) -> str:
@@ -167,13 +178,16 @@ def _confirmed(results: StudyResults, confirmed: Confirmed) -> Iterator[str]:
     spread = " (mean ± standard deviation)" if winner.std is not None else ""
     yield f"<b>Confirmed on {seeds}</b>: {with_spread(winner.mean, winner.std)}{spread}."
     if winner.trial is None:
-        yield f"A baseline won: no finalist of the search has a better mean than {escaped(winner.label)}."
+        yield f"<b>A baseline won</b>: no finalist of the search has a better mean than {escaped(winner.label)}."
+        yield "<b>What to do</b>: widen the ranges, or search more trials."
     yield from map(_compared, confirmed.comparisons)
+    yield from _incomplete(confirmed)
     trial = results.winning_trial
     if trial is not None and trial.value is not None:
         gap = results.better(trial.value, winner.mean)
-        off = f"{gap_text(abs(gap))} too {'good' if gap > 0 else 'bad'}" if gap else "the same"
-        yield f"In the search, on one seed, it had {trial.score}: {off}."
+        off = f"{gap_text(abs(gap))} {'better' if gap > 0 else 'worse'} than" if gap else "the same as"
+        lucky = ", so it was lucky" if gap > 0 else ""
+        yield f"In the search, on one seed, it had {trial.score}: {off} with fresh seeds{lucky}."
     if confirmed.comparisons:
         yield "Intervals are of 95 %, and speak of seeds, not of other data."
 
@@ -183,10 +197,20 @@ def _compared(comparison: Comparison) -> str:
     by_pair = ", by a paired t interval, since its runs vary otherwise" if comparison.paired else ""
     other = escaped(comparison.other)
     if not comparison.distinguishable:
-        by = f"better by {_signed(comparison.better_by)}"
+        by = f"better by {gap_text(comparison.better_by)}"
         return f"Not distinguishable from {other}: {by}, and {interval} holds zero{by_pair}."
-    word = "Better" if comparison.better_by > 0 else "Worse"
-    return f"{word} than {other} by {gap_text(abs(comparison.better_by))} {interval}{by_pair}."
+    return f"Better than {other} by {gap_text(comparison.better_by)} {interval}{by_pair}."
+
+
+def _incomplete(confirmed: Confirmed) -> Iterator[str]:
+    """Name every strategy with a run that diverged or failed, which therefore has no mean."""
+    for strategy in confirmed.strategies:
+        by_end: dict[str, list[str]] = {}
+        for seed, end in strategy.incomplete.items():
+            by_end.setdefault(end, []).append(str(seed))
+        ends = [f"{end} with seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" for end, seeds in by_end.items()]
+        if ends:
+            yield f"{escaped(strategy.label)} {' and '.join(ends)}, so it has no mean."
 
 
 def _signed(value: float) -> str:

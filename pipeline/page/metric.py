@@ -25,8 +25,8 @@ class MetricAxis:
 
     def __init__(self, results: StudyResults) -> None:
         self._objective = results.space.objective
-        self._best = results.best
-        every = [e.metrics[self._objective.metric] for t in results.trials for e in self._objective.measured(t.epochs)]
+        drawn = [*results.trials, *([results.baseline_run] if results.baseline_run is not None else [])]
+        every = [e.metrics[self._objective.metric] for t in drawn for e in self._objective.measured(t.epochs)]
         ended = [trial for trial in results.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
         decisive = [value for trial in ended if (value := results.last_value(trial)) is not None]
         self.is_error = self._objective.direction == "maximize" and bool(every) and min(every) >= 0 and max(every) <= 1
@@ -38,20 +38,35 @@ class MetricAxis:
 
     @property
     def title(self) -> str:
-        """What the axis shows, and which way is better."""
-        return f"{self.name}, {self.better}"
+        """What the axis shows, how, and which way is better."""
+        name = f"{self.name} ({self._formula})" if self._formula else self.name
+        return f"{name}{self._kind}, better is {self._better}"
+
+    @property
+    def note(self) -> str:
+        """What the title says besides the name."""
+        return f"{self._formula}{self._kind}, better is {self._better}".removeprefix(", ")
 
     @property
     def name(self) -> str:
         """What the axis shows."""
         metric = self._objective.metric
-        error = "validation error" if metric == "val/accuracy" else f"1 − {metric}"
-        return error if self.is_error else metric
+        if not self.is_error:
+            return metric
+        return "validation error" if self._formula else f"1 − {metric}"
 
     @property
-    def better(self) -> str:
-        """Which way is better, in a word."""
-        return "up is better" if self._objective.direction == "maximize" else "down is better"
+    def _formula(self) -> str:
+        """What the name stands for, if the name does not say it."""
+        return "1 − accuracy" if self.is_error and self._objective.metric == "val/accuracy" else ""
+
+    @property
+    def _kind(self) -> str:
+        return ", log axis" if isinstance(self.scale, Log) else ""
+
+    @property
+    def _better(self) -> str:
+        return "up" if self._objective.direction == "maximize" else "down"
 
     def drawn(self, value: float) -> float:
         """Return what stands for a value of the objective."""

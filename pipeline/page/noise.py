@@ -1,9 +1,8 @@
-"""Noise: which values of the objective cannot be told from the best one."""
+"""Noise: which values of the objective cannot be told from that of the winner."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 
 from pipeline.page.metric import counts_samples, last_scatter
@@ -18,19 +17,25 @@ Z = 1.959964
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """The worst value that is as good as the best, and where the number comes from."""
+    """The worst value that is as good as the winner's, and where the number comes from."""
 
     limit: float
     source: str
     """In words."""
+    winner: EndedTrial
+    """The trial whose score in the search the others are compared with."""
     trials: tuple[EndedTrial, ...]
-    """Complete trials within noise of the best, best first, the best included."""
+    """Complete trials within noise of the winner, or better, best first, the winner included."""
     rates: tuple[float, float]
-    """Lowest and highest base rate among these trials that have the best trial's optimizer."""
+    """Lowest and highest base rate among these trials that have the winner's optimizer."""
+    lower_bound: bool = False
+    """Whether other seeds differ more than this."""
 
 
 def noise_of(results: StudyResults) -> Noise | None:
-    """Return what lies within noise of the search's first; None if nothing is known of it.
+    """Return what lies within noise of the winner's trial; None if nothing is known of it, or a baseline has won.
+
+    The winner's score is that of the search, as the others' are.
 
     Where strategies were trained again, their residuals say how far apart two equally good trials are. Else an accuracy
     that counts samples has the Wilson interval of a proportion, and any other objective the scatter of the last three
@@ -38,26 +43,34 @@ def noise_of(results: StudyResults) -> Noise | None:
 
     Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953.
     """
-    best = results.best
-    if best is None or best.value is None:
+    winner = results.winning_trial
+    if winner is None or winner.value is None:
         return None
-    maximized = results.space.objective.direction == "maximize"
+    maximized, lower_bound = results.space.objective.direction == "maximize", False
     if (seeds := _spread_of_runs(results)) is not None:
-        limit = best.value - seeds if maximized else best.value + seeds
+        limit = winner.value - seeds if maximized else winner.value + seeds
         source = f"± {gap_text(seeds)}, from how fresh seeds disagree"
     elif results.val_samples and counts_samples(results):
-        low, high = wilson(best.value, results.val_samples)
-        source = f"95 % of {number(best.value)} on {results.val_samples} samples: {low:.3f}–{high:.3f}"
+        low, high = wilson(winner.value, results.val_samples)
+        source = f"95 % of {number(winner.value)} on {results.val_samples} samples: {low:.3f}–{high:.3f}"
         limit = low
     elif (scatter := last_scatter(results)) is not None:
         reach = Z * math.sqrt(2) * scatter
-        limit = best.value - reach if maximized else best.value + reach
-        source = f"± {gap_text(reach)}, from how much the best trials still move in their last three epochs"
+        limit = winner.value - reach if maximized else winner.value + reach
+        moves = "from how much the best trials still move in their last three epochs"
+        source, lower_bound = f"± {gap_text(reach)}, {moves}: a lower bound, since other seeds differ more", True
     else:
         return None
     near = tuple(t for t in results.ranking if t.value is not None and results.better(t.value, limit) >= 0)
-    rates = [t.config.optimizer.base_lr for t in near if t.config.optimizer.name == best.config.optimizer.name]
-    return Noise(limit=limit, source=source, trials=near, rates=(min(rates), max(rates)))
+    rates = [t.config.optimizer.base_lr for t in near if t.config.optimizer.name == winner.config.optimizer.name]
+    return Noise(
+        limit=limit,
+        source=source,
+        winner=winner,
+        trials=near,
+        rates=(min(rates), max(rates)),
+        lower_bound=lower_bound,
+    )
 
 
 def _spread_of_runs(results: StudyResults) -> float | None:
@@ -65,15 +78,8 @@ def _spread_of_runs(results: StudyResults) -> float | None:
 
     A seed moves all strategies alike by a part, which the trials of a search share; the residuals are without it.
     """
-    strategies = results.confirmed.strategies if results.confirmed is not None else ()
-    rows = [list(strategy.values.values()) for strategy in strategies if strategy.mean is not None]
-    freedom = (len(rows) - 1) * (len(rows[0]) - 1) if rows else 0
-    if freedom <= 0:
-        return None
-    by_seed = [statistics.fmean(column) for column in zip(*rows, strict=True)]
-    mean = statistics.fmean(by_seed)
-    residuals = [v - statistics.fmean(row) - s + mean for row in rows for v, s in zip(row, by_seed, strict=True)]
-    return Z * math.sqrt(2 * sum(residual**2 for residual in residuals) / freedom)
+    residual = results.confirmed.residual if results.confirmed is not None else None
+    return None if residual is None else Z * math.sqrt(2) * residual
 
 
 def gap_text(value: float) -> str:

@@ -121,10 +121,18 @@ def _standing_rows(results: StudyResults, kind: Kind, contender: Contender) -> I
 def _by_rate(results: StudyResults, axis: MetricAxis, noise: Noise | None) -> str:
     if not results.trials:
         return ""
-    near = "; shaded: rates within noise of the best, dotted: the limit of noise" if noise is not None else ""
-    note = f"● complete ○ ended early, at its last epoch{near}"
+    note = f"● complete ○ ended early, at its last epoch{_drawn_beside(results, noise)}"
     drawn = figures(charts.errors_by_rate(results, axis, noise))
-    return card(f"{_sentence_case(axis.name)} by base rate", drawn, note=f"{axis.better}; {note}", wide=True)
+    return card(f"{_sentence_case(axis.name)} by base rate", drawn, note=f"{escaped(axis.note)}; {note}", wide=True)
+
+
+def _drawn_beside(results: StudyResults, noise: Noise | None) -> str:
+    """Say what is shaded and dotted in the figures of trials."""
+    if noise is not None:
+        least = ", a lower bound" if noise.lower_bound else ""
+        return f"; shaded: rates within noise of #{noise.winner.number}, dotted: the limit of noise{least}"
+    baseline = results.winning_baseline
+    return f"; dotted: the mean of {escaped(baseline.label)} on fresh seeds" if baseline is not None else ""
 
 
 def _rates(results: StudyResults) -> str:
@@ -137,7 +145,10 @@ def _learning_curves(results: StudyResults, axis: MetricAxis) -> str:
     rungs = "; dashed: pruning, trials before → after" if results.rungs else ""
     colours = legend(charts.optimizer_keys(results))
     drawn = curves.learning_curves(results, axis)
-    return card(f"{_sentence_case(axis.name)} by epoch", drawn, colours, note=f"{axis.better}{rungs}") if drawn else ""
+    baseline = results.winning_baseline if results.baseline_run is not None else None
+    bold = f"; bold: {escaped(baseline.label)}, with a fresh seed" if baseline is not None else ""
+    title, note = f"{_sentence_case(axis.name)} by epoch", f"{escaped(axis.note)}{rungs}{bold}"
+    return card(title, drawn, colours, note=note) if drawn else ""
 
 
 def _slices(results: StudyResults, axis: MetricAxis, noise: Noise | None) -> str:
@@ -253,8 +264,8 @@ def _repeat(results: StudyResults) -> str:
         f"python -m pipeline.search --space space.yaml --trials {results.planned}   # the file below",
         f"python -m pipeline.report {study}",
     ]
-    if (best := results.best) is not None:
-        commands.insert(1, f"python -m pipeline.export {study} --trial {best.number} --out config.yaml")
+    if results.winner is not None:
+        commands.insert(1, f"python -m pipeline.export {study} --out config.yaml")
         commands.insert(2, "python -m pipeline.train config.yaml --test")
     document = "\n".join(escaped(line) for line in dumps(results.space.document).rstrip().split("\n"))
     shown = "\n".join(escaped(line) for line in commands)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline.page.confirmed import Confirmed
+from pipeline.page.confirmed import Confirmed, ConfirmedStrategy
 from pipeline.space.config import TrialConfig
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, TrialState
@@ -46,6 +46,8 @@ class StudyResults:
     """The winner as code for a script of the reader's own; None leaves the section out."""
     options: str = ""
     """Options that every command needs, such as ` --root DIR`."""
+    confirm_command: str = ""
+    """The whole command, or call, that confirms this study; empty leaves it out."""
 
     @cached_property
     def ranking(self) -> list[EndedTrial]:
@@ -54,8 +56,8 @@ class StudyResults:
         return sorted(complete, key=self.space.objective.order)
 
     @property
-    def best(self) -> EndedTrial | None:
-        """The search's first; None if no trial is complete."""
+    def searched_first(self) -> EndedTrial | None:
+        """The first of the search, which need not be the winner; None if no trial is complete."""
         return self.ranking[0] if self.ranking else None
 
     @property
@@ -63,7 +65,7 @@ class StudyResults:
         """What to use: the confirmed winner's config, else that of the search's first."""
         if self.confirmed is not None and self.confirmed.winner is not None:
             return self.confirmed.winner.config
-        return self.best.config if self.best else None
+        return self.searched_first.config if self.searched_first else None
 
     @property
     def winning_trial(self) -> EndedTrial | None:
@@ -71,7 +73,18 @@ class StudyResults:
         if self.confirmed is not None and self.confirmed.winner is not None:
             number = self.confirmed.winner.trial
             return None if number is None else self.trials[number]
-        return self.best
+        return self.searched_first
+
+    @property
+    def winning_baseline(self) -> ConfirmedStrategy | None:
+        """The baseline that has won; None if none has."""
+        winner = self.confirmed.winner if self.confirmed is not None else None
+        return winner if winner is not None and winner.trial is None else None
+
+    @property
+    def baseline_run(self) -> EndedTrial | None:
+        """A run of the baseline that has won; None if none has, or its rates are not known."""
+        return self.with_rates[0] if self.winning_baseline is not None and self.with_rates else None
 
     @cached_property
     def optimizers(self) -> list[str]:

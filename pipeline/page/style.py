@@ -6,7 +6,7 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #ffffff; --card: #f5f7f9; --line: #dfe3e8; --text: #1b1f24; --soft: #5b6470; --paper: #ffffff;
-  --accent: #0072b2; --near: #009e7324;
+  --accent: #0072b2; --near: #009e7324; --warn: #b04a00;
   /* Okabe and Ito (2008), told apart with any kind of colour vision; yellow is darkened on white. */
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #c4609c;
   --c4: #d08c00; --c5: #3fa4dc; --c6: #444b54; --c7: #a89a00;
@@ -14,7 +14,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #111418; --card: #1a1f25; --line: #303741; --text: #e8ebef; --soft: #9aa5b1; --paper: #0d1013;
-    --accent: #56b4e9; --near: #1fc29630;
+    --accent: #56b4e9; --near: #1fc29630; --warn: #ff9a5c;
     --c0: #4aa8e8; --c1: #ff7f3f; --c2: #1fc296; --c3: #e49ac6;
   --c4: #f2b134; --c5: #a5dcff; --c6: #c9d0d8; --c7: #f0e442;
   }
@@ -53,6 +53,7 @@ pre {
   overflow-x: auto; overflow-wrap: normal;
 }
 .soft { color: var(--soft); }
+.warn { color: var(--warn); }
 .n { white-space: nowrap; }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 .split { display: flex; flex-wrap: wrap; gap: 10px 32px; }

@@ -84,6 +84,19 @@ def compare(
     return Difference(mean=mean, low=mean - half_width, high=mean + half_width, method=method)
 
 
+def residual_deviation(scores: npt.ArrayLike) -> float | None:
+    """Return the standard deviation of a residual, from the configs that vary alike; None if nothing is known of it.
+
+    Args:
+        scores: (config, seed), as `compare` takes them.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 2 or min(values.shape) < 2:
+        return None
+    pool, sum_of_squares = _pool(values)
+    return math.sqrt(sum_of_squares / ((len(pool) - 1) * (values.shape[1] - 1)))
+
+
 def _pool(values: Scores) -> tuple[list[int], float]:
     """Return the configs whose residuals vary alike, at least two, and the sum of their squared residuals.
 

@@ -7,47 +7,29 @@ candidate on the same order of the data from the same initial weights, so that d
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import datetime
+import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.confirm import BASELINES, Size, fitting, smallest
-from pipeline.space.optimizers import SGD, Adam
-from pipeline.space.param_groups import ParamGroup
-from pipeline.space.placement import PlacementRules
+from pipeline.space.placement import PlacementRules, from_run_lengths
 from pipeline.space.pruners import Score
-from pipeline.space.schedules import Constant, Step
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.candidates import Candidate, Plan, is_label
 from pipeline.study.stored_trial import as_stored, epochs_of, plain_epochs
 from pipeline.study.study import Study
 
 FIRST_NUMBER = 1_000_000
 """Number of the first run of a confirmation, so that no run has the number of a trial."""
-ADAM, SGD_STEP = "Adam's default", "SGD with StepLR"
-"""Labels of the baselines."""
 _GROUP, _RUN = "pipeline.confirmation.group.", "pipeline.confirmation.run."
 """Prefixes of what is stored with the study; a number follows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A config that is confirmed."""
-
-    trial: int | None
-    """Number of the trial of a finalist; None for a baseline."""
-    label: str
-    """`#33`, or the name of a baseline."""
-    config: TrialConfig
-    """With the seed of the search."""
-
-    def with_seed(self, seed: int) -> TrialConfig:
-        """Return the config of a run."""
-        return dataclasses.replace(self.config, seed=seed)
+_COMPLETE = "pipeline.confirmation.complete"
+"""Name of the stored plan of the last confirmation that was complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,38 +52,43 @@ class Confirmed:
 class Confirmation:
     """The confirmation of a study: which runs it has, which it lacks, and who wins.
 
-    It is a function of the ended trials and of `space.confirm`; the study stores each group of runs as it begins, and
-    each run as it ends. Runs of an earlier confirmation of the same config and seed count again.
+    The study stores each group of runs as it begins, each run as it ends, and the plan of the last confirmation that
+    was complete. Runs of an earlier confirmation of the same config and seed count again.
 
     Args:
         study: The study, whose trials have ended.
-        size: Number of finalists, baselines and seeds; None: what fits into the share of epochs.
+        plan: What to train. Candidates of the last complete confirmation that have a run with every seed are added:
+            what is known of them counts.
     """
 
-    def __init__(self, study: Study, *, size: Size | None = None) -> None:
+    def __init__(self, study: Study, plan: Plan) -> None:
         self._study = study
-        complete = study.best(len(study.ended))
-        searched = sum(len(trial.epochs) for trial in study.ended)
-        confirm, epochs = study.space.confirm, study.space.epochs
-        self.size = size or fitting(confirm, complete=len(complete), searched=searched, epochs=epochs)
-        """Number of finalists, baselines and seeds; None: there is no confirmation."""
-        self.reason = ""
-        """Why there is no confirmation; empty if there is one."""
-        if confirm.share == 0:
-            self.size, self.reason = None, "it is turned off"
-        elif not complete:
-            self.size, self.reason = None, "no trial is complete"
-        elif self.size is None:
-            runs = smallest(confirm, complete=len(complete)).runs
-            self.reason = f"even {runs} runs would be more than {confirm.share:.0%} of all epochs"
-        self.seeds = _seeds(study.space.seed, 0 if self.size is None else self.size.seeds)
+        self.seeds = plan.seeds
         """The fresh seeds."""
-        self.candidates = _candidates(complete, self.size, study.space)
+        self.trials = plan.trials
+        """Number of ended trials that the candidates were chosen from."""
+        self.reason = plan.reason
+        """Why there is no candidate; empty if there is one."""
+        self.candidates = list(plan.candidates)
         with as_stored(f"the confirmation of study {study.name}", study=study.name):
             self._groups = [_group_of(group) for group in study.notes(_GROUP)]
             stored = study.notes(_RUN)
             self._runs = {run.number: run for run in map(self._run_of, stored)}
-            self._tests: dict[int, Mapping[str, float]] = {run["number"]: run["test"] for run in stored}
+            self._tests: dict[int, Mapping[str, float]] = {
+                run["number"]: _checked_scores(run["test"]) for run in stored
+            }
+            if len(self._runs) < len(stored):
+                raise ValueError("two runs have one number")
+            known = [candidate for last in study.notes(_COMPLETE) for candidate in Plan.from_dict(last).candidates]
+        if self.candidates:
+            self.candidates += [c for c in known if c not in self.candidates and self._has_every_seed(c)]
+
+    @classmethod
+    def last(cls, study: Study) -> Confirmation | None:
+        """Return the last confirmation of a study that was complete; None if there is none."""
+        with as_stored(f"the confirmation of study {study.name}", study=study.name):
+            plans = [Plan.from_dict(stored) for stored in study.notes(_COMPLETE)]
+        return cls(study, plans[0]) if plans else None
 
     @property
     def identity(self) -> str:
@@ -154,7 +141,13 @@ class Confirmation:
         for seed in self.seeds:
             if missing := self._missing(seed):
                 wanted = [candidate.with_seed(seed) for candidate in missing]
-                asked = (group for group in self._groups if any(config in wanted for config, _ in group.values()))
+                every = [candidate.with_seed(seed) for candidate in self.candidates]
+                asked = (
+                    group
+                    for group in self._groups
+                    if any(config in wanted for config, _ in group.values())
+                    and all(config in every for config, _ in group.values())
+                )
                 group = next(asked, None) or self._ask_for_group(missing, seed)
                 return {number: (config, {}) for number, (config, _) in group.items()}
         return {}
@@ -190,6 +183,16 @@ class Confirmation:
         self._runs[run.number], self._tests[run.number] = run, test
         self.__dict__.pop("table", None)
 
+    def keep(self) -> None:
+        """Store that this confirmation is complete, so that it stays the answer until another one is.
+
+        Raises:
+            StorageError: The storage cannot be written.
+        """
+        kept = Plan(trials=self.trials, seeds=self.seeds, candidates=tuple(self.candidates)).to_dict()
+        if self._study.notes(_COMPLETE) != [kept]:
+            self._study.note(_COMPLETE, kept, doing="storing that the confirmation is complete")
+
     @cached_property
     def table(self) -> list[Confirmed]:
         """The candidates with their runs, best first; those without a mean stand last."""
@@ -206,7 +209,12 @@ class Confirmation:
         if self.winner is None:
             return {}
         tests = [self._tests[run.number] for run in self.winner.runs.values()]
-        return {name: statistics.fmean(test[name] for test in tests) for name in tests[0] if all(tests)}
+        names = [name for name in tests[0] if all(name in test for test in tests)]
+        return {name: statistics.fmean(test[name] for test in tests) for name in names}
+
+    def _has_every_seed(self, candidate: Candidate) -> bool:
+        ended = [run.config for run in self._runs.values()]
+        return all(candidate.with_seed(seed) in ended for seed in self.seeds)
 
     def _missing(self, seed: int) -> list[Candidate]:
         """Return the candidates whose run with a seed has not ended."""
@@ -225,11 +233,20 @@ class Confirmation:
         return group
 
     def _run_of(self, stored: Mapping[str, Any]) -> EndedTrial:
-        """Return a run that was stored."""
+        """Return a run that was stored; it must be as its group says."""
         epochs, state, objective = epochs_of(stored), TrialState(stored["state"]), self.space.objective
+        number, config = stored["number"], TrialConfig.from_dict(stored["config"])
+        group = next((group for group in self._groups if number in group), {})
+        if group.get(number) != (config, stored["confirms"]):
+            raise ValueError(f"run {number!r} is not as it was begun")
+        for epoch in epochs:
+            _checked_scores(epoch.metrics)
+        from_run_lengths(stored["environment"]["placement"])
+        datetime.datetime.fromtimestamp(stored["started"])
+        datetime.datetime.fromtimestamp(stored["ended"])
         return EndedTrial(
-            number=stored["number"],
-            config=TrialConfig.from_dict(stored["config"]),
+            number=number,
+            config=config,
             params={},
             state=state,
             objective=objective,
@@ -264,59 +281,18 @@ _Group = dict[int, tuple[TrialConfig, str]]
 """Number of a run to its config and to what it confirms."""
 
 
-def _group_of(stored: Mapping[str, Any]) -> _Group:
-    return {int(n): (TrialConfig.from_dict(run["config"]), run["confirms"]) for n, run in stored.items()}
+def _checked_scores(stored: Any) -> dict[str, float]:
+    """Return metrics that were stored, which must be finite.
 
-
-def _seeds(seed: int, count: int) -> tuple[int, ...]:
-    """Return the seeds that follow the seed of the search, so that everyone can name them."""
-    return tuple((seed + n) % 2**32 for n in range(1, count + 1))
-
-
-def _candidates(complete: Sequence[EndedTrial], size: Size | None, space: SearchSpace) -> list[Candidate]:
-    """Return the candidates, without repetitions of a config."""
-    if size is None or not complete:
-        return []
-    ranked = sorted(complete, key=lambda trial: (space.objective.late_score(trial.epochs), trial.number))
-    finalists = (Candidate(trial=t.number, label=f"#{t.number}", config=t.config) for t in _unlike(ranked))
-    chosen = list(itertools.islice(finalists, size.finalists))
-    known = [candidate.config for candidate in chosen]
-    baselines = itertools.islice(_baselines(complete[0].config, space), size.baselines)
-    return chosen + [baseline for baseline in baselines if baseline.config not in known]
-
-
-def _unlike(trials: Sequence[EndedTrial]) -> Iterator[EndedTrial]:
-    """Yield trials without those whose config an earlier one has."""
-    known: list[TrialConfig] = []
-    for trial in trials:
-        if trial.config not in known:
-            known.append(trial.config)
-            yield trial
-
-
-def _baselines(config: TrialConfig, space: SearchSpace) -> Iterator[Candidate]:
-    """Yield the baselines: what people use who do not search.
-
-    Each has the batch size of a config, every group at one rate, and the settings that the space does not search. A
-    group that the space freezes stays frozen.
+    Raises:
+        ValueError: They are not.
     """
-    groups = {
-        name: ParamGroup(
-            pattern=group.pattern,
-            dims=group.dims,
-            layers=group.layers,
-            lr_ratio=0.0 if space.param_groups[name]["lr_ratio"] == 0 else 1.0,
-        )
-        for name, group in config.param_groups.items()
-    }
-    clip = space.settings["clip_grad_norm"]
-    same = dataclasses.replace(
-        config, param_groups=groups, clip_grad_norm=clip if isinstance(clip, int | float) else None
-    )
-    third = max(1, -(-config.epochs // 3))
-    sgd, step = SGD(base_lr=0.1, momentum=0.9), Step(step_size=third, gamma=0.1)
-    strategies = {ADAM: (Adam(base_lr=1e-3), Constant()), SGD_STEP: (sgd, step)}
-    assert len(strategies) == BASELINES
-    for label, (optimizer, scheduler) in strategies.items():
-        baseline = dataclasses.replace(same, optimizer=optimizer, scheduler=scheduler)
-        yield Candidate(trial=None, label=label, config=baseline)
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in stored.values()):
+        raise ValueError(f"metrics {stored!r:.200}")
+    return dict(stored)
+
+
+def _group_of(stored: Mapping[str, Any]) -> _Group:
+    if not all(is_label(run["confirms"]) for run in stored.values()):
+        raise ValueError("a run confirms something else than a trial or a baseline")
+    return {int(n): (TrialConfig.from_dict(run["config"]), run["confirms"]) for n, run in stored.items()}

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.files.atomic import opened_atomic
 from pipeline.space.trial import EndedTrial, TrialState
+from pipeline.study.candidates import finalists
 from pipeline.study.study import Study
 
 
@@ -56,8 +57,7 @@ class Models:
         space = self._study.space
         objective, count = space.objective, space.confirm.finalists
         trials = self._complete.values()
-        late = sorted(trials, key=lambda trial: (objective.late_score(trial.epochs), trial.number))
-        return {trial.number for trial in [min(trials, key=objective.order), *late[:count]]}
+        return {trial.number for trial in [min(trials, key=objective.order), *finalists(trials, space, count=count)]}
 
 
 def model_file(folder: Path, number: int) -> Path:

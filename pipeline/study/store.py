@@ -73,9 +73,9 @@ class StudyHeader:
         """Identity of the study; a study of the same name in a new database has another identity."""
         return f"{self.created:.6f}"
 
-    def lacks(self, trials: int, space: SearchSpace) -> bool:
-        """Return whether the study lacks trials of a total, or its end, or the confirmation that a space asks for."""
-        unconfirmed = space.confirm.share > 0 and self.confirmed not in (None, self.ended)
+    def lacks(self, trials: int, *, confirm: bool) -> bool:
+        """Return whether the study lacks trials of a total, or its end, or the confirmation if that is wanted."""
+        unconfirmed = confirm and self.confirmed not in (None, self.ended)
         return self.ended < trials or self.finished not in (None, self.ended) or unconfirmed
 
 
@@ -135,6 +135,7 @@ class Store:
         name: str | None,
         rows: int | None = None,
         fingerprint: Mapping[str, str] | None = None,
+        confirm: bool = True,
     ) -> tuple[str, bool]:
         """Choose the study that a search resumes or begins; write nothing.
 
@@ -154,7 +155,7 @@ class Store:
                 same_rows = rows in (None, header.placement["rows"])
                 if (
                     header.trials == trials
-                    and header.lacks(trials, space)
+                    and header.lacks(trials, confirm=confirm)
                     and same_rows
                     and not list(fingerprint_changes(header.fingerprint, fingerprint))
                     and searched_part(_with_defaults(header)) == searched_part(space.document)
@@ -228,11 +229,10 @@ class Store:
         *,
         trials: int | None = None,
         fingerprint: Mapping[str, str] | None = None,
-        confirm: Mapping[str, Any] | None = None,
     ) -> Study:
         """Open a study, by default the newest, with its stored space.
 
-        A total of trials, a fingerprint, or settings of the confirmation replace what is stored.
+        A total of trials, or a fingerprint, replaces what is stored.
 
         Raises:
             InvalidInput: There is no such study.
@@ -240,19 +240,18 @@ class Store:
         header = self.header(name)
         storage = self._database.storage()
         with storage_errors(f"opening study {header.name}"), garbage_kept():
-            document = {**header.document, "confirm": confirm} if confirm else header.document
-            stored = {"trials": header.trials, "fingerprint": header.fingerprint, "document": header.document}
+            stored = {"trials": header.trials, "fingerprint": header.fingerprint}
             wanted = {"trials": trials or header.trials, "fingerprint": fingerprint or header.fingerprint}
-            wanted["document"] = document
             if wanted != stored:
                 self._database.before_write()
                 optuna_study = optuna.load_study(study_name=header.name, storage=storage)
                 optuna_study.set_user_attr(HEADER, optuna_study.user_attrs[HEADER] | wanted)
-            space = space_from_document(document, name=header.space)
+            space = space_from_document(header.document, name=header.space)
             study = Study(
                 space,
                 name=header.name,
                 identity=header.identity,
+                planned=trials or header.trials,
                 group_size=header.group_size,
                 storage=storage,
                 before_write=self._database.before_write,

@@ -61,7 +61,7 @@ def as_stored(what: str, *, study: str) -> Iterator[None]:
     """Turn what happens to values that no search stored into a StorageError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         remedy = f"restore it from a copy, or delete the study: python -m pipeline.search --delete {study}"
         raise StorageError(f"{what} is not as a search stored it: {type(error).__name__} {error}; {remedy}") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ class Study:
         space: The search space.
         name: Name of the study in the storage.
         identity: Differs from the identity of a study of the same name in a new database.
+        planned: Total number of trials that was last asked for.
         group_size: Number of trials that are proposed at a time.
         storage: Storage of the ended trials.
         before_write: Called before each change of the storage; raises if the change would be lost.
@@ -67,6 +69,7 @@ class Study:
         *,
         name: str,
         identity: str,
+        planned: int,
         group_size: int,
         storage: RDBStorage,
         before_write: Callable[[], None],
@@ -74,6 +77,7 @@ class Study:
         self.space = space
         self.name = name
         self.identity = identity
+        self.planned = planned
         self.group_size = group_size
         self._stored = optuna.load_study(study_name=name, storage=storage)
         self._before_write = before_write
@@ -179,14 +183,17 @@ class Study:
         with self._writing(doing):
             self._stored.set_user_attr(name, value)
 
-    def finish(self) -> None:
-        """Store that nothing is left to do: these trials are recorded, and confirmed if the space asks for it.
+    def finish(self, *, confirmed: bool) -> None:
+        """Store that nothing is left to do with these trials.
+
+        Args:
+            confirmed: Whether the confirmation, if there can be one, is complete; not if it was turned off.
 
         Raises:
             StorageError: The storage cannot be written.
         """
         ended = len(self.ended)
-        done = {"finished": ended, **({"confirmed": ended} if self.space.confirm.share else {})}
+        done = {"finished": ended, **({"confirmed": ended} if confirmed else {})}
         stored = self._stored.user_attrs[HEADER]
         if stored != {**stored, **done}:
             self.note(HEADER, {**stored, **done}, doing="storing that the search is finished")
@@ -247,12 +254,22 @@ def group_size(trials: int) -> int:
     return min(64, -(-trials // 4))
 
 
+STORAGE_ERRORS = (
+    optuna.exceptions.StorageInternalError,
+    sqlalchemy.exc.SQLAlchemyError,
+    sqlite3.Error,
+    OSError,
+    json.JSONDecodeError,
+)
+"""What a storage raises that is broken, locked, or changed by another program."""
+
+
 @contextlib.contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
     """Turn any error of a storage into a StorageError."""
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+    except STORAGE_ERRORS as error:
         raise StorageError(f"{doing}: {_root_cause(error)}") from error
     except AssertionError as error:  # an assertion in Optuna's `finally` hides the cause
         raise StorageError(f"{doing}: {_root_cause(error)}") from error

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -87,7 +88,6 @@ class MLflowTracker:
         self._standings = Standings(ranks=self._trials.metric(RANK))
         for trial in study.ended:
             self._standings.end(trial)
-        self._winners = self._trials.tagged(WINNER)
         points = self._client.get_metric_history(self._run_id, "study/complete")
         self._logged = max((point.step for point in points), default=0)
         """Number of ended trials at the last point of the study's metrics."""
@@ -140,7 +140,7 @@ class MLflowTracker:
         self._client.set_tag(self._run_id, "mlflow.note.content", summary.note)
         best = summary.best
         if best is not None:
-            self._client.set_tag(self._run_id, "hpo.best_trial", str(best.number))
+            self._client.set_tag(self._run_id, "hpo.best_trial", best.confirms or str(best.number))
             self._client.set_tag(self._run_id, "hpo.best_value", repr(best.value))
             self._mark_winner(best.number)
         self._log_confirmed(summary)
@@ -276,6 +276,8 @@ class MLflowTracker:
         from mlflow.entities import Metric
 
         began, now = time.monotonic(), milliseconds(time.time())
+        while self._trials.superseded:
+            self._standings.ranks.pop(self._trials.superseded.pop(), None)
         for number, rank in self._standings.changed_ranks(confirmed=confirmed).items():
             if run_id := self._trials.ended.get(number):  # none if a person has deleted the run
                 metric = Metric(RANK, rank, now, self._standings.count)
@@ -285,21 +287,27 @@ class MLflowTracker:
         self._rank_at = ended + max(RANK_EVERY_S, (ended - began) / RANK_SHARE)
 
     def _log_confirmed(self, summary: StudySummary) -> None:
+        """Log the means of the trials that are confirmed now; the mean of one that no longer is becomes NaN."""
         from mlflow.entities import Metric
 
-        for number, mean in summary.confirmed.items():
+        before = self._trials.metric(CONFIRMED)
+        stale = {number: math.nan for number, mean in before.items() if not math.isnan(mean)}
+        for number, mean in {**stale, **summary.confirmed}.items():
             if run_id := self._trials.ended.get(number):
                 metric = Metric(CONFIRMED, mean, milliseconds(summary.ended), self._standings.count)
                 self._client.log_batch(run_id, [metric], synchronous=True)
 
     def _mark_winner(self, number: int) -> None:
-        """Mark the run of the winner, and no other."""
-        for former in self._winners:
-            if former != number and former in self._trials.ended:
-                self._client.delete_tag(self._trials.ended[former], WINNER)
-        if number in self._trials.ended:
-            self._client.set_tag(self._trials.ended[number], WINNER, "yes")
-        self._winners = [number]
+        """Mark the run of the winner, and no other run of the study."""
+        from mlflow.entities import ViewType
+
+        winner = self._trials.ended.get(number)
+        marked = f"tags.`hpo.study_id` = '{self._study.identity}' and tags.`{WINNER}` = 'yes'"
+        for run in find_runs(self._client, [self._experiment_id], marked, view=ViewType.ACTIVE_ONLY):
+            if run.info.run_id != winner:
+                self._client.delete_tag(run.info.run_id, WINNER)
+        if winner is not None:
+            self._client.set_tag(winner, WINNER, "yes")
 
     def _save_view(self) -> None:
         study = self._study

@@ -70,6 +70,8 @@ class TrialRuns:
         self._found: dict[int, Run] = {}
         self._training: dict[int, _Training] = {}
         self._deleted: set[int] = set()
+        self.superseded: set[int] = set()
+        """Numbers of trials whose run has been replaced since this was last emptied."""
         self.ended: dict[int, str] = {}
         """Number of each trial whose run has ended, to the run's id."""
         for run in self._search():
@@ -78,10 +80,6 @@ class TrialRuns:
     def metric(self, name: str) -> dict[int, float]:
         """Return the value of a metric that runs had when they were found, by the numbers of their trials."""
         return {n: run.data.metrics[name] for n, run in self._found.items() if name in run.data.metrics}
-
-    def tagged(self, tag: str) -> list[int]:
-        """Return the numbers of the trials whose runs had a tag when they were found."""
-        return [number for number, run in self._found.items() if tag in run.data.tags]
 
     def is_recorded(self, trial: StoredTrial) -> bool:
         """Return whether a trial has a run that has ended, of the same config, or a run that a person has deleted."""
@@ -137,6 +135,7 @@ class TrialRuns:
             if training.last_step > max((epoch.step for epoch in trial.epochs), default=0):
                 # The run saw the trial train further; then the search was killed, and the trial ended earlier.
                 self._supersede(training.run_id)
+                self.superseded.add(number)
                 self._found.pop(number, None)
                 training = self._training[number] = _Training(begun)
                 training.add(trial.epochs, at=trial.ended, objective=objective)
@@ -185,6 +184,7 @@ class TrialRuns:
         if run is None or run.data.tags.get("hpo.config") == config_hash(trial.config):
             return False
         self._supersede(run.info.run_id)
+        self.superseded.add(trial.number)
         del self._found[trial.number]
         return True
 
