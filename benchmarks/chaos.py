@@ -4,7 +4,7 @@ After each kill the same command goes on. A kill is SIGKILL to the search's proc
 a process that trains trials, or to all of them. Before each kill and after each end, trials and epochs in optuna.db and
 the checkpoints are acknowledged: noted in a file outside the search's folder. A finished search must equal a search
 that was never killed: each trial once, with equal values, no run in progress, and MLflow's histories complete and
-without a step twice. Then the next search begins, until every kill is spent.
+without a step twice, and equal models are kept. Then the next search begins, until every kill is spent.
 
     python benchmarks/chaos.py --kills 200 --seed 1
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -219,11 +220,13 @@ def record(root: Path) -> dict[str, Any]:
 
     client = MlflowClient(sqlite_uri(root / "mlflow.db"))
     runs = [run for e in client.search_experiments() for run in client.search_runs([e.experiment_id], max_results=1000)]
-    found: dict[str, Any] = {"trials": [], "runs": []}
+    found: dict[str, Any] = {"trials": [], "runs": [], "models": {}}
+    for file in sorted((Store(root).folder(STUDY) / "models").iterdir()):
+        found["models"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     for trial in Store(root).open(STUDY).ended:
         metrics = [epoch.metrics for epoch in trial.epochs]
         found["trials"].append((trial.number, trial.params, trial.state, trial.reason, trial.value, metrics))
-    for run in sorted(runs, key=lambda run: int(run.data.tags.get("hpo.trial", -1))):
+    for run in sorted(runs, key=lambda run: (run.data.tags["hpo.kind"], int(run.data.tags.get("hpo.trial", -1)))):
         curves = {
             name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
             for name in run.data.metrics
@@ -249,13 +252,15 @@ def check(one: Round, found: dict[str, Any], expected: dict[str, Any], *, trials
         assert by_number[number][0][: len(epochs)] == epochs, f"trial {number} lost an epoch"
         assert by_number[number][1] == one.verdicts.get(number, by_number[number][1])
     assert found["trials"] == expected["trials"]
-    numbers = [number for number, *_ in found["runs"]]
-    assert numbers == [None, *(str(number) for number in range(trials))], numbers
+    numbers = [number for number, kind, *_ in found["runs"] if kind == "trial"]
+    assert numbers == [str(number) for number in range(trials)], numbers
     assert all(status != "RUNNING" for _, _, status, *_ in found["runs"])
     for *_, curves, _, _ in found["runs"]:
         assert all(len({step for step, _ in points}) == len(points) for points in curves.values())
     assert found["runs"] == expected["runs"]
-    left = [path for path in one.root.rglob("*") if path.suffix in (".tmp", ".pt", ".new")]
+    assert found["models"] == expected["models"]
+    left = [path for path in one.root.rglob("*") if path.suffix in (".tmp", ".new")]
+    left += (Store(one.root).folder(STUDY) / "checkpoints").glob("*")
     assert left == [], left
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,37 @@ SMALL: dict[str, Any] = {
     "scheduler": {"constant": {}},
     "param_groups": {"all": {"pattern": "*"}},
 }
+
+
+SLOW_FIXTURES = {"test_delete", "test_objective", "test_python", "test_search"}
+"""Modules whose tests share a whole search, which is made once if `pytest -n auto` runs them in one process."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW_FIXTURES:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow without experiments, whose tables take seconds to create; copy it into a search's root."""
+    path = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def root_with_tables(mlflow_tables: Path, tmp_path: Path) -> Path:
+    """A folder for a search, with MLflow's tables."""
+    shutil.copy(mlflow_tables, tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -709,6 +709,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return status, printed.getvalue()
 
 
+@pytest.mark.usefixtures("root_with_tables")
 def test_a_search_over_a_file_of_ones_own_and_its_way_on(task: Path) -> None:
     command = ["--root", str(task.parent), "--set", "batch_size=8", "--set", "scheduler={constant: {}}"]
     status, printed = run("--workload", f"{task}:line", "--trials", "3", *command)
@@ -733,6 +734,7 @@ def templates(page: str) -> list[str]:
     return [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "-> Workload" in block]
 
 
+@pytest.mark.usefixtures("root_with_tables")
 def test_the_template_of_a_workload_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = templates("docs/own-workloads.md")
     name = code.splitlines()[0].removeprefix("# ")
@@ -803,6 +805,7 @@ def test_a_search_from_python_refuses_what_the_command_line_does(given: dict[str
         search(**given)
 
 
+@pytest.mark.usefixtures("root_with_tables")
 def test_a_metric_that_is_undefined_ends_no_trial_unless_it_decides(tmp_path: Path) -> None:
     undefined = {"auc": Metric(lambda outputs, targets: torch.tensor(torch.nan), "maximize")}
     workload = dataclasses.replace(tiny_workload(), metrics=undefined)

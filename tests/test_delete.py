@@ -21,9 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> Path:
     """A root with two studies, `mine` and `other`, and MLflow's runs of both."""
     root = tmp_path_factory.mktemp("made")
+    shutil.copy(mlflow_tables, root)
     store = Store(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -330,6 +330,7 @@ def test_a_frozen_backbone_stays_what_its_weights_are_to_the_bit(
     assert all(torch.equal(trained[name], weights[name]) for name in parameters.keys() - changed)
 
 
+@pytest.mark.usefixtures("root_with_tables")
 def test_fine_tuning_is_searched_on_a_folder_of_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     write_photos(tmp_path / "photos", {"cat": 4, "dog": 4})

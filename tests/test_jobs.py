@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import random
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -516,9 +517,12 @@ def test_what_a_model_draws_from_python_or_numpy_repeats(job: Callable[[], Workl
 
 
 def test_two_searches_and_a_winner_trained_again_repeat_what_numpy_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mlflow_tables: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        shutil.copy(mlflow_tables, tmp_path / name)
     space = {**SPACE, "workload": {"name": "own", "function": "jobs_with_tables:numpy_layer_drop"}}
     first, second = (
         search(space, trials=2, root=tmp_path / name, device="cpu", quiet=True) for name in ("first", "second")

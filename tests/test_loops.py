@@ -540,6 +540,7 @@ def test_the_gan_of_the_page_is_searched_and_trains_again_to_the_same_numbers(
     assert set(torch.load("model.pt", weights_only=True)) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
+@pytest.mark.usefixtures("root_with_tables")
 def test_the_walk_of_the_page_is_searched_by_its_reward_from_python(tmp_path: Path) -> None:
     assert "--set objective.metric=val/reward --set objective.direction=maximize" in PAGE
     objective = {"metric": "val/reward", "direction": "maximize"}

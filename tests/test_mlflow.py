@@ -131,20 +131,12 @@ def background_tracker(root: Path, study: StudyInfo) -> TrackerProcess:
     return tracker
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables, which take seconds to create."""
-    root = tmp_path_factory.mktemp("template")
-    background_tracker(root, study("template", workload="template")).close(stalled_s=CLOSE_S)
-    return root / "mlflow.db"
-
-
 @pytest.fixture
-def root(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(mlflow_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = tmp_path / "my project"  # a blank in a path is where URIs break
     root.mkdir()
-    shutil.copy(template, root)
+    shutil.copy(mlflow_tables, root)
     return root
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,9 @@ def _surroundings() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> Found:
     root, printed = tmp_path_factory.mktemp("search"), io.StringIO()
+    shutil.copy(mlflow_tables, root)
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "MAX_STEP_FLOPS", 12 * 3 * 2 * (6 * 8 + 8 * 3))  # a step of 12 samples
         result = search(SPACE, trials=4, root=root, device="cpu")

@@ -387,7 +387,10 @@ def test_an_own_optimizer_and_an_own_schedule_train_plain() -> None:
     assert executor.describe({0: both, 1: one, 2: none}) == "rows 1, plain 2"
 
 
-def test_a_search_goes_on_by_its_command_trains_records_and_repeats(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_goes_on_by_its_command_trains_records_and_repeats(
+    mlflow_tables: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(mlflow_tables, Path())
     begin, _, command = begin_study().resume("space-1").partition(" pipeline.search ")
     assert begin == "python -m"
     assert pipeline.search.main(shlex.split(command)) == 0

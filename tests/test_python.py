@@ -8,6 +8,7 @@ import io
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def script(root: Path) -> Ran:
+def script(root: Path, mlflow_tables: Path) -> Ran:
     """The page's calls as a script; its first search is stopped after an epoch, and so after two of its trials."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     template, calls = (next(code for code in blocks if word in code) for word in ("-> Workload", "train(result"))
@@ -75,6 +76,7 @@ def script(root: Path) -> Ran:
     calls = calls.replace('"batch_size": 32', '"batch_size": 32, "epochs": 1, "pruner": {"name": "none"}')
     calls = calls.replace("trials=20, ", "trials=8, timeout=1e-9, ").replace("trials=30, ", "trials=9, ")
     (root / "script.py").write_text(template + calls)
+    shutil.copy(mlflow_tables, root)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         names = runpy.run_path("script.py", run_name="__main__")
     return Ran(names, printed.getvalue())

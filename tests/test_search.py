@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -31,7 +32,8 @@ import pipeline.train
 from pipeline.app.answer import Answer
 from pipeline.app.display import spread
 from pipeline.app.prepare import prepare
-from pipeline.errors import InvalidInput, StudyBusy, TrainingEnded
+from pipeline.app.run_search import SIMILAR
+from pipeline.errors import InvalidInput, StudyBusy, TrainingEnded, nearest
 from pipeline.files import strict_yaml
 from pipeline.files.locks import folder_locked
 from pipeline.space.load import load_config, load_space
@@ -148,6 +150,7 @@ def test_a_search_leaves_its_record_and_says_where(found: Found) -> None:
     )
 
 
+@pytest.mark.usefixtures("root_with_tables")
 def test_a_search_that_mlflow_lacks_says_so_and_the_same_command_logs_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -515,17 +518,13 @@ def test_a_search_interrupted_within_a_group_goes_on_to_the_same_trials(found: F
     assert outcomes(store.open("pieces").ended) == outcomes(whole.ended) == outcomes(found.study.ended)
 
 
-@pytest.mark.parametrize(
-    ("signals", "status"),
-    [([signal.SIGINT], 130), ([signal.SIGTERM], 143), ([signal.SIGINT] * 1000, 130)],
-    ids=["INT", "TERM", "INT again and again"],
-)
-def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
-    found: Found, tmp_path: Path, capsys: pytest.CaptureFixture[str], signals: list[signal.Signals], status: int
-) -> None:
-    root, moved = tmp_path / "root", tmp_path / "moved"
+def search_with_signals(
+    found: Found, root: Path, tables: Path, signals: list[signal.Signals]
+) -> tuple[int, int, str, str]:
+    """Send signals to a search after its first group; return its status, its ended trials and what it printed."""
     root.mkdir()
-    options = ["--space", str(write_space(tmp_path)), "--trials", str(TRIALS), "--device", "cpu", "--no-confirm"]
+    shutil.copy(tables, root)
+    options = ["--space", str(write_space(root.parent)), "--trials", str(TRIALS), "--device", "cpu", "--no-confirm"]
     command = [sys.executable, "-c", WAITS_BEFORE_ITS_SECOND_GROUP, "--root", str(root), *options]
     pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
@@ -534,22 +533,42 @@ def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
         for number in signals:
             process.send_signal(number)
         printed, errors = process.communicate()
-    assert process.returncode == status
     assert headline.endswith("study small-1, seed 0\n")
     assert first_group.startswith(f"3/{TRIALS} trials   ")
     kept = Store(root).open("small-1").ended
     assert 3 <= len(kept) < TRIALS
     assert outcomes(kept) == outcomes(found.study.ended[: len(kept)])
+    return process.returncode, len(kept), printed, errors
 
-    go_on = f"--study small-1 --trials {TRIALS} --no-confirm --root {root} --device cpu"
+
+def go_on_of(root: Path) -> str:
+    """Return the options that go on with the search that signals have ended."""
+    return f"--study small-1 --trials {TRIALS} --no-confirm --root {root} --device cpu"
+
+
+def test_a_termination_ends_a_search_after_its_epoch(found: Found, tmp_path: Path, mlflow_tables: Path) -> None:
+    root = tmp_path / "root"
+    status, _, printed, errors = search_with_signals(found, root, mlflow_tables, [signal.SIGTERM])
+    assert (status, errors) == (143, "")
+    assert f"interrupted; go on with: python -m pipeline.search {go_on_of(root)}\n" in printed
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_ctrl_c_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
+    found: Found, tmp_path: Path, mlflow_tables: Path, capsys: pytest.CaptureFixture[str], times: int
+) -> None:
+    root, moved = tmp_path / "root", tmp_path / "moved"
+    status, kept, printed, errors = search_with_signals(found, root, mlflow_tables, [signal.SIGINT] * times)
+    assert status == 130
+    go_on = go_on_of(root)
     after_the_epoch = f"interrupted; go on with: python -m pipeline.search {go_on}\n"
     at_once = f"ended at once; go on with: python -m pipeline.search {go_on}\n"
-    assert (errors == "" and after_the_epoch in printed) or (errors == at_once and len(signals) > 1)
+    assert (errors == "" and after_the_epoch in printed) or (errors == at_once and times > 1)
     with folder_locked(Store(root).folder("small-1")):  # as MLflow's process does, which may still write
         root.rename(moved)
     assert pipeline.search.main(shlex.split(go_on.replace(str(root), str(moved)))) == 0
     went_on = capsys.readouterr()
-    assert f"study small-1, seed 0, goes on from trial {len(kept)}\n" in went_on.out
+    assert f"study small-1, seed 0, goes on from trial {kept}\n" in went_on.out
     assert went_on.err == ""
     assert outcomes(Store(moved).open("small-1").ended) == outcomes(found.study.ended)
     assert not root.exists()
@@ -597,17 +616,15 @@ def test_ctrl_c_that_an_import_turns_into_another_error_or_loses_ends_a_search(t
     assert not list(tmp_path.rglob("*.db"))
 
 
-@pytest.mark.parametrize(("name", "told"), [("mine1", True), ("other", False)])
-def test_a_new_study_of_a_name_like_another_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, told: bool
-) -> None:
+@pytest.mark.usefixtures("root_with_tables")
+def test_a_new_study_of_a_name_like_another_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = write_space(tmp_path)
     with contextlib.closing(Store(tmp_path)) as store:
         store.create(load_space(space), name="mine-1", trials=2, rules=RULES)
-    options = ["--study", name, "--trials", "1", "--set", "epochs=2", "--root", str(tmp_path), "--device", "cpu"]
+    options = ["--study", "mine1", "--trials", "1", "--set", "epochs=2", "--root", str(tmp_path), "--device", "cpu"]
     assert pipeline.search.main(["--space", str(space), *options]) == 0
-    line = f"new study     {name}; did you mean to continue mine-1?\n"
-    assert capsys.readouterr().out.startswith(line) == told
+    assert capsys.readouterr().out.startswith("new study     mine1; did you mean to continue mine-1?\n")
+    assert nearest("other", ["mine-1"], cutoff=SIMILAR) is None
 
 
 def test_a_second_search_of_a_study_is_refused_with_the_process_of_the_first(found: Found) -> None:
@@ -636,19 +653,16 @@ def test_a_full_disk_stops_a_search_with_its_cause_and_the_same_command_goes_on(
     found: Found, small_disk: Path, tmp_path: Path
 ) -> None:
     options = ["--space", str(write_space(tmp_path)), "--study", "mine", "--root", str(small_disk), "--device", "cpu"]
-    command = [sys.executable, "-m", "pipeline.search", *options, "--trials", str(TRIALS)]
-
-    def search(*more: str) -> subprocess.CompletedProcess[str]:
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # and so one process, as the other search had
-        return subprocess.run([*command, *more], env=one_thread, check=False, capture_output=True, text=True)
-
-    assert search("--timeout", "1e-9").returncode == 0  # one epoch
+    command = [*options, "--trials", str(TRIALS)]
+    assert pipeline.search.main([*command, "--timeout", "1e-9"]) == 0  # one epoch
     kept = len(Store(small_disk).open("mine").ended)
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-    stopped = search()
+    program = [sys.executable, "-m", "pipeline.search", *command]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # and so one process, as the other search had
+    stopped = subprocess.run(program, env=one_thread, check=False, capture_output=True, text=True)
     assert stopped.returncode == 1
     assert "Traceback" not in stopped.stderr
     assert re.search(r"^(storing trial|.*checkpoint.*: cannot be written).*(full|No space left)", stopped.stderr, re.M)
@@ -657,7 +671,7 @@ def test_a_full_disk_stops_a_search_with_its_cause_and_the_same_command_goes_on(
     )
     assert outcomes(Store(small_disk).open("mine").ended)[:kept] == outcomes(found.study.ended)[:kept]
     filler.unlink()
-    assert search().returncode == 0
+    assert pipeline.search.main(command) == 0
     assert outcomes(Store(small_disk).open("mine").ended) == outcomes(found.study.ended)
     parents, children, _ = mlflow_runs(small_disk)
     assert [run.info.status for run in parents] == ["FINISHED"]
