@@ -209,6 +209,18 @@ def test_a_stored_run_that_another_program_has_changed_is_refused(store: Store, 
         planned(study)
 
 
+@pytest.mark.parametrize("trial", [1, 99])
+def test_a_stored_answer_that_names_another_trial_is_refused(store: Store, trial: int) -> None:
+    study = searched(store, space_with(confirm=TWO_SEEDS))
+    confirmation = planned(study)
+    confirmation.keep()
+    (kept,) = study.notes("pipeline.confirmation.complete")
+    kept["candidates"][1].update(trial=trial, label=f"#{trial}")
+    study.note("pipeline.confirmation.complete", kept, doing="changing the answer")
+    with pytest.raises(StorageError, match="the confirmation of study s is not as a search stored it"):
+        Answer.of(study)
+
+
 def confirm(study: Study, folder: Path, *, epochs: int | None = None, test: Split | None = None) -> Confirmation:
     """Confirm a study on the tiny problem, for a number of epochs; None: to its end."""
     workload = tiny_workload() if test is None else dataclasses.replace(tiny_workload(), test=test)

@@ -80,6 +80,9 @@ class Confirmation:
             if len(self._runs) < len(stored):
                 raise ValueError("two runs have one number")
             known = [candidate for last in study.notes(_COMPLETE) for candidate in Plan.from_dict(last).candidates]
+            for candidate in known:
+                if candidate.trial is not None and study.ended[candidate.trial].config != candidate.config:
+                    raise ValueError(f"{candidate.label} is confirmed with another config")
         if self.candidates:
             self.candidates += [c for c in known if c not in self.candidates and self._has_every_seed(c)]
 
