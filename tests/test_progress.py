@@ -170,7 +170,7 @@ def test_the_best_trials_are_a_table_and_on_a_narrow_terminal_a_few_words_each(s
     for target in (wide, narrow):
         print_best(target, ranking, study.space)
     assert printed(wide)[0].split() == ["#", "val/accuracy", "optimizer", "base_lr", "schedule", "head", "ratio"]
-    assert printed(narrow) == ["#0  0.6667  adamw 3.3e-02, step 2 × 0.23, head ×3.3"]
+    assert printed(narrow) == ["val/accuracy with one seed", "#0  0.6667  adamw 3.3e-02, step 2 × 0.23, head ×3.3"]
 
 
 def test_trials_that_go_on_from_a_checkpoint_keep_their_curves(study: Study) -> None:

@@ -108,18 +108,19 @@ def best_table(ranking: Sequence[EndedTrial], space: SearchSpace) -> Table:
 def print_best(console: Console, ranking: Sequence[EndedTrial], space: SearchSpace) -> None:
     """Print the table of the first trials of a ranking; on a terminal that is too narrow, each trial in a few words."""
     rows = [(f"#{t.number}", score_line(t, space.objective), strategy_line(t.config, space)) for t in ranking[:BEST]]
-    _print_fitting(console, best_table(ranking, space), [("one seed", space.objective.metric, ""), *rows])
+    _print_fitting(console, best_table(ranking, space), rows, head=f"{space.objective.metric} with one seed")
 
 
 def print_confirmation(console: Console, ranking: Sequence[Confirmed], space: SearchSpace) -> None:
     """Print the table of a confirmation; on a terminal that is too narrow, without the seeds."""
     rows = [(found.candidate.label, spread(found), strategy_line(found.candidate.config, space)) for found in ranking]
-    _print_fitting(console, confirmation_table(ranking, space), [("confirmed", space.objective.metric, ""), *rows])
+    _print_fitting(console, confirmation_table(ranking, space), rows, head=f"{space.objective.metric} confirmed")
 
 
-def _print_fitting(console: Console, table: Table, narrow: Sequence[Sequence[str]]) -> None:
+def _print_fitting(console: Console, table: Table, narrow: Sequence[Sequence[str]], *, head: str) -> None:
     """Print a table; where a terminal is too narrow for it, a head and fewer cells per row; the last may be folded."""
     if console.measure(table, options=console.options.update(width=TABLE_WIDTH)).maximum > console.width:
+        console.print(head)
         table = Table.grid(padding=(0, 2, 0, 0))
         for column in range(len(narrow[0])):
             table.add_column(no_wrap=column < len(narrow[0]) - 1)
