@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class Models:
 
     def __init__(self, folder: Path, study: Study, *, warn: Callable[[str], None]) -> None:
         self._folder, self._study, self._warn = folder, study, warn
-        self._complete = {trial.number: trial for trial in study.best(len(study.ended))}
+        self._leading = self._may_win(study.best(len(study.ended)))
+        """Number of each trial that may win to the trial. A trial that may not never will: later trials only add."""
 
     def offer(self, trial: EndedTrial, state: Callable[[], Mapping[str, Any]]) -> None:
         """Keep the model of an ended trial that may win, and remove the models of trials that no longer may.
@@ -39,10 +40,11 @@ class Models:
         """
         if trial.state is not TrialState.COMPLETE or self._study.space.objective.of == "best":
             return
-        self._complete[trial.number] = trial
-        leading = {model_file(self._folder, number) for number in self._leading()}
-        if (path := model_file(self._folder, trial.number)) not in leading:
+        self._leading = self._may_win([*self._leading.values(), trial])
+        if trial.number not in self._leading:
             return
+        path = model_file(self._folder, trial.number)
+        leading = {model_file(self._folder, number) for number in self._leading}
         content = dict(state())
         try:
             with opened_atomic(path) as file:
@@ -52,12 +54,13 @@ class Models:
         except OSError as error:
             self._warn(f"{path}: cannot be written: {error.strerror}; the search goes on without it")
 
-    def _leading(self) -> set[int]:
-        """Return the numbers of the trials that may win among those that have ended."""
+    def _may_win(self, complete: Sequence[EndedTrial]) -> dict[int, EndedTrial]:
+        """Return the trials that may win among some that are complete: the search's first and the finalists."""
+        if not complete:
+            return {}
         space = self._study.space
-        objective, count = space.objective, space.confirm.finalists
-        trials = self._complete.values()
-        return {trial.number for trial in [min(trials, key=objective.order), *finalists(trials, space, count=count)]}
+        first = min(complete, key=space.objective.order)
+        return {t.number: t for t in [first, *finalists(complete, space, count=space.confirm.finalists)]}
 
 
 def model_file(folder: Path, number: int) -> Path:
