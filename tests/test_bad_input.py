@@ -414,7 +414,7 @@ def test_a_message_is_short_however_long_the_values_are(
     Path("mine.yaml").write_text(content)
     said = refuse("search --space mine.yaml", capsys)
     assert "mine.yaml: " in said
-    assert len(said) < 6000  # 20 problems, each with at most some 250 characters
+    assert len(said) < 5000  # 20 problems, each with at most some 250 characters
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

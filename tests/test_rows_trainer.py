@@ -233,6 +233,7 @@ def test_the_plain_trainer_is_equalled_in_float32_for_as_long_as_rounding_is_not
 
 
 TORCHVISION: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
     "mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
     "efficientnet_b0": lambda: torchvision.models.efficientnet_b0(num_classes=10),
     "vision_transformer": lambda: torchvision.models.VisionTransformer(
@@ -265,7 +266,7 @@ def test_models_of_torchvision_equal_the_plain_trainer(name: str) -> None:
         loss=F.cross_entropy,
         metrics=metrics,
     )
-    pattern = "heads.*" if name == "vision_transformer" else "classifier.*"
+    pattern = {"resnet18": "fc.*", "vision_transformer": "heads.*"}.get(name, "classifier.*")
     head = ParamGroup(pattern=(pattern,), lr_ratio=2.0)
     groups = {"head": head, "body": ParamGroup(pattern=("*",))}
     # Between two BatchNorms a bias has no gradient but rounding, which Adam would divide by its root: hence the eps.

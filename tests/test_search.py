@@ -32,8 +32,7 @@ import pipeline.train
 from pipeline.app.answer import Answer
 from pipeline.app.display import spread
 from pipeline.app.prepare import prepare
-from pipeline.app.run_search import SIMILAR
-from pipeline.errors import InvalidInput, StudyBusy, TrainingEnded, nearest
+from pipeline.errors import InvalidInput, StudyBusy, TrainingEnded
 from pipeline.files import strict_yaml
 from pipeline.files.locks import folder_locked
 from pipeline.space.load import load_config, load_space
@@ -185,6 +184,7 @@ def test_best_yaml_is_the_best_trials_config_and_what_was_found(found: Found) ->
     assert noted["trial"] == best.number
     assert noted["metrics"] == best.metrics
     assert noted["metrics"]["val/accuracy"] == best.value
+    assert found.study.best()[0].value == max(trial.value or 0 for trial in found.study.ended)
     assert [run["epochs"] for run in noted["environment"]["placement"]] == [2, 1]
     comment = f"# Trial {best.number} of study small-1: val/accuracy {best.value:.4f} after 3 epochs, complete."
     assert found.best_yaml.read_text().startswith(comment)
@@ -546,24 +546,26 @@ def go_on_of(root: Path) -> str:
     return f"--study small-1 --trials {TRIALS} --no-confirm --root {root} --device cpu"
 
 
-def test_a_termination_ends_a_search_after_its_epoch(found: Found, tmp_path: Path, mlflow_tables: Path) -> None:
-    root = tmp_path / "root"
-    status, _, printed, errors = search_with_signals(found, root, mlflow_tables, [signal.SIGTERM])
-    assert (status, errors) == (143, "")
-    assert f"interrupted; go on with: python -m pipeline.search {go_on_of(root)}\n" in printed
-
-
-@pytest.mark.parametrize("times", [1, 1000])
-def test_ctrl_c_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
-    found: Found, tmp_path: Path, mlflow_tables: Path, capsys: pytest.CaptureFixture[str], times: int
+@pytest.mark.parametrize(
+    ("signals", "expected"),
+    [([signal.SIGINT], 130), ([signal.SIGTERM], 143), ([signal.SIGINT] * 1000, 130)],
+    ids=["INT", "TERM", "INT again and again"],
+)
+def test_a_signal_keeps_what_was_done_and_the_search_goes_on_even_elsewhere(
+    found: Found,
+    tmp_path: Path,
+    mlflow_tables: Path,
+    capsys: pytest.CaptureFixture[str],
+    signals: list[signal.Signals],
+    expected: int,
 ) -> None:
     root, moved = tmp_path / "root", tmp_path / "moved"
-    status, kept, printed, errors = search_with_signals(found, root, mlflow_tables, [signal.SIGINT] * times)
-    assert status == 130
+    status, kept, printed, errors = search_with_signals(found, root, mlflow_tables, signals)
+    assert status == expected
     go_on = go_on_of(root)
     after_the_epoch = f"interrupted; go on with: python -m pipeline.search {go_on}\n"
     at_once = f"ended at once; go on with: python -m pipeline.search {go_on}\n"
-    assert (errors == "" and after_the_epoch in printed) or (errors == at_once and times > 1)
+    assert (errors == "" and after_the_epoch in printed) or (errors == at_once and len(signals) > 1)
     with folder_locked(Store(root).folder("small-1")):  # as MLflow's process does, which may still write
         root.rename(moved)
     assert pipeline.search.main(shlex.split(go_on.replace(str(root), str(moved)))) == 0
@@ -617,14 +619,17 @@ def test_ctrl_c_that_an_import_turns_into_another_error_or_loses_ends_a_search(t
 
 
 @pytest.mark.usefixtures("root_with_tables")
-def test_a_new_study_of_a_name_like_another_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "told"), [("mine1", True), ("other", False)])
+def test_a_new_study_of_a_name_like_another_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, told: bool
+) -> None:
     space = write_space(tmp_path)
     with contextlib.closing(Store(tmp_path)) as store:
         store.create(load_space(space), name="mine-1", trials=2, rules=RULES)
-    options = ["--study", "mine1", "--trials", "1", "--set", "epochs=2", "--root", str(tmp_path), "--device", "cpu"]
+    options = ["--study", name, "--trials", "1", "--set", "epochs=2", "--root", str(tmp_path), "--device", "cpu"]
     assert pipeline.search.main(["--space", str(space), *options]) == 0
-    assert capsys.readouterr().out.startswith("new study     mine1; did you mean to continue mine-1?\n")
-    assert nearest("other", ["mine-1"], cutoff=SIMILAR) is None
+    line = f"new study     {name}; did you mean to continue mine-1?\n"
+    assert capsys.readouterr().out.startswith(line) == told
 
 
 def test_a_second_search_of_a_study_is_refused_with_the_process_of_the_first(found: Found) -> None:

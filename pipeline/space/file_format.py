@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import (
@@ -115,7 +115,16 @@ def check(form: type[Model], data: Any) -> tuple[Model | None, list[Problem]]:
     except ValidationError as error:
         # Pydantic calls a list with a wrong item too short besides.
         found = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
-        return None, [_problem(form, details) for details in found]
+        return None, list(_listing_once(_problem(form, details) for details in found))
+
+
+def _listing_once(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Yield problems, of which those of unknown names list the known ones only the first time."""
+    listed: set[str] = set()
+    for problem in problems:
+        message, known, names = problem.message.partition("; known: ")
+        yield Problem(problem.place, f"{message}; known: as above") if names in listed else problem
+        listed |= {names} if known else set()
 
 
 def one_or_list(form: type[BaseModel]) -> Any:
