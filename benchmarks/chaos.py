@@ -47,7 +47,7 @@ scheduler:
 param_groups:
   head: {{pattern: "fc.*", lr_ratio: {{low: 0.1, high: 10, log: true}}}}
   body: {{pattern: "*"}}
-sampler: {{name: tpe, n_startup_trials: 4}}
+sampler: {{name: tpe, n_startup_trials: 4, group_size: 6}}
 pruner: {{name: successive_halving, min_resource: 3}}
 """
 VICTIMS = ("search", "mlflow", "worker", "all")

@@ -83,7 +83,7 @@ def search(seed: int, trials: int) -> Iterator[float]:
     """Yield the loss of each trial of a search that is complete."""
     space = space_from_document(SPACE | {"seed": seed}, name="cap")
     space, executor = prepare(space, source="cap", device="cpu", searching=True)
-    size, earlier = group_size(trials), list[FrozenTrial]()
+    size, earlier = group_size(space, executor.rules), list[FrozenTrial]()
     distributions = samplers.distributions(space)
     while len(earlier) < trials:
         first = len(earlier)

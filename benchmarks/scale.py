@@ -36,7 +36,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from pipeline.study.store import Store
-from pipeline.study.study import group_size
+from pipeline.study.study import GROUP_SIZES
 from pipeline.workloads.workload import Workload
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ def measure(root: Path, sampler: str, trials: int) -> None:
     search = ["-m", "pipeline.search", "--space", "space.yaml", "--no-confirm", "--device", "cpu", "--study", STUDY]
     command = [sys.executable, *search, "--trials", str(trials)]
     watched = watch(root, command, trials)
-    size = group_size(trials)
+    size = GROUP_SIZES["cpu"]
     windows = {"early": (size, 3 * size), "late": (trials // size * size - 4 * size, trials // size * size)}
     for name, (first, last) in windows.items():
         if 0 < first < last <= trials:

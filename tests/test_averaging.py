@@ -144,8 +144,8 @@ def test_the_mean_of_an_epochs_weights_is_that_of_a_loop_as_one_writes_it(traine
     for evaluated, metrics in ((model, second.metrics), (mean.module, second.averaged)):
         with torch.no_grad():
             outputs = evaluated.eval()(workload.val.inputs)
-        loss = F.cross_entropy(outputs, workload.val.targets).item()
-        assert metrics["val/loss"] == pytest.approx(loss, rel=1e-12)
+        expected = F.cross_entropy(outputs, workload.val.targets).item()
+        assert metrics["val/loss"] == pytest.approx(expected, rel=1e-12)
         assert metrics["val/accuracy"] == (outputs.argmax(dim=1) == workload.val.targets).double().mean().item()
 
 

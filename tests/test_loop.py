@@ -41,7 +41,7 @@ DOCUMENT: dict[str, Any] = {
     "scheduler": {"exponential": {"gamma": {"low": 0.5, "high": 0.9}}},
     "param_groups": {"all": {"pattern": "*"}},
     "pruner": {"name": "median", "n_startup_trials": 2, "n_warmup_epochs": 2},
-    "sampler": {"name": "random"},
+    "sampler": {"name": "random", "group_size": 8},
 }
 """A space whose configs also fit the tiny problem."""
 

@@ -55,7 +55,7 @@ pytestmark = [
 ]
 
 TRIALS = 12
-"""Proposed two at a time."""
+"""Proposed three at a time."""
 EPOCHS = 3
 STEPS_PER_EPOCH = 20
 SPACE = """
@@ -70,7 +70,7 @@ scheduler:
 param_groups:
   head: {pattern: "fc.*", lr_ratio: {low: 0.1, high: 10, log: true}}
   body: {pattern: "*"}
-sampler: {name: tpe, n_startup_trials: 4}
+sampler: {name: tpe, n_startup_trials: 4, group_size: 3}
 pruner: {name: successive_halving, min_resource: 2}
 confirm: {share: 0.6}
 """

@@ -38,6 +38,7 @@ DOCUMENT: dict[str, Any] = {
     "optimizer": {"sgd": {"base_lr": {"low": 1e-3, "high": 1.0, "log": True}}},
     "scheduler": {"constant": {}},
     "param_groups": {"all": {"pattern": "*"}},
+    "sampler": {"group_size": 3},
 }
 STUDY_FILES = [
     f"mlruns/studies/mine/{name}" for name in ("lock", "best.yaml", "checkpoints/trials-to-000001-epoch-000001.pt")
@@ -93,7 +94,7 @@ def test_headers_tell_what_a_study_is_without_its_trials(store: Store) -> None:
     create(store, space, name="first", trials=50, ended=2)
     create(store, space, name="second", trials=8)
     first, second = store.headers()
-    assert (first.name, first.space, first.trials, first.group_size, first.ended) == ("first", "small", 50, 13, 2)
+    assert (first.name, first.space, first.trials, first.group_size, first.ended) == ("first", "small", 50, 3, 2)
     assert (second.name, second.ended) == ("second", 0)
     assert first.document == space.document
 
@@ -103,7 +104,7 @@ def test_an_opened_study_has_the_space_that_it_was_made_with(store: Store) -> No
     create(store, space, name="first", trials=50)
     study = store.open("first")
     assert study.space == space
-    assert study.group_size == 13
+    assert study.group_size == 3
 
 
 def test_the_newest_study_opens_by_default(store: Store) -> None:

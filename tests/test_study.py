@@ -19,14 +19,14 @@ from tiny import RULES
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
-from pipeline.space.placement import Placement
+from pipeline.space.placement import Placement, PlacementRules
 from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.loop import run_group
 from pipeline.study.samplers import distributions
 from pipeline.study.store import Store
-from pipeline.study.study import Study, group_size
+from pipeline.study.study import GROUP_SIZES, Study, group_size
 
 EPOCHS = 4
 DOCUMENT: dict[str, Any] = {
@@ -47,7 +47,7 @@ DOCUMENT: dict[str, Any] = {
         "body": {"pattern": "*"},
     },
     "pruner": {"name": "successive_halving", "min_resource": 2},
-    "sampler": {"name": "tpe", "n_startup_trials": 4},
+    "sampler": {"name": "tpe", "n_startup_trials": 4, "group_size": 3},
 }
 SAMPLERS = ("tpe", "gp", "random", "qmc")
 
@@ -198,7 +198,8 @@ _names = (f"study-{number}" for number in itertools.count())
 
 
 def new_study(store: Store, space: SearchSpace, *, trials: int) -> Study:
-    return store.create(space, name=next(_names), trials=trials, rules=RULES)
+    quarter = dataclasses.replace(space.sampler, group_size=-(-trials // 4))
+    return store.create(dataclasses.replace(space, sampler=quarter), name=next(_names), trials=trials, rules=RULES)
 
 
 def stored(store: Store, study: Study) -> optuna.Study:
@@ -206,10 +207,15 @@ def stored(store: Store, study: Study) -> optuna.Study:
 
 
 @pytest.mark.parametrize(
-    ("trials", "size"), [(1, 1), (4, 1), (5, 2), (8, 2), (12, 3), (50, 13), (100, 25), (256, 64), (10_000, 64)]
+    ("device", "processes", "size"),
+    [("cpu", 1, GROUP_SIZES["cpu"]), ("mps", 1, GROUP_SIZES["cpu"]), ("cpu", 40, 40), ("cuda", 1, GROUP_SIZES["cuda"])],
 )
-def test_group_size_is_a_quarter_of_the_trials_but_at_most_64(trials: int, size: int) -> None:
-    assert group_size(trials) == size
+def test_group_size_is_a_constant_of_the_device_unless_the_space_says_it(
+    device: str, processes: int, size: int
+) -> None:
+    rules = PlacementRules(device=device, processes=processes)
+    assert group_size(space_with(sampler={"name": "random"}), rules) == size
+    assert group_size(space_with(sampler={"name": "random", "group_size": 3}), rules) == 3
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -18,6 +18,7 @@ from pipeline.page.how_sure import how_sure
 from pipeline.page.markup import card, escaped, figures, folded, legend, paragraphs, split, table, unbroken
 from pipeline.page.metric import MetricAxis
 from pipeline.page.noise import Noise, noise_of
+from pipeline.page.pruned import pruned_where
 from pipeline.page.results import StudyResults
 from pipeline.page.scales import plain
 from pipeline.page.sentence import optimizer_title, rate_text
@@ -43,6 +44,7 @@ def build_page(results: StudyResults) -> str:
         _by_rate(results, axis, noise),
         _rates(results),
         _learning_curves(results, axis),
+        pruned_where(results),
         _slices(results, axis, noise),
         _importance(results),
         _time(results),

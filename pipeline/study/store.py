@@ -203,7 +203,7 @@ class Store:
             "space": space.name,
             "document": space.document,
             "trials": trials,
-            "group_size": group_size(trials),
+            "group_size": group_size(space, rules),
             "placement": rules.to_dict(),
             "fingerprint": fingerprint,
             "confirmed": 0,

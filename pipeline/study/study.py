@@ -248,14 +248,19 @@ class Study:
         return scores
 
 
-def group_size(trials: int) -> int:
-    """Return how many of a search's trials are proposed at a time: a quarter, such as 13 of 50, and at most 64.
+GROUP_SIZES = {"cpu": 13, "cuda": 64}
+"""Kind of device to the number of trials that are proposed at a time; of other kinds, as on a CPU.
 
-    A larger group trains faster, since more trials share a matrix, but its sampler knows fewer results. On the digits,
-    groups of 13 found in as many trials a loss 6 ± 4 % higher than groups of 8, in three quarters of the time
-    (benchmarks/NOTES.md).
-    """
-    return min(64, -(-trials // 4))
+A larger group trains faster, since more trials share a matrix; its sampler knows fewer results. Measured on a CPU
+(benchmarks/NOTES.md); on CUDA a guess.
+"""
+
+
+def group_size(space: SearchSpace, rules: PlacementRules) -> int:
+    """Return how many trials are proposed at a time: as the space says, else a constant of the device."""
+    if space.sampler.group_size is not None:
+        return space.sampler.group_size
+    return max(GROUP_SIZES.get(rules.device, GROUP_SIZES["cpu"]), rules.processes)
 
 
 STORAGE_ERRORS = (
