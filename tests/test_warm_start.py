@@ -222,6 +222,8 @@ def test_another_reference_or_none_begins_another_study(store: Store) -> None:
     assert chosen(store) == ("small-1", True)  # not the newer one, which begins with nothing
     with pytest.raises(InvalidInput, match=r"enqueue\.best: the study has 5, this search 4"):
         store.choose(space_with(enqueue={**REFERENCE, "best": 4}), trials=8, name="small-1")
+    with pytest.raises(InvalidInput, match=r'enqueue\.study: the study has "old", this search nothing'):
+        store.choose(space_with(), trials=8, name="small-1")
 
 
 @pytest.mark.parametrize(

@@ -363,9 +363,10 @@ def _as_given(space: SearchSpace) -> Mapping[str, Any]:
 
 
 def _compared(header: StudyHeader, space: SearchSpace) -> dict[str, Any]:
-    """Return the document of a study as it is compared with a space: with a warm start if both have one."""
+    """Return the document of a study as it is compared with a space: with its warm start, unless the configs agree."""
     document = _with_defaults(header)
-    if space.warm_start is not None and header.warm_start is not None:
+    agree = space.warm_start is None and document.get("enqueue") == space.document["enqueue"]
+    if header.warm_start is not None and not agree:
         document = {**document, "enqueue": header.warm_start}
     return searched_part(document)
 
