@@ -7,7 +7,7 @@ same command finds the new study again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.app.answer import Answer
@@ -56,21 +56,11 @@ def warm_started(
     if not best:
         message = f"study {study.name} has no complete trial; name another study, or leave enqueue away"
         raise InvalidInput(source, [Problem("enqueue.study", message)])
-    entries: dict[str, dict[str, Any]] = {}
-    left_out: list[Problem] = []
-    for label, candidate in best.items():
-        params = None if candidate.trial is None else study.ended[candidate.trial].params
-        entry, problems = entry_of(space, candidate.config, params=params, other=study.space)
-        if problems:
-            more = f" ({counted(len(problems) - 1, 'more problem')})" if problems[1:] else ""
-            left_out.append(Problem(label, f"{problems[0]}{more}"))
-        else:
-            entries[label] = entry
+    entries, left_out = _fitting(best, study, space)
     if not entries:
         remedy = f"none of the best of study {study.name} fits this space; name another study, or change the space"
-        raise InvalidInput(
-            source, [Problem(f"enqueue.study: {one.place}", one.message) for one in left_out], remedy=remedy
-        )
+        problems = [Problem(f"enqueue.study: {one.place}", one.message) for one in left_out]
+        raise InvalidInput(source, problems, remedy=remedy)
     say(f"tried first   {counted(len(entries), 'config')} of study {study.name}: {', '.join(entries)}")
     if other := list(_other_settings(best[next(iter(entries))].config, space)):
         say(printable(f"              which had {', '.join(other)}"))
@@ -99,6 +89,23 @@ def _best(study: Study, count: int) -> dict[str, Candidate]:
             label = f"#{trial.number}"
             best[label] = Candidate(trial=trial.number, label=label, config=trial.config)
     return best
+
+
+def _fitting(
+    best: Mapping[str, Candidate], study: Study, space: SearchSpace
+) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """Return the entries of the configs that fit a space by their labels, and one problem for each other config."""
+    entries: dict[str, dict[str, Any]] = {}
+    left_out: list[Problem] = []
+    for label, candidate in best.items():
+        params = None if candidate.trial is None else study.ended[candidate.trial].params
+        entry, problems = entry_of(space, candidate.config, params=params, other=study.space)
+        if problems:
+            more = f" ({counted(len(problems) - 1, 'more problem')})" if problems[1:] else ""
+            left_out.append(Problem(label, f"{problems[0]}{more}"))
+        else:
+            entries[label] = entry
+    return entries, left_out
 
 
 def _other_settings(config: TrialConfig, space: SearchSpace) -> Iterator[str]:
