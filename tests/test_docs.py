@@ -23,7 +23,7 @@ from pipeline.space.optimizers import OPTIMIZERS
 from pipeline.space.param_groups import ParameterRule, ParamGroup
 from pipeline.space.pruners import Median, NoPruner, SuccessiveHalving
 from pipeline.space.schedules import SCHEDULERS
-from pipeline.space.search_space import Objective, Sampler
+from pipeline.space.search_space import Objective, Sampler, WarmStart
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "search-space.md"
@@ -37,6 +37,7 @@ TABLES: dict[str, dict[str, type[Any]]] = {
     "no_weight_decay": {"": ParameterRule},
     "sampler": {"": Sampler},
     "confirm": {"": Confirm},
+    "enqueue": {"": WarmStart},
     "pruner": {"successive_halving": SuccessiveHalving, "median": Median, "none": NoPruner},
 }
 """Section of a file to the classes whose fields are its keys."""

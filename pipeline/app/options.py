@@ -392,7 +392,10 @@ def _stored_study(root: Path, name: str | None) -> StudyHeader | None:
 
 def _stored_space(stored: StudyHeader, overrides: Overrides) -> FoundSpace:
     source = source_of(f"--study {stored.name}", overrides)
-    data = override(stored.document, _agreed_overrides(stored, overrides))
+    document = stored.document
+    if stored.warm_start is not None and any(place.startswith("enqueue.") for place in overrides):
+        document = {**document, "enqueue": stored.warm_start}
+    data = override(document, _agreed_overrides(stored, overrides))
     return FoundSpace(space=build_space(data, source=source, name=stored.space), source=source, file=None)
 
 

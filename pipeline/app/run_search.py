@@ -20,6 +20,7 @@ from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.progress import Progress
 from pipeline.app.result import SearchResult
 from pipeline.app.run_confirmation import announcement, run_confirmation
+from pipeline.app.warm_start import refuse_unknown, warm_started
 from pipeline.errors import DataError, DeviceError, StorageError, counted, nearest, printable
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
@@ -53,6 +54,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     space, trials = options.space, options.trials
     if options.workload is None:
         cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
+    store = Store(options.folder, warn=cli.warn)
+    refuse_unknown(space.warm_start, store, source=options.source)
     with busy(console, "reading the data, and trying model, loss and metrics"):
         space, executor = prepare(
             space,
@@ -62,7 +65,6 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
             rows=options.rows,
             workload=options.workload,
         )
-    store = Store(options.folder, warn=cli.warn)
     with busy(console, "comparing code, data and model with those of the study"):
         trained = fingerprint_of(space, executor)
     with busy(console, OPENING):
@@ -71,6 +73,8 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         near = nearest(name, [header.name for header in store.headers()], cutoff=SIMILAR)
         if near is not None:
             say(console, f"new study     {name}; did you mean to continue {near}?")
+    if not exists:
+        space = warm_started(space, store, source=options.source, say=functools.partial(say, console))
     resume = options.resume(name)
     message = f"ended at once; go on with: {resume}"
     interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
@@ -139,6 +143,7 @@ def _opened(
     """Open the study, or begin it; another search may have begun it since it was chosen."""
     name, exists = _chosen(store, space, trained, options)
     if not exists:
+        space = warm_started(space, store, source=options.source)  # a study that was chosen may be deleted by now
         return store.create(space, name=name, trials=options.trials, rules=executor.rules, fingerprint=trained)
     study = store.open(name, trials=options.trials, fingerprint=trained)
     executor.adopt(study.rules)

@@ -127,6 +127,16 @@ def as_stored(distribution: Any, value: Any) -> Any:
     return float(value) if isinstance(distribution, Range) and isinstance(value, Share) else label(value)
 
 
+def from_stored(distribution: Any, stored: Any) -> Any:
+    """Return the value of a distribution that Optuna stores so, the inverse of `as_stored`."""
+    match distribution:
+        case Range(low=Share()):
+            return Share(stored)
+        case Choices(choices=choices):
+            return next((choice for choice in choices if _same(label(choice), stored)), stored)
+    return stored
+
+
 def contains(distribution: Any, value: Any) -> bool:
     """Say whether a value could be chosen from a distribution."""
     value = as_tuples(value)

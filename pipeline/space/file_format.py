@@ -49,13 +49,17 @@ MAX_COUNT = 10**9
 
 _KINDS = (_VALUE, _SHARE, _CHOICES, _RANGE, _SHARES) = ("<value>", "<share>", "<choices>", "<range>", "<shares>")
 """Tags of the forms that a searchable field accepts; spelt unlike any key of a file."""
+_LIST, _FORM = "<list>", "<form>"
+"""Tags of the two forms of `list_or_form`."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def form_of(cls: type[Any], *, searchable: bool) -> type[BaseModel]:
-    """Derive the pydantic model of a dataclass; its fields accept distributions if `searchable`."""
-    return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **fields_of(cls, searchable=searchable))
+def form_of(cls: type[Any], *, searchable: bool, only: Iterable[str] | None = None) -> type[BaseModel]:
+    """Derive the pydantic model of a dataclass, or of some of its fields; they accept distributions if `searchable`."""
+    fields = fields_of(cls, searchable=searchable)
+    names = fields if only is None else only
+    return create_model(cls.__name__, __config__=FORM, __doc__=cls.__doc__, **{name: fields[name] for name in names})
 
 
 def fields_of(cls: type[Any], *, searchable: bool) -> dict[str, Any]:
@@ -153,6 +157,12 @@ def one_or_several(element: Any) -> Any:
     several = Annotated[tuple[element, ...], Field(min_length=1), Tag(_CHOICES)]
     kind = Discriminator(lambda data: _CHOICES if isinstance(data, list | tuple) else _VALUE)
     return Annotated[Annotated[element, Tag(_VALUE)] | several, kind]
+
+
+def list_or_form(item: Any, form: type[BaseModel]) -> Any:
+    """Return the type of a list of items, or of a mapping with the fields of a form."""
+    kind = Discriminator(lambda data: _FORM if isinstance(data, dict | str | BaseModel) else _LIST)
+    return Annotated[Annotated[list[item], Tag(_LIST)] | Annotated[form, Tag(_FORM)], kind]
 
 
 def named_union(*classes: type[Any]) -> Any:
@@ -371,7 +381,11 @@ def _problem(form: type[BaseModel], details: ErrorDetails) -> Problem:
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:
     """Return the keys that lead to a problem; pydantic's location also holds the tags of unions, which are no keys."""
     tagged = loc[:1] in (("pruner",), ("workload",))
-    return [part for index, part in enumerate(loc) if part not in (*_KINDS, "[key]") and not (tagged and index == 1)]
+    return [
+        part
+        for index, part in enumerate(loc)
+        if part not in (*_KINDS, _LIST, _FORM, "[key]") and not (tagged and index == 1)
+    ]
 
 
 def _unknown(place: list[Any], known: list[str]) -> str:
@@ -415,7 +429,7 @@ def _known_keys(form: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
                     following += _models_in(item)
         if following:
             candidates = following
-        elif part in _KINDS:
+        elif part in (*_KINDS, _LIST, _FORM):
             wanted = {_CHOICES: "Choices", _RANGE: "Range", _SHARES: "Range"}.get(str(part), "")
             candidates = [model for model in candidates if model.__name__.startswith(wanted)] or candidates
         else:

@@ -6,18 +6,17 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StringConstraints, create_model
 
-from pipeline.errors import InvalidInput, Problem, did_you_mean
+from pipeline.errors import InvalidInput, Problem
 from pipeline.files import strict_yaml
 from pipeline.space import rules
 from pipeline.space.config import (
-    SEARCHABLE_SETTINGS,
     SETTINGS,
     WORKLOAD_CHOICES,
     WORKLOADS,
@@ -25,14 +24,15 @@ from pipeline.space.config import (
     TrialConfig,
 )
 from pipeline.space.confirm import Confirm
-from pipeline.space.distributions import as_stored, contains, describe, extremes, is_searched, label
+from pipeline.space.distributions import is_searched
+from pipeline.space.enqueue import read_entry
 from pipeline.space.file_format import (
     FORM,
     MAX_COUNT,
     check,
     fields_of,
     form_of,
-    in_percent,
+    list_or_form,
     named_union,
     one_or_list,
     one_or_more,
@@ -42,10 +42,10 @@ from pipeline.space.file_format import (
 from pipeline.space.optimizers import OPTIMIZERS, OwnOptimizer
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.own_code import SHARED, is_own, load_own
-from pipeline.space.param_groups import ParameterRule, ParamGroup, is_numbered, numbered_layers
+from pipeline.space.param_groups import ParameterRule, ParamGroup, numbered_layers
 from pipeline.space.pruners import PRUNERS
 from pipeline.space.schedules import SCHEDULERS, OwnScheduler, scheduler_class
-from pipeline.space.search_space import Domains, Objective, Sampler, SearchSpace
+from pipeline.space.search_space import Objective, Sampler, SearchSpace, WarmStart
 from pipeline.space.shares import has_shares_of_run, resolve_lengths
 
 
@@ -169,15 +169,24 @@ def with_layers(space: SearchSpace, names: Iterable[str]) -> SearchSpace:
             for name, group in groups.items()
         }
 
-    document = {
-        **space.document,
-        "param_groups": numbered(space.document["param_groups"]),
-        "enqueue": [
+    document = {**space.document, "param_groups": numbered(space.document["param_groups"])}
+    if space.warm_start is None:
+        document["enqueue"] = [
             {**entry, "param_groups": numbered(entry["param_groups"])} if "param_groups" in entry else entry
             for entry in space.document["enqueue"]
-        ],
-    }
+        ]
     return space if document == space.document else space_from_document(document, name=space.name)
+
+
+def with_enqueued(space: SearchSpace, entries: Sequence[Mapping[str, Any]]) -> SearchSpace:
+    """Return a space with the configs that its warm start became.
+
+    Args:
+        space: The search space.
+        entries: The configs in a file's words, as `entry_of` makes them.
+    """
+    resolved = space_from_document({**space.document, "enqueue": list(entries)}, name=space.name)
+    return dataclasses.replace(resolved, warm_start=space.warm_start)
 
 
 def load_config(
@@ -248,7 +257,10 @@ def file_form() -> type[BaseModel]:
         "sampler": (form_of(Sampler, searchable=False), defaults),
         "pruner": (named_union(*PRUNERS.values()), no_pruner),
         "confirm": (form_of(Confirm, searchable=False), defaults),
-        "enqueue": (list[dict[str, Any]], Field(default=[], description="Configs to try first, in a file's words.")),
+        "enqueue": (
+            list_or_form(dict[str, Any], form_of(WarmStart, searchable=False)),
+            Field(default=[], description="Configs to try first: a list of them, or the best of an earlier study."),
+        ),
     }
     return create_model("SearchSpace", __config__=FORM, **fields)
 
@@ -287,13 +299,14 @@ def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[Searc
         ),
         confirm=Confirm(**dict(values.confirm)),
         enqueue=(),
+        warm_start=None,
         document=document,
     )
     space, problems = _with_noted_steps(space, values.steps_per_epoch)
     problems += rules.problems(space)
-    known: list[Mapping[str, Any]] = []
-    for index, entry in enumerate(values.enqueue):
-        known.append(dict(_enqueued(space, entry, f"enqueue.{index}", problems)))
+    if not isinstance(values.enqueue, list):
+        return dataclasses.replace(space, warm_start=WarmStart(**dict(values.enqueue))), problems
+    known = [dict(read_entry(space, entry, f"enqueue.{n}", problems)) for n, entry in enumerate(values.enqueue)]
     return dataclasses.replace(space, enqueue=tuple(known)), problems
 
 
@@ -360,96 +373,6 @@ def _searched_places(space: SearchSpace) -> Iterator[str]:
         for owner, domains in options.items():
             yield from (f"{kind}.{owner}.{name}" for name, domain in domains.items() if is_searched(domain))
     yield from (name for name, domain in space.settings.items() if is_searched(domain))
-
-
-def _enqueued(
-    space: SearchSpace, entry: Mapping[str, Any], place: str, problems: list[Problem]
-) -> Iterator[tuple[str, Any]]:
-    """Yield a config to try first as values by Optuna's parameter names; append its problems to `problems`."""
-    parts = {"optimizer": space.optimizers, "scheduler": space.schedulers, "param_groups": space.param_groups}
-    for key, value in entry.items():
-        if key in SEARCHABLE_SETTINGS:
-            yield from _enqueued_value(key, space.settings[key], value, f"{place}.{key}", problems, got=repr(value))
-            continue
-        if key not in parts:
-            known = (*parts, *SEARCHABLE_SETTINGS)
-            problems.append(Problem(f"{place}.{key}", f"unknown key; {did_you_mean(key, known)}"))
-            continue
-        if not isinstance(value, dict) or (key != "param_groups" and len(value) != 1):
-            problems.append(Problem(f"{place}.{key}", f"must be a mapping with one name as its key, got {value!r}"))
-            continue
-        for owner, values in value.items():
-            here = f"{place}.{key}.{owner}"
-            if owner not in parts[key]:
-                problems.append(Problem(here, f"is not in this space; {did_you_mean(owner, parts[key])}"))
-                continue
-            if not isinstance(values, dict):
-                problems.append(Problem(here, f"must be a mapping, `key: value`, got {values!r}"))
-                continue
-            if key != "param_groups" and len(parts[key]) > 1:
-                yield key, owner
-            shares, wrong = _shares(space, owner, values) if key == "scheduler" else ({}, [])
-            problems += [Problem(f"{here}.{problem.place}", problem.message) for problem in wrong]
-            if wrong:
-                continue
-            if key == "param_groups":
-                values = _with_lists(values, parts[key][owner])
-            yield from _enqueued_values(parts[key][owner], values, shares, key, owner, place, problems)
-
-
-def _shares(space: SearchSpace, schedule: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the numbers, in this space's epochs or steps, for what an enqueued schedule has in percent."""
-    distributions = space.schedulers[schedule]
-    fields = fields_of(scheduler_class(schedule), searchable=False)
-    written = {name: value for name, value in values.items() if name in fields and in_percent(value)}
-    form, problems = check(create_model("Shares", **{name: fields[name] for name in written}), written)
-    shares = {name: getattr(form, name) for name in written} if form else {}
-    warmup = max(extremes(distributions.get("warmup", 0))) if "warmup" in fields else 0
-    total = space.run_length(distributions["interval"])
-    return resolve_lengths(scheduler_class(schedule), shares, total=total, warmup=warmup), problems
-
-
-def _with_lists(values: Mapping[str, Any], group: Domains) -> dict[str, Any]:
-    """Return the values of an enqueued group with the lists that the form of a file makes of single items.
-
-    Layers that the model has yet to number are left out, and checked when `with_layers` reads the space again.
-    """
-    made = dict(values)
-    made |= {name: [value] for name, value in values.items() if name in ("pattern", "dims") and type(value) is not list}
-    if group["layers"] is not None and is_numbered(group["layers"]):
-        made.pop("layers", None)
-    elif isinstance(values.get("layers"), list):
-        made["layers"] = [[layer] if isinstance(layer, str) else layer for layer in values["layers"]]
-    return made
-
-
-def _enqueued_values(
-    domains: Domains,
-    values: Mapping[str, Any],
-    shares: Mapping[str, Any],
-    key: str,
-    owner: str,
-    place: str,
-    problems: list[Problem],
-) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        here = f"{place}.{key}.{owner}.{name}"
-        if name not in domains:
-            problems.append(Problem(here, f"unknown key; {did_you_mean(name, domains)}"))
-        else:
-            parameter = f"{name}.{owner}" if key == "param_groups" else f"{owner}.{name}"
-            number = shares.get(name, value)
-            got = f"{value}, which is {label(number)}" if name in shares else repr(value)
-            yield from _enqueued_value(parameter, domains[name], number, here, problems, got=got)
-
-
-def _enqueued_value(
-    parameter: str, domain: Any, value: Any, place: str, problems: list[Problem], *, got: str
-) -> Iterator[tuple[str, Any]]:
-    if not contains(domain, value):
-        problems.append(Problem(place, f"must be {describe(domain)}, as in this space, got {got}"))
-    elif is_searched(domain):
-        yield parameter, as_stored(domain, value)
 
 
 if __name__ == "__main__":  # python -m pipeline.space.load > search_spaces/schema.json

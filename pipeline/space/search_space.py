@@ -95,6 +95,16 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """An earlier study of the same root, the best configs of which are tried first."""
+
+    study: str
+    """Name of the study, which need not be finished."""
+    best: Annotated[int, Interval(ge=1, le=100)] = 5
+    """Number of configs to take: the confirmed winner, then the best by the mean objective of their last epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchSpace:
     """Everything that decides a search, except how many trials it runs and where."""
 
@@ -118,6 +128,8 @@ class SearchSpace:
     confirm: Confirm
     enqueue: tuple[Mapping[str, Any], ...]
     """Configs to try first, as values by parameter name; parameters without a value are sampled."""
+    warm_start: WarmStart | None
+    """The earlier study that `enqueue` names; None if `enqueue` is a list, as it always is in a stored study."""
     document: Mapping[str, Any]
     """The content of the file with every default filled in: equal documents mean equal spaces."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -38,6 +39,7 @@ HEADER_TYPES = {
     "fingerprint": Mapping | None,
     "confirmed": int | None,
     "finished": int | None,
+    "warm_start": Mapping | None,
 }
 """Stored field of a `StudyHeader` to its types."""
 
@@ -63,6 +65,8 @@ class StudyHeader:
     """Number of trials after which the confirmation was complete; None in studies of earlier versions."""
     finished: int | None
     """Number of trials after which nothing was left to do; None in studies of earlier versions."""
+    warm_start: Mapping[str, Any] | None
+    """`WarmStart` as plain values, by which the same search finds the study again; the document has the configs."""
     ended: int
     """Number of stored trials."""
     created: float
@@ -140,7 +144,8 @@ class Store:
         """Choose the study that a search resumes or begins; write nothing.
 
         Without a name, choose the newest unfinished study of the same space, seed, number of trials and, if given,
-        rows and fingerprint; else a new `<space>-N`.
+        rows and fingerprint; else a new `<space>-N`. A warm start is the same if it names the same study and number of
+        configs, whatever has become of that study since.
 
         Returns:
             The study's name, and whether the study exists.
@@ -158,7 +163,7 @@ class Store:
                     and header.lacks(trials, confirm=confirm)
                     and same_rows
                     and not list(fingerprint_changes(header.fingerprint, fingerprint))
-                    and searched_part(_with_defaults(header)) == searched_part(space.document)
+                    and _compared(header, space) == searched_part(_as_given(space))
                 ):
                     return header.name, True
             taken = self._names()
@@ -168,7 +173,7 @@ class Store:
                 message = "was made by another program in the same database; choose another name"
                 raise InvalidInput("--study", [Problem(name, message)])
             return name, False
-        if differences := list(_differences(searched_part(_with_defaults(known[name])), searched_part(space.document))):
+        if differences := list(_differences(_compared(known[name], space), searched_part(_as_given(space)))):
             remedy = "a study keeps its space; choose another --study, or the space that it was made with"
             if [problem.place for problem in differences] == ["seed"]:
                 remedy = f"a study keeps its seed; choose another --study, or --seed {known[name].document['seed']}"
@@ -193,11 +198,12 @@ class Store:
         rules: PlacementRules,
         fingerprint: Mapping[str, str] | None = None,
     ) -> Study:
-        """Begin a study.
+        """Begin a study. Its space must have the configs of a warm start.
 
         Raises:
             InvalidInput: The database cannot be written.
         """
+        assert isinstance(space.document["enqueue"], list)
         header = {
             "format": FORMAT,
             "space": space.name,
@@ -208,6 +214,7 @@ class Store:
             "fingerprint": fingerprint,
             "confirmed": 0,
             "finished": 0,
+            "warm_start": None if space.warm_start is None else dataclasses.asdict(space.warm_start),
             "created": time.time(),
         }
         storage = self._database.storage(create=True)
@@ -346,6 +353,22 @@ def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:
         return space_from_document(header.document, name=header.space).document
     except InvalidInput:  # of another version, so that it equals no space of this one
         return header.document
+
+
+def _as_given(space: SearchSpace) -> Mapping[str, Any]:
+    """Return the document of a space with its warm start in place of the configs that the warm start became."""
+    if space.warm_start is None:
+        return space.document
+    return {**space.document, "enqueue": dataclasses.asdict(space.warm_start)}
+
+
+def _compared(header: StudyHeader, space: SearchSpace) -> dict[str, Any]:
+    """Return the document of a study as it is compared with a space: with its warm start, unless the configs agree."""
+    document = _with_defaults(header)
+    agree = space.warm_start is None and document.get("enqueue") == space.document["enqueue"]
+    if header.warm_start is not None and not agree:
+        document = {**document, "enqueue": header.warm_start}
+    return searched_part(document)
 
 
 def searched_part(document: Mapping[str, Any]) -> dict[str, Any]:
