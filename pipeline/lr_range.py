@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     arguments = _parse(argv)
 
-    from pipeline.app.options import read_range_test
+    from pipeline.app.range_options import read_range_test
 
     options = read_range_test(arguments)  # refuses bad input before the seconds that PyTorch's import takes
 
