@@ -281,7 +281,7 @@ def test_the_picture_names_the_draws_only_where_they_differ() -> None:
         [text.get_text() for text in range_figure(FOUR_SPACE, {"sgd": shown}, title="digits").legends[0].get_texts()]
         for shown in (two, RateCurve(TRIED.runs * 2))
     ]
-    assert words[0] == ["one draw of the other hyperparameters", *words[1]]
+    assert words[0] == ["loss of one draw", *words[1]]
 
 
 def is_written(artist: Any) -> bool:
@@ -289,8 +289,10 @@ def is_written(artist: Any) -> bool:
 
 
 @pytest.mark.parametrize("names", [["sgd"], [*FOUR]])
-def test_no_words_of_the_picture_overlap(names: list[str]) -> None:
-    figure = range_figure(FOUR_SPACE, {name: FOUR[name] for name in names}, title="digits")
+def test_no_words_of_the_picture_overlap_or_are_cut_off(names: list[str]) -> None:
+    other = curve(at_0_04=0.3).runs
+    curves = {name: RateCurve(FOUR[name].runs + other) for name in names}
+    figure = range_figure(FOUR_SPACE, curves, title="digits")
     figure.draw_without_rendering()
     panels = [panel for panel in figure.axes if panel.axison]
     texts: list[Any] = [figure.legends[0], *figure.texts]
@@ -301,6 +303,7 @@ def test_no_words_of_the_picture_overlap(names: list[str]) -> None:
     assert len(texts) == 1 + 1 + len(names) * (2 + 1 + 9)
     boxes = [text.get_window_extent() for text in texts]
     assert [(a, b) for a, b in combinations(range(len(boxes)), 2) if boxes[a].overlaps(boxes[b])] == []
+    assert [box for box in boxes if not (figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1))] == []
 
 
 def test_the_picture_has_a_panel_for_each_of_many_optimizers() -> None:

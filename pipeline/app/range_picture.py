@@ -58,7 +58,7 @@ def _draw_losses(panel: Axes, curve: RateCurve) -> None:
     """Draw the loss of each draw and the lowest, up to a little above the loss before training."""
     if len(set(curve.runs)) > 1:
         for index, run in enumerate(curve.runs):
-            label = "one draw of the other hyperparameters" if index == 0 else None
+            label = "loss of one draw" if index == 0 else None
             panel.plot(RATES, _gaps(run), color=GRAY, linewidth=0.9, alpha=0.7, label=label)
     panel.plot(RATES, _gaps(curve.losses), color=BLUE, linewidth=2, label="lowest loss")
     losses = [loss for loss in curve.losses if loss is not None]
