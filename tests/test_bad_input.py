@@ -126,6 +126,12 @@ REFUSED = [
     option("search --space decya", "decya: 1 problem", "no search space of that name; did you mean decay?"),
     option("search --space decay.yaml", "there is no such file, and no search space of that name; did you mean decay?"),
     option("lr_range --space decay --write", "--write: 1 problem", "decay: is a ready-made search space, "),
+    option(
+        "lr_range --space mine.yaml --write --set optimizer.nadam.base_lr=0.1 --set optimizer.adam.base_lr=0.1",
+        "--write: 2 problems",
+        "optimizer.adam.base_lr: comes from --set and is not in mine.yaml; put it into the file",
+        "optimizer.nadam.base_lr: comes from --set and is not in mine.yaml; put it into the file",
+    ),
     option("search --space .", "cannot be read: Is a directory"),
     Refused(
         "search --space mine.yaml --trials 1 --device cpu",

@@ -22,11 +22,15 @@ def test_it_proposes_bounds_and_writes_a_picture_but_not_the_file(
     assert lr_range.main(["--space", str(path), "--root", str(tmp_path), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "digits · mlp · at least 40 steps at each of 41 rates · cpu   seed 0" in printed
-    assert "sgd        0.3      " in printed
+    assert "begin with " in printed
+    assert "present  0.3 " in printed
     picture = tmp_path / "mlruns" / "lr_range-space.png"
     assert f"picture   {picture}" in printed.replace("\n", "")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert path.read_bytes() == before
+    same = f"--space {path} --root {tmp_path} --device cpu"
+    last = printed.splitlines()[-1]
+    assert last == f"next      put the proposed bounds into the file: python -m pipeline.lr_range {same} --write"
 
 
 def test_write_puts_what_it_proposes_into_the_file(
@@ -34,7 +38,10 @@ def test_write_puts_what_it_proposes_into_the_file(
 ) -> None:
     path = space_file(optimizer=ONE_RATE)
     assert lr_range.main(["--space", str(path), "--root", str(tmp_path), "--device", "cpu", "--write"]) == 0
-    assert "base_lr of sgd is now as proposed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "base_lr of sgd is now as proposed" in printed
+    search = f"python -m pipeline.search --space {path} --root {tmp_path} --device cpu"
+    assert printed.splitlines()[-1] == f"next      search within the written bounds: {search}"
     base_lr = load_space(path).optimizers["sgd"]["base_lr"]
     assert base_lr.high / base_lr.low == pytest.approx(100)
     assert base_lr.log

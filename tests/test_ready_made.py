@@ -1,4 +1,4 @@
-"""Ready-made spaces go by name, in a checkout and in an installed package."""
+"""Ready-made spaces go by name, in a checkout and in an installed package; their ranges hold good rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import __version__
+from pipeline.app.prepare import prepare
+from pipeline.app.range_test import range_test
 from pipeline.errors import InvalidInput
+from pipeline.space.load import load_space
 from pipeline.space.ready_made import find_space, ready_made
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +38,20 @@ def test_a_search_without_a_space_has_a_default_and_another_with_a_workload() ->
 def test_an_unknown_space_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="there is no such file, and no search space of that name; did you mean dec"):
         find_space(tmp_path / "decya")
+
+
+@pytest.mark.parametrize("name", ["default", "decay", "adaptive", "per_group"])
+def test_a_ready_made_range_for_known_data_is_little_wider_than_a_range_test_proposes(name: str) -> None:
+    ranges = [hyperparameters["base_lr"] for hyperparameters in load_space(ready_made()[name]).optimizers.values()]
+    assert [base_lr for base_lr in ranges if not (base_lr.log and 100 <= base_lr.high / base_lr.low <= 335)] == []
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [("default", "rmsprop"), ("default", "sgd"), ("decay", "sgd")])
+def test_a_ready_made_range_holds_the_rate_to_begin_with_away_from_its_bounds(name: str, optimizer: str) -> None:
+    space, executor = prepare(load_space(ready_made()[name]), source=name, device="cpu", searching=False)
+    rate, base_lr = range_test(space, optimizer, executor).begin_with(), space.optimizers[optimizer]["base_lr"]
+    assert rate is not None
+    assert 3 * base_lr.low <= rate <= base_lr.high / 3
 
 
 @pytest.fixture(scope="module")

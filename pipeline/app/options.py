@@ -163,22 +163,6 @@ class SearchOptions:
         return f"python -m pipeline.train {cli.quoted(config)}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RangeTestOptions:
-    """The options of a range test, checked as far as possible without data and model."""
-
-    space: SearchSpace
-    source: str
-    """Names the space in messages."""
-    device: str
-    picture: Path
-    """File of the picture, absolute: own code may change the working folder."""
-    picture_as_given: Path
-    """The same as the user may see it, relative to the given root."""
-    write: Path | None
-    """The file that gets the proposed bounds, absolute, if any."""
-
-
 def read_space(given: Path | Mapping[str, Any] | None, overrides: Overrides, *, searching: bool = True) -> FoundSpace:
     """Find a search space, apply the changes to it, check it and build it.
 
@@ -249,33 +233,6 @@ def read_search(
         file=found.file,
         overrides=changes if made is None else overrides,
         **read,
-    )
-
-
-def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
-    """Read the options of a range test.
-
-    Raises:
-        InvalidInput: With every problem of the space, or a file cannot be written.
-    """
-    found = read_space(arguments.space, cli.overrides_of(arguments), searching=False)
-    space, write = found.space, found.file if arguments.write else None
-    if write is not None and write != arguments.space:
-        message = f"is a ready-made search space, {write}; copy that file, and name the copy"
-        raise InvalidInput("--write", [Problem(str(arguments.space), message)])
-    function = [space.workload.function.rpartition(":")[2]] if isinstance(space.workload, Own) else []
-    name = f"mlruns/{'-'.join(['lr_range', space.name, *function])}.png"
-    cli.refuse_root(arguments.root, name)
-    picture = arguments.root / name
-    if write is not None:
-        cli.refuse_unwritable(write.resolve(), "--write")
-    return RangeTestOptions(
-        space=space,
-        source=found.source,
-        device=arguments.device,
-        picture=picture.absolute(),
-        picture_as_given=picture,
-        write=None if write is None else write.absolute(),
     )
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,16 +66,48 @@ class RateCurve:
             min((loss for loss in draws if loss is not None), default=None) for draws in zip(*self.runs, strict=True)
         )
 
+    @property
+    def highest_losses(self) -> tuple[float | None, ...]:
+        """Highest loss at each rate; None: at least one draw diverged."""
+        return tuple(
+            max(loss for loss in draws if loss is not None) if None not in draws else None
+            for draws in zip(*self.runs, strict=True)
+        )
+
     def bounds(self) -> Bounds | None:
         """Return bounds that are likely to contain the best rate of a search; None if no rate lowers the loss."""
-        before, losses = self.losses[0], [math.inf if loss is None else loss for loss in self.losses]
-        best = min(losses)
-        if before is None or before - best <= LEAST_PROGRESS * abs(before):
+        progress = _progress(self.losses)
+        if progress is None:
             return None
-        high = losses.index(best)
-        while high + 1 < len(RATES) and before - losses[high] >= ENOUGH_PROGRESS * (before - best):
+        high = progress.index(max(progress))
+        while high + 1 < len(RATES) and progress[high] >= ENOUGH_PROGRESS:
             high += 1  # to the first rate that trains badly: the limit lies somewhere below it
         return Bounds(RATES[max(0, high - BOUNDS_DECADES * PER_DECADE)], RATES[high])
+
+    def begin_with(self) -> float | None:
+        """Return one rate for a first training without a search; None if no rate lowers the loss.
+
+        The rate is the middle of those within the bounds that train well with every draw of the other hyperparameters,
+        or with one draw if no rate trains well with all.
+        """
+        bounds = self.bounds()
+        for losses in (self.highest_losses, self.losses):
+            progress = _progress(losses)
+            if bounds is None or progress is None:
+                continue
+            well = [rate for rate, done in zip(RATES, progress, strict=True) if done >= ENOUGH_PROGRESS]
+            if within := [rate for rate in well if bounds.low <= rate <= bounds.high]:
+                return statistics.median_low(within)
+        return None
+
+
+def _progress(losses: Sequence[float | None]) -> list[float] | None:
+    """Return how much each rate lowers the loss, as a fraction of the best rate's; None if no rate lowers the loss."""
+    before, after = losses[0], [math.inf if loss is None else loss for loss in losses]
+    best = min(after)
+    if before is None or before - best <= LEAST_PROGRESS * abs(before):
+        return None
+    return [(before - loss) / (before - best) for loss in after]
 
 
 def range_test(space: SearchSpace, optimizer: str, executor: LocalExecutor, *, steps: int = MIN_STEPS) -> RateCurve:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from pipeline.app import cli
-from pipeline.app.options import RangeTestOptions
 from pipeline.app.prepare import prepare
-from pipeline.app.range_picture import range_png, range_table, rate_text
-from pipeline.app.range_test import MIN_STEPS, RATES, RateCurve, range_test
+from pipeline.app.range_options import RangeTestOptions
+from pipeline.app.range_picture import range_png
+from pipeline.app.range_table import range_table, rate_text
+from pipeline.app.range_test import MIN_STEPS, RATES, Bounds, RateCurve, range_test
 from pipeline.errors import InvalidInput, Problem, printable
 from pipeline.files.atomic import write_atomic
+from pipeline.space.distributions import Range, extremes
 from pipeline.space.edit import write_bounds
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.search_space import SearchSpace
@@ -22,6 +25,8 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.rows.update_rules import has_rule
 from pipeline.workloads.loop import Loop
 
+WIDER = 10
+"""How many times as wide as the proposed bounds present bounds may be, and be left as they are."""
 TABLE_WIDTH = 100
 """Characters per line of the table; a narrow terminal wraps a line instead of cutting off numbers."""
 
@@ -35,10 +40,13 @@ def run_range_test(options: RangeTestOptions) -> int:
         raise InvalidInput(options.source, [Problem("workload", message)])
     console = Console(highlight=False, markup=False)
     curves = _test(space, executor, console)
+    proposed = {name: bounds for name, curve in curves.items() if (bounds := curve.bounds())}
     if options.write is not None:
-        _write(options.write, curves, console)
-    _save_picture(options, executor.workload.name, curves, console)
-    return 0 if any(curve.bounds() for curve in curves.values()) else 1
+        _write(options.write, proposed, console)
+    _save_picture(options, range_png(space, curves, title=executor.workload.name), console)
+    if proposed:
+        console.print(f"next      {next_step(options, space, proposed)}", soft_wrap=True)
+    return 0 if proposed else 1
 
 
 def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapping[str, RateCurve]:
@@ -65,17 +73,36 @@ def _test(space: SearchSpace, executor: LocalExecutor, console: Console) -> Mapp
     return curves
 
 
-def _write(path: Path, curves: Mapping[str, RateCurve], console: Console) -> None:
+def _write(path: Path, proposed: Mapping[str, Bounds], console: Console) -> None:
     """Write the proposed bounds into the file."""
-    proposed = {name: bounds for name, curve in curves.items() if (bounds := curve.bounds())}
     changed = write_bounds(path, {name: (rate_text(b.low), rate_text(b.high)) for name, b in proposed.items()})
     news = f"base_lr of {', '.join(proposed)} is now as proposed" if changed else "has nothing to change"
     console.print(f"file      {path}   {news}", soft_wrap=True)
 
 
-def _save_picture(options: RangeTestOptions, title: str, curves: Mapping[str, RateCurve], console: Console) -> None:
+def _save_picture(options: RangeTestOptions, picture: bytes, console: Console) -> None:
     try:
-        write_atomic(options.picture, range_png(title, curves))
+        write_atomic(options.picture, picture)
     except OSError as error:
         raise InvalidInput("--root", [Problem(str(options.picture), f"cannot be written: {error.strerror}")]) from None
     console.print(f"picture   {options.picture_as_given}", soft_wrap=True)
+
+
+def next_step(options: RangeTestOptions, space: SearchSpace, proposed: Mapping[str, Bounds]) -> str:
+    """Return what to do next, and its command: write the bounds into the file, or search within them."""
+    if options.write is not None:
+        return f"search within the written bounds: {options.search_command(dict.fromkeys(proposed))}"
+    other = {name: bounds for name, bounds in proposed.items() if not _fits(space.optimizers[name]["base_lr"], bounds)}
+    if not other:
+        return f"search within the present bounds, which hold the proposed ones: {options.search_command({})}"
+    if options.can_write:
+        return f"put the proposed bounds into the file: {options.write_command()}"
+    texts = {name: f"{{low: {rate_text(b.low)}, high: {rate_text(b.high)}, log: true}}" for name, b in other.items()}
+    return f"search within the proposed bounds: {options.search_command(texts)}"
+
+
+def _fits(present: Any, proposed: Bounds) -> bool:
+    """Say whether a present range holds the proposed bounds, and is little wider."""
+    low, high = min(extremes(present)), max(extremes(present))
+    holds = low <= proposed.low and proposed.high <= high
+    return isinstance(present, Range) and present.log and holds and high / low <= WIDER * proposed.high / proposed.low
