@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import warnings
@@ -15,6 +16,8 @@ from pipeline.files.strict_yaml import dumps
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for `make test &`, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ.pop("PIPELINE_STORAGE", None)  # a database of the person's, to which no test may write
 
 SMALL: dict[str, Any] = {
     "workload": {"name": "digits", "model": "mlp"},

@@ -27,6 +27,8 @@ def test_what_is_not_printable_is_escaped(text: str, expected: str) -> None:
         ("runs are at http://me:pw@host:5000/x, not here", "runs are at http://***@host:5000/x, not here"),
         ("postgresql+psycopg2://me:p@/w:@host/runs", "postgresql+psycopg2://***@host/runs"),
         ("https://token@host", "https://***@host"),
+        ("postgresql://me@host:5432/runs?options=a@b", None),
+        ("postgresql://me@there:pw@host/runs", "postgresql://***@host/runs"),
         ("postgresql://host/runs?user=me&password=pw&sslmode=require", None),
         ("http://host/?access_token=pw", "http://host/?access_token=***"),
         ("http://127.0.0.1:5000/#/experiments/1, file:///home/me, me@host, a//b@c", None),
