@@ -31,13 +31,15 @@ class Server:
     Args:
         folder: Holds the data and the socket; its owner runs the server.
         account: The owner, for `subprocess`, if it is not the caller.
+        fsync: Whether what is committed outlives a power failure too.
     """
 
-    def __init__(self, folder: str, account: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str, account: Mapping[str, Any], *, fsync: bool) -> None:
         self.folder = folder
         self.uri = f"postgresql://tester@/postgres?host={folder}"
         """URI of the empty database."""
         self._account = account
+        self._fsync = fsync
 
     def run(self, program: str, *arguments: str) -> None:
         """Run one of PostgreSQL's programs on the server's data."""
@@ -48,7 +50,7 @@ class Server:
 
     def start(self) -> None:
         """Start the server, and wait until it answers."""
-        options = f"-k {self.folder} -c listen_addresses='' -c fsync=off"
+        options = f"-k {self.folder} -c listen_addresses='' -c fsync={'on' if self._fsync else 'off'}"
         self.run("pg_ctl", "-l", f"{self.folder}/log", "-o", options, "-w", "start")
 
     def kill(self) -> None:
@@ -57,11 +59,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(*, password: str | None = None) -> Iterator[Server]:
+def server(*, password: str | None = None, fsync: bool = False) -> Iterator[Server]:
     """Start a server with an empty database, stop it at the end of the block, and remove its files.
 
     Args:
         password: The password that the server asks for; None: the server trusts everyone.
+        fsync: Whether what is committed outlives a power failure too.
     """
     # Not below pytest's folder, which other users may not enter and whose path may be too long for a socket.
     with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
@@ -70,7 +73,7 @@ def server(*, password: str | None = None) -> Iterator[Server]:
             user = min((u for u in pwd.getpwall() if u.pw_name in USERS), key=lambda user: USERS.index(user.pw_name))
             account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             os.chown(folder, user.pw_uid, user.pw_gid)
-        found = Server(folder, account)
+        found = Server(folder, account, fsync=fsync)
         asks = ["-A", "trust"]
         if password is not None:
             file = Path(folder, "password")

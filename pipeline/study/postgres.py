@@ -36,7 +36,7 @@ KEEPALIVES = (
     " set_config('tcp_keepalives_count', '3', false)"
 )
 """Has the server notice within a minute that this machine is gone, and free the lock."""
-KEY = "hashtextextended(current_schema() || '.' || %(study)s, 0)"
+KEY = "hashtextextended(coalesce(current_schema(), '') || '.' || %(study)s, 0)"
 """Number of the lock of a study."""
 HOLDER = f"""
 SELECT activity.pid, activity.backend_start, activity.application_name
