@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.space.config import TrialConfig, derive_seed
 from pipeline.space.optimizers import SGD, Adam
 from pipeline.space.schedules import OneCycle, Step
+from pipeline.space.trial import EpochMetrics
 from pipeline.training.epoch import Accumulation
 from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
@@ -115,3 +117,66 @@ def test_a_trial_that_accumulates_and_averages_continues_from_its_state(trainer:
     for name, value in group.model_state(1).items():
         assert torch.equal(again.model_state(1)[name], value)
     assert again.train_epoch() == group.train_epoch()
+
+
+@trainers
+def test_the_mean_of_an_epochs_weights_is_that_of_a_loop_as_one_writes_it(trainer: Trainer) -> None:
+    config = tiny_config(SGD(base_lr=0.1, momentum=0.9), accumulate=2)
+    workload = on_device(tiny_workload(with_batch_norm), device=CPU, dtype=torch.float64)
+    group = trainer({0: config}, workload, device=CPU, dtype=torch.float64)
+    _, second = (group.train_epoch(average=average)[0] for average in (False, True))
+
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model = with_batch_norm().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(2):
+        mean = AveragedModel(model)  # of the weights alone: the statistics of BatchNorm are the last ones
+        batches = list(training_batches(workload, config, epoch=epoch, device=CPU, dtype=torch.float64))
+        for first in range(0, len(batches), 2):
+            step = batches[first : first + 2]
+            optimizer.zero_grad()
+            for batch in step:
+                loss = F.cross_entropy(model(batch.inputs), batch.targets)
+                (loss * batch.size / sum(other.size for other in step)).backward()
+            optimizer.step()
+            mean.update_parameters(model)
+    assert isinstance(workload.val, Split)
+    for evaluated, metrics in ((model, second.metrics), (mean.module, second.averaged)):
+        with torch.no_grad():
+            outputs = evaluated.eval()(workload.val.inputs)
+        loss = F.cross_entropy(outputs, workload.val.targets).item()
+        assert metrics["val/loss"] == pytest.approx(loss, rel=1e-12)
+        assert metrics["val/accuracy"] == (outputs.argmax(dim=1) == workload.val.targets).double().mean().item()
+
+
+@trainers
+def test_the_mean_of_the_weights_changes_no_other_number(trainer: Trainer) -> None:
+    def history(*averages: bool) -> list[dict[int, EpochMetrics]]:
+        group = trainer(configs(), tiny_workload(lambda: TinyModel(dropout=0.5, batch_norm=True)), device=CPU)
+        return [dict(group.train_epoch(average=average)) for average in averages]
+
+    without, with_mean = history(False, False, False), history(False, True, False)
+    assert [sorted(epoch[0].averaged) for epoch in with_mean] == [[], ["val/accuracy", "val/loss"], []]
+    for epoch in with_mean:
+        for number, metrics in epoch.items():
+            epoch[number] = dataclasses.replace(metrics, averaged={})
+    assert with_mean == without
+
+
+@trainers
+def test_a_trial_whose_metrics_are_of_averages_has_no_other_mean(trainer: Trainer) -> None:
+    group = trainer(configs(ema=0.9), tiny_workload(), device=CPU)
+    assert all(not metrics.averaged for metrics in group.train_epoch(average=True).values())
+
+
+def test_means_of_rows_equal_those_of_plain_trials() -> None:
+    plain, rows = (
+        trainer(configs(accumulate=3), tiny_workload(), device=CPU, dtype=torch.float64).train_epoch(average=True)
+        for trainer in (PlainTrials, FusedTrials)
+    )
+    for number, metrics in plain.items():
+        assert rows[number].averaged == pytest.approx(metrics.averaged, rel=1e-9)
+
+
+def with_batch_norm() -> TinyModel:
+    return TinyModel(batch_norm=True)

@@ -37,7 +37,7 @@ class Raises:
     def __init__(self, configs: Mapping[int, TrialConfig], plain: bool) -> None:
         self.epochs = 0
 
-    def train_epoch(self) -> dict[int, EpochMetrics]:
+    def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
         """Raise exceptions that can be pickled, and one that cannot."""
         self.epochs += 1
         if self.epochs == 1:

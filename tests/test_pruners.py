@@ -81,7 +81,7 @@ def test_median_compares_with_earlier_trials() -> None:
 @pytest.mark.parametrize(
     ("pruner", "rungs"),
     [
-        (SuccessiveHalving(), [4, 8, 16, 32]),
+        (SuccessiveHalving(min_resource=4), [4, 8, 16, 32]),
         (SuccessiveHalving(min_resource=1, reduction_factor=3), [1, 3, 9, 27]),
         (SuccessiveHalving(min_resource=5, reduction_factor=4), [5, 20]),
         (Median(n_warmup_epochs=37), [38, 39, 40]),

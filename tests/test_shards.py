@@ -366,10 +366,10 @@ def test_a_trial_whose_process_dies_each_time_fails_alone(monkeypatch: pytest.Mo
 def test_processes_that_keep_dying_though_no_trial_alone_does_it_end_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def dies(self: LocalExecutor, trainers: Sequence[Any]) -> list[Exception]:
+    def dies(self: LocalExecutor, trainers: Sequence[Any], *, average: bool) -> list[Exception]:
         return [ProcessDied("a process that trained trials has ended") for _ in trainers]
 
-    def finds_nothing(self: ShardedTrials) -> dict[int, EpochMetrics]:
+    def finds_nothing(self: ShardedTrials, *, average: bool) -> dict[int, EpochMetrics]:
         self._suspects.clear()
         return {}
 

@@ -69,7 +69,7 @@ class Curves:
         self._configs = {number: config for number, (config, _) in proposals.items()}
         self._epoch = 0
 
-    def train_epoch(self) -> dict[int, EpochMetrics]:
+    def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
         self._epoch += 1
         results = {number: epoch_of(config, self._epoch) for number, config in self._configs.items()}
         for number in [number for number, epoch in results.items() if not epoch.finished]:

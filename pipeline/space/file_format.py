@@ -185,6 +185,8 @@ _FREE = Annotated[Any, PlainValidator(_read_free)]
 def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if field.default_factory is not dataclasses.MISSING:
         return {"default_factory": field.default_factory}
+    if isinstance(field.default, Share):  # as a file has it, since JSON has no shares
+        return {"default": str(field.default), "validate_default": True}
     return {} if field.default is dataclasses.MISSING else {"default": field.default}
 
 

@@ -282,7 +282,9 @@ def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[Searc
         param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
         no_weight_decay=tuple(ParameterRule(**dict(rule)) for rule in values.no_weight_decay or ()),
         sampler=Sampler(**dict(values.sampler)),
-        pruner=PRUNERS[values.pruner.name](**dict(values.pruner)),
+        pruner=PRUNERS[values.pruner.name](
+            **resolve_lengths(PRUNERS[values.pruner.name], dict(values.pruner), total=values.epochs)
+        ),
         confirm=Confirm(**dict(values.confirm)),
         enqueue=(),
         document=document,

@@ -11,10 +11,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, cast
 
-from pipeline.space.limits import Interval, by_name
+from pipeline.space.limits import Interval, Length, Share, by_name
 
+FIRST_RUNG = cast("int", Share(15))
+"""Share of the run before the first rung, as a file has it; a pruner that was read from a file has a count."""
 Score = tuple[float, float]
 """Score of a trial after an epoch, smaller is better: the objective, negated if maximized, then validation loss."""
 
@@ -25,6 +27,10 @@ class Pruner(Protocol):
     @property
     def name(self) -> str:
         """The pruner's name in a file."""
+        ...
+
+    def averages(self, epoch: int) -> bool:
+        """Return whether the scores after `epoch` epochs are those of averaged weights."""
         ...
 
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
@@ -47,10 +53,16 @@ class SuccessiveHalving:
     """
 
     name: Literal["successive_halving"] = "successive_halving"
-    min_resource: Annotated[int, Interval(ge=1)] = 4
-    """Epochs before the first rung."""
+    min_resource: Length = FIRST_RUNG
+    """Epochs before the first rung; in percent, of the run."""
     reduction_factor: Annotated[int, Interval(ge=2)] = 2
     """One in this many trials is kept at a rung."""
+    averaged: bool = True
+    """Whether rungs compare the means of the weights over an epoch, which is fair to rates that are still high."""
+
+    def averages(self, epoch: int) -> bool:
+        """Return whether there is a rung, and it compares averaged weights."""
+        return self.averaged and self._is_rung(epoch)
 
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the trials that stop; see `Pruner`."""
@@ -77,6 +89,10 @@ class Median:
     n_warmup_epochs: Annotated[int, Interval(ge=0)] = 4
     """First epochs, after which no trial stops."""
 
+    def averages(self, epoch: int) -> bool:
+        """Return False: every epoch is compared, as Optuna does."""
+        return False
+
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the trials that stop; see `Pruner`."""
         scores = [*group.values(), *earlier]
@@ -91,6 +107,10 @@ class NoPruner:
     """Train every trial for all its epochs."""
 
     name: Literal["none"] = "none"
+
+    def averages(self, epoch: int) -> bool:
+        """Return False."""
+        return False
 
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return no trial."""

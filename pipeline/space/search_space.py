@@ -55,6 +55,13 @@ class Objective:
         """Return the score of a trial with these epochs, by which trials are ranked."""
         return self._score_after(self.deciding(epochs))
 
+    def rung_score(self, epochs: Sequence[EpochMetrics]) -> Score:
+        """Return the score of a running trial with these epochs: of its averaged weights, if they were evaluated."""
+        averaged = epochs[-1].averaged
+        if all(math.isfinite(averaged.get(name, math.nan)) for name in (self.metric, "val/loss")):
+            return score(averaged[self.metric], averaged["val/loss"], direction=self.direction)
+        return self.score(epochs)
+
     def late_score(self, epochs: Sequence[EpochMetrics]) -> Score:
         """Return the mean score of the last epochs, which depends less on luck than that of the last.
 

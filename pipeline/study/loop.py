@@ -46,6 +46,10 @@ class GroupOwner(Protocol):
         """Return a trial that has ended and is stored; None if it is not."""
         ...
 
+    def averages(self, epoch: int) -> bool:
+        """Return whether trials are ranked by averaged weights after an epoch."""
+        ...
+
     def stops(self, epoch: int, running: Mapping[int, Sequence[EpochMetrics]]) -> set[int]:
         """Return which running trials of a group stop after an epoch."""
         ...
@@ -105,7 +109,8 @@ def run_group(
         on_end(trial)
     yield from state.pop_ended()
     while state.running:
-        results = _train_epoch(group, state, checkpoints, rules)
+        average = study.averages(state.epoch + 1)
+        results = _train_epoch(group, state, checkpoints, rules, average=average)
         on_epoch(results)
         state.add(results)
         for number, (outcome, reason) in _outcomes(results, state, study).items():
@@ -154,7 +159,12 @@ def forget_ended(checkpoints: Checkpoints, study: GroupOwner) -> None:
 
 
 def _train_epoch(
-    group: TrialGroup, state: GroupState, checkpoints: Checkpoints, rules: Callable[[], PlacementRules]
+    group: TrialGroup,
+    state: GroupState,
+    checkpoints: Checkpoints,
+    rules: Callable[[], PlacementRules],
+    *,
+    average: bool,
 ) -> dict[int, EpochMetrics]:
     """Train every running trial for an epoch.
 
@@ -172,7 +182,7 @@ def _train_epoch(
                     state.mark_broken()
             for number in state.left_by(epoch):
                 group.drop(number)
-            results = group.train_epoch()
+            results = group.train_epoch(average=average)
         except GroupLost as lost:
             checkpoints.warn(str(lost))
             epoch = None

@@ -26,6 +26,8 @@ _OPTUNA_STATES = {
 }
 OWN_TRIAL = "history"
 """User attribute that each trial of a search has, with its metrics; other programs' trials lack it."""
+AVERAGED = "averaged"
+"""User attribute with the metrics of averaged weights, by epoch; trials of earlier versions lack it."""
 NUMBER = "number"
 """User attribute that holds a trial's number in its search; Optuna also counts other programs' trials."""
 
@@ -113,13 +115,20 @@ def plain_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
     return {
         OWN_TRIAL: {name: [epoch.metrics[name] for epoch in finished] for name in names},
         "steps": [epoch.step for epoch in finished],
+        AVERAGED: {str(epoch.epoch): dict(epoch.averaged) for epoch in finished if epoch.averaged},
     }
 
 
 def epochs_of(stored: Mapping[str, Any]) -> tuple[EpochMetrics, ...]:
     """Return the epochs that `plain_epochs` made plain, without the learning rates."""
-    history = stored[OWN_TRIAL]
+    history, averaged = stored[OWN_TRIAL], stored.get(AVERAGED, {})
     return tuple(
-        EpochMetrics(epoch=epoch, step=step, metrics={name: history[name][epoch - 1] for name in history}, lr={})
+        EpochMetrics(
+            epoch=epoch,
+            step=step,
+            metrics={name: history[name][epoch - 1] for name in history},
+            lr={},
+            averaged=averaged.get(str(epoch), {}),
+        )
         for epoch, step in enumerate(stored["steps"], 1)
     )

@@ -130,6 +130,10 @@ class Study:
         self.note(HEADER, header, doing="storing the row limit")
         self.rules = rules
 
+    def averages(self, epoch: int) -> bool:
+        """Return whether the pruner ranks trials by averaged weights after an epoch."""
+        return self.space.pruner.averages(epoch)
+
     def stops(self, epoch: int, running: Mapping[int, Sequence[EpochMetrics]]) -> set[int]:
         """Return which running trials of a group stop after an epoch, by the pruner's verdict on the whole group.
 
@@ -139,7 +143,7 @@ class Study:
         """
         asked = self._group_of(min(running))
         assert asked is not None
-        group = {number: self.space.objective.score(epochs) for number, epochs in running.items()}
+        group = {number: self.space.objective.rung_score(epochs) for number, epochs in running.items()}
         scores = self._scores_after(epoch)
         group |= {number: score for number, score in scores if number >= asked.first and number not in running}
         earlier = [score for number, score in scores if number < asked.known]
@@ -247,7 +251,7 @@ class Study:
         for trial in self.ended[scored:]:  # the others are known, since a stored trial does not change
             epochs = self.space.objective.measured(trial.epochs)
             if len(epochs) >= epoch:
-                scores.append((trial.number, self.space.objective.score(epochs[:epoch])))
+                scores.append((trial.number, self.space.objective.rung_score(epochs[:epoch])))
         self._scored[epoch] = len(self.ended), scores
         return scores
 

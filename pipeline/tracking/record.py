@@ -80,6 +80,7 @@ def trial_params(config: TrialConfig) -> dict[str, str]:
 def epoch_points(epoch: EpochMetrics, *, epochs: int) -> list[Point]:
     """Return the points of an epoch in the charts of a trial of so many epochs; values may be infinite or NaN."""
     points = [(name, epoch.step, value) for name, value in epoch.metrics.items()]
+    points += [(f"averaged/{name}", epoch.step, value) for name, value in epoch.averaged.items()]
     for group, history in epoch.lr.items():
         points += [(lr_metric(group), step, rate) for step, rate in thin(history, limit=_limit(epochs))]
     return points

@@ -38,8 +38,12 @@ class GroupLost(Exception):
 class TrialGroup(Protocol):
     """Trials that train together, one epoch at a time, keyed by trial number. One trial is a group of one."""
 
-    def train_epoch(self) -> Mapping[int, EpochMetrics]:
+    def train_epoch(self, *, average: bool = False) -> Mapping[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it; a diverged or failed trial leaves the group.
+
+        Args:
+            average: Whether to evaluate each trial's averaged weights too, for `EpochMetrics.averaged`. No other number
+                depends on it.
 
         Raises:
             GroupLost: The group must be loaded from its last checkpoint.
@@ -103,8 +107,8 @@ class Stepwise(Protocol):
         """Yield the batches of a split."""
         ...
 
-    def begin_epoch(self) -> None:
-        """Begin an epoch, before its first batch."""
+    def begin_epoch(self, *, average: bool = False) -> None:
+        """Begin an epoch, before its first batch; `average`: as `TrialGroup.train_epoch` takes it."""
         ...
 
     def train_step(self, batch: Batch) -> None:
@@ -120,9 +124,9 @@ class Stepwise(Protocol):
         ...
 
 
-def train_epoch_of(trainer: Stepwise) -> dict[int, EpochMetrics]:
+def train_epoch_of(trainer: Stepwise, *, average: bool = False) -> dict[int, EpochMetrics]:
     """Train and evaluate one trainer for an epoch."""
-    trainer.begin_epoch()
+    trainer.begin_epoch(average=average)
     for batch in trainer.training_batches():
         trainer.train_step(batch)
     for batch in trainer.evaluation_batches("val"):
@@ -130,12 +134,15 @@ def train_epoch_of(trainer: Stepwise) -> dict[int, EpochMetrics]:
     return trainer.end_epoch()
 
 
-def train_epoch_together(trainers: Sequence[Stepwise], map_trainers: Map) -> list[dict[int, EpochMetrics] | Exception]:
+def train_epoch_together(
+    trainers: Sequence[Stepwise], map_trainers: Map, *, average: bool = False
+) -> list[dict[int, EpochMetrics] | Exception]:
     """Train and evaluate several trainers for an epoch, reading each batch once.
 
     Args:
         trainers: Trainers with the same data, order and batch size, in the same epoch.
         map_trainers: Calls a function on each of some trainers.
+        average: As `TrialGroup.train_epoch` takes it.
 
     Returns:
         Each trainer's metrics, or the exception that the trainer raised; such a trainer skips the rest of the epoch.
@@ -148,7 +155,7 @@ def train_epoch_together(trainers: Sequence[Stepwise], map_trainers: Map) -> lis
         for index, value in zip(running, values, strict=True):
             outcomes[index] = value
 
-    each(lambda trainer: trainer.begin_epoch())
+    each(lambda trainer: trainer.begin_epoch(average=average))
     for batch in trainers[0].training_batches():
         each(functools.partial(_step_on_copy, "train_step", batch))
     for batch in trainers[0].evaluation_batches("val"):

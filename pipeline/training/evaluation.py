@@ -132,6 +132,32 @@ class Evaluation:
             raise ValueError(f"{message}; give the metric per_batch=True, or update, compute and reset") from None
 
 
+class MeanWeights:
+    """The mean of the weights after each optimizer step of an epoch, and its evaluation.
+
+    At a rate that is still high, the last weights are a noisy point around it: Izmailov et al. (2018),
+    https://arxiv.org/abs/1803.05407. The statistics of BatchNorm are those of the last weights.
+
+    Args:
+        evaluation: Takes what the mean gives on the batches of a split.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self.weights: list[Tensor] = []
+        """The mean so far, tensors as `add` takes them; empty before the first step."""
+        self._steps = 0
+
+    @torch.no_grad()
+    def add(self, weights: Sequence[Tensor]) -> None:
+        """Add the weights after a step."""
+        self._steps += 1
+        if not self.weights:
+            self.weights = [weight.clone() for weight in weights]
+        for mean, weight in zip(self.weights, weights, strict=True):
+            mean.lerp_(weight, 1 / self._steps)
+
+
 def _finite_rows(outputs: Any, losses: Tensor) -> dict[int, Any]:
     """Return row to outputs, for the rows whose loss is finite: a metric may raise on the outputs of others."""
     return {row: _row(outputs, row) for row, is_finite in enumerate(torch.isfinite(losses).tolist()) if is_finite}

@@ -220,20 +220,24 @@ class LocalExecutor:
             return PlainTrials(configs, self.workload, unsaved=self._unsaved, **options)
         return FusedTrials(configs, self.workload, **options)
 
-    def train(self, trainers: Sequence[ShardTrainer]) -> list[dict[int, EpochMetrics] | Exception]:
+    def train(
+        self, trainers: Sequence[ShardTrainer], *, average: bool = False
+    ) -> list[dict[int, EpochMetrics] | Exception]:
         """Train shards for an epoch, at the same time where possible; return the metrics or the exception of each."""
         if is_streamed(self.workload) and len(trainers) > 1:
-            return self._train_streamed(trainers)
+            return self._train_streamed(trainers, average=average)
         queues: dict[int, list[ShardTrainer]] = {}
         for index, trainer in enumerate(trainers):
             queues.setdefault(self.process_of(trainer) if self._processes else index, []).append(trainer)
         ordered = [queues[process] for process in sorted(queues)]
         with self._map(len(ordered)) as each:
-            found = each(lambda queue: [(id(trainer), _attempt(trainer)) for trainer in queue], ordered)
+            found = each(lambda queue: [(id(t), _attempt(t, average=average)) for t in queue], ordered)
         outcomes = {trainer: outcome for queue in found for trainer, outcome in queue}
         return [outcomes[id(trainer)] for trainer in trainers]
 
-    def _train_streamed(self, trainers: Sequence[ShardTrainer]) -> list[dict[int, EpochMetrics] | Exception]:
+    def _train_streamed(
+        self, trainers: Sequence[ShardTrainer], *, average: bool
+    ) -> list[dict[int, EpochMetrics] | Exception]:
         """Train shards for an epoch, reading the data once for those of one batch size."""
         assert not self._processes
         outcomes: dict[int, dict[int, EpochMetrics] | Exception] = {}
@@ -244,7 +248,7 @@ class LocalExecutor:
                     if isinstance(trainer, PlainTrials):
                         trainer.repeat_epochs()  # one after the other, as all read from one loader
             with self._map(len(together)) as each:
-                found = train_epoch_together(cast(Sequence[Stepwise], together), each)
+                found = train_epoch_together(cast(Sequence[Stepwise], together), each, average=average)
             outcomes |= {id(trainer): outcome for trainer, outcome in zip(together, found, strict=True)}
         return [outcomes[id(trainer)] for trainer in trainers]
 
@@ -289,9 +293,9 @@ def _map_threads(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items
     return [function(items[0]), *(other.result() for other in others)]
 
 
-def _attempt(trainer: ShardTrainer) -> dict[int, EpochMetrics] | Exception:
+def _attempt(trainer: ShardTrainer, *, average: bool) -> dict[int, EpochMetrics] | Exception:
     try:
-        return trainer.train_epoch()
+        return trainer.train_epoch(average=average)
     except ProcessDied as error:
         return error
     except (Exception, SystemExit) as error:

@@ -96,8 +96,8 @@ class LoopTrial:
         self._trial: _RunningTrial | None = None
         self._generator: Epochs | None = None
 
-    def train_epoch(self) -> dict[int, EpochMetrics]:
-        """Run the loop up to its next metrics; a trial that diverged or failed leaves the group."""
+    def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
+        """Run the loop up to its next metrics, which are never averaged; a trial that did not finish leaves."""
         try:
             self._repeat_epochs()
             metrics = self._next_epoch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from pipeline.training.epoch import (
     why_diverged,
     without_bf16,
 )
-from pipeline.training.evaluation import Evaluation
+from pipeline.training.evaluation import Evaluation, MeanWeights
 from pipeline.training.optim import ModelStrategy
 from pipeline.training.pooling import Pooling
 from pipeline.workloads.build import built_model, run_model
@@ -81,9 +81,9 @@ class PlainTrials:
         self._trials = {number: build(config) for number, config in configs.items()}
         self._failed: dict[int, EpochMetrics] = {}
 
-    def train_epoch(self) -> dict[int, EpochMetrics]:
+    def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it; a diverged or failed trial leaves the group."""
-        return train_epoch_of(self)
+        return train_epoch_of(self, average=average)
 
     def training_batches(self) -> Batches:
         """Yield the training batches of the next epoch; see `Stepwise`."""
@@ -93,11 +93,11 @@ class PlainTrials:
         """Yield the batches of a split."""
         return evaluation_batches(self._workload, name, self._config, dtype=self._dtype, output_size=self._output_size)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, *, average: bool = False) -> None:
         """Begin an epoch of every trial."""
         self.repeat_epochs()
         self._failed = {}
-        self._each(PlainTrial.begin_epoch)
+        self._each(lambda trial: trial.begin_epoch(average=average))
 
     def train_step(self, batch: Batch) -> None:
         """Update every trial on one batch."""
@@ -203,6 +203,8 @@ class PlainTrial:
         for kernel in (p for p in self.model.parameters() if config.channels_last and p.ndim == 4):
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
         self.record = Record()
+        self.mean: MeanWeights | None = None
+        """In an epoch after which trials are ranked."""
         self.begin_evaluation()
         self.pooling = Pooling(device, channels_last=config.channels_last)
 
@@ -213,10 +215,12 @@ class PlainTrial:
         with self._seeded_update(0):
             return ModelStrategy(self.config, self.model, steps_per_epoch=steps, directions=self.workload.directions)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, *, average: bool) -> None:
         """Begin an epoch: clear the record."""
         self.record = Record()
         self.begin_evaluation()
+        averages = average and self.config.ema is None  # with `ema` the metrics are of averages anyway
+        self.mean = MeanWeights(Evaluation(self.workload, rows=1)) if averages else None
         self.model.train()
 
     def begin_evaluation(self) -> None:
@@ -242,9 +246,11 @@ class PlainTrial:
     def _step(self) -> None:
         with self._seeded_update(self.step + len(self.record.rates)):
             self.strategy.step()
+        trained = self.strategy.trained
+        if self.mean is not None:
+            self.mean.add([parameter.detach() for parameter in trained])
         if self.config.ema is None:
             return
-        trained = self.strategy.trained
         if self.averages:
             for average, parameter in zip(self.averages, trained, strict=True):
                 average.lerp_(parameter.detach(), 1 - self.config.ema)
@@ -257,11 +263,12 @@ class PlainTrial:
         return seeded_step(kinds, self.device, self.config.seed, "update", step)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Put the averages, if there are any, in the place of the trained parameters inside the block."""
-        trained = self.strategy.trained if self.averages else []
+    def averaged(self, averages: Sequence[Tensor] | None = None) -> Iterator[None]:
+        """Put averages, those of `ema` if there are no others, in the place of the trained parameters in the block."""
+        averages = self.averages if averages is None else averages
+        trained = self.strategy.trained if averages else []
         last = [parameter.data for parameter in trained]
-        for parameter, average in zip(trained, self.averages, strict=True):
+        for parameter, average in zip(trained, averages, strict=True):
             parameter.data = average
         try:
             yield
@@ -272,10 +279,15 @@ class PlainTrial:
     @torch.no_grad()
     def evaluate_step(self, batch: Batch) -> None:
         """Evaluate one batch of a split."""
-        evaluation = self.evaluation
+        if self.mean is not None:
+            with self.averaged(self.mean.weights):
+                self._evaluate(copied(batch), self.mean.evaluation)
+        with self.averaged():
+            self._evaluate(batch, self.evaluation)
+
+    def _evaluate(self, batch: Batch, evaluation: Evaluation) -> None:
         self.model.eval()
-        seeded = seeded_step(self.draws, self.device, self.config.seed, "evaluation", self.epoch, evaluation.batches)
-        with seeded, self.averaged():
+        with seeded_step(self.draws, self.device, self.config.seed, "evaluation", self.epoch, evaluation.batches):
             with autocast(self.config, self.device), self.pooling():
                 outputs = run_model(self.model, batch.inputs)
             outputs = without_bf16(outputs)
@@ -298,11 +310,18 @@ class PlainTrial:
         diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self.epoch)
         if diverged is None:
             self.strategy.end_epoch(metrics)
+        averaged = {} if self.mean is None else self.mean.evaluation.results("val")[0]
         lr = rate_points(record.rates, first_step=first, per_step=self.strategy.per_step)
-        self.record = Record()
+        self.record, self.mean = Record(), None
         placement = Placement(trainer="plain", threads=torch.get_num_threads())
         return EpochMetrics(
-            epoch=self.epoch, step=self.step, metrics=metrics, lr=lr, placement=placement, diverged=diverged
+            epoch=self.epoch,
+            step=self.step,
+            metrics=metrics,
+            averaged=averaged,
+            lr=lr,
+            placement=placement,
+            diverged=diverged,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class TrainingProcess:
         weakref.finalize(trials, self._released.append, self._keys).atexit = False
         return trials
 
-    def call(self, key: int, method: str, *arguments: Any) -> tuple[Any, dict[int, TrialConfig]]:
+    def call(self, key: int, method: str, *arguments: Any, **options: Any) -> tuple[Any, dict[int, TrialConfig]]:
         """Call a trainer's method; return its value and the configs of the remaining trials.
 
         Raises:
@@ -107,7 +107,7 @@ class TrainingProcess:
         with self._lock:
             released = [self._released.popleft() for _ in range(len(self._released))]
             try:
-                _send(self._connection, _packed((key, method, arguments, released)))
+                _send(self._connection, _packed((key, method, arguments, options, released)))
                 value, configs, error = _receive(self._connection)
             except (EOFError, OSError):
                 if status := self._end():
@@ -130,14 +130,14 @@ class RemoteTrials:
         self.configs: dict[int, TrialConfig] = {}
         self._key = key
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of the trainer in its process."""
-        value, self.configs = self.process.call(self._key, method, *arguments)
+        value, self.configs = self.process.call(self._key, method, *arguments, **options)
         return value
 
-    def train_epoch(self) -> dict[int, EpochMetrics]:
+    def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it."""
-        results: dict[int, EpochMetrics] = self.call("train_epoch")
+        results: dict[int, EpochMetrics] = self.call("train_epoch", average=average)
         return results
 
     def drop(self, number: int) -> None:
@@ -179,10 +179,10 @@ def _serve(connection: Connection, build: Build) -> NoReturn:
         trainers: dict[int, Any] = {}
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                key, method, arguments, released = _receive(connection)
+                key, method, arguments, options, released = _receive(connection)
                 for old in released:
                     trainers.pop(old, None)
-                answer = _answer(trainers, key, method, arguments, build)
+                answer = _answer(trainers, key, method, arguments, options, build)
                 sys.stdout.flush()
                 _send(connection, answer)
                 del answer, arguments  # which may be a trial's state
@@ -193,13 +193,20 @@ def _serve(connection: Connection, build: Build) -> NoReturn:
         os._exit(status)
 
 
-def _answer(trainers: dict[int, Any], key: int, method: str, arguments: tuple[Any, ...], build: Build) -> Packed:
+def _answer(
+    trainers: dict[int, Any],
+    key: int,
+    method: str,
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
+    build: Build,
+) -> Packed:
     """Return, packed, a value, the configs of the remaining trials, and the exception raised in place of a value."""
     try:
         if method == "build":
             trainers[key] = build(*arguments)
             return _packed((None, trainers[key].configs, None))
-        value = getattr(trainers[key], method)(*arguments)
+        value = getattr(trainers[key], method)(*arguments, **options)
         return _packed((value, trainers[key].configs, None))
     except (Exception, SystemExit) as error:
         portable = exit_error(error) if isinstance(error, SystemExit) else _portable(error)

@@ -52,13 +52,13 @@ class ReplayedTrial:
         self._epoch = 0
         self._dropped = False
 
-    def train_epoch(self) -> dict[int, EpochMetrics]:
+    def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
         """Train the trial for one epoch and evaluate it."""
         if self._dropped:
             return {}
         with precision(self._config, self._device, threads=self._placement.threads):
             try:
-                metrics = self._placed_trainer().train_epoch()[self._row]
+                metrics = self._placed_trainer().train_epoch(average=average)[self._row]
             except (Exception, SystemExit) as raised:
                 metrics = ended_by(trial_error(raised), epoch=self._epoch, step=0)
         self._epoch += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,18 +56,23 @@ class ShardedTrials:
         self._states: States = {}
         """States of trials that no trainer holds."""
 
-    def train_epoch(self) -> dict[int, EpochMetrics]:
+    def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch; a trial that raises, alone or in a matrix, has failed.
+
+        Args:
+            average: See `TrialGroup`.
 
         Raises:
             GroupLost: Memory ran out, a process died, or a matrix raised. After `load_state_dict` the group continues
                 with fewer rows in a matrix, in a new process, or without the trials that raise.
         """
-        failed = self._call(self._find_raising) if self._epoch in self._suspects else {}
+        find_raising = functools.partial(self._find_raising, average=average)
+        failed = self._call(find_raising) if self._epoch in self._suspects else {}
         self._call(self._arrange)
         results: dict[int, EpochMetrics] = {}
         lost: list[tuple[ShardTrainer, Exception]] = []
-        for trainer, outcome in zip(self._trainers, self._executor.train(self._trainers), strict=True):
+        outcomes = self._executor.train(self._trainers, average=average)
+        for trainer, outcome in zip(self._trainers, outcomes, strict=True):
             if isinstance(outcome, dict):
                 results |= outcome
             elif isinstance(outcome, ProcessDied | torch.OutOfMemoryError) or len(trainer.configs) > 1:
@@ -192,7 +198,7 @@ class ShardedTrials:
         if self._losses[self._epoch] > MAX_LOSSES:
             raise PipelineError(f"{error}, {MAX_LOSSES + 1} times in one epoch; perhaps memory is short")
 
-    def _find_raising(self) -> dict[int, EpochMetrics]:
+    def _find_raising(self, *, average: bool) -> dict[int, EpochMetrics]:
         """Find by repeated halving which trials of the suspects raise alone; return each as failed.
 
         If no trial raises alone, lower the row limit.
@@ -207,7 +213,7 @@ class ShardedTrials:
             plain = self._executor.why_plain(self.configs[numbers[0]]) is not None
             last = self._executor.start_processes(len(self._all)) - 1  # a suspect may kill the process that trains it
             trainer = self._build(Shard(tuple(numbers), plain=plain), last)
-            (outcome,) = self._executor.train([trainer])
+            (outcome,) = self._executor.train([trainer], average=average)
             if isinstance(outcome, dict) or (isinstance(outcome, torch.OutOfMemoryError) and len(numbers) == 1):
                 continue
             if len(numbers) == 1:

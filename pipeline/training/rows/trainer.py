@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.contract import Batches, train_epoch_of
+from pipeline.training.contract import Batches, copied, train_epoch_of
 from pipeline.training.epoch import (
     Accumulation,
     Record,
@@ -32,7 +32,7 @@ from pipeline.training.epoch import (
     why_diverged,
     without_bf16,
 )
-from pipeline.training.evaluation import Evaluation
+from pipeline.training.evaluation import Evaluation, MeanWeights
 from pipeline.training.pooling import Pooling
 from pipeline.training.rows.layout import lay_out
 from pipeline.training.rows.model import RowModel
@@ -110,6 +110,8 @@ class FusedTrials:
         """With `ema`, averages of the parameters (row, parameter); None before the first step."""
         self._record = Record()
         self._evaluation = Evaluation(workload, rows)
+        self._mean: MeanWeights | None = None
+        """In an epoch after which trials are ranked."""
         self._rates: Mapping[int, Mapping[str, Sequence[float]]] = {}
         self._optimizer = MatrixOptimizer(
             self.configs,
@@ -129,15 +131,15 @@ class FusedTrials:
         train, val = (samples_of(self._workload, name) for name in ("train", "val"))
         batch = model_batch(self._workload, first_batch(train, self._config.batch_size), self._dtype)
         _, gradients = self.gradients(batch)
-        _temporaries = [torch.empty_like(gradients) for _ in range(2)]  # as many as an update allocates
+        _temporaries = [torch.empty_like(gradients) for _ in range(3)]  # an update allocates two, a mean one
         size = evaluation_batch_size(val, self._config, output_size=self._output_size)
         self.evaluate_step(model_batch(self._workload, first_batch(val, size), self._dtype))
         self._record, self._buffers = Record(), buffers
         self._evaluation = Evaluation(self._workload, len(self.configs))
 
-    def train_epoch(self) -> dict[int, EpochMetrics]:
+    def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
         """Train every trial for one epoch and evaluate it; a diverged trial has left the group."""
-        return train_epoch_of(self) if self.configs else {}
+        return train_epoch_of(self, average=average) if self.configs else {}
 
     def training_batches(self) -> Batches:
         """Yield the training batches of the next epoch; see `Stepwise`."""
@@ -147,10 +149,12 @@ class FusedTrials:
         """Yield the batches of a split."""
         return evaluation_batches(self._workload, name, self._config, dtype=self._dtype, output_size=self._output_size)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, *, average: bool = False) -> None:
         """Begin an epoch: compute its rates, and clear the record."""
         self._record = Record()
         self._evaluation = Evaluation(self._workload, len(self.configs))
+        averages = average and self._config.ema is None  # with `ema` the metrics are of averages anyway
+        self._mean = MeanWeights(Evaluation(self._workload, len(self.configs))) if averages else None
         self._rates = self._optimizer.plan_epoch()
         self._model.train()
 
@@ -185,6 +189,8 @@ class FusedTrials:
         if self._accumulation.ends(number):
             self._optimizer.update(self._matrix, gradients, step=number // accumulate)
             self._average()
+            if self._mean is not None:
+                self._mean.add([self._matrix])
         self._record.losses.append(noted(losses))
         self._record.sizes.append(samples)
 
@@ -204,9 +210,13 @@ class FusedTrials:
     @torch.no_grad()
     def evaluate_step(self, batch: Batch) -> None:
         """Evaluate every row on one batch of a split."""
-        evaluation = self._evaluation
+        if self._mean is not None:
+            self._evaluate(copied(batch), self._mean.weights[0], self._mean.evaluation)
+        self._evaluate(batch, self._evaluated, self._evaluation)
+
+    def _evaluate(self, batch: Batch, matrix: Tensor, evaluation: Evaluation) -> None:
         self._model.eval()
-        parameters = self._layout.views(self._evaluated)
+        parameters = self._layout.views(matrix)
         with seeded_step(self._draws, self._device, self._config.seed, "evaluation", self._epoch, evaluation.batches):
             losses, outputs = self._losses(batch, parameters, evaluating=True)
             evaluation.add(losses, outputs, batch.targets, size=batch.size)
@@ -218,6 +228,7 @@ class FusedTrials:
         self._epoch += 1
         self._step += self._accumulation.steps
         evaluated = self._evaluation.results("val")
+        averaged = [{}] * len(self.configs) if self._mean is None else self._mean.evaluation.results("val")
         results = {}
         threads, rows = torch.get_num_threads(), len(self.configs)
         epochs = zip(self.configs, zip(*floats(record.losses), strict=True), strict=True)
@@ -230,11 +241,12 @@ class FusedTrials:
                 epoch=self._epoch,
                 step=self._step,
                 metrics=metrics,
+                averaged=averaged[row],
                 lr=self._lr_points(number),
                 placement=Placement(trainer="rows", rows=rows, place=row, threads=threads),
                 diverged=diverged,
             )
-        self._record = Record()
+        self._record, self._mean = Record(), None
         self._keep([number for number in self.configs if results[number].diverged is None])
         return dict(sorted(results.items()))
 
