@@ -230,7 +230,7 @@ def read_search(
         wrong.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
     read = read_options("search", options, workload=workload, overrides=overrides, problems=wrong)
     folder = read["root"].absolute()
-    read["storage"] = cli.chosen_storage(read["storage"])
+    read["storage"] = cli.chosen_storage(read.get("storage"))
     stored = _stored_study(folder, read["storage"], read["study"])
     changes, made = with_workload(
         workload, overrides, stored=stored.document["workload"] if space is None and stored is not None else {}
