@@ -112,7 +112,7 @@ def masked(text: str) -> str:
 
     A name alone may be a token, except in PostgreSQL's URLs, whose names are needed to connect again.
     """
-    name = r"(?<!postgresql://)(?<!postgres://)[^\s/]*|[^\s/]*@[^\s/]*"
+    name = r"(?<!postgresql://)(?<!postgresql\+psycopg://)(?<!postgres://)[^\s/]*|[^\s/]*@[^\s/]*"
     text = re.sub(rf"(?<=://)([^\s/@]*:\S*|{name})@", "***@", text)
     return re.sub(r"(?i)([?&][^\s=&]*(?:password|passwd|pwd|secret|token)[^\s=&]*=)[^\s&]*", r"\1***", text)
 

@@ -28,6 +28,7 @@ def test_what_is_not_printable_is_escaped(text: str, expected: str) -> None:
         ("postgresql+psycopg2://me:p@/w:@host/runs", "postgresql+psycopg2://***@host/runs"),
         ("https://token@host", "https://***@host"),
         ("postgresql://me@host:5432/runs?options=a@b", None),
+        ("postgresql+psycopg://me@host/runs", None),
         ("postgresql://me@there:pw@host/runs", "postgresql://***@host/runs"),
         ("postgresql://host/runs?user=me&password=pw&sslmode=require", None),
         ("http://host/?access_token=pw", "http://host/?access_token=***"),

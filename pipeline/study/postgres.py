@@ -72,8 +72,8 @@ class PostgresDatabase(Database):
         self._study: str | None = None
         """The study whose lock each connection takes."""
         self._connection: psycopg.Connection[Any] | None = None
-        self._session: tuple[Any, ...] | None = None
-        """The server's number of the last connection, and the time of its beginning."""
+        self._sessions: set[tuple[Any, ...]] = set()
+        """Of each connection, the number of the server's process, and the time of its beginning."""
         self._untaken: psycopg.Connection[Any] | None = None
         """The connection until SQLAlchemy's pool has taken it."""
 
@@ -88,7 +88,7 @@ class PostgresDatabase(Database):
         if versions and not studies:
             message = "has tables of another program, such as MLflow; name another database, which `createdb` makes"
             raise InvalidInput(self.option, [Problem(self.name, message)])
-        return bool(studies)
+        return bool(studies and versions)
 
     def storage(self, *, create: bool = False) -> RDBStorage:
         """Open the database; create Optuna's tables if asked to.
@@ -199,11 +199,19 @@ class PostgresDatabase(Database):
         return storage
 
     def _build(self) -> None:
-        """Create Optuna's tables; if several programs try at once, one after the other."""
+        """Create Optuna's tables; if several programs try at once, one after the other.
+
+        Raises:
+            StorageError: The user is not allowed to.
+        """
         with psycopg.connect(**self._parameters, autocommit=True) as connection:
             connection.execute("SELECT pg_advisory_lock(%s)", [BUILDING])
             pool = {"creator": lambda: psycopg.connect(**self._parameters), "poolclass": sqlalchemy.NullPool}
-            RDBStorage(DRIVER, pool).engine.dispose()
+            try:
+                RDBStorage(DRIVER, pool).engine.dispose()
+            except sqlalchemy.exc.ProgrammingError as error:
+                message = f"{self.name}: Optuna's tables cannot be made: {first_line(error.orig or error)}"
+                raise StorageError(f"{message}; allow it by GRANT CREATE ON SCHEMA") from error
 
     def _take(self) -> psycopg.Connection[Any]:
         """Give SQLAlchemy's pool the connection, once: Optuna would otherwise repeat what may have been done."""
@@ -238,7 +246,7 @@ class PostgresDatabase(Database):
         """
         if self._connection is not None:
             return
-        if self._session is not None:
+        if self._sessions:
             self._connect_again(time.monotonic())
             return
         try:
@@ -288,9 +296,9 @@ class PostgresDatabase(Database):
         connection = psycopg.connect(**parameters, autocommit=True)
         try:
             connection.execute(KEEPALIVES)
+            self._sessions.update(connection.execute(OWN_SESSION))
             if self._study is not None:
                 self._take_lock(connection, self._study)
-            session = connection.execute(OWN_SESSION).fetchone()
             connection.autocommit = False
         except BaseException as error:
             connection.close()
@@ -298,7 +306,7 @@ class PostgresDatabase(Database):
                 raise StorageError(f"{self.name}: {_reason(error)}") from error
             raise
         self._address = f"{connection.info.host}:{connection.info.port}"
-        self._session, self._connection, self._untaken = session, connection, connection
+        self._connection = self._untaken = connection
 
     def _take_lock(self, connection: psycopg.Connection[Any], study: str) -> None:
         try:
@@ -307,7 +315,7 @@ class PostgresDatabase(Database):
             connection.execute("RESET lock_timeout")
         except psycopg.errors.LockNotAvailable as error:
             holder = connection.execute(HOLDER, {"study": study}).fetchone()
-            if holder is not None and holder[:2] != self._session:
+            if holder is not None and holder[:2] not in self._sessions:
                 remedy = "wait for it, or name another --study"
                 raise StudyBusy(f"study {study} is driven by {holder[2] or 'another program'}; {remedy}") from None
             if holder is not None:  # the server has not noticed yet that the earlier connection broke
