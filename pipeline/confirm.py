@@ -7,6 +7,7 @@ finalists; it trains only what is missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         study=arguments.study,
         timeout=arguments.timeout,
         root=arguments.root,
+        storage=arguments.storage,
         device=arguments.device,
         from_python=False,
     ).exit_status
@@ -44,6 +46,7 @@ def confirm(
     workload: Callable[..., Workload | Epochs] | Workload | str | None = None,
     timeout: float | None = None,
     root: Path | str = ".",
+    storage: str | None = None,
     device: str = "auto",
     quiet: bool = False,
 ) -> SearchResult:
@@ -57,6 +60,8 @@ def confirm(
         workload: The study's workload again, if it is your own.
         timeout: In minutes.
         root: Folder that holds `mlflow.db` and `mlruns/`.
+        storage: URL of the PostgreSQL database that holds the study's trials, without its password; None:
+            PIPELINE_STORAGE, or else `mlruns/optuna.db`.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         quiet: Print nothing.
 
@@ -65,7 +70,7 @@ def confirm(
     """
     from pipeline.app.options import read_options
 
-    given = {"study": study, "root": root, "seeds": seeds, "finalists": finalists}
+    given = {"study": study, "root": root, "storage": storage, "seeds": seeds, "finalists": finalists}
     read = read_options("confirm", given, workload=None, overrides={}, problems=[])
     return _confirm(
         space=space,
@@ -75,21 +80,28 @@ def confirm(
         study=read["study"],
         timeout=timeout,
         root=read["root"],
+        storage=read["storage"],
         device=device,
         from_python=True,
         quiet=quiet,
     )
 
 
-def _confirm(*, study: str | None, root: Path, settings: Mapping[str, int | None], **given: Any) -> SearchResult:
+def _confirm(
+    *, study: str | None, root: Path, storage: str | None, settings: Mapping[str, int | None], **given: Any
+) -> SearchResult:
     from pipeline.app.start_search import start_search
     from pipeline.study.store import Store
 
     changes = {name: value for name, value in settings.items() if value is not None}
+    storage = cli.chosen_storage(storage)
+    with contextlib.closing(Store(root, storage)) as store:
+        study = store.header(study).name
     return start_search(
         confirm={"share": 1.0, **changes},
-        study=Store(root).header(study).name,
+        study=study,
         root=root,
+        storage=storage,
         trials=None,
         rows=None,
         changed_code=False,
@@ -107,6 +119,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--finalists", type=cli.FINALISTS, metavar="N", help=f"trials to confirm {default}")
     parser.add_argument("--timeout", type=cli.positive_number, metavar="MINUTES", help="stop after this long")
     cli.add_root(parser)
+    cli.add_storage(parser)
     cli.add_device(parser)
     cli.add_space(parser)
     return parser.parse_args(argv)

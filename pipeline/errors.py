@@ -108,8 +108,12 @@ def printable(text: str) -> str:
 
 
 def masked(text: str) -> str:
-    """Return a text with `***` for the names and passwords in its URLs."""
-    text = re.sub(r"(?<=://)([^\s/@]*:\S*|[^\s/]*)@", "***@", text)
+    """Return a text with `***` for the names and passwords in its URLs.
+
+    A name alone may be a token, except in PostgreSQL's URLs, whose names are needed to connect again.
+    """
+    name = r"(?<!postgresql://)(?<!postgresql\+psycopg://)(?<!postgres://)[^\s/]*|[^\s/]*@[^\s/]*"
+    text = re.sub(rf"(?<=://)([^\s/@]*:\S*|{name})@", "***@", text)
     return re.sub(r"(?i)([?&][^\s=&]*(?:password|passwd|pwd|secret|token)[^\s=&]*=)[^\s&]*", r"\1***", text)
 
 

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     help = "a config's file, such as best.yaml (default: a trial of a study)"
     parser.add_argument("config", nargs="?", type=cli.file, metavar="CONFIG", help=help)
     cli.add_root(parser)
+    cli.add_storage(parser)
     cli.add_study(parser, help="which study (default: the newest)")
     help = "which trial, or adam or sgd for a baseline of the confirmation (default: the winner)"
     parser.add_argument("--trial", type=_trial, metavar="N", help=help)
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     return export(
         arguments.config,
         root=arguments.root,
+        storage=arguments.storage,
         study=arguments.study,
         trial=arguments.trial,
         seed=arguments.seed,

@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     description = "Write the report of a study as one HTML file, which opens without network."
     parser = cli.build_parser("report", description)
     cli.add_root(parser)
+    cli.add_storage(parser)
     cli.add_study(parser, help="which study (default: the newest)")
     help = "where to write it (default: report.html in the study's folder)"
     parser.add_argument("--out", type=cli.file, metavar="FILE", help=help)
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline.app.report import report
 
-    return report(arguments.root, study=arguments.study, out=arguments.out)
+    return report(arguments.root, arguments.storage, study=arguments.study, out=arguments.out)
 
 
 def script() -> NoReturn:

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.delete is not None:
         from pipeline.app.delete import delete
 
-        return delete(arguments.root, arguments.delete, sure=arguments.yes)
+        return delete(arguments.root, arguments.storage, arguments.delete, sure=arguments.yes)
 
     from pipeline.app.start_search import start_search
 
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         timeout=arguments.timeout,
         study=arguments.study,
         root=arguments.root,
+        storage=arguments.storage,
         device=arguments.device,
         rows=arguments.rows,
         changed_code=arguments.changed_code,
@@ -63,6 +64,7 @@ def search(
     timeout: float | None = None,
     study: str | None = None,
     root: Path | str = ".",
+    storage: str | None = None,
     device: str = "auto",
     rows: int | None = None,
     changed_code: bool = False,
@@ -80,6 +82,8 @@ def search(
         timeout: In minutes.
         study: Name of the study to continue or to begin.
         root: Folder that holds `mlflow.db` and `mlruns/`; made if it does not exist.
+        storage: URL of a PostgreSQL database that holds the ended trials, without its password; None:
+            PIPELINE_STORAGE, or else `mlruns/optuna.db`.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         rows: At most this many trials in a matrix; None: as many as train fastest.
         changed_code: Go on with a study although the workload's code, data or model has changed.
@@ -99,6 +103,7 @@ def search(
         timeout=timeout,
         study=study,
         root=root,
+        storage=storage,
         device=device,
         rows=rows,
         changed_code=changed_code,
@@ -117,6 +122,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=cli.positive_number, metavar="MINUTES", help="stop after this long")
     cli.add_study(parser, help="continue this study, or begin it (default: the newest unfinished one that fits)")
     cli.add_root(parser, help="folder that holds mlflow.db and mlruns/, made if need be")
+    cli.add_storage(parser)
     cli.add_device(parser)
     rows_help = "train at most N trials as rows of one matrix (default: auto)"
     parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import warnings
@@ -16,6 +17,8 @@ from pipeline.files.strict_yaml import dumps
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for `make test &`, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ.pop("PIPELINE_STORAGE", None)  # a database of the person's, to which no test may write
+
 SMALL: dict[str, Any] = {
     "workload": {"name": "digits", "model": "mlp"},
     "epochs": 4,
@@ -26,7 +29,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-SLOW_FIXTURES = {"test_delete", "test_objective", "test_python", "test_search"}
+SLOW_FIXTURES = {"test_delete", "test_objective", "test_postgres", "test_python", "test_search"}
 """Modules whose tests share a whole search, which is made once if `pytest -n auto` runs them in one process."""
 
 

@@ -20,7 +20,7 @@ import optuna
 import torch
 from test_checkpoint import DOCUMENT, TRIALS, begin, outcomes, search
 
-import pipeline.study.database
+import pipeline.study.sqlite
 import pipeline.study.study
 from pipeline.space.load import space_from_document
 from pipeline.study.store import Store
@@ -28,7 +28,7 @@ from pipeline.study.store import Store
 DIED = 99
 """Exit status of a process that exited at its crash point."""
 CALLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
-    "build the database": (pipeline.study.database, "build_database", (1,)),
+    "build the database": (pipeline.study.sqlite, "build_database", (1,)),
     "create the study": (optuna, "create_study", (1,)),
     "name the metric": (optuna.study.Study, "set_metric_names", (1,)),
     "describe the study": (optuna.study.Study, "set_user_attr", (1,)),

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny import RULES
 
-from pipeline import export, lr_range, search, train
+from pipeline import confirm, export, lr_range, report, search, train
 from pipeline.app import cli
 from pipeline.errors import InvalidInput
 from pipeline.space.config import Digits, TrialConfig
@@ -36,6 +36,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train.main,
     "export": export.main,
     "lr_range": lr_range.main,
+    "confirm": confirm.main,
+    "report": report.main,
 }
 
 SPACE = """\
@@ -120,6 +122,22 @@ REFUSED = [
     option("search --root new --space mine.yaml --set batch_size=1258", "must be at most the 1257 training samples"),
     option("lr_range --root new --space mine.yaml --set batch_size=1258", "must be at most the 1257 training samples"),
     option("export --root new", "--root: 1 problem", f"new: {NO_STUDY}"),
+    option(
+        "search --storage sqlite:///x.db", "argument --storage: must be the URL of a PostgreSQL database, postgresql"
+    ),
+    option("report --storage postgresql://me:secret@host/db", "--storage: has a password, which", "set PGPASSWORD or "),
+    option("export --storage postgresql://me:se/c@ret@host/db", "--storage: has a password", "~/.pgpass"),
+    option("confirm --storage postgresql://me@host/db?password=secret", "--storage: has a password"),
+    option("search --delete x --storage postgresql://me%3Asecret@host/db", "--storage: has a password"),
+    option(
+        "search --storage postgresql://me@host:secret/db", "--storage: cannot be read; write postgresql://user@host"
+    ),
+    option("search --storage postgresql://me@host/db?foo=1", "--storage: cannot be read; write postgresql://user@"),
+    option("search --study x --storage postgresql://me@127.0.0.1:1/db", "127.0.0.1:1/db: ", "; start the server, or"),
+    option(
+        "train mine.yaml --storage postgresql://me:secret@host/db",
+        "unrecognized arguments: --storage postgresql://***@host/db",
+    ),
     option("search --device tpu", "argument --device: must be auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
     option("search --device cuda:99", "--device: 1 problem", "cuda:99: there", "use --device cpu, or auto"),
     option("search --trails 5", "unrecognized arguments: --trails 5"),
@@ -400,6 +418,7 @@ def test_a_bad_input_is_refused_in_plain_words_and_nothing_is_written(
     Path("mine.yaml").write_bytes(case.content if isinstance(case.content, bytes) else case.content.encode())
     said = refuse(case.command, capsys)
     assert [word for word in case.words if word not in said] == [], said
+    assert "secret" not in said
 
 
 @pytest.mark.parametrize(
@@ -653,6 +672,32 @@ except SystemExit as ended:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == str(status)
+
+
+def test_a_password_is_refused_wherever_the_storage_is_named_and_shown_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in ("postgresql://me:secret@host/db", Path("postgresql://me:secret@host/db"), 3, b"me:secret@host"):
+        for call in (search.search, confirm.confirm):
+            with pytest.raises(InvalidInput) as refused:
+                call(storage=url)  # type: ignore[arg-type]
+            assert re.search(r": 1 problem\n  storage: (has a password|must be the URL of)", str(refused.value))
+            assert "secret" not in str(refused.value)
+    monkeypatch.setenv("PIPELINE_STORAGE", "postgresql://me:secret@host/db")
+    for command in ("search", "confirm", "report", "export", "search --delete x"):
+        said = refuse(command, capsys)
+        assert said.startswith("PIPELINE_STORAGE: 1 problem\n  ")
+        assert "secret" not in said
+
+
+def test_a_storage_without_its_driver_is_refused_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    said = refuse("search --storage postgresql://me@host/db", capsys)
+    assert "needs the package psycopg, which is not installed; run pip install 'psycopg[binary]'" in said
 
 
 STORES = {

@@ -40,7 +40,7 @@ from pipeline.space.schedules import (
 )
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import STATES, Checkpoints
-from pipeline.study.loop import forget_ended, run_group
+from pipeline.study.loop import forget_ended, run_group, store_each
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.training.executor import LocalExecutor
@@ -375,6 +375,42 @@ def test_a_search_that_dies_between_two_trials_goes_on_to_the_same(
     assert warnings == []
     assert outcomes(store) == whole[1]
     assert files(store) == []
+
+
+@pytest.mark.parametrize("refused", [0, 2, TRIALS - 1])
+def test_a_trial_that_cannot_be_stored_is_in_a_checkpoint_and_is_not_trained_again(
+    store: Store, refused: int, whole: tuple[int, list[tuple[Any, ...]]]
+) -> None:
+    study, trained = begin(store), list[Mapping[int, EpochMetrics]]()
+
+    def add(trial: EndedTrial) -> None:
+        if trial.number == refused:
+            raise StorageError("the database is away")
+        study.add(trial)
+
+    checkpoints = Checkpoints(store.folder("mine") / "checkpoints", warn=pytest.fail, share=1e-9)  # else none is due
+
+    def search_on() -> None:
+        while proposals := study.next_group(TRIALS):
+            ended = run_group(
+                executor().build({number: config for number, (config, _) in proposals.items()}),
+                proposals,
+                study,
+                checkpoints=checkpoints,
+                environment={"torch": "2"},
+                on_epoch=trained.append,
+                interrupted=lambda: False,
+                rules=lambda: study.rules,
+            )
+            store_each(ended, add)
+
+    with pytest.raises(StorageError, match=r"^the database is away$"):
+        search_on()
+    assert len(study.ended) == refused
+    epochs, warnings = search(store)
+    assert warnings == []
+    assert len(trained) + epochs == whole[0]
+    assert outcomes(store) == whole[1]
 
 
 def test_a_damaged_newest_checkpoint_costs_an_epoch_and_changes_nothing(

@@ -39,10 +39,13 @@ OWNERS = {
         "study.study",
         "study.stored_trial",
         "study.database",
+        "study.sqlite",
+        "study.postgres",
         "study.store",
         "study.samplers",
         "study.importance",
     ),
+    "psycopg": ("files.postgres", "study.postgres"),
     "torch": (
         "training*",
         "workloads*",

@@ -411,6 +411,7 @@ def test_a_page_has_its_sections_in_order() -> None:
         "Best of each optimizer at the same epoch",
         "Validation error by base rate",
         "Validation error by epoch",
+        "Where trials were pruned",
         "Other hyperparameters",
         "What mattered",
         "Time",

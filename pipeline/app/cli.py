@@ -19,6 +19,7 @@ from pipeline import __version__
 from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean, printable
 from pipeline.files.atomic import check_writable
 from pipeline.files.locks import is_study_name, refuse_links
+from pipeline.files.postgres import read_url
 from pipeline.files.signals import CtrlC
 from pipeline.space.config import WORKLOADS, Own
 from pipeline.space.overrides import parse_override
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
 MAX_SEED = 2**32 - 1
+STORAGE = "PIPELINE_STORAGE"
+"""Environment variable that stands for `--storage`."""
 MAX_SHOWN = 120
 """Most characters of a bad value that a message shows."""
 
@@ -71,7 +74,7 @@ def build_parser(command: str, description: str, *, more: Sequence[str] = ()) ->
         description: A sentence.
         more: Lines below the options.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m pipeline.{command}",
         description=description,
         epilog="\n".join(more),
@@ -79,6 +82,12 @@ def build_parser(command: str, description: str, *, more: Sequence[str] = ()) ->
     )
     parser.add_argument("--version", action="version", version=f"lr-strategy-search {__version__}")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with a message that shows no password of a URL, such as one that is no argument of the command."""
+        super().error(printable(message))
 
 
 def choices_of_spaces() -> list[str]:
@@ -99,6 +108,13 @@ def add_root(parser: argparse.ArgumentParser, *, help: str = "folder that holds 
     """Add `--root`."""
     help = f"{help} (default: the working folder)"
     parser.add_argument("--root", type=folder, default=Path(), metavar="DIR", help=help)
+
+
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    """Add `--storage`."""
+    help = "a PostgreSQL database that holds the ended trials, postgresql://user@host/database; its password is read "
+    help += f"from PGPASSWORD or ~/.pgpass (default: {STORAGE}, else mlruns/optuna.db)"
+    parser.add_argument("--storage", type=storage_url, metavar="URL", help=help)
 
 
 def add_study(parser: argparse.ArgumentParser, *, help: str) -> None:
@@ -217,6 +233,32 @@ def study_name(text: str) -> str:
         rule = "must be 1 to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'"
         raise argparse.ArgumentTypeError(f"{rule}, got {text[:MAX_SHOWN]!r}")
     return text
+
+
+def storage_url(text: str) -> str:
+    """Read the URL of a PostgreSQL database; no message shows any of it, since it may hold a password."""
+    try:
+        return read_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def chosen_storage(given: str | None) -> str | None:
+    """Return the URL of the database that an option or else the environment names; None for SQLite's.
+
+    Raises:
+        InvalidInput: The environment names no PostgreSQL database.
+    """
+    try:
+        return given or (read_url(os.environ[STORAGE]) if os.environ.get(STORAGE) else None)
+    except ValueError as error:
+        raise InvalidInput(STORAGE, [Problem("", str(error))]) from None
+
+
+def root_options(root: Path, storage: str | None) -> str:
+    """Return the options, with a space before each, that name the studies of a root again."""
+    words = "" if root == Path() else f" --root {quoted(root)}"
+    return words + ("" if storage is None else f" --storage {shlex.quote(storage)}")
 
 
 def workload_choice(text: str) -> dict[str, str]:

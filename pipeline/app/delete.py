@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pipeline.tracking.process import TRACKERS
 from pipeline.tracking.tracker import root_cause
 
 
-def delete(root: Path, name: str, *, sure: bool) -> int:
+def delete(root: Path, storage: str | None, name: str, *, sure: bool) -> int:
     """Delete a study's trials, folder and record at every tracker; ask first unless `sure`.
 
     The records are deleted first and the trials last, so that the same command completes an interrupted deletion.
@@ -26,8 +27,12 @@ def delete(root: Path, name: str, *, sure: bool) -> int:
         StudyBusy: A search of the study is running.
         StorageError: Something could not be removed.
     """
-    store = Store(root)
-    trackers = [build(root) for build in TRACKERS]
+    with contextlib.closing(Store(root, cli.chosen_storage(storage), warn=cli.warn)) as store:
+        return _delete(store, name, sure=sure)
+
+
+def _delete(store: Store, name: str, *, sure: bool) -> int:
+    trackers = [build(store.root) for build in TRACKERS]
     header = store.header(name, option="--delete")
     records = " and ".join(map(str, trackers))
     what = f"study {name}: {counted(header.ended, 'trial')}, {store.folder(name)}, and the study's record, {records}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -51,6 +52,7 @@ def export(
     config: Path | None,
     *,
     root: Path,
+    storage: str | None,
     study: str | None,
     trial: int | str | None,
     seed: int | None,
@@ -63,6 +65,7 @@ def export(
     Args:
         config: A config's file; None: a trial.
         root: Folder that holds `mlruns/`.
+        storage: URL of the PostgreSQL database that holds the trials; None: PIPELINE_STORAGE, or else `optuna.db`.
         study: None: the newest.
         trial: Number of the trial, or the name of a baseline; None: the winner.
         seed: Seed of a run of the confirmation; None: the trial itself.
@@ -78,14 +81,14 @@ def export(
         from pipeline.app.export_model import checked_folder, export_model
 
         folder = checked_folder(out)
-        source = _read(config, root=root, study=study, trial=trial, seed=seed)
+        source = _read(config, root=root, storage=storage, study=study, trial=trial, seed=seed)
         _refuse_unnamed_code(source)
         assert out is not None
         return export_model(source.content, source.file, folder=folder, shown=out, device=device)
     file = None if out is None else cli.writable_out(out)
     if file is not None and config is not None and file == config.resolve():
         raise InvalidInput("--out", [Problem(str(out), "is the config itself; name another file")])
-    text = _written(_read(config, root=root, study=study, trial=trial, seed=seed), format)
+    text = _written(_read(config, root=root, storage=storage, study=study, trial=trial, seed=seed), format)
     if file is None:
         sys.stdout.write(text)
         return 0
@@ -103,14 +106,23 @@ def trial_code(study: Study, trial: EndedTrial) -> str:
     return _python(_source_of(study, trial))
 
 
-def _read(config: Path | None, *, root: Path, study: str | None, trial: int | str | None, seed: int | None) -> Source:
+def _read(
+    config: Path | None,
+    *,
+    root: Path,
+    storage: str | None,
+    study: str | None,
+    trial: int | str | None,
+    seed: int | None,
+) -> Source:
     if config is not None:
         content = strict_yaml.load(config)
         _, _, found = build_config(content, source=str(config), name="config", load_code=False)
         Found.read(found, source=str(config))
         return Source(str(config), content, _comment_of(config), config)
-    opened = Store(root, warn=cli.warn).open(study)
-    return _source_of(opened, choose_trial(opened, trial, seed))
+    with contextlib.closing(Store(root, cli.chosen_storage(storage), warn=cli.warn)) as store:
+        opened = store.open(study)
+        return _source_of(opened, choose_trial(opened, trial, seed))
 
 
 def _source_of(study: Study, trial: EndedTrial) -> Source:

@@ -7,6 +7,7 @@ and for Python.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import numbers
@@ -47,6 +48,7 @@ OPTIONS: Mapping[str, tuple[Any, str, Callable[[str], Any]]] = {
     "timeout": (numbers.Real | None, "a number", cli.positive_number),
     "study": (str | None, "a text", cli.study_name),
     "root": (str | Path, "a path", cli.folder),
+    "storage": (object, "a URL", cli.storage_url),
     "device": (str, "a name", cli.device_name),
     "seeds": (numbers.Integral | None, "a whole number", cli.SEEDS),
     "finalists": (numbers.Integral | None, "a whole number", cli.FINALISTS),
@@ -83,6 +85,8 @@ class SearchOptions:
     """As it was given, for messages."""
     folder: Path
     """The root, absolute: own code may change the working folder."""
+    storage: str | None
+    """URL of the PostgreSQL database that holds the ended trials; None: `mlruns/optuna.db`."""
     device: str
     rows: int | None
     changed_code: bool
@@ -113,10 +117,11 @@ class SearchOptions:
                 confirm="False" if skips else None,
                 **self._code_from_python(),
                 root=None if self.root == Path() else repr(str(self.root)),
+                storage=None if self.storage is None else repr(self.storage),
                 device=None if self.device == "auto" else repr(self.device),
                 rows=None if self.rows is None or self.confirming else repr(self.rows),
             )
-        root = "" if self.root == Path() else f" --root {cli.quoted(self.root)}"
+        root = cli.root_options(self.root, self.storage)
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
         if self.confirming:
@@ -209,7 +214,8 @@ def read_search(
         wrong.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
     read = read_options("search", options, workload=workload, overrides=overrides, problems=wrong)
     folder = read["root"].absolute()
-    stored = _stored_study(folder, read["study"])
+    read["storage"] = cli.chosen_storage(read.get("storage"))
+    stored = _stored_study(folder, read["storage"], read["study"])
     changes, made = with_workload(
         workload, overrides, stored=stored.document["workload"] if space is None and stored is not None else {}
     )
@@ -338,13 +344,14 @@ def _place_of(workload: Any) -> str | None:
     return f"{module}:{name}"
 
 
-def _stored_study(root: Path, name: str | None) -> StudyHeader | None:
+def _stored_study(root: Path, storage: str | None, name: str | None) -> StudyHeader | None:
     """Return the header of a named study; None if no study is named or stored."""
-    if name is None or not (root / "mlruns" / "optuna.db").exists():
+    if name is None or (storage is None and not (root / "mlruns" / "optuna.db").exists()):
         return None
     from pipeline.study.store import Store  # imports Optuna, which only a study that may exist needs
 
-    return next((header for header in Store(root).headers() if header.name == name), None)
+    with contextlib.closing(Store(root, storage)) as store:
+        return next((header for header in store.headers() if header.name == name), None)
 
 
 def _stored_space(stored: StudyHeader, overrides: Overrides) -> FoundSpace:

@@ -30,14 +30,14 @@ DRAWN = 5
 REPORT = "report.html"
 
 
-def report(root: Path, *, study: str | None, out: Path | None) -> int:
+def report(root: Path, storage: str | None, *, study: str | None, out: Path | None) -> int:
     """Write the report of a stored study, by default into the study's folder; return the exit status.
 
     Raises:
         InvalidInput: There is no such study, or the file cannot be written.
     """
     file = None if out is None else cli.writable_out(out)
-    with contextlib.closing(Store(root, warn=cli.warn)) as store:
+    with contextlib.closing(Store(root, cli.chosen_storage(storage), warn=cli.warn)) as store:
         opened = store.open(study)
         path = store.folder(opened.name) / REPORT if file is None else file
         if file is None:
@@ -72,7 +72,7 @@ def write_report(
         OSError: The file cannot be written.
     """
     study, header = answer.study, store.header(answer.study.name)
-    options = "" if store.root == Path() else f" --root {cli.quoted(store.root)}"
+    options = cli.root_options(store.root, store.url)
     results = StudyResults(
         name=study.name,
         space=study.space,

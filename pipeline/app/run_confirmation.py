@@ -14,10 +14,10 @@ from pipeline.files.signals import Interrupts
 from pipeline.space.confirm import Confirm, fitting
 from pipeline.space.pruners import NoPruner
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EpochMetrics
+from pipeline.space.trial import EndedTrial, EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
-from pipeline.study.loop import forget_ended, run_group
+from pipeline.study.loop import forget_ended, run_group, store_each
 from pipeline.tracking.process import TrackerProcess
 from pipeline.training.contract import GroupLost, TrialGroup
 from pipeline.training.executor import LocalExecutor
@@ -45,7 +45,10 @@ def run_confirmation(
                 tracker.epoch(metrics)
                 tests.update(evaluated_on_test(group, metrics, confirmation.space, executor))
 
-            for run in run_group(
+            def add(run: EndedTrial) -> None:
+                confirmation.add(confirmation.marked(run), test=tests.get(run.number, {}))
+
+            ended = run_group(
                 group,
                 proposals,
                 confirmation,
@@ -56,8 +59,8 @@ def run_confirmation(
                 rules=lambda: executor.rules,
                 on_begin=lambda run: tracker.begin(confirmation.marked(run)),
                 on_end=lambda run: tracker.end(confirmation.marked(run)),
-            ):
-                confirmation.add(confirmation.marked(run), test=tests.get(run.number, {}))
+            )
+            store_each(ended, add)
             progress.group_ended()
     forget_ended(checkpoints, confirmation)
 

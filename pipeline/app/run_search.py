@@ -31,7 +31,7 @@ from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
 from pipeline.study.candidates import plan
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
-from pipeline.study.loop import forget_ended, run_group
+from pipeline.study.loop import forget_ended, run_group, store_each
 from pipeline.study.models import Models
 from pipeline.study.store import Store
 from pipeline.study.study import Study
@@ -46,7 +46,7 @@ SIMILAR = 0.8
 """Likeness of the names of two studies from which one may be the other, mistyped."""
 
 
-def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console) -> SearchResult:
+def run_search(options: SearchOptions, store: Store, tracker: TrackerProcess, console: Console) -> SearchResult:
     """Run or continue a search: prepare the workload, train group after group, write best.yaml.
 
     Everything that can be refused is refused before the first file or folder is written.
@@ -78,12 +78,15 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
     resume = options.resume(name)
     message = f"ended at once; go on with: {resume}"
     interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
-    with contextlib.closing(store), store.lock(name), contextlib.closing(executor), interrupts:
+    store.stop_waiting_when(interrupts.asked)
+    with store.lock(name), contextlib.closing(executor), interrupts:
         with busy(console, OPENING):
             study = _opened(store, space, trained, executor, dataclasses.replace(options, study=name))
         with busy(console, "trying how many trials of this model train at once"):
             headline = _headline(study, executor, options)
         say(console, *headline)
+        if options.storage is not None:
+            say(console, f"record        {options.storage}")
         if options.timeout is not None:
             limit = f"time limit    {options.timeout:g} minutes; an epoch that trains then is finished first"
             say(console, limit)
@@ -94,7 +97,7 @@ def run_search(options: SearchOptions, tracker: TrackerProcess, console: Console
         ):
             say(console, said)
         before = {trial.number: trial for trial in [*study.ended, *Answer.of(study).confirmation.runs]}
-        with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, resume):
+        with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, interrupts, resume):
             done = _train(study, before, executor, store, tracker, interrupts, console, options)
             answer = Answer.of(study)
             finish(answer, store, tracker, console, options, done=done)
@@ -219,7 +222,7 @@ def _run(
         while not interrupts.reason and (proposals := study.next_group(trials)):
             configs = {number: config for number, (config, _) in proposals.items()}
             group = executor.build(configs)
-            for trial in run_group(
+            ended = run_group(
                 group,
                 proposals,
                 study,
@@ -231,8 +234,8 @@ def _run(
                 on_begin=on_begin,
                 on_end=on_end,
                 models=models,
-            ):
-                study.add(trial)
+            )
+            store_each(ended, study.add)
             progress.group_ended()
     forget_ended(checkpoints, study)
 
@@ -275,14 +278,16 @@ def _tracked(
 
 
 @contextlib.contextmanager
-def _stopped_by_errors(tracker: TrackerProcess, command: str) -> Iterator[None]:
+def _stopped_by_errors(tracker: TrackerProcess, interrupts: Interrupts, command: str) -> Iterator[None]:
     """On an error, mark the study in MLflow as stopped, and add the command that continues to the message."""
     try:
         yield
     except Exception as error:
         tracker.finish(StudySummary(finished=False, note=f"Stopped: {error}", ended=time.time()))
         if isinstance(error, StorageError | DataError | DeviceError):
-            raise type(error)(f"{error}\nonce that is mended, go on with: {command}") from error
+            stopped = type(error)(f"{error}\nonce that is mended, go on with: {command}")
+            stopped.exit_status = interrupts.exit_status or stopped.exit_status
+            raise stopped from error
         raise
 
 

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 def start_search(*, quiet: bool = False, **given: Any) -> SearchResult:
     """Run or continue a search; `pipeline.app.options.read_search` takes the other arguments."""
     options = read_search(**given)
-    cli.refuse_root(options.folder, "mlruns/optuna.db")
+    cli.refuse_root(options.folder, "mlruns/optuna.db" if options.storage is None else "mlruns/studies/new")
     console = build_console(quiet=quiet)
     with contextlib.closing(TrackerProcess(options.folder, warn=cli.warn)) as tracker:
         with busy(console, "loading PyTorch and Optuna"):
             # Here, not above: bad options are refused without the seconds that these imports take, and the tracker's
             # process imports MLflow at the same time.
             from pipeline.app.run_search import run_search
-        return run_search(options, tracker, console)
+            from pipeline.study.store import Store
+        with contextlib.closing(Store(options.folder, options.storage, warn=cli.warn)) as store:
+            return run_search(options, store, tracker, console)

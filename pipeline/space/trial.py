@@ -27,7 +27,7 @@ class EpochMetrics:
     lr: Mapping[str, tuple[tuple[int, float], ...]] = field(repr=False)
     """Group name to points (step, learning rate): the rate of update number `step`, counted from 1. A schedule that
     moves every epoch has one point, at the epoch's last step; a schedule that moves every step has every step."""
-    averaged: Mapping[str, float] = field(default_factory=dict)
+    averaged: Mapping[str, float] = field(default_factory=dict, repr=False)
     """`val/…` metrics of the mean of the weights after each step; empty unless a pruner compares them."""
     placement: Placement | None = field(default=None, repr=False)
     """None if the trial failed, or if the epoch was read from a study, which stores placements in the environment."""

@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import InvalidInput, Problem
+from pipeline.errors import InvalidInput, Problem, StorageError
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
@@ -68,11 +68,11 @@ def run_group(
     on_begin: Callable[[BegunTrial], None] = lambda _: None,
     on_end: Callable[[EndedTrial], None] = lambda _: None,
     models: Models | None = None,
-) -> Iterator[EndedTrial]:
+) -> Generator[EndedTrial]:
     """Train a group, from its last checkpoint if there is one; yield finished trials in number order.
 
-    The caller must store each trial before advancing the iterator; database plus checkpoint are then the complete
-    record.
+    The caller must store each trial before advancing the iterator, as `store_each` does; database plus checkpoint are
+    then the complete record. If a trial cannot be stored, a checkpoint is saved with it.
 
     Args:
         group: All trials of the group, untrained.
@@ -119,7 +119,12 @@ def run_group(
                 with contextlib.suppress(GroupLost):  # the next epoch raises it again
                     models.offer(trial, functools.partial(group.model_state, number))
             group.drop(number)
-        yield from state.pop_ended()
+        try:
+            yield from state.pop_ended()
+        except StorageError:
+            with contextlib.suppress(StorageError):  # the first error is the one to report
+                _save(group, state, checkpoints, row_limit=rules().row_limit)
+            raise
         stop = interrupted()
         row_limit_fell = rules().row_limit != study.rules.row_limit
         if state.running and (stop or row_limit_fell or checkpoints.due()):
@@ -130,6 +135,19 @@ def run_group(
     if not state.running:
         checkpoints.clear()
         checkpoints.forget_unused(before=_name(max(proposals) + 1))
+
+
+def store_each(ended: Generator[EndedTrial], add: Callable[[EndedTrial], None]) -> None:
+    """Store each trial of a group as it ends.
+
+    Raises:
+        StorageError: A trial cannot be stored; the group has saved a checkpoint with it.
+    """
+    for trial in ended:
+        try:
+            add(trial)
+        except StorageError as error:
+            ended.throw(error)
 
 
 def forget_ended(checkpoints: Checkpoints, study: GroupOwner) -> None:

@@ -1,4 +1,4 @@
-"""Store: the studies of a root folder. `mlruns/optuna.db` holds ended trials, `mlruns/studies/<study>/` holds files."""
+"""Store: the studies of a root folder. A database holds ended trials, `mlruns/studies/<study>/` holds files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from pipeline.files.locks import LOCK, is_study_name, lock, refuse_links, study_
 from pipeline.space.load import space_from_document
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
-from pipeline.study.database import Database, garbage_kept
-from pipeline.study.study import HEADER, Study, group_size, storage_errors
+from pipeline.study.database import Database, garbage_kept, storage_errors
+from pipeline.study.sqlite import SqliteDatabase
+from pipeline.study.study import HEADER, Study, group_size
 
 FORMAT = 3
 """Version of the format in which a study stores its header and its trials."""
@@ -88,22 +89,26 @@ class Store:
 
     Args:
         root: Folder that holds `mlruns/`; creating the first study makes it.
+        url: URL of a PostgreSQL database that holds the ended trials, as `pipeline.files.postgres.read_url` returns it;
+            None: `mlruns/optuna.db` does.
         warn: Takes one sentence for people, such as that the database is locked by another program.
     """
 
-    def __init__(self, root: Path, *, warn: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, root: Path, url: str | None = None, *, warn: Callable[[str], None] = lambda _: None) -> None:
         self.root = root
-        self._database = Database(root, warn=warn)
+        self.url = url
+        self.database = root / "mlruns" / "optuna.db"
+        """Path of the database, unless there is a URL."""
+        self._database = _database(root, url, warn)
         self._warn = warn
-
-    @property
-    def database(self) -> Path:
-        """Path of the database."""
-        return self._database.path
 
     def close(self) -> None:
         """Close the database."""
         self._database.close()
+
+    def stop_waiting_when(self, interrupted: Callable[[], bool]) -> None:
+        """Have no wait for the database outlast an interruption."""
+        self._database.interrupted = interrupted
 
     def headers(self) -> list[StudyHeader]:
         """Return the header of every study, oldest first; write nothing.
@@ -119,15 +124,14 @@ class Store:
             if not isinstance(header, Mapping) or not is_study_name(name):
                 continue  # another program's study, or an abandoned one
             if header.get("format") != FORMAT:
-                message = (
-                    f"is of format {header.get('format')}, and this version reads format {FORMAT}; use another --root"
-                )
-                raise InvalidInput(str(self.database), [Problem(name, message)])
+                message = f"is of format {header.get('format')}, and this version reads format {FORMAT}"
+                remedy = f"use another {self._database.option}"
+                raise InvalidInput(self._database.name, [Problem(name, f"{message}; {remedy}")])
             values: dict[str, Any] = {key: header.get(key) for key in HEADER_TYPES}
             if wrong := [key for key, types in HEADER_TYPES.items() if not isinstance(values[key], types)]:
                 remedy = "restore it, or remove the study with Optuna's command line: optuna delete-study"
                 message = f"another program changed its {wrong[0]}, got {values[wrong[0]]!r}; {remedy}"
-                raise InvalidInput(str(self.database), [Problem(name, message)])
+                raise InvalidInput(self._database.name, [Problem(name, message)])
             headers.append(StudyHeader(name=name, ended=ended.get(name, 0), **values))
         return sorted(headers, key=lambda header: header.created)
 
@@ -218,8 +222,8 @@ class Store:
             "created": time.time(),
         }
         storage = self._database.storage(create=True)
-        self._database.before_write()
-        with storage_errors(f"creating study {name}"):
+
+        def create() -> None:
             if self._is_abandoned(name, self._studies().get(name)):
                 optuna.delete_study(study_name=name, storage=storage)
             direction = space.objective.direction
@@ -228,6 +232,8 @@ class Store:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([space.objective.metric])  # for Optuna's own tables and plots
             study.set_user_attr(HEADER, header)
+
+        self._database.write(f"creating study {name}", create, arrived=lambda: HEADER in self._studies().get(name, {}))
         return self.open(name)
 
     def open(
@@ -245,24 +251,27 @@ class Store:
             InvalidInput: There is no such study.
         """
         header = self.header(name)
-        storage = self._database.storage()
-        with storage_errors(f"opening study {header.name}"), garbage_kept():
-            stored = {"trials": header.trials, "fingerprint": header.fingerprint}
-            wanted = {"trials": trials or header.trials, "fingerprint": fingerprint or header.fingerprint}
-            if wanted != stored:
-                self._database.before_write()
-                optuna_study = optuna.load_study(study_name=header.name, storage=storage)
-                optuna_study.set_user_attr(HEADER, optuna_study.user_attrs[HEADER] | wanted)
-            space = space_from_document(header.document, name=header.space)
-            study = Study(
-                space,
+        stored = {"trials": header.trials, "fingerprint": header.fingerprint}
+        wanted = {"trials": trials or header.trials, "fingerprint": fingerprint or header.fingerprint}
+
+        def update() -> None:
+            optuna_study = optuna.load_study(study_name=header.name, storage=self._database.storage())
+            optuna_study.set_user_attr(HEADER, optuna_study.user_attrs[HEADER] | wanted)
+
+        def load() -> Study:
+            return Study(
+                space_from_document(header.document, name=header.space),
                 name=header.name,
                 identity=header.identity,
                 planned=trials or header.trials,
                 group_size=header.group_size,
-                storage=storage,
-                before_write=self._database.before_write,
+                database=self._database,
             )
+
+        if wanted != stored:
+            self._database.write(f"opening study {header.name}", update)
+        with storage_errors(f"opening study {header.name}"), garbage_kept():
+            study = self._database.attempt(load)
         if study.passed_over:
             those = counted(study.passed_over, "trial")
             self._warn(f"{those} of study {study.name}, added by another program, passed over: no search trained it")
@@ -276,8 +285,9 @@ class Store:
         """
         known = {header.name: header for header in self.headers()}
         if not known:
-            remedy = "run `python -m pipeline.search`, or name another --root"
-            raise InvalidInput("--root", [Problem(str(self.root), f"holds no study; {remedy}")])
+            remedy = f"run `python -m pipeline.search`, or name another {self._database.option}"
+            place = self.url or str(self.root)
+            raise InvalidInput(self._database.option, [Problem(place, f"holds no study; {remedy}")])
         if name is not None and name not in known:
             raise InvalidInput(option, [Problem(name, f"there is no such study; {did_you_mean(name, known)}")])
         return list(known.values())[-1] if name is None else known[name]
@@ -290,7 +300,12 @@ class Store:
         """
         with storage_errors(f"deleting study {name}"):
             shutil.rmtree(self.folder(name))
-            optuna.delete_study(study_name=name, storage=self._database.storage())
+        storage = self._database.storage()
+        self._database.write(
+            f"deleting study {name}",
+            lambda: optuna.delete_study(study_name=name, storage=storage),
+            arrived=lambda: name not in self._studies(),
+        )
 
     def folder(self, study: str) -> Path:
         """Return the folder of a study's files: `best.yaml`, checkpoints, lock.
@@ -305,6 +320,8 @@ class Store:
     @contextlib.contextmanager
     def lock(self, study: str) -> Iterator[None]:
         """Hold the exclusive lock of a study; the system releases it when the process ends, even by SIGKILL.
+
+        The lock is a file in the study's folder, and one of the database too if other machines write to it.
 
         Raises:
             StudyBusy: Another process holds the lock.
@@ -329,7 +346,8 @@ class Store:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             sweep(path.parent)
-            yield
+            with self._database.lock(study):
+                yield
 
     def _names(self) -> set[str]:
         """Return the study names in use in the database, including other programs' studies."""
@@ -344,7 +362,15 @@ class Store:
         return bare and self.folder(name).exists()
 
     def _studies(self) -> dict[str, Mapping[str, Any]]:
-        return self._database.studies() if self.database.exists() else {}
+        return self._database.studies() if self._database.exists() else {}
+
+
+def _database(root: Path, url: str | None, warn: Callable[[str], None]) -> Database:
+    if url is None:
+        return SqliteDatabase(root, warn=warn)
+    from pipeline.study.postgres import PostgresDatabase  # imports the driver, which is an optional extra
+
+    return PostgresDatabase(url, warn=warn)
 
 
 def _with_defaults(header: StudyHeader) -> Mapping[str, Any]:

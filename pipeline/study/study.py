@@ -1,4 +1,4 @@
-"""The study: Optuna proposes trials, `optuna.db` stores them.
+"""The study: Optuna proposes trials, a database stores them.
 
 A group's proposals are a function of the space, the seed and the trials before the group. Therefore a resumed search
 proposes the same trials as an uninterrupted one.
@@ -7,18 +7,13 @@ proposes the same trials as an uninterrupted one.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
-import json
-import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import sqlalchemy.exc
-from optuna.storages import RDBStorage
 
 from pipeline.errors import StorageError
 from pipeline.space.config import TrialConfig
@@ -26,6 +21,7 @@ from pipeline.space.placement import PlacementRules
 from pipeline.space.pruners import Score
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.database import Database
 from pipeline.study.samplers import propose
 from pipeline.study.stored_trial import as_stored, from_optuna, own_trials, to_optuna
 
@@ -56,8 +52,7 @@ class Study:
         identity: Differs from the identity of a study of the same name in a new database.
         planned: Total number of trials that was last asked for.
         group_size: Number of trials that are proposed at a time.
-        storage: Storage of the ended trials.
-        before_write: Called before each change of the storage; raises if the change would be lost.
+        database: Holds the ended trials.
 
     Raises:
         StorageError: Another program has removed or changed a trial.
@@ -71,23 +66,21 @@ class Study:
         identity: str,
         planned: int,
         group_size: int,
-        storage: RDBStorage,
-        before_write: Callable[[], None],
+        database: Database,
     ) -> None:
         self.space = space
         self.name = name
         self.identity = identity
         self.planned = planned
         self.group_size = group_size
-        self._stored = optuna.load_study(study_name=name, storage=storage)
-        self._before_write = before_write
+        self._database = database
+        self._stored = optuna.load_study(study_name=name, storage=database.storage())
         stored = self._stored.get_trials(deepcopy=False)
         self._frozen = own_trials(stored, study=name)
         self.passed_over = len(stored) - len(self._frozen)
         """Number of trials that other programs have added; they are no part of the search."""
-        attrs = self._stored.user_attrs
         with as_stored(f"study {name}", study=name):
-            self.rules = PlacementRules(**attrs[HEADER]["placement"])
+            self.rules = PlacementRules(**self._attrs()[HEADER]["placement"])
             """Rules of the placement of the trials."""
             self._groups = [AskedGroup(**group) for group in self.notes(_GROUP)]
         self.ended: list[EndedTrial] = []
@@ -133,7 +126,7 @@ class Study:
         """
         if rules == self.rules:
             return
-        header = {**self._stored.user_attrs[HEADER], "placement": rules.to_dict()}
+        header = {**self._attrs()[HEADER], "placement": rules.to_dict()}
         self.note(HEADER, header, doing="storing the row limit")
         self.rules = rules
 
@@ -164,8 +157,11 @@ class Study:
         """
         assert trial.number == len(self.ended)
         frozen = to_optuna(trial, self.space)
-        with self._writing(f"storing trial {trial.number}"):
-            self._stored.add_trial(frozen)
+        self._write(
+            f"storing trial {trial.number}",
+            lambda: self._stored.add_trial(frozen),
+            arrived=lambda: self._has_arrived(trial.number),
+        )
         self._frozen.append(frozen)
         self._take(trial)
 
@@ -175,7 +171,7 @@ class Study:
 
     def notes(self, prefix: str) -> list[Any]:
         """Return the values that `note` stored under names with a prefix, in the order of the names."""
-        attrs = self._stored.user_attrs
+        attrs = self._attrs()
         return [attrs[key] for key in sorted(attrs) if key.startswith(prefix)]
 
     def note(self, name: str, value: Any, *, doing: str) -> None:
@@ -184,8 +180,7 @@ class Study:
         Raises:
             StorageError: The storage cannot be written; the message begins with `doing`.
         """
-        with self._writing(doing):
-            self._stored.set_user_attr(name, value)
+        self._write(doing, lambda: self._stored.set_user_attr(name, value))
 
     def finish(self, *, confirmed: bool) -> None:
         """Store that nothing is left to do with these trials.
@@ -198,7 +193,7 @@ class Study:
         """
         ended = len(self.ended)
         done = {"finished": ended, **({"confirmed": ended} if confirmed else {})}
-        stored = self._stored.user_attrs[HEADER]
+        stored = self._attrs()[HEADER]
         if stored != {**stored, **done}:
             self.note(HEADER, {**stored, **done}, doing="storing that the search is finished")
 
@@ -213,17 +208,30 @@ class Study:
         if trial.state is TrialState.COMPLETE:
             bisect.insort(self._ranking, trial, key=self.space.objective.order)
 
-    @contextlib.contextmanager
-    def _writing(self, doing: str) -> Iterator[None]:
-        self._before_write()
+    def _attrs(self) -> dict[str, Any]:
+        """Return what is stored with the study."""
+        return self._database.attempt(lambda: self._stored.user_attrs)
+
+    def _write(self, doing: str, action: Callable[[], object], *, arrived: Callable[[], bool] | None = None) -> None:
         try:
-            with storage_errors(doing):
-                yield
+            self._database.write(doing, action, arrived=arrived)
         except KeyError:  # Optuna's, for a study that is not there
             remedy = "the same command begins the study anew"
             raise StorageError(
                 f"{doing}: study {self.name} was removed by another program meanwhile; {remedy}"
             ) from None
+
+    def _has_arrived(self, number: int) -> bool:
+        """Return whether the next trial is stored already, after a connection that broke as it was stored.
+
+        Raises:
+            StorageError: Earlier trials are missing, such as in a server that was put back to an earlier state.
+        """
+        stored = self._database.count_trials().get(self.name, 0)
+        if stored < number:
+            message = f"the database came back with {stored} of the {number} trials that it had stored"
+            raise StorageError(f"{message}; restore them, or have the search go on from trial {stored}")
+        return stored > number
 
     def _group_of(self, number: int) -> AskedGroup | None:
         """Return the group in which a trial was proposed."""
@@ -261,30 +269,3 @@ def group_size(space: SearchSpace, rules: PlacementRules) -> int:
     if space.sampler.group_size is not None:
         return space.sampler.group_size
     return max(GROUP_SIZES.get(rules.device, GROUP_SIZES["cpu"]), rules.processes)
-
-
-STORAGE_ERRORS = (
-    optuna.exceptions.StorageInternalError,
-    sqlalchemy.exc.SQLAlchemyError,
-    sqlite3.Error,
-    OSError,
-    json.JSONDecodeError,
-)
-"""What a storage raises that is broken, locked, or changed by another program."""
-
-
-@contextlib.contextmanager
-def storage_errors(doing: str) -> Iterator[None]:
-    """Turn any error of a storage into a StorageError."""
-    try:
-        yield
-    except STORAGE_ERRORS as error:
-        raise StorageError(f"{doing}: {_root_cause(error)}") from error
-    except AssertionError as error:  # an assertion in Optuna's `finally` hides the cause
-        raise StorageError(f"{doing}: {_root_cause(error)}") from error
-
-
-def _root_cause(error: BaseException) -> str:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return str(error) or type(error).__name__
