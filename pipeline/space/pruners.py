@@ -17,6 +17,8 @@ from pipeline.space.limits import Interval, Length, Share, by_name
 
 FIRST_RUNG = cast("int", Share(15))
 """Share of the run before the first rung, as a file has it; a pruner that was read from a file has a count."""
+NO_RUNG_AFTER = cast("int", Share(50))
+"""Share of the run after which there is no rung: late decay decides then, and a trial costs little more to its end."""
 Score = tuple[float, float]
 """Score of a trial after an epoch, smaller is better: the objective, negated if maximized, then validation loss."""
 
@@ -48,13 +50,16 @@ class Pruner(Protocol):
 class SuccessiveHalving:
     """Keep at each rung the best 1/`reduction_factor` of all trials that ever reached the rung.
 
-    Rungs are at `min_resource` times each power of `reduction_factor`, in epochs. A trial is compared with every trial
-    so far, of its group and of earlier groups: Li et al. (2018), https://arxiv.org/abs/1810.05934, without promotions.
+    Rungs are at `min_resource` times each power of `reduction_factor`, up to `max_resource`: epochs 3 and 6 of 20. A
+    trial is compared with every trial so far, of its group and of earlier groups: Li et al. (2018),
+    https://arxiv.org/abs/1810.05934, without promotions.
     """
 
     name: Literal["successive_halving"] = "successive_halving"
     min_resource: Length = FIRST_RUNG
     """Epochs before the first rung; in percent, of the run."""
+    max_resource: Length = NO_RUNG_AFTER
+    """Epochs after which no trial stops any more; in percent, of the run."""
     reduction_factor: Annotated[int, Interval(ge=2)] = 2
     """One in this many trials is kept at a rung."""
     averaged: bool = True
@@ -73,6 +78,8 @@ class SuccessiveHalving:
         return {number for _, number in ranked[kept:] if number >= 0}
 
     def _is_rung(self, epoch: int) -> bool:
+        if epoch > self.max_resource:
+            return False
         rung = self.min_resource
         while rung < epoch:
             rung *= self.reduction_factor
