@@ -54,7 +54,6 @@ def run_search(options: SearchOptions, store: Store, tracker: TrackerProcess, co
     space, trials = options.space, options.trials
     if options.workload is None:
         cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
-    store = Store(options.folder, warn=cli.warn)
     refuse_unknown(space.warm_start, store, source=options.source)
     with busy(console, "reading the data, and trying model, loss and metrics"):
         space, executor = prepare(
