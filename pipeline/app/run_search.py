@@ -20,6 +20,7 @@ from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.progress import Progress
 from pipeline.app.result import SearchResult
 from pipeline.app.run_confirmation import announcement, run_confirmation
+from pipeline.app.run_trials import Worker, run_trials
 from pipeline.app.warm_start import refuse_unknown, warm_started
 from pipeline.errors import DataError, DeviceError, StorageError, counted, nearest, printable
 from pipeline.files.signals import Interrupts
@@ -27,11 +28,10 @@ from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
+from pipeline.space.trial import EndedTrial
 from pipeline.study.candidates import plan
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
-from pipeline.study.loop import forget_ended, run_group, store_each
 from pipeline.study.models import Models
 from pipeline.study.store import Store
 from pipeline.study.study import Study
@@ -168,7 +168,18 @@ def _train(
     checkpoints = Checkpoints(folder / "checkpoints", warn=cli.warn)
     if not options.confirming:
         models = Models(folder / "models", study, warn=cli.warn)
-        _run(study, options.trials, before, executor, checkpoints, models, tracker, interrupts, console)
+        with Progress(study, trials=options.trials, console=console, interrupts=interrupts) as progress:
+            run_trials(
+                study,
+                options.trials,
+                [Worker(executor, functools.partial(environment, executor))],
+                checkpoints=checkpoints,
+                models=models,
+                told=(progress, tracker),
+                group_ended=progress.group_ended,
+                interrupted=interrupts.asked,
+                after_epoch=functools.partial(_tell_untold, before, executor, tracker),
+            )
     done = options.confirming or len(study.ended) >= options.trials
     if done:
         confirmation = Confirmation(study, plan(study, options.confirm))
@@ -190,54 +201,6 @@ def _tell_untold(
         trial = before[number]
         epochs = replay_rates(trial.config, trial.epochs, directions=executor.workload.directions)
         tracker.end(dataclasses.replace(trial, epochs=epochs))
-
-
-def _run(
-    study: Study,
-    trials: int,
-    before: Mapping[int, EndedTrial],
-    executor: LocalExecutor,
-    checkpoints: Checkpoints,
-    models: Models,
-    tracker: TrackerProcess,
-    interrupts: Interrupts,
-    console: Console,
-) -> None:
-    """Train group after group until `trials` trials have ended; tell MLflow of those before that it lacks."""
-    with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
-
-        def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
-            progress.epoch(metrics)
-            tracker.epoch(metrics)
-            _tell_untold(before, executor, tracker)
-
-        def on_begin(trial: BegunTrial) -> None:
-            progress.begin(trial)
-            tracker.begin(trial)
-
-        def on_end(trial: EndedTrial) -> None:
-            progress.end(trial)
-            tracker.end(trial)
-
-        while not interrupts.reason and (proposals := study.next_group(trials)):
-            configs = {number: config for number, (config, _) in proposals.items()}
-            group = executor.build(configs)
-            ended = run_group(
-                group,
-                proposals,
-                study,
-                checkpoints=checkpoints,
-                environment=environment(executor),
-                on_epoch=on_epoch,
-                interrupted=interrupts.asked,
-                rules=lambda: executor.rules,
-                on_begin=on_begin,
-                on_end=on_end,
-                models=models,
-            )
-            store_each(ended, study.add)
-            progress.group_ended()
-    forget_ended(checkpoints, study)
 
 
 @contextlib.contextmanager

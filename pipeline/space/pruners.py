@@ -33,6 +33,10 @@ class Pruner(Protocol):
         """Return whether the scores after `epoch` epochs are those of averaged weights."""
         ...
 
+    def compares(self, epoch: int) -> bool:
+        """Return whether trials may stop after `epoch` epochs."""
+        ...
+
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the numbers of the group's trials that stop after `epoch` epochs.
 
@@ -62,21 +66,22 @@ class SuccessiveHalving:
 
     def averages(self, epoch: int) -> bool:
         """Return whether there is a rung, and it compares averaged weights."""
-        return self.averaged and self._is_rung(epoch)
+        return self.averaged and self.compares(epoch)
 
-    def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
-        """Return the trials that stop; see `Pruner`."""
-        if not self._is_rung(epoch):
-            return set()
-        ranked = sorted([*((score, number) for number, score in group.items()), *((score, -1) for score in earlier)])
-        kept = max(1, len(ranked) // self.reduction_factor)
-        return {number for _, number in ranked[kept:] if number >= 0}
-
-    def _is_rung(self, epoch: int) -> bool:
+    def compares(self, epoch: int) -> bool:
+        """Return whether there is a rung."""
         rung = self.min_resource
         while rung < epoch:
             rung *= self.reduction_factor
         return rung == epoch
+
+    def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
+        """Return the trials that stop; see `Pruner`."""
+        if not self.compares(epoch):
+            return set()
+        ranked = sorted([*((score, number) for number, score in group.items()), *((score, -1) for score in earlier)])
+        kept = max(1, len(ranked) // self.reduction_factor)
+        return {number for _, number in ranked[kept:] if number >= 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +98,14 @@ class Median:
         """Return False: every epoch is compared, as Optuna does."""
         return False
 
+    def compares(self, epoch: int) -> bool:
+        """Return whether the first epochs are over."""
+        return epoch > self.n_warmup_epochs
+
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the trials that stop; see `Pruner`."""
         scores = [*group.values(), *earlier]
-        if epoch <= self.n_warmup_epochs or len(scores) < self.n_startup_trials:
+        if not self.compares(epoch) or len(scores) < self.n_startup_trials:
             return set()
         median = statistics.median_low(scores)
         return {number for number, score in group.items() if score > median}
@@ -109,6 +118,10 @@ class NoPruner:
     name: Literal["none"] = "none"
 
     def averages(self, epoch: int) -> bool:
+        """Return False."""
+        return False
+
+    def compares(self, epoch: int) -> bool:
         """Return False."""
         return False
 

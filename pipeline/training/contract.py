@@ -11,7 +11,7 @@ import torch
 from pipeline.errors import DeviceError, PipelineError, first_line
 from pipeline.files.code import own_line
 from pipeline.space.config import TrialConfig
-from pipeline.space.placement import Placement
+from pipeline.space.placement import Placement, PlacementRules
 from pipeline.space.trial import EpochMetrics
 from pipeline.workloads.trees import map_tensors
 from pipeline.workloads.workload import Batch
@@ -76,7 +76,12 @@ class TrialGroup(Protocol):
 
 
 class Executor(Protocol):
-    """Builds groups and trains them: in processes of this machine, later also on workers of several machines."""
+    """Builds groups and trains them."""
+
+    @property
+    def rules(self) -> PlacementRules:
+        """What the placement of trials depends on now."""
+        ...
 
     def build(self, configs: Mapping[int, TrialConfig], *, placement: Sequence[Placement] | None = None) -> TrialGroup:
         """Build a group of untrained trials.
