@@ -115,7 +115,7 @@ def main() -> None:
 def search(trainer: LocalExecutor, configs: Mapping[int, TrialConfig], options: Options) -> Done:
     """Train every trial to its end, group after group."""
     done = Done()
-    pruner = SuccessiveHalving(min_resource=options.min_resource)
+    pruner = SuccessiveHalving(min_resource=options.min_resource, max_resource=options.epochs // 2)
     seen: dict[int, list[Score]] = defaultdict(list)
     numbers = list(configs)
     for first in range(0, len(numbers), options.group):

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import InvalidInput
+from pipeline.space.load import space_from_document
 from pipeline.space.pruners import Median, NoPruner, Pruner, Score, SuccessiveHalving, score
+from pipeline.space.search_space import SearchSpace
 
 SIXTEEN: dict[int, Score] = {number: (float(number * 7 % 16), 0.0) for number in range(16)}
 """Trials 0 to 15 with scores 0, 7, 14, 5, 12, 3, 10, 1, 8, 15, 6, 13, 4, 11, 2, 9: smaller is better."""
@@ -84,6 +88,8 @@ def test_median_compares_with_earlier_trials() -> None:
         (SuccessiveHalving(min_resource=4), [4, 8, 16, 32]),
         (SuccessiveHalving(min_resource=1, reduction_factor=3), [1, 3, 9, 27]),
         (SuccessiveHalving(min_resource=5, reduction_factor=4), [5, 20]),
+        (SuccessiveHalving(min_resource=3, max_resource=12), [3, 6, 12]),
+        (SuccessiveHalving(min_resource=3, max_resource=11), [3, 6]),
         (Median(n_warmup_epochs=37), [38, 39, 40]),
         (NoPruner(), []),
     ],
@@ -113,3 +119,31 @@ def test_a_score_is_smaller_when_better() -> None:
     assert score(0.9, 0.3, direction="minimize") == (0.9, 0.3)
     assert score(0.9, 0.3, direction="maximize") < score(0.8, 0.1, direction="maximize")
     assert score(0.9, 0.3, direction="minimize") > score(0.8, 0.9, direction="minimize")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rungs"), [(1, [1]), (2, [1]), (5, [1, 2]), (8, [1, 2, 4]), (20, [3, 6]), (100, [15, 30])]
+)
+def test_rungs_are_shares_of_the_run(epochs: int, rungs: list[int]) -> None:
+    pruner = space_with(epochs).pruner
+    assert [epoch for epoch in range(1, 101) if pruner.averages(epoch)] == rungs
+
+
+def test_a_first_rung_after_the_last_is_refused() -> None:
+    message = r"pruner\.min_resource: must be at most max_resource, 10, got 12; lower it, or raise max_resource"
+    with pytest.raises(InvalidInput, match=message):
+        space_with(20, min_resource=12)
+    assert space_with(20, min_resource=12, max_resource="60%").pruner.averages(12)
+
+
+def space_with(epochs: int, **pruner: Any) -> SearchSpace:
+    document = {
+        "workload": {"name": "digits"},
+        "epochs": epochs,
+        "batch_size": 64,
+        "optimizer": {"sgd": {"base_lr": 0.1}},
+        "scheduler": {"constant": {}},
+        "param_groups": {"all": {"pattern": "*"}},
+        "pruner": {"name": "successive_halving", **pruner},
+    }
+    return space_from_document(document, name="small")

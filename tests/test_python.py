@@ -73,7 +73,9 @@ def script(root: Path, mlflow_tables: Path) -> Ran:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     template, calls = (next(code for code in blocks if word in code) for word in ("-> Workload", "train(result"))
     assert (calls.count("trials=20, "), calls.count("trials=30, "), calls.count('"batch_size": 32')) == (1, 1, 1)
-    calls = calls.replace('"batch_size": 32', '"batch_size": 32, "epochs": 1, "pruner": {"name": "none"}')
+    calls = calls.replace(
+        '"batch_size": 32', '"batch_size": 32, "epochs": 1, "pruner": {"name": "none"}, "sampler": {"group_size": 2}'
+    )
     calls = calls.replace("trials=20, ", "trials=8, timeout=1e-9, ").replace("trials=30, ", "trials=9, ")
     (root / "script.py").write_text(template + calls)
     shutil.copy(mlflow_tables, root)

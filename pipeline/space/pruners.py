@@ -17,6 +17,8 @@ from pipeline.space.limits import Interval, Length, Share, by_name
 
 FIRST_RUNG = cast("int", Share(15))
 """Share of the run before the first rung, as a file has it; a pruner that was read from a file has a count."""
+NO_RUNG_AFTER = cast("int", Share(50))
+"""Share of the run after which there is no rung: late decay decides then, and a trial costs little more to its end."""
 Score = tuple[float, float]
 """Score of a trial after an epoch, smaller is better: the objective, negated if maximized, then validation loss."""
 
@@ -52,13 +54,16 @@ class Pruner(Protocol):
 class SuccessiveHalving:
     """Keep at each rung the best 1/`reduction_factor` of all trials that ever reached the rung.
 
-    Rungs are at `min_resource` times each power of `reduction_factor`, in epochs. A trial is compared with every trial
-    so far, of its group and of earlier groups: Li et al. (2018), https://arxiv.org/abs/1810.05934, without promotions.
+    Rungs are at `min_resource` times each power of `reduction_factor`, up to `max_resource`: epochs 3 and 6 of 20. A
+    trial is compared with every trial so far, of its group and of earlier groups: Li et al. (2018),
+    https://arxiv.org/abs/1810.05934, without promotions.
     """
 
     name: Literal["successive_halving"] = "successive_halving"
     min_resource: Length = FIRST_RUNG
     """Epochs before the first rung; in percent, of the run."""
+    max_resource: Length = NO_RUNG_AFTER
+    """Epochs after which no trial stops any more; in percent, of the run."""
     reduction_factor: Annotated[int, Interval(ge=2)] = 2
     """One in this many trials is kept at a rung."""
     averaged: bool = True
@@ -66,22 +71,27 @@ class SuccessiveHalving:
 
     def averages(self, epoch: int) -> bool:
         """Return whether there is a rung, and it compares averaged weights."""
-        return self.averaged and self.compares(epoch)
+        return self.averaged and self._is_rung(epoch)
 
     def compares(self, epoch: int) -> bool:
         """Return whether there is a rung."""
-        rung = self.min_resource
-        while rung < epoch:
-            rung *= self.reduction_factor
-        return rung == epoch
+        return self._is_rung(epoch)
 
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the trials that stop; see `Pruner`."""
-        if not self.compares(epoch):
+        if not self._is_rung(epoch):
             return set()
         ranked = sorted([*((score, number) for number, score in group.items()), *((score, -1) for score in earlier)])
         kept = max(1, len(ranked) // self.reduction_factor)
         return {number for _, number in ranked[kept:] if number >= 0}
+
+    def _is_rung(self, epoch: int) -> bool:
+        if epoch > self.max_resource:
+            return False
+        rung = self.min_resource
+        while rung < epoch:
+            rung *= self.reduction_factor
+        return rung == epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +115,7 @@ class Median:
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the trials that stop; see `Pruner`."""
         scores = [*group.values(), *earlier]
-        if not self.compares(epoch) or len(scores) < self.n_startup_trials:
+        if epoch <= self.n_warmup_epochs or len(scores) < self.n_startup_trials:
             return set()
         median = statistics.median_low(scores)
         return {number for number, score in group.items() if score > median}

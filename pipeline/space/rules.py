@@ -18,6 +18,7 @@ from pipeline.space.distributions import Range, extremes, is_searched
 from pipeline.space.limits import Share
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.param_groups import ParamGroup
+from pipeline.space.pruners import SuccessiveHalving
 from pipeline.space.schedules import scheduler_class
 from pipeline.space.shares import resolve_lengths
 
@@ -48,6 +49,10 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
         yield from length_problems(space, name, steps_per_epoch=None)
         yield from _rate_floor_problems(space, f"scheduler.{name}", scheduler)
         yield from _momentum_problems(space, f"scheduler.{name}", scheduler)
+    pruner = space.pruner
+    if isinstance(pruner, SuccessiveHalving) and pruner.min_resource > pruner.max_resource:
+        message = f"must be at most max_resource, {pruner.max_resource}, got {pruner.min_resource}; lower it, or raise "
+        yield Problem("pruner.min_resource", message + "max_resource, else no trial stops")
     if "rprop" in space.optimizers:
         yield from _rprop_problems(space)
     yield from _weight_decay_problems(space)
