@@ -14,7 +14,7 @@ from tiny import RULES
 from pipeline.app.run_trials import FOLDER, Worker, run_trials
 from pipeline.errors import DeviceError
 from pipeline.space.config import TrialConfig
-from pipeline.space.placement import Placement
+from pipeline.space.placement import Placement, PlacementRules
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.samplers import propose
@@ -37,6 +37,9 @@ class Executor:
 
     def build(self, configs: Mapping[int, TrialConfig], *, placement: Sequence[Placement] | None = None) -> Group:
         return Group(self, configs)
+
+    def adopt(self, rules: PlacementRules) -> None:
+        """Place nothing."""
 
     def close(self) -> None:
         """Have nothing to close."""

@@ -19,6 +19,7 @@ from pipeline.study.loop import GroupOwner, forget_ended, run_group, store_each
 from pipeline.study.models import Models
 from pipeline.study.study import Study
 from pipeline.training.contract import Executor
+from pipeline.training.ray_worker import NoPlace, RayWorker
 
 FOLDER = "group-"
 """Beginning of the name of the folder with the checkpoints of a group beside which others train."""
@@ -83,7 +84,9 @@ def run_trials(
     run = _Run(study, trials, checkpoints, (study, *told), models, after_epoch, group_ended)
     run.remove_stored()
     if len(workers) == 1:
-        run.train(workers[0], study, lambda: study.next_group(trials), interrupted=interrupted)
+        gives_up_when(workers[0], interrupted)
+        with contextlib.suppress(NoPlace):
+            run.train(workers[0], study, lambda: study.next_group(trials), interrupted=interrupted)
     else:
         _train_together(run, workers, interrupted)
     run.remove_stored()
@@ -160,23 +163,47 @@ class _Run:
 def _train_together(run: _Run, workers: Sequence[Worker], interrupted: Callable[[], bool]) -> None:
     """Have several workers train, each in a thread; the first error interrupts the others, and is raised."""
     lock, failed = threading.Lock(), threading.Event()
+    remote = [worker.executor for worker in workers if isinstance(worker.executor, RayWorker)]
 
-    def take() -> Proposals:
-        return run.study.take_group(run.trials, workers=len(workers))
+    def ends() -> bool:
+        return failed.is_set() or interrupted()
+
+    def is_over() -> bool:
+        return ends() or not run.study.has_group(run.trials)
+
+    def waiting() -> set[tuple[int, int]]:
+        """Return the workers whose group waits for a place: their index, and the number of their actor."""
+        return {(index, other.generation) for index, other in enumerate(remote) if other.waits}
 
     def train(worker: Worker) -> None:
-        with lock:
-            try:
-                run.train(
-                    worker,
-                    _WithRules(run.study, worker.executor.rules),
-                    take,
-                    interrupted=lambda: failed.is_set() or interrupted(),
-                    training=lambda: _released(lock),
-                )
-            except BaseException:
-                failed.set()
-                raise
+        gave_way = set[tuple[int, int]]()
+
+        def take() -> Proposals:
+            """Take a group, unless a worker's group waits for a place, to which this worker has not given way yet."""
+            return {} if waiting() - gave_way else run.study.take_group(run.trials, workers=len(workers))
+
+        try:
+            while not is_over():
+                gives_up_when(worker, is_over)
+                if isinstance(worker.executor, RayWorker):
+                    worker.executor.place()
+                gives_up_when(worker, ends)
+                with lock:
+                    owner = _WithRules(run.study, worker.executor.rules)
+                    run.train(worker, owner, take, interrupted=ends, training=lambda: _released(lock))
+                    if isinstance(worker.executor, RayWorker) and waiting() - gave_way:
+                        gave_way |= waiting()
+                        worker.executor.close()
+        except NoPlace:
+            pass
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            if isinstance(worker.executor, RayWorker):
+                worker.executor.is_idle = True
+                if waiting():
+                    worker.executor.close()
 
     with ThreadPoolExecutor(len(workers)) as pool:
         try:
@@ -184,6 +211,12 @@ def _train_together(run: _Run, workers: Sequence[Worker], interrupted: Callable[
                 future.result()
         finally:
             failed.set()  # on Ctrl-C too, which is raised here
+
+
+def gives_up_when(worker: Worker, over: Callable[[], bool]) -> None:
+    """Have a worker of Ray wait for a free place until something is over."""
+    if isinstance(worker.executor, RayWorker):
+        worker.executor.gives_up = over
 
 
 class _WithRules:

@@ -185,7 +185,7 @@ def _train_epoch(
         try:
             if epoch is None:
                 epoch, row_limit = _load_newest(group, state, checkpoints)
-                if epoch < state.epoch and row_limit != rules().row_limit:
+                if epoch < state.epoch and _places_differ(row_limit, rules().row_limit, len(state.proposals)):
                     state.mark_broken()
             for number in state.left_by(epoch):
                 group.drop(number)
@@ -198,6 +198,11 @@ def _train_epoch(
         if epoch > state.epoch:
             return {n: results[n] if n in results else unfinished[n] for n in sorted(state.running)}
         unfinished |= {n: dataclasses.replace(m, placement=None) for n, m in results.items() if not m.finished}
+
+
+def _places_differ(before: int | None, now: int | None, trials: int) -> bool:
+    """Return whether two row limits place so many trials differently; another worker has another limit."""
+    return min(before or trials, trials) != min(now or trials, trials)
 
 
 def _load_newest(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> tuple[int, int | None]:

@@ -147,14 +147,17 @@ class Study:
         Raises:
             StorageError: A new group cannot be stored.
         """
-        begun = [g for g in self._groups if g.numbers.stop > len(self.ended) and g.first < trials]
-        group = next((g for g in begun if g.first not in self._taken), None)
+        group = self._not_taken(trials)
         if group is None and self._asked < trials:
             group = self._ask_for_group(trials, workers=workers)
         if group is None:
             return {}
         self._taken[group.first] = proposals = self._proposed(group, trials)
         return proposals
+
+    def has_group(self, trials: int) -> bool:
+        """Return whether `take_group` would return a group."""
+        return self._asked < trials or self._not_taken(trials) is not None
 
     @property
     def groups(self) -> list[range]:
@@ -313,6 +316,11 @@ class Study:
     def _group_of(self, number: int) -> AskedGroup | None:
         """Return the group in which a trial was proposed."""
         return next((g for g in self._groups if g.first <= number < g.first + g.size), None)
+
+    def _not_taken(self, trials: int) -> AskedGroup | None:
+        """Return the first unfinished group that no worker has taken."""
+        begun = [g for g in self._groups if g.numbers.stop > len(self.ended) and g.first < trials]
+        return next((group for group in begun if group.first not in self._taken), None)
 
     @property
     def _asked(self) -> int:

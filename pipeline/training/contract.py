@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -91,6 +93,10 @@ class Executor(Protocol):
             placement: Placement of a single trial in each epoch, to train it as a search did; None: the executor
                 places the trials.
         """
+        ...
+
+    def adopt(self, rules: PlacementRules) -> None:
+        """Place trials by the rules of a resumed study."""
         ...
 
     def close(self) -> None:
@@ -219,3 +225,17 @@ def trial_error(error: Exception | SystemExit) -> Exception:
 def exit_error(error: SystemExit) -> Exception:
     """Return the error of a trial whose code called `sys.exit`."""
     return RuntimeError(f"sys.exit({error.code!r}) was called")
+
+
+def portable_error(error: Exception) -> Exception:
+    """Return an exception of the same name and text that can be unpickled in another process."""
+    with contextlib.suppress(Exception):
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error.with_traceback(None)
+    if isinstance(error, PipelineError):
+        return PipelineError(str(error))
+    text = type(error).__name__
+    with contextlib.suppress(Exception):
+        text += f": {error}"
+    return RuntimeError(text)
