@@ -207,13 +207,19 @@ def stored(store: Store, study: Study) -> optuna.Study:
 
 
 @pytest.mark.parametrize(
-    ("device", "processes", "size"),
-    [("cpu", 1, GROUP_SIZES["cpu"]), ("mps", 1, GROUP_SIZES["cpu"]), ("cpu", 40, 40), ("cuda", 1, GROUP_SIZES["cuda"])],
+    ("device", "processes", "plain", "size"),
+    [
+        ("cpu", 1, None, GROUP_SIZES["cpu"]),
+        ("mps", 1, None, GROUP_SIZES["cpu"]),
+        ("cpu", 40, "it is large", 40),
+        ("cuda", 1, None, GROUP_SIZES["cuda"]),
+        ("cuda", 1, "it is large", GROUP_SIZES["cpu"]),
+    ],
 )
-def test_group_size_is_a_constant_of_the_device_unless_the_space_says_it(
-    device: str, processes: int, size: int
+def test_group_size_is_a_constant_of_what_trains_at_a_time_unless_the_space_says_it(
+    device: str, processes: int, plain: str | None, size: int
 ) -> None:
-    rules = PlacementRules(device=device, processes=processes)
+    rules = PlacementRules(device=device, processes=processes, plain_because={"64:": plain})
     assert group_size(space_with(sampler={"name": "random"}), rules) == size
     assert group_size(space_with(sampler={"name": "random", "group_size": 3}), rules) == 3
 

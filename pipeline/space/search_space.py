@@ -90,8 +90,8 @@ class Sampler:
     n_startup_trials: Annotated[int, Interval(ge=1)] = 10
     """Random trials before TPE and GP fit their first model."""
     group_size: Annotated[int, Interval(ge=1)] | None = None
-    """Trials that are proposed, and begin, at a time; by default 13 on a CPU, or one for each core if it has more. More
-    at a time train faster, since more share a matrix; fewer learn from more."""
+    """Trials that are proposed, and begin, at a time; by default 8, or one for each core of a CPU that has more, or 25
+    as rows on CUDA. More at a time train faster, since more share a matrix; fewer learn from more."""
 
 
 @dataclass(frozen=True, kw_only=True)
