@@ -168,8 +168,11 @@ def _opened(
         rules = workers[0].executor.rules
         return store.create(space, name=name, trials=options.trials, rules=rules, fingerprint=trained)
     study = store.open(name, trials=options.trials, fingerprint=trained)
-    if len(workers) == 1:  # several decide for themselves, since they may have unlike memory
-        workers[0].executor.adopt(study.rules)
+    rules = study.rules
+    if len(workers) > 1:  # each decides by its own memory, as on another kind of device, and keeps `--rows`
+        rules = dataclasses.replace(rules, device="")
+    for worker in workers:
+        worker.executor.adopt(rules)
     return study
 
 
