@@ -115,7 +115,7 @@ class _Run:
         training: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         """Have a worker train group after group, as long as `take` returns one."""
-        while not interrupted() and (proposals := take()):
+        while proposals := take():
             ended = run_group(
                 worker.executor.build({number: config for number, (config, _) in proposals.items()}),
                 proposals,
@@ -133,6 +133,8 @@ class _Run:
             store_each(ended, self.study.add_in_order)
             self.remove_stored()
             self.group_ended(proposals)
+            if interrupted():
+                return
 
     def remove_stored(self) -> None:
         """Remove the checkpoints of groups whose trials are all stored; a later group may wait for lower numbers."""
