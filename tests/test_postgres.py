@@ -271,7 +271,7 @@ def test_a_search_waits_for_its_server_and_its_password_is_nowhere(
         seen.extend(command_lines())
         server.start()
 
-    out, err = Watched("2/8 trials", server.kill), Watched("waiting for the database", start)
+    out, err = Watched("3/8 trials", server.kill), Watched("waiting for the database", start)
     options = ["--root", str(tmp_path), "--storage", url]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         search = ["--space", str(write_space(tmp_path)), "--trials", "8", "--device", "cpu", *options]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InvalidInput
 from pipeline.space.load import space_from_document
 from pipeline.space.pruners import Median, NoPruner, Pruner, Score, SuccessiveHalving, score
+from pipeline.space.rules import warnings
 from pipeline.space.search_space import SearchSpace
 
 SIXTEEN: dict[int, Score] = {number: (float(number * 7 % 16), 0.0) for number in range(16)}
@@ -129,11 +129,11 @@ def test_rungs_are_shares_of_the_run(epochs: int, rungs: list[int]) -> None:
     assert [epoch for epoch in range(1, 101) if pruner.averages(epoch)] == rungs
 
 
-def test_a_first_rung_after_the_last_is_refused() -> None:
-    message = r"pruner\.min_resource: must be at most max_resource, 10, got 12; lower it, or raise max_resource"
-    with pytest.raises(InvalidInput, match=message):
-        space_with(20, min_resource=12)
-    assert space_with(20, min_resource=12, max_resource="60%").pruner.averages(12)
+def test_a_first_rung_after_the_last_is_said_to_stop_no_trial() -> None:
+    assert list(warnings(space_with(20, min_resource=12))) == [
+        "pruner: no trial stops, since min_resource, 12, is after max_resource, 10; lower the one, or raise the other"
+    ]
+    assert list(warnings(space_with(20, min_resource=12, max_resource="60%"))) == []
 
 
 def space_with(epochs: int, **pruner: Any) -> SearchSpace:

@@ -49,10 +49,6 @@ def problems(space: SearchSpace) -> Iterator[Problem]:
         yield from length_problems(space, name, steps_per_epoch=None)
         yield from _rate_floor_problems(space, f"scheduler.{name}", scheduler)
         yield from _momentum_problems(space, f"scheduler.{name}", scheduler)
-    pruner = space.pruner
-    if isinstance(pruner, SuccessiveHalving) and pruner.min_resource > pruner.max_resource:
-        message = f"must be at most max_resource, {pruner.max_resource}, got {pruner.min_resource}; lower it, or raise "
-        yield Problem("pruner.min_resource", message + "max_resource, else no trial stops")
     if "rprop" in space.optimizers:
         yield from _rprop_problems(space)
     yield from _weight_decay_problems(space)
@@ -74,6 +70,10 @@ def warnings(space: SearchSpace) -> Iterator[str]:
         default = getattr(scheduler_class(name), "gamma", None)
         if default != 1.0 and extremes(scheduler.get("gamma")) == (1.0,):
             yield f"scheduler.{name}.gamma: a gamma of 1 leaves the rate as it is"
+    pruner = space.pruner
+    if isinstance(pruner, SuccessiveHalving) and pruner.min_resource > pruner.max_resource:
+        places = f"min_resource, {pruner.min_resource}, is after max_resource, {pruner.max_resource}"
+        yield f"pruner: no trial stops, since {places}; lower the one, or raise the other"
 
 
 def _extremes(distributions: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
