@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import secrets
@@ -14,8 +15,9 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from ray_search import search, write_task
+from ray_search import options_of, search, write_task
 
+from pipeline.space.config import Digits
 from pipeline.space.placement import from_run_lengths
 from pipeline.space.trial import EndedTrial, TrialState
 from pipeline.study.store import Store
@@ -70,6 +72,16 @@ def trained_again(executor: LocalExecutor, trial: EndedTrial) -> list[Any]:
     placement = from_run_lengths(trial.environment["placement"])
     group = executor.build({0: trial.config}, placement=placement)
     return [group.train_epoch()[0].metrics for _ in placement]
+
+
+def test_what_goes_on_with_a_search_names_its_workers(tmp_path: Path) -> None:
+    options = options_of(tmp_path, ray="10.0.0.1:6379", workers=2, cpus_per_worker=3)
+    assert options.resume("mine").endswith(", workers=2, ray='10.0.0.1:6379', cpus_per_worker=3)")
+    command = dataclasses.replace(
+        options, from_python=False, root=Path(), space=dataclasses.replace(options.space, workload=Digits(model="mlp"))
+    )
+    assert command.resume("mine").endswith(" --workers 2 --ray 10.0.0.1:6379 --cpus-per-worker 3")
+    assert "--ray" not in command.confirm_again("mine")
 
 
 def test_one_worker_searches_as_this_process_does_with_code_that_it_does_not_have(

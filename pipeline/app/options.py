@@ -129,21 +129,22 @@ class SearchOptions:
                 storage=None if self.storage is None else repr(self.storage),
                 device=None if self.device == "auto" else repr(self.device),
                 rows=None if self.rows is None or self.confirming else repr(self.rows),
-                workers=None if self.workers is None else repr(self.workers),
-                ray=None if self.ray is None else repr(self.ray),
-                cpus_per_worker=None if self.cpus_per_worker is None else repr(self.cpus_per_worker),
+                **({} if self.confirming else {name: repr(value) for name, value in self._workers().items()}),
             )
         root = cli.root_options(self.root, self.storage)
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
-        rows += "" if self.workers is None else f" --workers {self.workers}"
-        rows += "" if self.ray is None else f" --ray {shlex.quote(self.ray)}"
-        rows += "" if self.cpus_per_worker is None else f" --cpus-per-worker {self.cpus_per_worker}"
+        rows += "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in self._workers().items())
         if self.confirming:
             size = "".join(f" --{name} {getattr(self.confirm, name)}" for name in sizes)
             return f"python -m pipeline.confirm --study {study}{size}{self._code()}{root}{device}"
         trials = f"{self.trials}{' --no-confirm' if skips else ''}"
         return f"python -m pipeline.search --study {study} --trials {trials}{self._code()}{root}{device}{rows}"
+
+    def _workers(self) -> dict[str, int | str]:
+        """Return the options that ask for workers, by the name of their argument."""
+        given = {name: getattr(self, name) for name in ("workers", "ray", "cpus_per_worker")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _differs(self, setting: str) -> bool:
         """Return whether a setting of the confirmation is not the space's."""
