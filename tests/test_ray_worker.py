@@ -20,7 +20,9 @@ from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.training.contract import GroupLost
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.ray_worker import MAX_LOSSES, Actor, RayWorker, WorkerDied
+from pipeline.training.ray_actor import Actor, WorkerDied
+from pipeline.training.ray_group import MAX_LOSSES
+from pipeline.training.ray_worker import RayWorker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

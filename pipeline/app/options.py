@@ -134,7 +134,9 @@ class SearchOptions:
         root = cli.root_options(self.root, self.storage)
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
-        rows += "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in self._workers().items())
+        rows += "".join(
+            f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in self._workers().items()
+        )
         if self.confirming:
             size = "".join(f" --{name} {getattr(self.confirm, name)}" for name in sizes)
             return f"python -m pipeline.confirm --study {study}{size}{self._code()}{root}{device}"
