@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         storage=arguments.storage,
         device=arguments.device,
         rows=arguments.rows,
+        workers=arguments.workers,
+        ray=arguments.ray,
+        cpus_per_worker=arguments.cpus_per_worker,
         changed_code=arguments.changed_code,
         confirm={"share": 0.0} if arguments.no_confirm else {},
         from_python=False,
@@ -67,6 +70,9 @@ def search(
     storage: str | None = None,
     device: str = "auto",
     rows: int | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    cpus_per_worker: int | None = None,
     changed_code: bool = False,
     confirm: bool = True,
     quiet: bool = False,
@@ -86,6 +92,10 @@ def search(
             PIPELINE_STORAGE, or else `mlruns/optuna.db`.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         rows: At most this many trials in a matrix; None: as many as train fastest.
+        workers: Train on this many GPUs of the machine at a time, or in this many shares of its cores; None: on one
+            device, or on all of the cluster that `ray` names.
+        ray: Address of a Ray cluster.
+        cpus_per_worker: Cores of each worker; None: the cores of a machine divided by its workers.
         changed_code: Go on with a study although the workload's code, data or model has changed.
         confirm: Confirm the best trials at the end, as the space says; False: do not.
         quiet: Print nothing.
@@ -106,6 +116,9 @@ def search(
         storage=storage,
         device=device,
         rows=rows,
+        workers=workers,
+        ray=ray,
+        cpus_per_worker=cpus_per_worker,
         changed_code=changed_code,
         confirm={} if confirm else {"share": 0.0},
         from_python=True,
@@ -126,6 +139,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_device(parser)
     rows_help = "train at most N trials as rows of one matrix (default: auto)"
     parser.add_argument("--rows", type=_rows, metavar="auto|N", help=rows_help)
+    cli.add_workers(parser)
     help = "go on with a study although the code, data or model of its workload has changed"
     parser.add_argument("--changed-code", action="store_true", help=help)
     help = "do not train the best trials and two baselines again with fresh seeds at the end"

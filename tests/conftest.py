@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-SLOW_FIXTURES = {"test_delete", "test_objective", "test_postgres", "test_python", "test_search"}
+SLOW_FIXTURES = {"test_delete", "test_objective", "test_postgres", "test_python", "test_ray", "test_search"}
 """Modules whose tests share a whole search, which is made once if `pytest -n auto` runs them in one process."""
 
 

@@ -110,6 +110,13 @@ REFUSED = [
     option("search --seed -1", "argument --seed: must be a whole number from 0 to 4294967295, got '-1'"),
     option("search --timeout 0", "argument --timeout: must be a number above 0, got '0'"),
     option("search --timeout nan", "argument --timeout: must be a number above 0, got 'nan'"),
+    option("search --workers 0", "argument --workers: must be a whole number from 1 to 4096, got '0'"),
+    option("search --ray ray://head:10001", "argument --ray: must be auto, or host:port of the head of a cluster"),
+    option(
+        "search --cpus-per-worker 2 --root new", "--cpus-per-worker: needs --workers or --ray, got 2 without either"
+    ),
+    option("search --workers 2 --device mps --root new", "--device: workers have a device each, got mps; leave --dev"),
+    option("search --ray 127.0.0.1:1 --space mine.yaml", "127.0.0.1:1: needs the cluster's token; set RAY_AUTH_TOKEN"),
     option("search --study ../x", NAME_RULE, "got '../x'"),
     option("search --study=", NAME_RULE, "got ''"),
     option(f"search --study {'a' * 600}", NAME_RULE, "got 'aaa"),
@@ -758,3 +765,11 @@ def test_a_database_of_another_mlflow_is_refused_at_once_with_the_remedy(
     assert words.replace("FILE", str(file)) in str(refused.value)
     assert str(refused.value).endswith("or set MLFLOW_TRACKING_URI to another" if chosen else "or name another --root")
     assert file.read_bytes() == before
+
+
+def test_workers_without_ray_name_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InvalidInput, match=r"--workers: needs Ray: pip install 'lr-strategy-search\[ray\]'$"):
+        search.main(["--workers", "2"])
+    assert list(tmp_path.iterdir()) == []

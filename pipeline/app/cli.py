@@ -135,6 +135,16 @@ def add_device(parser: argparse.ArgumentParser, *, help: str = "") -> None:
     parser.add_argument("--device", type=device_name, default="auto", metavar="NAME", help=help)
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add `--workers`, `--ray` and `--cpus-per-worker`."""
+    help = "train on N GPUs of this machine at a time; without GPUs, in N shares of its cores (default: on one device)"
+    parser.add_argument("--workers", type=WORKERS, metavar="N", help=help)
+    help = "train on a Ray cluster, host:port or auto, with --workers N or as many workers as it has GPUs or nodes"
+    parser.add_argument("--ray", type=ray_address, metavar="ADDRESS", help=help)
+    help = "cores of each worker (default: the cores of a machine divided by its workers)"
+    parser.add_argument("--cpus-per-worker", type=CPUS, metavar="N", help=help)
+
+
 def add_space(parser: argparse.ArgumentParser) -> None:
     """Add `--space`, `--seed`, and what `add_overrides` adds."""
     help = f"a search-space file, or the name of a ready-made one, such as decay (default: {DEFAULT}; with --workload, "
@@ -191,6 +201,18 @@ def whole_number(low: int, high: int = 10**9) -> Callable[[str], int]:
 
 SEEDS, FINALISTS = whole_number(2, 50), whole_number(1, 20)
 """Readers of the size of a confirmation, within the limits of `Confirm`."""
+
+
+WORKERS, CPUS = whole_number(1, 4096), whole_number(1, 4096)
+"""Readers of the number of workers, and of the cores of each."""
+
+
+def ray_address(text: str) -> str:
+    """Read the address of a Ray cluster."""
+    if text == "auto" or re.fullmatch(r"[\w.-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}", text):
+        return text
+    rule = "must be auto, or host:port of the head of a cluster of which this machine is a node, such as 10.0.0.1:6379"
+    raise argparse.ArgumentTypeError(f"{rule}, got {text[:MAX_SHOWN]!r}")
 
 
 def positive_number(text: str) -> float:

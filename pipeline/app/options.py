@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import numbers
 import os
@@ -53,6 +54,9 @@ OPTIONS: Mapping[str, tuple[Any, str, Callable[[str], Any]]] = {
     "seeds": (numbers.Integral | None, "a whole number", cli.SEEDS),
     "finalists": (numbers.Integral | None, "a whole number", cli.FINALISTS),
     "rows": (numbers.Integral | None, "a whole number", cli.whole_number(1)),
+    "workers": (numbers.Integral | None, "a whole number", cli.WORKERS),
+    "ray": (str | None, "an address", cli.ray_address),
+    "cpus_per_worker": (numbers.Integral | None, "a whole number", cli.CPUS),
 }
 """Argument of a call from Python to its types, their name, and the reader of the same option of the command line."""
 
@@ -89,6 +93,11 @@ class SearchOptions:
     """URL of the PostgreSQL database that holds the ended trials; None: `mlruns/optuna.db`."""
     device: str
     rows: int | None
+    workers: int | None = None
+    """Number of Ray's workers; None: this process trains, or all of the cluster that `ray` names."""
+    ray: str | None = None
+    """Address of a Ray cluster; None: Ray is started on this machine if there are workers."""
+    cpus_per_worker: int | None = None
     changed_code: bool
     """Whether a study goes on although its code, data or model has changed."""
     confirm: Confirm
@@ -120,15 +129,24 @@ class SearchOptions:
                 storage=None if self.storage is None else repr(self.storage),
                 device=None if self.device == "auto" else repr(self.device),
                 rows=None if self.rows is None or self.confirming else repr(self.rows),
+                **({} if self.confirming else {name: repr(value) for name, value in self._workers().items()}),
             )
         root = cli.root_options(self.root, self.storage)
         device = "" if self.device == "auto" else f" --device {self.device}"
         rows = "" if self.rows is None else f" --rows {self.rows}"
+        rows += "".join(
+            f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in self._workers().items()
+        )
         if self.confirming:
             size = "".join(f" --{name} {getattr(self.confirm, name)}" for name in sizes)
             return f"python -m pipeline.confirm --study {study}{size}{self._code()}{root}{device}"
         trials = f"{self.trials}{' --no-confirm' if skips else ''}"
         return f"python -m pipeline.search --study {study} --trials {trials}{self._code()}{root}{device}{rows}"
+
+    def _workers(self) -> dict[str, int | str]:
+        """Return the options that ask for workers, by the name of their argument."""
+        given = {name: getattr(self, name) for name in ("workers", "ray", "cpus_per_worker")}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _differs(self, setting: str) -> bool:
         """Return whether a setting of the confirmation is not the space's."""
@@ -213,6 +231,7 @@ def read_search(
     if not (space is None or isinstance(space, str | Path | Mapping)):
         wrong.append(Problem("space", f"must be a file or a mapping, got {type(space).__name__}"))
     read = read_options("search", options, workload=workload, overrides=overrides, problems=wrong)
+    _check_workers(read)
     folder = read["root"].absolute()
     read["storage"] = cli.chosen_storage(read.get("storage"))
     stored = _stored_study(folder, read["storage"], read["study"])
@@ -278,6 +297,28 @@ def read_options(
     if problems:
         raise InvalidInput(call, problems)
     return read
+
+
+def _check_workers(read: Mapping[str, Any]) -> None:
+    """Refuse options of workers that do not go together, or a missing Ray.
+
+    Raises:
+        InvalidInput: With every problem.
+    """
+    workers, ray, cpus = (read.get(name) for name in ("workers", "ray", "cpus_per_worker"))
+    problems = []
+    if workers is None and ray is None:
+        if cpus is not None:
+            problems.append(Problem("--cpus-per-worker", f"needs --workers or --ray, got {cpus} without either"))
+    else:
+        if read["device"] not in ("auto", "cpu"):
+            message = f"workers have a device each, got {read['device']}; leave --device away, or take cpu"
+            problems.append(Problem("--device", message))
+        if importlib.util.find_spec("ray") is None:
+            option = "--workers" if ray is None else "--ray"
+            problems.append(Problem(option, "needs Ray: pip install 'lr-strategy-search[ray]'"))
+    if problems:
+        raise InvalidInput("search", problems)
 
 
 def with_workload(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, Group
@@ -56,7 +56,9 @@ class Progress:
         # A thread draws, so these are replaced, never changed.
         self._running: Mapping[int, Curve] = {}
         self._ended: tuple[EndedTrial, ...] = ()
-        """Trials of the group that have ended; those with a lower number may not have."""
+        """Trials that have ended and are not stored, or whose group has not ended."""
+        self._left: set[int] = set()
+        """Trials of groups that have ended."""
         self._is_shown = False
         self._display: _Display | None = None
         if in_notebook() and not console.quiet:
@@ -95,10 +97,18 @@ class Progress:
         self._running = {n: curve for n, curve in self._running.items() if n != trial.number}
         self._ended = (*self._ended, trial)
 
-    def group_ended(self) -> None:
-        """Take a group as stored; in a pipe, print a line."""
-        self._estimate.group_ended(self._ended)
-        self._running, self._ended = {}, ()
+    def group_ended(self, numbers: Collection[int] | None = None) -> None:
+        """Take the end of a group; in a pipe, print a line.
+
+        Args:
+            numbers: The trials of the group; None: all, as no other group trains.
+        """
+        everything = [*self._running, *(trial.number for trial in self._ended)]
+        group = set(everything if numbers is None else numbers)
+        self._estimate.group_ended([trial for trial in self._ended if trial.number in group])
+        self._running = {n: curve for n, curve in self._running.items() if n not in group}
+        self._left |= group
+        self._ended = tuple(t for t in self._ended if t.number not in self._left or not self._study.stored(t.number))
         if self._display is None:
             parts = [self._done(), self._time(), self._states(), self._estimate.speed()]
             for best in self._study.best():
@@ -146,7 +156,10 @@ class Progress:
         running, doing = list(self._running.values()), ""
         if running:
             epochs = running[0].config.epochs
-            doing = f"running {len(running)}, epoch {min(len(running[0].epochs) + 1, epochs)} of {epochs}"
+            trained = [min(len(curve.epochs) + 1, epochs) for curve in running]
+            first, last = min(trained), max(trained)  # groups on several workers are in different epochs
+            words = f"epoch {first}" if first == last else f"epochs {first} to {last}"
+            doing = f"running {len(running)}, {words} of {epochs}"
         elif self._is_shown and self._display is not None and self._counts.total() < self._trials:
             doing = f"choosing the {'next' if self._counts else 'first'} trials"
         return " · ".join(filter(None, (counts_of_states(self._counts), doing)))

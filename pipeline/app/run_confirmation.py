@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 
 from rich.console import Console
 
 from pipeline.app import cli
-from pipeline.app.device import environment
+from pipeline.app.run_trials import Worker, gives_up_when
 from pipeline.errors import counted, first_line
 from pipeline.files.signals import Interrupts
 from pipeline.space.confirm import Confirm, fitting
@@ -21,6 +22,7 @@ from pipeline.study.loop import forget_ended, run_group, store_each
 from pipeline.tracking.process import TrackerProcess
 from pipeline.training.contract import GroupLost, TrialGroup
 from pipeline.training.executor import LocalExecutor
+from pipeline.training.ray_worker import NoPlace
 
 EXPECTED_SHARE = 0.5
 """Share of the epochs of all trials that a search with a pruner trains, about; measured on the ready-made spaces."""
@@ -29,16 +31,28 @@ EXPECTED_SHARE = 0.5
 def run_confirmation(
     confirmation: Confirmation,
     executor: LocalExecutor,
+    worker: Worker,
     checkpoints: Checkpoints,
     tracker: TrackerProcess,
     interrupts: Interrupts,
     console: Console,
 ) -> None:
-    """Train the runs that a confirmation lacks, and store each as it ends."""
+    """Train the runs that a confirmation lacks, and store each as it ends.
+
+    Args:
+        confirmation: Says what to train.
+        executor: Has the workload.
+        worker: Trains.
+        checkpoints: Of the runs.
+        tracker: Is told of runs.
+        interrupts: Says whether to stop.
+        console: Where progress is shown.
+    """
     tests: dict[int, Mapping[str, float]] = {}
-    with _Progress(confirmation, console=console) as progress:
+    gives_up_when(worker, interrupts.asked)
+    with _Progress(confirmation, console=console) as progress, contextlib.suppress(NoPlace):
         while not interrupts.reason and (proposals := confirmation.next_group()):
-            group = executor.build({number: config for number, (config, _) in proposals.items()})
+            group = worker.executor.build({number: config for number, (config, _) in proposals.items()})
 
             def on_epoch(metrics: Mapping[int, EpochMetrics], group: TrialGroup = group) -> None:
                 progress.epoch(metrics)
@@ -53,10 +67,10 @@ def run_confirmation(
                 proposals,
                 confirmation,
                 checkpoints=checkpoints,
-                environment=environment(executor),
+                environment=worker.environment(),
                 on_epoch=on_epoch,
                 interrupted=interrupts.asked,
-                rules=lambda: executor.rules,
+                rules=lambda: worker.executor.rules,
                 on_begin=lambda run: tracker.begin(confirmation.marked(run)),
                 on_end=lambda run: tracker.end(confirmation.marked(run)),
             )

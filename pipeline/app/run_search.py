@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 
 from pipeline.app import cli
 from pipeline.app.answer import Answer
-from pipeline.app.device import environment
 from pipeline.app.display import busy, say, waiting_line
 from pipeline.app.finish import best_file, finish
 from pipeline.app.options import SearchOptions
@@ -20,18 +19,19 @@ from pipeline.app.prepare import fingerprint_of, prepare
 from pipeline.app.progress import Progress
 from pipeline.app.result import SearchResult
 from pipeline.app.run_confirmation import announcement, run_confirmation
+from pipeline.app.run_trials import Worker, run_trials
 from pipeline.app.warm_start import refuse_unknown, warm_started
+from pipeline.app.workers import gpus_of, workers_of
 from pipeline.errors import DataError, DeviceError, StorageError, counted, nearest, printable
 from pipeline.files.signals import Interrupts
 from pipeline.files.strict_yaml import dumps
 from pipeline.space.optimizers import optimizer_class
 from pipeline.space.own_code import is_own
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics
+from pipeline.space.trial import EndedTrial
 from pipeline.study.candidates import plan
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
-from pipeline.study.loop import forget_ended, run_group, store_each
 from pipeline.study.models import Models
 from pipeline.study.store import Store
 from pipeline.study.study import Study
@@ -51,7 +51,7 @@ def run_search(options: SearchOptions, store: Store, tracker: TrackerProcess, co
 
     Everything that can be refused is refused before the first file or folder is written.
     """
-    space, trials = options.space, options.trials
+    space = options.space
     if options.workload is None:
         cli.say_own_code(space, functools.partial(console.print, soft_wrap=True))
     refuse_unknown(space.warm_start, store, source=options.source)
@@ -74,15 +74,34 @@ def run_search(options: SearchOptions, store: Store, tracker: TrackerProcess, co
             say(console, f"new study     {name}; did you mean to continue {near}?")
     if not exists:
         space = warm_started(space, store, source=options.source, say=functools.partial(say, console))
-    resume = options.resume(name)
+    with contextlib.ExitStack() as stack:
+        with busy(console, "starting workers" if options.workers or options.ray else OPENING):
+            workers = stack.enter_context(workers_of(options, executor))
+        return _searched(options, space, trained, executor, workers, store, tracker, console, name=name)
+
+
+def _searched(
+    options: SearchOptions,
+    space: SearchSpace,
+    trained: Mapping[str, str] | None,
+    executor: LocalExecutor,
+    workers: Sequence[Worker],
+    store: Store,
+    tracker: TrackerProcess,
+    console: Console,
+    *,
+    name: str,
+) -> SearchResult:
+    """Train what the study of this name lacks, with these workers."""
+    trials, resume = options.trials, options.resume(name)
     message = f"ended at once; go on with: {resume}"
     interrupts = Interrupts(options.timeout, exit_message=message, exits=not options.from_python)
     store.stop_waiting_when(interrupts.asked)
-    with store.lock(name), contextlib.closing(executor), interrupts:
+    with store.lock(name), interrupts:
         with busy(console, OPENING):
-            study = _opened(store, space, trained, executor, dataclasses.replace(options, study=name))
+            study = _opened(store, space, trained, workers, dataclasses.replace(options, study=name))
         with busy(console, "trying how many trials of this model train at once"):
-            headline = _headline(study, executor, options)
+            headline = _headline(study, executor, workers, options)
         say(console, *headline)
         if options.storage is not None:
             say(console, f"record        {options.storage}")
@@ -96,8 +115,8 @@ def run_search(options: SearchOptions, store: Store, tracker: TrackerProcess, co
         ):
             say(console, said)
         before = {trial.number: trial for trial in [*study.ended, *Answer.of(study).confirmation.runs]}
-        with _tracked(study, before, executor, tracker, console), _stopped_by_errors(tracker, interrupts, resume):
-            done = _train(study, before, executor, store, tracker, interrupts, console, options)
+        with _tracked(study, before, workers[0], tracker, console), _stopped_by_errors(tracker, interrupts, resume):
+            done = _train(study, before, executor, workers, store, tracker, interrupts, console, options)
             answer = Answer.of(study)
             finish(answer, store, tracker, console, options, done=done)
             if not done:
@@ -139,16 +158,21 @@ def _opened(
     store: Store,
     space: SearchSpace,
     trained: Mapping[str, str] | None,
-    executor: LocalExecutor,
+    workers: Sequence[Worker],
     options: SearchOptions,
 ) -> Study:
     """Open the study, or begin it; another search may have begun it since it was chosen."""
     name, exists = _chosen(store, space, trained, options)
     if not exists:
         space = warm_started(space, store, source=options.source)  # a study that was chosen may be deleted by now
-        return store.create(space, name=name, trials=options.trials, rules=executor.rules, fingerprint=trained)
+        rules = workers[0].executor.rules
+        return store.create(space, name=name, trials=options.trials, rules=rules, fingerprint=trained)
     study = store.open(name, trials=options.trials, fingerprint=trained)
-    executor.adopt(study.rules)
+    rules = study.rules
+    if len(workers) > 1:  # each decides by its own memory, as on another kind of device, and keeps `--rows`
+        rules = dataclasses.replace(rules, device="")
+    for worker in workers:
+        worker.executor.adopt(rules)
     return study
 
 
@@ -156,6 +180,7 @@ def _train(
     study: Study,
     before: Mapping[int, EndedTrial],
     executor: LocalExecutor,
+    workers: Sequence[Worker],
     store: Store,
     tracker: TrackerProcess,
     interrupts: Interrupts,
@@ -167,12 +192,23 @@ def _train(
     checkpoints = Checkpoints(folder / "checkpoints", warn=cli.warn)
     if not options.confirming:
         models = Models(folder / "models", study, warn=cli.warn)
-        _run(study, options.trials, before, executor, checkpoints, models, tracker, interrupts, console)
+        with Progress(study, trials=options.trials, console=console, interrupts=interrupts) as progress:
+            run_trials(
+                study,
+                options.trials,
+                workers,
+                checkpoints=checkpoints,
+                models=models,
+                told=(progress, tracker),
+                group_ended=progress.group_ended,
+                interrupted=interrupts.asked,
+                after_epoch=functools.partial(_tell_untold, before, executor, tracker),
+            )
     done = options.confirming or len(study.ended) >= options.trials
     if done:
         confirmation = Confirmation(study, plan(study, options.confirm))
         runs = Checkpoints(checkpoints.folder / "confirmation", warn=cli.warn)
-        run_confirmation(confirmation, executor, runs, tracker, interrupts, console)
+        run_confirmation(confirmation, executor, workers[0], runs, tracker, interrupts, console)
         done = confirmation.complete or not confirmation.candidates
         if confirmation.complete:
             confirmation.keep()
@@ -191,59 +227,11 @@ def _tell_untold(
         tracker.end(dataclasses.replace(trial, epochs=epochs))
 
 
-def _run(
-    study: Study,
-    trials: int,
-    before: Mapping[int, EndedTrial],
-    executor: LocalExecutor,
-    checkpoints: Checkpoints,
-    models: Models,
-    tracker: TrackerProcess,
-    interrupts: Interrupts,
-    console: Console,
-) -> None:
-    """Train group after group until `trials` trials have ended; tell MLflow of those before that it lacks."""
-    with Progress(study, trials=trials, console=console, interrupts=interrupts) as progress:
-
-        def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
-            progress.epoch(metrics)
-            tracker.epoch(metrics)
-            _tell_untold(before, executor, tracker)
-
-        def on_begin(trial: BegunTrial) -> None:
-            progress.begin(trial)
-            tracker.begin(trial)
-
-        def on_end(trial: EndedTrial) -> None:
-            progress.end(trial)
-            tracker.end(trial)
-
-        while not interrupts.reason and (proposals := study.next_group(trials)):
-            configs = {number: config for number, (config, _) in proposals.items()}
-            group = executor.build(configs)
-            ended = run_group(
-                group,
-                proposals,
-                study,
-                checkpoints=checkpoints,
-                environment=environment(executor),
-                on_epoch=on_epoch,
-                interrupted=interrupts.asked,
-                rules=lambda: executor.rules,
-                on_begin=on_begin,
-                on_end=on_end,
-                models=models,
-            )
-            store_each(ended, study.add)
-            progress.group_ended()
-    forget_ended(checkpoints, study)
-
-
 @contextlib.contextmanager
 def _tracked(
     study: Study,
     before: Mapping[int, EndedTrial],
-    executor: LocalExecutor,
+    worker: Worker,
     tracker: TrackerProcess,
     console: Console,
 ) -> Iterator[None]:
@@ -261,7 +249,7 @@ def _tracked(
         space=dumps(space.document),
         seed=space.seed,
         started=study.ended[0].started if study.ended else time.time(),
-        environment=environment(executor),
+        environment=worker.environment(),
         ended=tuple(map(StoredTrial.of, before.values())),
     )
     tracker.open(info)
@@ -290,12 +278,21 @@ def _stopped_by_errors(tracker: TrackerProcess, interrupts: Interrupts, command:
         raise
 
 
-def _headline(study: Study, executor: LocalExecutor, options: SearchOptions) -> tuple[str, str]:
+def _headline(
+    study: Study, executor: LocalExecutor, workers: Sequence[Worker], options: SearchOptions
+) -> tuple[str, str]:
     space, trials, size = study.space, options.trials, min(study.group_size, options.trials)
     together = f"{size} trials at once" if size > 1 else "one trial at a time"
+    where = str(executor.device)
+    if options.workers is not None or options.ray is not None:
+        kind = workers[0].environment()["device"]
+        where = counted(len(workers), f"worker on {kind}", f"workers on {kind}")
+        together = f"at most {together} each" if len(workers) > 1 and size > 1 else together
+    elif (gpus := gpus_of(options)) > 1:
+        where += f", 1 of {gpus} GPUs used; --workers {gpus}"
     together += _which_alone(space, executor)
     name = printable(executor.workload.name)
-    what = f"{name} · {counted(space.epochs, 'epoch')} · {executor.device}, {together}"
+    what = f"{name} · {counted(space.epochs, 'epoch')} · {where}, {together}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if options.confirming:
         resumed = ""

@@ -35,6 +35,10 @@ class Pruner(Protocol):
         """Return whether the scores after `epoch` epochs are those of averaged weights."""
         ...
 
+    def compares(self, epoch: int) -> bool:
+        """Return whether trials may stop after `epoch` epochs."""
+        ...
+
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the numbers of the group's trials that stop after `epoch` epochs.
 
@@ -69,6 +73,10 @@ class SuccessiveHalving:
         """Return whether there is a rung, and it compares averaged weights."""
         return self.averaged and self._is_rung(epoch)
 
+    def compares(self, epoch: int) -> bool:
+        """Return whether there is a rung."""
+        return self._is_rung(epoch)
+
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the trials that stop; see `Pruner`."""
         if not self._is_rung(epoch):
@@ -100,6 +108,10 @@ class Median:
         """Return False: every epoch is compared, as Optuna does."""
         return False
 
+    def compares(self, epoch: int) -> bool:
+        """Return whether the first epochs are over."""
+        return epoch > self.n_warmup_epochs
+
     def stops(self, epoch: int, group: Mapping[int, Score], earlier: Sequence[Score]) -> set[int]:
         """Return the trials that stop; see `Pruner`."""
         scores = [*group.values(), *earlier]
@@ -116,6 +128,10 @@ class NoPruner:
     name: Literal["none"] = "none"
 
     def averages(self, epoch: int) -> bool:
+        """Return False."""
+        return False
+
+    def compares(self, epoch: int) -> bool:
         """Return False."""
         return False
 

@@ -140,6 +140,8 @@ class GroupState:
             trial = saved["trials"].get(number)
             if trial is None or (trial["config"], trial["params"]) != (config.to_dict(), params):
                 return f"trial {number} is proposed otherwise now; perhaps Optuna is of another version"
+        if all(trial["verdict"] for trial in saved["trials"].values()):
+            return None  # nothing is left to train
         before, now = saved["environment"], self._environment
         changed = [key for key in MUST_MATCH if before.get(key) != now.get(key)]
         return f"the {changed[0]} was {before.get(changed[0])} and is {now.get(changed[0])}" if changed else None
@@ -154,6 +156,8 @@ class GroupState:
                 state, reason, ended = trial["verdict"]
                 self._verdicts[number] = TrialState(state), reason, ended
                 self._left_after[number] = len(self._placements(number))
+        if not self.running:
+            self._environment = saved["environment"]  # another worker may have trained them
 
     def _placements(self, number: int) -> list[Placement]:
         return [epoch.placement for epoch in self._epochs[number] if epoch.placement is not None]

@@ -68,6 +68,7 @@ def run_group(
     on_begin: Callable[[BegunTrial], None] = lambda _: None,
     on_end: Callable[[EndedTrial], None] = lambda _: None,
     models: Models | None = None,
+    training: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Generator[EndedTrial]:
     """Train a group, from its last checkpoint if there is one; yield finished trials in number order.
 
@@ -87,6 +88,7 @@ def run_group(
         on_begin: Takes each trial that begins, or goes on from the checkpoint.
         on_end: Takes each trial as it ends, which is before all lower numbers have ended.
         models: Keeps the models of trials that may win.
+        training: Entered while trials train and while they are saved, which uses nothing that other groups use.
 
     Raises:
         InvalidInput: The checkpoint belongs to these trials, but does not fit their model.
@@ -102,7 +104,8 @@ def run_group(
         environment=environment,
         row_limit=study.rules.row_limit,
     )
-    _resume(group, state, checkpoints)
+    with training():
+        _resume(group, state, checkpoints)
     for begun in state.begun():
         on_begin(begun)
     for trial in state.not_stored():
@@ -110,7 +113,8 @@ def run_group(
     yield from state.pop_ended()
     while state.running:
         average = study.averages(state.epoch + 1)
-        results = _train_epoch(group, state, checkpoints, rules, average=average)
+        with training():
+            results = _train_epoch(group, state, checkpoints, rules, average=average)
         on_epoch(results)
         state.add(results)
         for number, (outcome, reason) in _outcomes(results, state, study).items():
@@ -128,13 +132,16 @@ def run_group(
         stop = interrupted()
         row_limit_fell = rules().row_limit != study.rules.row_limit
         if state.running and (stop or row_limit_fell or checkpoints.due()):
-            _save(group, state, checkpoints, row_limit=rules().row_limit)
+            with training():
+                _save(group, state, checkpoints, row_limit=rules().row_limit)
         study.keep_rules(rules())
         if stop:
             break
-    if not state.running:
+    if not state.running and all(study.stored(number) for number in proposals):
         checkpoints.clear()
         checkpoints.forget_unused(before=_name(max(proposals) + 1))
+    elif not state.running:  # other groups have trials of lower numbers; `forget_ended` removes the checkpoint
+        _save(group, state, checkpoints, row_limit=rules().row_limit)
 
 
 def store_each(ended: Generator[EndedTrial], add: Callable[[EndedTrial], None]) -> None:
@@ -178,7 +185,7 @@ def _train_epoch(
         try:
             if epoch is None:
                 epoch, row_limit = _load_newest(group, state, checkpoints)
-                if epoch < state.epoch and row_limit != rules().row_limit:
+                if epoch < state.epoch and _places_differ(row_limit, rules().row_limit, len(state.proposals)):
                     state.mark_broken()
             for number in state.left_by(epoch):
                 group.drop(number)
@@ -191,6 +198,11 @@ def _train_epoch(
         if epoch > state.epoch:
             return {n: results[n] if n in results else unfinished[n] for n in sorted(state.running)}
         unfinished |= {n: dataclasses.replace(m, placement=None) for n, m in results.items() if not m.finished}
+
+
+def _places_differ(before: int | None, now: int | None, trials: int) -> bool:
+    """Return whether two row limits place so many trials differently; another worker has another limit."""
+    return min(before or trials, trials) != min(now or trials, trials)
 
 
 def _load_newest(group: TrialGroup, state: GroupState, checkpoints: Checkpoints) -> tuple[int, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -30,17 +30,30 @@ GP_BEST, GP_NEWEST = 64, 64
 
 
 def propose(
-    space: SearchSpace, earlier: Sequence[FrozenTrial], *, first: int, size: int
+    space: SearchSpace,
+    earlier: Sequence[FrozenTrial],
+    *,
+    first: int,
+    size: int,
+    running: Sequence[Mapping[str, Any]] = (),
 ) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
     """Propose `size` trials from number `first` on; they know the results of earlier trials, not of each other.
 
     An in-memory Optuna study proposes, since asking for a trial through a database takes hundreds of milliseconds.
 
+    Args:
+        space: The search space.
+        earlier: Ended trials.
+        first: Number of the first trial.
+        size: Number of trials.
+        running: Parameters of trials that train meanwhile: TPE counts them among the bad trials, so that it proposes
+            others, and so it does with the trials that are proposed here.
+
     Returns:
         Trial number to config and to the parameters that the sampler chose.
     """
     memory = optuna.create_study(direction=space.objective.direction)
-    known = visible(space, earlier)
+    known = [*visible(space, earlier), *(_running(space, params) for params in running)]
     memory.add_trials(known)
     proposals = {}
     for number in range(first, first + size):
@@ -51,6 +64,24 @@ def propose(
         assert trial.number - len(known) == number - first
         proposals[number] = (space.sample(trial), trial.params)
     return proposals
+
+
+def restore(
+    space: SearchSpace, params: Sequence[Mapping[str, Any]], *, first: int
+) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
+    """Return the proposals, from number `first` on, for which a sampler chose these parameters."""
+    memory = optuna.create_study(direction=space.objective.direction, sampler=RandomSampler(seed=0))
+    proposals = {}
+    for number, values in enumerate(params, first):
+        memory.enqueue_trial(dict(values))
+        trial = memory.ask()
+        proposals[number] = (space.sample(trial), trial.params)
+    return proposals
+
+
+def _running(space: SearchSpace, params: Mapping[str, Any]) -> FrozenTrial:
+    found = {name: distribution for name, distribution in distributions(space).items() if name in params}
+    return optuna.trial.create_trial(state=OptunaState.RUNNING, params=dict(params), distributions=found)
 
 
 def visible(space: SearchSpace, earlier: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:

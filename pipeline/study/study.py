@@ -1,13 +1,13 @@
 """The study: Optuna proposes trials, a database stores them.
 
-A group's proposals are a function of the space, the seed and the trials before the group. Therefore a resumed search
-proposes the same trials as an uninterrupted one.
+While one group trains at a time, its proposals are a function of the space, the seed and the trials before the group.
+Therefore a resumed search proposes the same trials as an uninterrupted one. With several groups at a time, proposals
+and verdicts depend on the order in which trials end; the study stores both, and a resumed search follows them.
 """
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,18 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.placement import PlacementRules
 from pipeline.space.pruners import Score
 from pipeline.space.search_space import SearchSpace
-from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 from pipeline.study.database import Database
-from pipeline.study.samplers import propose
+from pipeline.study.samplers import propose, restore
 from pipeline.study.stored_trial import as_stored, from_optuna, own_trials, to_optuna
 
 HEADER = "pipeline"
 """User attribute of an Optuna study that holds the fields of its `StudyHeader`."""
-_GROUP = "pipeline.group."
-"""Prefix of the user attributes that hold the groups; the number of the first trial follows."""
+_GROUP, _VERDICTS = "pipeline.group.", "pipeline.verdicts."
+"""Prefixes of the user attributes that hold the groups, and their verdicts; the number of the first trial follows."""
+GROUPS_PER_WORKER = 2
+"""Groups into which each worker's share of the trials that nobody has is divided. Sizes fall towards the end, so that
+all workers end at about the same time: Hummel et al. (1992), https://doi.org/10.1145/135226.135232."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,19 @@ class AskedGroup:
     size: int
     """Number of trials."""
     known: int
-    """Number of trials, from 0 on, whose results the sampler knew."""
+    """Number of trials, from 0 on, whose results the sampler knew; those of other groups, which trained, are not
+    counted."""
+    params: Sequence[Mapping[str, Any]] | None = None
+    """What the sampler chose for each trial, if other groups trained meanwhile; None: `propose` repeats it."""
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of the trials."""
+        return range(self.first, self.first + self.size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; `AskedGroup(**values)` gives back an equal group."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class Study:
@@ -83,6 +98,14 @@ class Study:
             self.rules = PlacementRules(**self._attrs()[HEADER]["placement"])
             """Rules of the placement of the trials."""
             self._groups = [AskedGroup(**group) for group in self.notes(_GROUP)]
+            self._verdicts: dict[int, dict[str, list[int]]] = {v["first"]: v["stops"] for v in self.notes(_VERDICTS)}
+            """First trial of a group to the verdicts on the group: epoch, as text, to the trials that stopped."""
+        self._taken: dict[int, Mapping[int, tuple[TrialConfig, dict[str, Any]]]] = {}
+        """First trials of the groups that workers have taken, to the groups' proposals."""
+        self._running: dict[int, list[EpochMetrics]] = {}
+        """Number of each trial that has begun and is not stored, to its epochs."""
+        self._waiting: dict[int, EndedTrial] = {}
+        """Ended trials that wait for lower numbers to be stored."""
         self.ended: list[EndedTrial] = []
         """Stored trials, in number order."""
         self.states = Counter[TrialState]()
@@ -107,9 +130,34 @@ class Study:
         """
         if len(self.ended) >= trials:
             return {}
-        group = self._group_of(len(self.ended)) or self._ask_for_group(trials)
-        size = min(group.size, trials - group.first)
-        return propose(self.space, self._frozen[: group.known], first=group.first, size=size)
+        return self._proposed(self._group_of(len(self.ended)) or self._ask_for_group(trials), trials)
+
+    def take_group(self, trials: int, *, workers: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
+        """Propose a group that no worker has taken: one that was proposed before and is unfinished, else a new one.
+
+        The sampler knows every ended trial, stored or not, and which trials are running.
+
+        Args:
+            trials: Number of trials of the search in total.
+            workers: Number of groups that train at a time.
+
+        Returns:
+            As `next_group`; empty if workers have taken all trials.
+
+        Raises:
+            StorageError: A new group cannot be stored.
+        """
+        group = self._not_taken(trials)
+        if group is None and self._asked < trials:
+            group = self._ask_for_group(trials, workers=workers)
+        if group is None:
+            return {}
+        self._taken[group.first] = proposals = self._proposed(group, trials)
+        return proposals
+
+    def has_group(self, trials: int) -> bool:
+        """Return whether `take_group` would return a group."""
+        return self._asked < trials or self._not_taken(trials) is not None
 
     @property
     def groups(self) -> list[range]:
@@ -117,6 +165,24 @@ class Study:
         starts = [group.first for group in self._groups]
         ends = [*starts[1:], self._groups[-1].first + self._groups[-1].size] if self._groups else []
         return [range(first, end) for first, end in zip(starts, ends, strict=True)]
+
+    def is_recorded(self, number: int) -> bool:
+        """Return whether the group of a trial was proposed while other groups trained, so that the study stores it."""
+        group = self._group_of(number)
+        return group is not None and group.params is not None
+
+    def begin(self, trial: BegunTrial) -> None:
+        """Take a trial that begins or goes on, which samplers and pruners may count from now on."""
+        self._running[trial.number] = list(trial.epochs)
+
+    def epoch(self, metrics: Mapping[int, EpochMetrics]) -> None:
+        """Take an epoch of trials that have begun."""
+        for number, epoch in metrics.items():
+            self._running[number].append(epoch)
+
+    def end(self, trial: EndedTrial) -> None:
+        """Take a trial that has ended; `add` or `add_in_order` stores the trial."""
+        self._waiting[trial.number] = trial
 
     def keep_rules(self, rules: PlacementRules) -> None:
         """Store the placement rules if they have changed.
@@ -144,6 +210,8 @@ class Study:
         asked = self._group_of(min(running))
         assert asked is not None
         group = {number: self.space.objective.rung_score(epochs) for number, epochs in running.items()}
+        if asked.params is not None:
+            return self._stops_among_all(asked, epoch, group)
         scores = self._scores_after(epoch)
         group |= {number: score for number, score in scores if number >= asked.first and number not in running}
         earlier = [score for number, score in scores if number < asked.known]
@@ -164,6 +232,18 @@ class Study:
         )
         self._frozen.append(frozen)
         self._take(trial)
+        self._running.pop(trial.number, None)
+        self._waiting.pop(trial.number, None)
+
+    def add_in_order(self, trial: EndedTrial) -> None:
+        """Store an ended trial, or keep the trial until all lower numbers are stored, and then store both.
+
+        Raises:
+            StorageError: The storage cannot be written.
+        """
+        self._waiting[trial.number] = trial
+        while (number := len(self.ended)) in self._waiting:
+            self.add(self._waiting[number])
 
     def stored(self, number: int) -> EndedTrial | None:
         """Return a trial that has ended; None if it has not."""
@@ -237,13 +317,59 @@ class Study:
         """Return the group in which a trial was proposed."""
         return next((g for g in self._groups if g.first <= number < g.first + g.size), None)
 
-    def _ask_for_group(self, trials: int) -> AskedGroup:
+    def _not_taken(self, trials: int) -> AskedGroup | None:
+        """Return the first unfinished group that no worker has taken."""
+        begun = [g for g in self._groups if g.numbers.stop > len(self.ended) and g.first < trials]
+        return next((group for group in begun if group.first not in self._taken), None)
+
+    @property
+    def _asked(self) -> int:
+        """Number of trials that were proposed."""
+        return max(len(self.ended), self._groups[-1].numbers.stop if self._groups else 0)
+
+    def _proposed(self, group: AskedGroup, trials: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
+        """Return the proposals of a group, as far as a search of `trials` trials needs them."""
+        size = min(group.size, trials - group.first)
+        if group.params is not None:
+            return restore(self.space, group.params[:size], first=group.first)
+        return propose(self.space, self._frozen[: group.known], first=group.first, size=size)
+
+    def _ask_for_group(self, trials: int, *, workers: int = 1) -> AskedGroup:
         """Store and return a new group that begins with the next trial."""
-        first = len(self.ended)
-        group = AskedGroup(first=first, size=min(self.group_size, trials - first), known=first)
-        self.note(f"{_GROUP}{first:06}", dataclasses.asdict(group), doing=f"storing the group of trial {first}")
+        first = self._asked
+        size, params = min(self.group_size, trials - first), None
+        if workers > 1:
+            size = min(size, -(-(trials - first) // (GROUPS_PER_WORKER * workers)))
+            params = [params for _, params in self._propose_beside(first, size).values()]
+        group = AskedGroup(first=first, size=size, known=len(self.ended), params=params)
+        self.note(f"{_GROUP}{first:06}", group.to_dict(), doing=f"storing the group of trial {first}")
         self._groups.append(group)
         return group
+
+    def _propose_beside(self, first: int, size: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
+        """Propose trials while others train: what the sampler knows depends on which trials have ended by now."""
+        ended = [to_optuna(trial, self.space) for _, trial in sorted(self._waiting.items())]
+        taken = [(n, params) for group in self._taken.values() for n, (_, params) in group.items()]
+        running = [params for n, params in taken if self.stored(n) is None and n not in self._waiting]
+        return propose(self.space, [*self._frozen, *ended], first=first, size=size, running=running)
+
+    def _stops_among_all(self, asked: AskedGroup, epoch: int, group: Mapping[int, Score]) -> set[int]:
+        """Return which trials of a group stop, compared with all that have been measured after the epoch by now.
+
+        The verdict is stored, since it depends on how far the other groups are; a resumed search follows it.
+        """
+        if not self.space.pruner.compares(epoch):
+            return set()
+        verdicts = self._verdicts.setdefault(asked.first, {})
+        if (stops := verdicts.get(str(epoch))) is None:
+            others = [score for _, score in self._scores_after(epoch)]
+            for number in self._running.keys() - group.keys():
+                epochs = self.space.objective.measured(self._running[number])
+                others += [self.space.objective.rung_score(epochs[:epoch])] if len(epochs) >= epoch else []
+            stops = verdicts[str(epoch)] = sorted(self.space.pruner.stops(epoch, group, others))
+            content = {"first": asked.first, "stops": verdicts}
+            self.note(f"{_VERDICTS}{asked.first:06}", content, doing=f"storing which trials stop after epoch {epoch}")
+        return group.keys() & set(stops)
 
     def _scores_after(self, epoch: int) -> list[tuple[int, Score]]:
         """Return number and score, after an epoch, of each stored trial that was measured in so many epochs."""

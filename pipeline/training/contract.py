@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +13,7 @@ import torch
 from pipeline.errors import DeviceError, PipelineError, first_line
 from pipeline.files.code import own_line
 from pipeline.space.config import TrialConfig
-from pipeline.space.placement import Placement
+from pipeline.space.placement import Placement, PlacementRules
 from pipeline.space.trial import EpochMetrics
 from pipeline.workloads.trees import map_tensors
 from pipeline.workloads.workload import Batch
@@ -76,7 +78,12 @@ class TrialGroup(Protocol):
 
 
 class Executor(Protocol):
-    """Builds groups and trains them: in processes of this machine, later also on workers of several machines."""
+    """Builds groups and trains them."""
+
+    @property
+    def rules(self) -> PlacementRules:
+        """What the placement of trials depends on now."""
+        ...
 
     def build(self, configs: Mapping[int, TrialConfig], *, placement: Sequence[Placement] | None = None) -> TrialGroup:
         """Build a group of untrained trials.
@@ -86,6 +93,10 @@ class Executor(Protocol):
             placement: Placement of a single trial in each epoch, to train it as a search did; None: the executor
                 places the trials.
         """
+        ...
+
+    def adopt(self, rules: PlacementRules) -> None:
+        """Place trials by the rules of a resumed study."""
         ...
 
     def close(self) -> None:
@@ -214,3 +225,17 @@ def trial_error(error: Exception | SystemExit) -> Exception:
 def exit_error(error: SystemExit) -> Exception:
     """Return the error of a trial whose code called `sys.exit`."""
     return RuntimeError(f"sys.exit({error.code!r}) was called")
+
+
+def portable_error(error: Exception) -> Exception:
+    """Return an exception of the same name and text that can be unpickled in another process."""
+    with contextlib.suppress(Exception):
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error.with_traceback(None)
+    if isinstance(error, PipelineError):
+        return PipelineError(str(error))
+    text = type(error).__name__
+    with contextlib.suppress(Exception):
+        text += f": {error}"
+    return RuntimeError(text)

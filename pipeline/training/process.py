@@ -32,12 +32,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pipeline.errors import PipelineError
 from pipeline.files.locks import LOCK
 from pipeline.files.signals import STOPS, signals_blocked
 from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.contract import exit_error
+from pipeline.training.contract import exit_error, portable_error
 
 Build = Callable[[Mapping[int, TrialConfig], bool], Any]
 """Builds a trainer from configs by trial number, and whether the trials train plain."""
@@ -209,7 +208,7 @@ def _answer(
         value = getattr(trainers[key], method)(*arguments, **options)
         return _packed((value, trainers[key].configs, None))
     except (Exception, SystemExit) as error:
-        portable = exit_error(error) if isinstance(error, SystemExit) else _portable(error)
+        portable = exit_error(error) if isinstance(error, SystemExit) else portable_error(error)
         return _packed((None, trainers[key].configs if key in trainers else {}, portable))
 
 
@@ -245,20 +244,6 @@ def _receive(connection: Connection) -> Any:
     for part in parts:
         connection.recv_bytes_into(part)
     return pickle.loads(parts[0], buffers=parts[1:])
-
-
-def _portable(error: Exception) -> Exception:
-    """Return an exception of the same name and text that can be unpickled in another process."""
-    with contextlib.suppress(Exception):
-        copy = pickle.loads(pickle.dumps(error))
-        if type(copy) is type(error) and str(copy) == str(error):
-            return error.with_traceback(None)
-    if isinstance(error, PipelineError):
-        return PipelineError(str(error))
-    text = type(error).__name__
-    with contextlib.suppress(Exception):
-        text += f": {error}"
-    return RuntimeError(text)
 
 
 def _close_inherited(*, but: int) -> None:

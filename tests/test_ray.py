@@ -1,0 +1,138 @@
+"""Searches on a Ray cluster of two emulated nodes with a GPU each, which exists for Ray alone: trials train on CPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from ray_search import options_of, search, write_task
+
+from pipeline.space.config import Digits
+from pipeline.space.placement import from_run_lengths
+from pipeline.space.trial import EndedTrial, TrialState
+from pipeline.study.store import Store
+from pipeline.study.study import Study
+from pipeline.training.executor import LocalExecutor
+from pipeline.training.ray_worker import RayWorker
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is an optional extra"),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+TRIALS = 16
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without resources, and one node."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
+        from ray.cluster_utils import Cluster
+
+        # A node that is silent for two seconds has died.
+        checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500}
+        head = {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "_system_config": {**checks, "health_check_failure_threshold": 4},
+        }
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster.add_node(num_cpus=1, num_gpus=1)
+        yield cluster
+        cluster.shutdown()
+
+
+def actors() -> list[int]:
+    """Return the processes of the actors that this test and its cluster have started."""
+    own = psutil.Process().children(recursive=True)
+    return [process.pid for process in own if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Actor")]
+
+
+def outcomes(study: Study) -> list[tuple[Any, ...]]:
+    return [(t.number, t.params, t.state, t.value, [e.metrics for e in t.epochs], t.environment) for t in study.ended]
+
+
+def trained_again(executor: LocalExecutor, trial: EndedTrial) -> list[Any]:
+    """Return the metrics of a trial that this process trains with the placement that the trial had."""
+    placement = from_run_lengths(trial.environment["placement"])
+    group = executor.build({0: trial.config}, placement=placement)
+    return [group.train_epoch()[0].metrics for _ in placement]
+
+
+def test_what_goes_on_with_a_search_names_its_workers(tmp_path: Path) -> None:
+    options = options_of(tmp_path, ray="10.0.0.1:6379", workers=2, cpus_per_worker=3)
+    assert options.resume("mine").endswith(", workers=2, ray='10.0.0.1:6379', cpus_per_worker=3)")
+    command = dataclasses.replace(
+        options, from_python=False, root=Path(), space=dataclasses.replace(options.space, workload=Digits(model="mlp"))
+    )
+    assert command.resume("mine").endswith(" --workers 2 --ray 10.0.0.1:6379 --cpus-per-worker 3")
+    assert "--ray" not in command.confirm_again("mine")
+
+
+def test_one_worker_searches_as_this_process_does_with_code_that_it_does_not_have(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_task(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    expected, _, _ = search(tmp_path / "here")
+    found, _, warnings = search(tmp_path / "there", ray=cluster.address, workers=1)
+    assert outcomes(found) == outcomes(expected)
+    assert warnings == []
+
+
+def test_nothing_is_lost_or_done_twice_when_controller_worker_and_node_are_killed(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.add_node(num_cpus=1, num_gpus=1, env_vars={"FREE_BYTES": "1"})
+    write_task(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-P", TESTS / "ray_search.py", cluster.address]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    asked = [params for group in Store(tmp_path).open("mine")._groups for params in group.params or ()]
+
+    killed = list[str]()
+
+    def kill(epoch: int, workers: list[RayWorker]) -> None:
+        if epoch == 4:
+            os.kill(actors()[0], signal.SIGKILL)
+            killed.append("worker")
+        if epoch == 10:
+            node = cluster.list_all_nodes()[-1]
+            (raylet,) = node.all_processes["raylet"]
+            there = psutil.Process(raylet.process.pid).children(recursive=True)
+            cluster.remove_node(node, allow_graceful=False)
+            psutil.wait_procs(there, timeout=60)  # they outlive their node for a moment
+            killed.append("node")
+
+    study, executor, warnings = search(tmp_path, kill, ray=cluster.address, workers=2)
+    assert killed == ["worker", "node"]
+    assert [trial.number for trial in study.ended] == list(range(TRIALS))
+    assert [trial.params for trial in study.ended][: len(asked)] == asked
+    assert {trial.state for trial in study.ended} == {TrialState.COMPLETE, TrialState.PRUNED}
+    rows = {run["rows"] for trial in study.ended for run in trial.environment["placement"]}
+    assert 1 in rows
+    assert max(rows) > 1  # the two nodes have unlike memory
+    for trial in study.ended:
+        again, broken = trained_again(executor, trial), any("broken" in run for run in trial.environment["placement"])
+        for metrics, epoch in zip(again, trial.epochs, strict=True):  # the last one before a kill may be trained twice
+            assert metrics == (pytest.approx(epoch.metrics, rel=1e-4) if broken else epoch.metrics)
+    died = "a worker has ended: its process has died; its trials go on from their last checkpoint"
+    assert len(warnings) >= 2
+    assert set(warnings) <= {died, died.replace("process", "node")}
+    assert not list(Store(tmp_path).folder("mine").rglob("*.pt"))
