@@ -99,6 +99,8 @@ def search(
     store = Store(root)
     with workers_of(found, executor) as workers:
         remote = [worker.executor for worker in workers if isinstance(worker.executor, RayWorker)]
+        for worker in remote:
+            worker.place()  # else the first one may have trained everything before the others have started
         exists = any(header.name == "mine" for header in store.headers())
         rules = workers[0].executor.rules
         study = store.open("mine") if exists else store.create(space, name="mine", trials=found.trials, rules=rules)
