@@ -122,7 +122,8 @@ def test_a_score_is_smaller_when_better() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "rungs"), [(1, [1]), (2, [1]), (5, [1, 2]), (8, [1, 2, 4]), (20, [3, 6]), (100, [15, 30])]
+    ("epochs", "rungs"),
+    [(1, [1]), (2, [1]), (3, [1]), (5, [1, 2]), (7, [1, 2]), (8, [1, 2, 4]), (20, [3, 6]), (100, [15, 30])],
 )
 def test_rungs_are_shares_of_the_run(epochs: int, rungs: list[int]) -> None:
     pruner = space_with(epochs).pruner

@@ -453,3 +453,12 @@ def test_with_the_best_epoch_as_objective_pruning_and_the_sampler_see_the_best_s
     study.add(ended_trial(3, state=TrialState.DIVERGED, value=None, epochs=(epoch_metrics(1, 0.8, 0.5), unmeasured)))
     running = {n: [epoch_metrics(1, first, 0.5), epoch_metrics(2, 0.4, 0.5)] for n, first in ((4, 0.7), (5, 0.3))}
     assert study.stops(2, running) == {5}  # two of five go on: 0.9 and 0.7
+
+
+def test_what_a_space_enqueues_trains_to_its_end(store: Store) -> None:
+    worst = {"optimizer": {"sgd": {"base_lr": 0.001, "momentum": 0.0}}}  # far from 0.01, the best rate
+    study = new_study(store, space_with(enqueue=[worst], sampler={"name": "random"}), trials=12)
+    search(study, 12)
+    assert study.ended[0].params["sgd.base_lr"] == 0.001
+    assert study.ended[0].state is TrialState.COMPLETE
+    assert sum(trial.state is TrialState.PRUNED for trial in study.ended) > 0

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pipeline.errors import counted
 from pipeline.page import charts
 from pipeline.page.findings import name_of
 from pipeline.page.markup import card, escaped, paragraphs, table
-from pipeline.page.results import StudyResults, passes
+from pipeline.page.results import StudyResults
 from pipeline.page.sentence import optimizer_title
 from pipeline.space.distributions import Range
 from pipeline.space.own_code import short_name
@@ -63,26 +62,22 @@ def _cells(results: StudyResults, row: Row, *, mishaps: bool) -> list[str]:
 
 
 def _rule(results: StudyResults) -> str:
-    pruner, metric = results.space.pruner, escaped(results.space.objective.metric)
+    pruner, objective = results.space.pruner, results.space.objective
     if not isinstance(pruner, SuccessiveHalving):
         return ""
     share = "better half" if pruner.reduction_factor == 2 else f"best {100 / pruner.reduction_factor:.0f} %"
-    of = f"{metric} of the mean of the weights over the epoch" if pruner.averaged else metric
-    return f"At a rung the {share} of all trials so far goes on, by {of}."
+    score = escaped(objective.metric)
+    if any(epoch.averaged for trial in results.trials for epoch in trial.epochs):
+        score += " of the mean of the weights over the epoch"
+    elif objective.of == "best":
+        score = f"the best {score} so far"
+    return f"At a rung the {share} of all trials so far goes on, by {score}."
 
 
 def _nearest(results: StudyResults) -> str:
-    """Return which pruned trial came nearest to going on at the last rung, and which went on as the last."""
+    """Return which trial is the best of those that stopped at the last rung."""
     last, objective = results.rungs[-1], results.space.objective
-    reached = [trial for trial in results.trials if results.value_at(trial, last) is not None]
-    scored = [(objective.rung_score(objective.measured(trial.epochs)[:last]), trial) for trial in reached]
-    stopped = [(score, trial) for score, trial in scored if not passes(trial, last)]
-    if not stopped:
-        return ""
-    (value, _), trial = min(stopped, key=lambda one: (one[0], one[1].number))
-    value = -value if objective.direction == "maximize" else value
-    place = sum(score < min(stopped, key=lambda one: one[0])[0] for score, _ in scored) + 1
-    return (
-        f"The best that stopped after epoch {last} is #{trial.number} with {number(value)}, "
-        f"in place {place} of the {counted(len(scored), 'trial')} that came so far."
-    )
+    stopped = [t for t in results.trials if t.state is TrialState.PRUNED and len(t.epochs) == last]
+    best = min(stopped, key=lambda trial: (objective.rung_score(trial.epochs), trial.number))
+    value = best.epochs[-1].averaged.get(objective.metric, objective.value(best.epochs))
+    return f"The best that stopped after epoch {last} is #{best.number}, with {number(value)}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,11 +40,12 @@ from pipeline.space.file_format import (
     one_or_several,
     own_form,
 )
+from pipeline.space.limits import Share
 from pipeline.space.optimizers import OPTIMIZERS, OwnOptimizer
 from pipeline.space.overrides import Overrides, override, source_of
 from pipeline.space.own_code import SHARED, is_own, load_own
 from pipeline.space.param_groups import ParameterRule, ParamGroup, numbered_layers
-from pipeline.space.pruners import PRUNERS
+from pipeline.space.pruners import PRUNERS, Pruner
 from pipeline.space.schedules import SCHEDULERS, OwnScheduler, scheduler_class
 from pipeline.space.search_space import Objective, Sampler, SearchSpace, WarmStart
 from pipeline.space.shares import has_shares_of_run, resolve_lengths
@@ -294,9 +296,7 @@ def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[Searc
         param_groups={group: dict(domains) for group, domains in values.param_groups.items()},
         no_weight_decay=tuple(ParameterRule(**dict(rule)) for rule in values.no_weight_decay or ()),
         sampler=Sampler(**dict(values.sampler)),
-        pruner=PRUNERS[values.pruner.name](
-            **resolve_lengths(PRUNERS[values.pruner.name], dict(values.pruner), total=values.epochs)
-        ),
+        pruner=_pruner(dict(values.pruner), epochs=values.epochs),
         confirm=Confirm(**dict(values.confirm)),
         enqueue=(),
         warm_start=None,
@@ -308,6 +308,15 @@ def _read(data: Mapping[str, Any], *, name: str, load_code: bool) -> tuple[Searc
         return dataclasses.replace(space, warm_start=WarmStart(**dict(values.enqueue))), problems
     known = [dict(read_entry(space, entry, f"enqueue.{n}", problems)) for n, entry in enumerate(values.enqueue)]
     return dataclasses.replace(space, enqueue=tuple(known)), problems
+
+
+def _pruner(values: Mapping[str, Any], *, epochs: int) -> Pruner:
+    """Return a pruner with counts of epochs in place of shares; the last rung lies within its share, rounded down."""
+    kind, last = PRUNERS[values["name"]], values.get("max_resource")
+    counts = resolve_lengths(kind, values, total=epochs)
+    if isinstance(last, Share):
+        counts["max_resource"] = max(1, math.floor(last * epochs / 100))
+    return kind(**counts)
 
 
 def _without_own(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

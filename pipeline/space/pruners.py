@@ -86,6 +86,7 @@ class SuccessiveHalving:
         return {number for _, number in ranked[kept:] if number >= 0}
 
     def _is_rung(self, epoch: int) -> bool:
+        assert not isinstance(self.min_resource, Share), "a share of the run is a count once a file is read"
         if epoch > self.max_resource:
             return False
         rung = self.min_resource

@@ -203,6 +203,8 @@ class Study:
     def stops(self, epoch: int, running: Mapping[int, Sequence[EpochMetrics]]) -> set[int]:
         """Return which running trials of a group stop after an epoch, by the pruner's verdict on the whole group.
 
+        A trial that the space enqueues trains to its end, since a person wants to know its result.
+
         Args:
             epoch: Counts from 1.
             running: Trial number to the epochs that the trial has trained.
@@ -210,12 +212,13 @@ class Study:
         asked = self._group_of(min(running))
         assert asked is not None
         group = {number: self.space.objective.rung_score(epochs) for number, epochs in running.items()}
+        may_stop = {number for number in running if number >= len(self.space.enqueue)}
         if asked.params is not None:
-            return self._stops_among_all(asked, epoch, group)
+            return self._stops_among_all(asked, epoch, group) & may_stop
         scores = self._scores_after(epoch)
         group |= {number: score for number, score in scores if number >= asked.first and number not in running}
         earlier = [score for number, score in scores if number < asked.known]
-        return self.space.pruner.stops(epoch, group, earlier) & running.keys()
+        return self.space.pruner.stops(epoch, group, earlier) & may_stop
 
     def add(self, trial: EndedTrial) -> None:
         """Store an ended trial, the next in number order, synced to the disk.
