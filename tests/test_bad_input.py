@@ -154,8 +154,8 @@ REFUSED = [
     option(
         "lr_range --space mine.yaml --write --set optimizer.nadam.base_lr=0.1 --set optimizer.adam.base_lr=0.1",
         "--write: 2 problems",
-        "optimizer.adam.base_lr: comes from --set and is not in mine.yaml; put it into the file",
-        "optimizer.nadam.base_lr: comes from --set and is not in mine.yaml; put it into the file",
+        "optimizer.adam.base_lr: comes from --set, not from mine.yaml; put it into the file",
+        "optimizer.nadam.base_lr: comes from --set, not from mine.yaml; put it into the file",
     ),
     option("search --space .", "cannot be read: Is a directory"),
     Refused(

@@ -87,7 +87,7 @@ def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
     overrides = cli.overrides_of(arguments)
     found = read_space(arguments.space, overrides, searching=False)
     assert found.file is not None
-    problems = [*_writing_problems(found, found.file, arguments.space)]
+    problems = [*_writing_problems(found, found.file, arguments.space, overrides)]
     if arguments.write and problems:
         raise InvalidInput("--write", problems)
     function = [found.space.workload.function.rpartition(":")[2]] if isinstance(found.space.workload, Own) else []
@@ -110,7 +110,7 @@ def read_range_test(arguments: argparse.Namespace) -> RangeTestOptions:
     )
 
 
-def _writing_problems(found: FoundSpace, file: Path, given: Path | None) -> Iterator[Problem]:
+def _writing_problems(found: FoundSpace, file: Path, given: Path | None, overrides: Overrides) -> Iterator[Problem]:
     """Yield what keeps the proposed bounds from being written into the file of the space."""
     if file != given:
         message = f"is a ready-made search space, {file}; copy that file, and name the copy"
@@ -121,5 +121,5 @@ def _writing_problems(found: FoundSpace, file: Path, given: Path | None) -> Iter
         value: Any = data
         for key in ("optimizer", name, "base_lr"):
             value = value.get(key) if isinstance(value, Mapping) else None
-        if value is None:
-            yield Problem(f"optimizer.{name}.base_lr", f"comes from --set and is not in {file}; put it into the file")
+        if value is None or {"optimizer", f"optimizer.{name}"} & overrides.keys():
+            yield Problem(f"optimizer.{name}.base_lr", f"comes from --set, not from {file}; put it into the file")
