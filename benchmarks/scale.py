@@ -36,12 +36,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from pipeline.study.store import Store
-from pipeline.study.study import GROUP_SIZES
 from pipeline.workloads.workload import Workload
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUDY = "scale"
 WATCH_EVERY_S = 0.5
+WINDOW = 64
+"""Trials, a number of whole groups; a window has two or four times as many."""
 SPACE = """
 workload: {{name: own, function: "{file}:tiny"}}
 epochs: 2
@@ -121,8 +122,8 @@ def measure(root: Path, sampler: str, trials: int) -> None:
     search = ["-m", "pipeline.search", "--space", "space.yaml", "--no-confirm", "--device", "cpu", "--study", STUDY]
     command = [sys.executable, *search, "--trials", str(trials)]
     watched = watch(root, command, trials)
-    size = GROUP_SIZES["cpu"]
-    windows = {"early": (size, 3 * size), "late": (trials // size * size - 4 * size, trials // size * size)}
+    last_whole = trials // WINDOW * WINDOW
+    windows = {"early": (WINDOW, 3 * WINDOW), "late": (last_whole - 4 * WINDOW, last_whole)}
     for name, (first, last) in windows.items():
         if 0 < first < last <= trials:
             searching = slope(watched.stored, first, last)

@@ -6,7 +6,8 @@ and baselines train with fresh seeds, as `pipeline.confirm` has them train, and 
 trains with ten further seeds, and the mean of their test metric is its loss. All searches train at the same time as
 rows of common matrices. Proposals, verdicts, finalists and confirmations are those of the package; nothing is stored.
 
-Peers are Optuna's defaults, one trial at a time: TPE with MedianPruner, TPE with HyperbandPruner, and random trials.
+Peers are Optuna's defaults, one trial at a time: TPE with MedianPruner, TPE with HyperbandPruner; and random trials.
+`now` is the package as it is, `before` as it was until 2026-11-26: groups of 13, rungs 4, 8 and 16, last weights.
 The tables compare at an equal number of epochs, for which a search may have more trials than 50; an interval is of the
 mean difference in percent, 95 %, bootstrapped over searches in pairs. `--pruning` measures which of 50 random trials
 the rules stop, by kind of schedule.
