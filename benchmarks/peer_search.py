@@ -196,7 +196,7 @@ def _run(command: Sequence[str], options: argparse.Namespace) -> Found:
     space = yaml.safe_load(SPACE.read_text())
     assert (space["epochs"], space["batch_size"]) == (EPOCHS, BATCH_SIZE)
     space["workload"]["model"] = options.model
-    space["pruner"] = {"name": "successive_halving" if options.pruning else "none"}
+    space["pruner"] = space["pruner"] if options.pruning else {"name": "none"}
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MLFLOW_DISABLE_TELEMETRY": "true"}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))

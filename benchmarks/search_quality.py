@@ -3,13 +3,13 @@
 Each task has a workload and a search space. Searches differ in the seed of their sampler; each of four training seeds
 serves a quarter of them. A search delivers either its first, the trial with the best score, or its winner: finalists
 and baselines train with fresh seeds, as `pipeline.confirm` has them train, and the best mean wins. What is delivered
-trains with ten further seeds, and the mean of their test metric is its loss. All searches train at the same time as
+trains with ten further seeds, and the median of their test metric is its loss. All searches train at the same time as
 rows of common matrices. Proposals, verdicts, finalists and confirmations are those of the package; nothing is stored.
 
 Peers are Optuna's defaults, one trial at a time: TPE with MedianPruner, TPE with HyperbandPruner; and random trials.
 `now` is the package as it is, `before` as it was until 2026-11-26: groups of 13, rungs 4, 8 and 16, last weights.
-The tables compare at an equal number of epochs, for which a search may have more trials than 50; an interval is of the
-mean difference in percent, 95 %, bootstrapped over searches in pairs. `--pruning` measures which of 50 random trials
+The table has several numbers of trials, so that searches can be compared at as many epochs; an interval is of the mean
+difference in percent, 95 %, bootstrapped over searches in pairs. `--pruning` measures which of 50 random trials
 the rules stop, by kind of schedule.
 
     python benchmarks/search_quality.py --task showpiece
