@@ -285,6 +285,7 @@ def test_a_search_waits_for_its_server_and_its_password_is_nowhere(
     assert re.fullmatch(rf"{waited}warning: the database at {place} is back after \d+ s\n", err.getvalue())
     assert f"record        {url}\n" in out.getvalue()
 
+    assert (tmp_path / "mlruns/studies/mine/record").read_text() == url
     with contextlib.closing(Store(tmp_path, url)) as store:
         study = store.open("mine")
     assert [trial.number for trial in study.ended] == list(range(8))

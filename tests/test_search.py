@@ -71,7 +71,7 @@ param_groups:
   head: {pattern: "fc.*", lr_ratio: {low: 0.1, high: 10, log: true}}
   body: {pattern: "*"}
 sampler: {name: tpe, n_startup_trials: 4, group_size: 3}
-pruner: {name: successive_halving, min_resource: 2}
+pruner: {name: successive_halving, min_resource: 2, max_resource: 2}
 confirm: {share: 0.6}
 """
 

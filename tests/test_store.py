@@ -641,3 +641,14 @@ def test_a_root_that_may_not_be_written_is_read() -> None:
         first, *others = done.stdout.split("# Trial 0 of study mine: ")[1:]
         assert others == [first, first]
         assert [contents(root) for root in (killed, closed)] == before
+
+
+def test_files_of_a_study_of_another_record_are_not_used(store: Store) -> None:
+    folder = store.root / "mlruns" / "studies" / "small-1"
+    folder.mkdir(parents=True)
+    (folder / "record").write_text("postgresql://me@host/db")
+    assert store.choose(space_with(), trials=8, name=None) == ("small-2", False)
+    with pytest.raises(InvalidInput, match=r"small-1: .* has the files of a study of another record; name that record"):
+        store.choose(space_with(), trials=8, name="small-1")
+    with pytest.raises(InvalidInput, match="another record"):
+        store.refuse_another_record("small-1", "--delete")

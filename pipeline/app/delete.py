@@ -34,6 +34,7 @@ def delete(root: Path, storage: str | None, name: str, *, sure: bool) -> int:
 def _delete(store: Store, name: str, *, sure: bool) -> int:
     trackers = [build(store.root) for build in TRACKERS]
     header = store.header(name, option="--delete")
+    store.refuse_another_record(name, "--delete")
     records = " and ".join(map(str, trackers))
     what = f"study {name}: {counted(header.ended, 'trial')}, {store.folder(name)}, and the study's record, {records}"
     if not sure and not _agreed(name, what):

@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, counted, did_you_mean
-from pipeline.files.atomic import sweep
+from pipeline.files.atomic import sweep, write_atomic
 from pipeline.files.locks import LOCK, is_study_name, lock, refuse_links, study_folder
 from pipeline.space.load import space_from_document
 from pipeline.space.placement import PlacementRules
@@ -30,6 +30,8 @@ from pipeline.study.study import HEADER, Study, group_size
 
 FORMAT = 3
 """Version of the format in which a study stores its header and its trials."""
+RECORD = "record"
+"""File in the folder of a study in a PostgreSQL database, with the URL of the database."""
 HEADER_TYPES = {
     "space": str,
     "document": Mapping,
@@ -171,7 +173,9 @@ class Store:
                 ):
                     return header.name, True
             taken = self._names()
+            taken |= {name for name in self._folders() if self._is_of_another_record(name)}
             return next(n for i in itertools.count(1) if (n := f"{space.name}-{i}") not in taken), False
+        self.refuse_another_record(name, "--study")
         if name not in known:
             if name in self._names():
                 message = "was made by another program in the same database; choose another name"
@@ -307,6 +311,30 @@ class Store:
             arrived=lambda: name not in self._studies(),
         )
 
+    def _folders(self) -> set[str]:
+        """Return the names of the studies that have files below the root."""
+        parent = study_folder(self.root, "any").parent
+        return {path.name for path in parent.iterdir() if is_study_name(path.name)} if parent.is_dir() else set()
+
+    def _is_of_another_record(self, study: str) -> bool:
+        """Return whether the files of a study belong to a record that is not this one."""
+        folder = study_folder(self.root, study)
+        owner = folder / RECORD
+        if owner.is_file():
+            return owner.read_text() != (self.url or "")
+        return self.url is not None and (folder / "best.yaml").exists()
+
+    def refuse_another_record(self, study: str, option: str) -> None:
+        """Refuse a study whose folder has the files of another record's study of the same name.
+
+        Raises:
+            InvalidInput: It has.
+        """
+        if self._is_of_another_record(study):
+            message = f"{study_folder(self.root, study)} has the files of a study of another record"
+            remedy = "name that record by --storage, or leave --storage away; or name another study, or another --root"
+            raise InvalidInput(option, [Problem(study, f"{message}; {remedy}")])
+
     def folder(self, study: str) -> Path:
         """Return the folder of a study's files: `best.yaml`, checkpoints, lock.
 
@@ -346,6 +374,8 @@ class Store:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             sweep(path.parent)
+            if self.url is not None:
+                write_atomic(path.parent / RECORD, self.url)
             with self._database.lock(study):
                 yield
 
