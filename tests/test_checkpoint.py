@@ -312,7 +312,7 @@ def search(
     trained: list[Mapping[int, EpochMetrics]] = []
     checkpoints = Checkpoints(store.folder("mine") / "checkpoints", warn=warnings.append, share=1.0)
     while len(trained) != epochs and (proposals := study.next_group(trials)):
-        for trial in run_group(
+        for ended in run_group(
             executor().build({number: config for number, (config, _) in proposals.items()}),
             proposals,
             study,
@@ -322,9 +322,10 @@ def search(
             interrupted=lambda: len(trained) == epochs,
             rules=lambda: study.rules,
         ):
-            study.add(trial)
-            if len(study.ended) == stored:
-                return len(trained), warnings
+            for trial in ended:
+                study.add(trial)
+                if len(study.ended) == stored:
+                    return len(trained), warnings
     forget_ended(checkpoints, study)
     return len(trained), warnings
 
@@ -383,10 +384,11 @@ def test_a_trial_that_cannot_be_stored_is_in_a_checkpoint_and_is_not_trained_aga
 ) -> None:
     study, trained = begin(store), list[Mapping[int, EpochMetrics]]()
 
-    def add(trial: EndedTrial) -> None:
-        if trial.number == refused:
-            raise StorageError("the database is away")
-        study.add(trial)
+    def add(*trials: EndedTrial) -> None:
+        for trial in trials:
+            if trial.number == refused:
+                raise StorageError("the database is away")
+            study.add(trial)
 
     checkpoints = Checkpoints(store.folder("mine") / "checkpoints", warn=pytest.fail, share=1e-9)  # else none is due
 

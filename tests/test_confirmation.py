@@ -229,7 +229,7 @@ def confirm(study: Study, folder: Path, *, epochs: int | None = None, test: Spli
     checkpoints = Checkpoints(folder / study.name, warn=pytest.fail)
     while len(trained) != epochs and (proposals := confirmation.next_group()):
         group = executor.build({number: config for number, (config, _) in proposals.items()})
-        for run in run_group(
+        for runs in run_group(
             group,
             proposals,
             confirmation,
@@ -239,7 +239,8 @@ def confirm(study: Study, folder: Path, *, epochs: int | None = None, test: Spli
             interrupted=lambda: len(trained) == epochs,
             rules=lambda: executor.rules,
         ):
-            confirmation.add(confirmation.marked(run), test={"test/loss": 1.0})
+            for run in runs:
+                confirmation.add(confirmation.marked(run), test={"test/loss": 1.0})
     if confirmation.complete:
         confirmation.keep()
     return confirmation

@@ -90,7 +90,7 @@ def search(
         found.told.append(results)
         after_epoch(len(found.told), group)
 
-    for trial in run_group(
+    for trials in run_group(
         group,
         proposals,
         found.study,
@@ -100,7 +100,7 @@ def search(
         interrupted=lambda: False,
         rules=lambda: executor.rules,
     ):
-        found.study.add(trial)
+        found.study.add(*trials)
     executor.close()
     return found
 

@@ -53,7 +53,7 @@ def searched(study: Study, console: Console, look: Callable[[Progress], Any] = l
             look(progress)
 
         while proposals := study.next_group(TRIALS):
-            for trial in run_group(
+            for trials in run_group(
                 Curves(proposals),
                 proposals,
                 study,
@@ -65,7 +65,7 @@ def searched(study: Study, console: Console, look: Callable[[Progress], Any] = l
                 on_begin=progress.begin,
                 on_end=progress.end,
             ):
-                study.add(trial)
+                study.add(*trials)
             progress.group_ended()
 
 

@@ -78,7 +78,7 @@ def search(root: Path, worker: Local, warnings: list[str]) -> Study:
             return len(told) == 1
 
     told: list[Any] = []
-    for trial in run_group(
+    for trials in run_group(
         worker.build({number: config for number, (config, _) in proposals.items()}),
         proposals,
         study,
@@ -88,7 +88,7 @@ def search(root: Path, worker: Local, warnings: list[str]) -> Study:
         interrupted=lambda: False,
         rules=lambda: worker.rules,
     ):
-        study.add(trial)
+        study.add(*trials)
     assert len(told) == EPOCHS
     return study
 

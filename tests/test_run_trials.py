@@ -201,7 +201,7 @@ def test_a_verdict_counts_trials_of_other_groups_that_run_and_a_resumed_search_f
 def test_a_sampler_proposes_others_than_those_that_run(tmp_path: Path) -> None:
     study = new_study(tmp_path)
     search(tmp_path, study, Executor(), trials=9)
-    ended = study._frozen
+    ended = study._known
     alone = propose(study.space, ended, first=9, size=1)
     beside = propose(study.space, ended, first=9, size=1, running=[alone[9][1]] * 3)
     assert alone != beside

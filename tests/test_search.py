@@ -492,7 +492,7 @@ def search_until(store: Store, study: Study, trainer: LocalExecutor, *, epochs: 
         return len(trained) == epochs
 
     while not interrupted() and (proposals := study.next_group(TRIALS)):
-        for trial in run_group(
+        for trials in run_group(
             trainer.build({number: config for number, (config, _) in proposals.items()}),
             proposals,
             study,
@@ -502,7 +502,7 @@ def search_until(store: Store, study: Study, trainer: LocalExecutor, *, epochs: 
             interrupted=interrupted,
             rules=lambda: trainer.rules,
         ):
-            study.add(trial)
+            study.add(*trials)
     return len(trained)
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -29,7 +31,9 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.load import space_from_document
 from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
+from pipeline.study.samplers import distributions
 from pipeline.study.store import Store
+from pipeline.study.stored_trial import to_optuna
 
 DOCUMENT: dict[str, Any] = {
     "workload": {"name": "digits", "model": "mlp"},
@@ -81,6 +85,59 @@ def create(store: Store, space: SearchSpace, *, name: str, trials: int, ended: i
         study.add(ended_trial(number))
     if ended == trials:
         study.finish(confirmed=True)
+
+
+PARTS = {
+    "trial_params": "param_name, param_value, distribution_json",
+    "trial_values": "objective, value, value_type",
+    "trial_intermediate_values": "step, intermediate_value, intermediate_value_type",
+    "trial_user_attributes": "key, value_json",
+    "trial_system_attributes": "key, value_json",
+}
+"""Optuna's tables of the parts of a trial, to their columns but the ids."""
+
+
+def rows(database: Path, study: str) -> list[list[tuple[Any, ...]]]:
+    where = "JOIN studies USING (study_id) WHERE study_name = ? ORDER BY number"
+    trials = f"SELECT number, state, datetime_start, datetime_complete FROM trials {where}"
+    parts = [
+        f"SELECT number, {of} FROM {name} JOIN trials USING (trial_id) {where}, {of}" for name, of in PARTS.items()
+    ]
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return [list(connection.execute(query, [study])) for query in (trials, *parts)]
+
+
+def test_trials_that_are_stored_together_are_stored_as_optuna_stores_each(store: Store) -> None:
+    study = store.create(space_with(), name="mine", trials=9, rules=RULES)
+    metrics = {"train/loss": math.inf, "val/loss": math.nan, "val/accuracy": -math.inf}
+    epochs = (EpochMetrics(epoch=1, step=20, metrics=metrics, lr={}),)
+    trials = [
+        ended_trial(0),
+        dataclasses.replace(ended_trial(1), state=TrialState.PRUNED, value=None, epochs=epochs, reason="median"),
+        dataclasses.replace(ended_trial(2), value=math.inf, params={}),
+        dataclasses.replace(ended_trial(3), state=TrialState.FAILED, value=None, epochs=()),
+    ]
+    study.add(*trials[:1])
+    study.add(*trials[1:])
+    storage = optuna.storages.RDBStorage(f"sqlite:///{store.database}")
+    reference = optuna.create_study(storage=storage, study_name="reference", direction="maximize")
+    for trial in trials:
+        reference.add_trial(to_optuna(trial, study.space.objective, distributions(study.space)))
+    assert rows(store.database, "mine") == rows(store.database, "reference")
+
+
+def test_trials_that_are_stored_together_are_all_stored_or_none(store: Store) -> None:
+    study = store.create(space_with(), name="mine", trials=9, rules=RULES)
+    study.add(ended_trial(0))
+    with contextlib.closing(sqlite3.connect(store.database)) as connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON trial_user_attributes WHEN NEW.value_json = '0.03'"
+            " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+        )
+    with pytest.raises(StorageError, match=r"^storing trials 1 to 2: .*the disk is full"):
+        study.add(ended_trial(1), ended_trial(2))
+    assert len(study.ended) == 1
+    assert [header.ended for header in store.headers()] == [1]
 
 
 def test_a_root_without_studies_is_only_looked_at(store: Store) -> None:

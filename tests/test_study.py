@@ -114,7 +114,7 @@ def epoch_of(config: TrialConfig, epoch: int) -> EpochMetrics:
 def search(study: Study, trials: int, *, stop_at: int | None = None) -> None:
     """Search until `trials` trials have ended, or die after `stop_at` stored trials."""
     while proposals := study.next_group(trials):
-        for trial in run_group(
+        for ended in run_group(
             Curves(proposals),
             proposals,
             study,
@@ -124,9 +124,10 @@ def search(study: Study, trials: int, *, stop_at: int | None = None) -> None:
             interrupted=lambda: False,
             rules=lambda: study.rules,
         ):
-            study.add(trial)
-            if len(study.ended) == stop_at:
-                return
+            for trial in ended:
+                study.add(trial)
+                if len(study.ended) == stop_at:
+                    return
 
 
 def outcomes(study: Study) -> list[tuple[Any, ...]]:

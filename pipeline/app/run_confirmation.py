@@ -59,8 +59,9 @@ def run_confirmation(
                 tracker.epoch(metrics)
                 tests.update(evaluated_on_test(group, metrics, confirmation.space, executor))
 
-            def add(run: EndedTrial) -> None:
-                confirmation.add(confirmation.marked(run), test=tests.get(run.number, {}))
+            def add(*runs: EndedTrial) -> None:
+                for run in runs:
+                    confirmation.add(confirmation.marked(run), test=tests.get(run.number, {}))
 
             ended = run_group(
                 group,

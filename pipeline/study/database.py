@@ -7,13 +7,17 @@ import gc
 import json
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy.exc
+from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
-from sqlalchemy import text
+from optuna.storages._rdb import models  # Optuna's own interface writes a transaction per trial
+from optuna.trial import FrozenTrial
+from sqlalchemy import insert, text
+from sqlalchemy.orm import Session
 
 from pipeline.errors import StorageError
 from pipeline.study.stored_trial import NUMBER, OWN_TRIAL
@@ -105,11 +109,67 @@ class Database(ABC):
 
         return self._read(count)
 
+    def add_trials(self, study: str, trials: Sequence[FrozenTrial]) -> None:
+        """Add ended trials in one transaction, as Optuna's `add_trial` adds each; called within `write`."""
+        storage = self.storage()
+        study_id = storage.get_study_id_from_name(study)
+        with Session(storage.engine) as session, session.begin():
+            # Other programs that add a trial wait here (PostgreSQL) or at the first insertion (SQLite).
+            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+            rows = [
+                models.TrialModel(
+                    study_id=study_id,
+                    state=trial.state,
+                    datetime_start=trial.datetime_start,
+                    datetime_complete=trial.datetime_complete,
+                )
+                for trial in trials
+            ]
+            session.add_all(rows)
+            session.flush()
+            for number, row in enumerate(rows, rows[0].count_past_trials(session)):
+                row.number = number
+            for model, columns in _COLUMNS.items():
+                pairs = zip(rows, trials, strict=True)
+                if values := [{"trial_id": row.trial_id, **one} for row, trial in pairs for one in columns(trial)]:
+                    session.execute(insert(model), values)
+
     def _read(self, action: Callable[[RDBStorage], T]) -> T:
         with self.usable():
             storage = self.storage()
             return self.attempt(lambda: action(storage))
 
+
+def _params(trial: FrozenTrial) -> Iterator[dict[str, Any]]:
+    for name, distribution in trial.distributions.items():
+        value = distribution.to_internal_repr(trial.params[name])
+        yield {"param_name": name, "param_value": value, "distribution_json": distribution_to_json(distribution)}
+
+
+def _values(trial: FrozenTrial) -> Iterator[dict[str, Any]]:
+    if trial.value is not None:
+        value, kind = models.TrialValueModel.value_to_stored_repr(trial.value)
+        yield {"objective": 0, "value": value, "value_type": kind}
+
+
+def _intermediate_values(trial: FrozenTrial) -> Iterator[dict[str, Any]]:
+    for step, reported in trial.intermediate_values.items():
+        value, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(reported)
+        yield {"step": step, "intermediate_value": value, "intermediate_value_type": kind}
+
+
+def _user_attrs(trial: FrozenTrial) -> Iterator[dict[str, Any]]:
+    for key, value in trial.user_attrs.items():
+        yield {"key": key, "value_json": json.dumps(value)}
+
+
+_COLUMNS: Mapping[Any, Callable[[FrozenTrial], Iterator[dict[str, Any]]]] = {
+    models.TrialParamModel: _params,
+    models.TrialValueModel: _values,
+    models.TrialIntermediateValueModel: _intermediate_values,
+    models.TrialUserAttributeModel: _user_attrs,
+}
+"""Table of a trial's parts to the columns of each of its rows."""
 
 NEWER_OPTUNA = f"Optuna {optuna.__version__} does not know them; install the Optuna that made them"
 """What to do about tables of a later version of Optuna."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.space.config import TrialConfig
@@ -106,10 +107,11 @@ class GroupState:
         self._left_after[number] = len(self._placements(number))
         return self._ended(number)
 
-    def pop_ended(self) -> Iterator[EndedTrial]:
-        """Yield ended trials in number order, each once; a trial waits for all lower numbers."""
-        while self._waiting and self._waiting[0] in self._verdicts:
-            yield self._ended(self._waiting.pop(0))
+    def pop_ended(self) -> list[EndedTrial]:
+        """Return ended trials in number order, each once; a trial waits for all lower numbers."""
+        ended = list(itertools.takewhile(self._verdicts.__contains__, self._waiting))
+        del self._waiting[: len(ended)]
+        return [self._ended(number) for number in ended]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state of the group as plain values."""

@@ -69,11 +69,11 @@ def run_group(
     on_end: Callable[[EndedTrial], None] = lambda _: None,
     models: Models | None = None,
     training: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
-) -> Generator[EndedTrial]:
-    """Train a group, from its last checkpoint if there is one; yield finished trials in number order.
+) -> Generator[Sequence[EndedTrial]]:
+    """Train a group, from its last checkpoint if there is one; yield in number order the trials that an epoch ended.
 
-    The caller must store each trial before advancing the iterator, as `store_each` does; database plus checkpoint are
-    then the complete record. If a trial cannot be stored, a checkpoint is saved with it.
+    The caller must store them before advancing the iterator, as `store_each` does; database plus checkpoint are then
+    the complete record. If trials cannot be stored, a checkpoint is saved with them.
 
     Args:
         group: All trials of the group, untrained.
@@ -110,7 +110,8 @@ def run_group(
         on_begin(begun)
     for trial in state.not_stored():
         on_end(trial)
-    yield from state.pop_ended()
+    if done := state.pop_ended():
+        yield done
     while state.running:
         average = study.averages(state.epoch + 1)
         with training():
@@ -124,7 +125,8 @@ def run_group(
                     models.offer(trial, functools.partial(group.model_state, number))
             group.drop(number)
         try:
-            yield from state.pop_ended()
+            if done := state.pop_ended():
+                yield done
         except StorageError:
             with contextlib.suppress(StorageError):  # the first error is the one to report
                 _save(group, state, checkpoints, row_limit=rules().row_limit)
@@ -144,15 +146,15 @@ def run_group(
         _save(group, state, checkpoints, row_limit=rules().row_limit)
 
 
-def store_each(ended: Generator[EndedTrial], add: Callable[[EndedTrial], None]) -> None:
-    """Store each trial of a group as it ends.
+def store_each(ended: Generator[Sequence[EndedTrial]], add: Callable[..., None]) -> None:
+    """Store the trials of a group as they end.
 
     Raises:
-        StorageError: A trial cannot be stored; the group has saved a checkpoint with it.
+        StorageError: Trials cannot be stored; the group has saved a checkpoint with them.
     """
-    for trial in ended:
+    for trials in ended:
         try:
-            add(trial)
+            add(*trials)
         except StorageError as error:
             ended.throw(error)
 

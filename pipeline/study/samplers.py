@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -53,15 +54,16 @@ def propose(
         Trial number to config and to the parameters that the sampler chose.
     """
     memory = optuna.create_study(direction=space.objective.direction)
-    known = [*visible(space, earlier), *(_running(space, params) for params in running)]
-    memory.add_trials(known)
+    searched = distributions(space)
+    others = [*visible(space, earlier), *(_running(searched, params) for params in running)]
+    memory.add_trials(others)
     proposals = {}
     for number in range(first, first + size):
         memory.sampler = build_sampler(space, number)
         if number < len(space.enqueue):
             memory.enqueue_trial(dict(space.enqueue[number]))
         trial = memory.ask()
-        assert trial.number - len(known) == number - first
+        assert trial.number - len(others) == number - first
         proposals[number] = (space.sample(trial), trial.params)
     return proposals
 
@@ -79,9 +81,34 @@ def restore(
     return proposals
 
 
-def _running(space: SearchSpace, params: Mapping[str, Any]) -> FrozenTrial:
-    found = {name: distribution for name, distribution in distributions(space).items() if name in params}
-    return optuna.trial.create_trial(state=OptunaState.RUNNING, params=dict(params), distributions=found)
+def for_sampler(trial: FrozenTrial) -> FrozenTrial:
+    """Return a trial as samplers look at it, which an in-memory study takes without copying all that is in it."""
+    return _Known(
+        number=trial.number,
+        state=trial.state,
+        value=None,
+        values=trial.values,
+        datetime_start=trial.datetime_start,
+        datetime_complete=trial.datetime_complete,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={},
+        system_attrs={},
+        intermediate_values=trial.intermediate_values,
+        trial_id=trial.number,
+    )
+
+
+class _Known(FrozenTrial):
+    """A trial whose parts do not change, so that copies share them; Optuna copies each trial that it is given."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Known:
+        return copy.copy(self)
+
+
+def _running(distributions: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> FrozenTrial:
+    found = {name: distribution for name, distribution in distributions.items() if name in params}
+    return for_sampler(optuna.trial.create_trial(state=OptunaState.RUNNING, params=dict(params), distributions=found))
 
 
 def visible(space: SearchSpace, earlier: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from pipeline.errors import StorageError
 from pipeline.space.config import TrialConfig
-from pipeline.space.search_space import Objective, SearchSpace
+from pipeline.space.search_space import Objective
 from pipeline.space.trial import EndedTrial, EpochMetrics, TrialState
-from pipeline.study.samplers import distributions
 
 _OPTUNA_STATES = {
     TrialState.COMPLETE: OptunaState.COMPLETE,
@@ -32,16 +32,22 @@ NUMBER = "number"
 """User attribute that holds a trial's number in its search; Optuna also counts other programs' trials."""
 
 
-def to_optuna(trial: EndedTrial, space: SearchSpace) -> FrozenTrial:
-    """Return a trial as Optuna stores it; a diverged trial has no values, so that no sampler ranks its early epochs."""
+def to_optuna(trial: EndedTrial, objective: Objective, distributions: Mapping[str, BaseDistribution]) -> FrozenTrial:
+    """Return a trial as Optuna stores it; a diverged trial has no values, so that no sampler ranks its early epochs.
+
+    Args:
+        trial: The trial.
+        objective: The objective of the space.
+        distributions: Of every searched parameter of the space.
+    """
     finished = [epoch for epoch in trial.epochs if epoch.finished]
     reached = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     frozen = optuna.trial.create_trial(
         state=_OPTUNA_STATES[trial.state],
         value=trial.value,
         params=dict(trial.params),
-        distributions={name: d for name, d in distributions(space).items() if name in trial.params},
-        intermediate_values={n + 1: space.objective.value(finished[: n + 1]) for n in range(len(finished)) if reached},
+        distributions={name: d for name, d in distributions.items() if name in trial.params},
+        intermediate_values={n + 1: objective.value(finished[: n + 1]) for n in range(len(finished)) if reached},
         user_attrs={
             NUMBER: trial.number,
             "state": trial.state.value,

@@ -8,12 +8,14 @@ and verdicts depend on the order in which trials end; the study stores both, and
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from pipeline.errors import StorageError
 from pipeline.space.config import TrialConfig
@@ -22,7 +24,7 @@ from pipeline.space.pruners import Score
 from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
 from pipeline.study.database import Database
-from pipeline.study.samplers import propose, restore
+from pipeline.study.samplers import distributions, for_sampler, propose, restore
 from pipeline.study.stored_trial import as_stored, from_optuna, own_trials, to_optuna
 
 HEADER = "pipeline"
@@ -91,8 +93,10 @@ class Study:
         self._database = database
         self._stored = optuna.load_study(study_name=name, storage=database.storage())
         stored = self._stored.get_trials(deepcopy=False)
-        self._frozen = own_trials(stored, study=name)
-        self.passed_over = len(stored) - len(self._frozen)
+        own = own_trials(stored, study=name)
+        self._known = [for_sampler(trial) for trial in own]
+        """Stored trials as samplers look at them."""
+        self.passed_over = len(stored) - len(own)
         """Number of trials that other programs have added; they are no part of the search."""
         with as_stored(f"study {name}", study=name):
             self.rules = PlacementRules(**self._attrs()[HEADER]["placement"])
@@ -113,7 +117,8 @@ class Study:
         self._ranking: list[EndedTrial] = []
         self._scored: dict[int, tuple[int, list[tuple[int, Score]]]] = {}
         """Epoch to the number of trials that were looked at, and the scores of those that were measured."""
-        for number, trial in enumerate(self._frozen):
+        self._distributions = distributions(space)
+        for number, trial in enumerate(own):
             with as_stored(f"trial {number} of study {name}", study=name):
                 self._take(from_optuna(number, trial, self.space.objective))
 
@@ -220,33 +225,36 @@ class Study:
         earlier = [score for number, score in scores if number < asked.known]
         return self.space.pruner.stops(epoch, group, earlier) & may_stop
 
-    def add(self, trial: EndedTrial) -> None:
-        """Store an ended trial, the next in number order, synced to the disk.
+    def add(self, *trials: EndedTrial) -> None:
+        """Store ended trials, the next in number order: all of them or none, synced to the disk.
 
         Raises:
             StorageError: The storage cannot be written.
         """
-        assert trial.number == len(self.ended)
-        frozen = to_optuna(trial, self.space)
+        first = len(self.ended)
+        assert [trial.number for trial in trials] == list(range(first, first + len(trials)))
+        frozen = [self._as_optuna(trial) for trial in trials]
         self._write(
-            f"storing trial {trial.number}",
-            lambda: self._stored.add_trial(frozen),
-            arrived=lambda: self._has_arrived(trial.number),
+            f"storing trial {first}" if len(trials) == 1 else f"storing trials {first} to {first + len(trials) - 1}",
+            lambda: self._database.add_trials(self.name, frozen),
+            arrived=lambda: self._have_arrived(first),
         )
-        self._frozen.append(frozen)
-        self._take(trial)
-        self._running.pop(trial.number, None)
-        self._waiting.pop(trial.number, None)
+        self._known += map(for_sampler, frozen)
+        for trial in trials:
+            self._take(trial)
+            self._running.pop(trial.number, None)
+            self._waiting.pop(trial.number, None)
 
-    def add_in_order(self, trial: EndedTrial) -> None:
-        """Store an ended trial, or keep the trial until all lower numbers are stored, and then store both.
+    def add_in_order(self, *trials: EndedTrial) -> None:
+        """Store ended trials, and those that waited for them; keep the trials that wait for lower numbers.
 
         Raises:
             StorageError: The storage cannot be written.
         """
-        self._waiting[trial.number] = trial
-        while (number := len(self.ended)) in self._waiting:
-            self.add(self._waiting[number])
+        self._waiting |= {trial.number: trial for trial in trials}
+        ready = list(itertools.takewhile(self._waiting.__contains__, itertools.count(len(self.ended))))
+        if ready:
+            self.add(*(self._waiting[number] for number in ready))
 
     def stored(self, number: int) -> EndedTrial | None:
         """Return a trial that has ended; None if it has not."""
@@ -304,8 +312,11 @@ class Study:
                 f"{doing}: study {self.name} was removed by another program meanwhile; {remedy}"
             ) from None
 
-    def _has_arrived(self, number: int) -> bool:
-        """Return whether the next trial is stored already, after a connection that broke as it was stored.
+    def _as_optuna(self, trial: EndedTrial) -> FrozenTrial:
+        return to_optuna(trial, self.space.objective, self._distributions)
+
+    def _have_arrived(self, number: int) -> bool:
+        """Return whether the next trials are stored already, after a connection that broke as they were stored.
 
         Raises:
             StorageError: Earlier trials are missing, such as in a server that was put back to an earlier state.
@@ -335,7 +346,7 @@ class Study:
         size = min(group.size, trials - group.first)
         if group.params is not None:
             return restore(self.space, group.params[:size], first=group.first)
-        return propose(self.space, self._frozen[: group.known], first=group.first, size=size)
+        return propose(self.space, self._known[: group.known], first=group.first, size=size)
 
     def _ask_for_group(self, trials: int, *, workers: int = 1) -> AskedGroup:
         """Store and return a new group that begins with the next trial."""
@@ -351,10 +362,10 @@ class Study:
 
     def _propose_beside(self, first: int, size: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose trials while others train: what the sampler knows depends on which trials have ended by now."""
-        ended = [to_optuna(trial, self.space) for _, trial in sorted(self._waiting.items())]
+        ended = [for_sampler(self._as_optuna(trial)) for _, trial in sorted(self._waiting.items())]
         taken = [(n, params) for group in self._taken.values() for n, (_, params) in group.items()]
         running = [params for n, params in taken if self.stored(n) is None and n not in self._waiting]
-        return propose(self.space, [*self._frozen, *ended], first=first, size=size, running=running)
+        return propose(self.space, [*self._known, *ended], first=first, size=size, running=running)
 
     def _stops_among_all(self, asked: AskedGroup, epoch: int, group: Mapping[int, Score]) -> set[int]:
         """Return which trials of a group stop, compared with all that have been measured after the epoch by now.
