@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ BEST, NEWEST = 64, 448
 
 More of the best and fewer of the newest found less (benchmarks/NOTES.md): TPE calls 25 trials good, and would take the
 other best ones as examples of bad ones."""
+RUNNING = 128
+"""Number of running trials, the newest, that a sampler looks at if there are more; its cost grows with them too."""
 GP_BEST, GP_NEWEST = 64, 64
 """The same of the Gaussian process, whose cost grows faster."""
 
@@ -47,15 +50,15 @@ def propose(
         earlier: Ended trials.
         first: Number of the first trial.
         size: Number of trials.
-        running: Parameters of trials that train meanwhile: TPE counts them among the bad trials, so that it proposes
-            others, and so it does with the trials that are proposed here.
+        running: Parameters of trials that train meanwhile, oldest first: TPE counts them among the bad trials, so that
+            it proposes others, and so it does with the trials that are proposed here.
 
     Returns:
         Trial number to config and to the parameters that the sampler chose.
     """
     memory = optuna.create_study(direction=space.objective.direction)
     searched = distributions(space)
-    others = [*visible(space, earlier), *(_running(searched, params) for params in running)]
+    others = [*visible(space, earlier), *(_running(searched, params) for params in running[-RUNNING:])]
     memory.add_trials(others)
     proposals = {}
     for number in range(first, first + size):
@@ -86,16 +89,27 @@ def for_sampler(trial: FrozenTrial) -> FrozenTrial:
     return _Known(
         number=trial.number,
         state=trial.state,
-        value=None,
         values=trial.values,
-        datetime_start=trial.datetime_start,
-        datetime_complete=trial.datetime_complete,
         params=trial.params,
         distributions=trial.distributions,
-        user_attrs={},
-        system_attrs={},
         intermediate_values=trial.intermediate_values,
-        trial_id=trial.number,
+        datetime_start=trial.datetime_start,
+        datetime_complete=trial.datetime_complete,
+        **_NOTHING,
+    )
+
+
+def _running(distributions: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> FrozenTrial:
+    return _Known(
+        number=-1,  # as the in-memory study says
+        state=OptunaState.RUNNING,
+        params=dict(params),
+        distributions={name: distribution for name, distribution in distributions.items() if name in params},
+        datetime_start=datetime.datetime.now(),
+        datetime_complete=None,
+        intermediate_values={},
+        values=None,
+        **_NOTHING,
     )
 
 
@@ -106,9 +120,8 @@ class _Known(FrozenTrial):
         return copy.copy(self)
 
 
-def _running(distributions: Mapping[str, BaseDistribution], params: Mapping[str, Any]) -> FrozenTrial:
-    found = {name: distribution for name, distribution in distributions.items() if name in params}
-    return for_sampler(optuna.trial.create_trial(state=OptunaState.RUNNING, params=dict(params), distributions=found))
+_NOTHING: dict[str, Any] = {"trial_id": -1, "value": None, "user_attrs": {}, "system_attrs": {}}
+"""What no sampler looks at."""
 
 
 def visible(space: SearchSpace, earlier: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:

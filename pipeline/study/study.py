@@ -110,6 +110,8 @@ class Study:
         """Number of each trial that has begun and is not stored, to its epochs."""
         self._waiting: dict[int, EndedTrial] = {}
         """Ended trials that wait for lower numbers to be stored."""
+        self._waiting_known: dict[int, FrozenTrial] = {}
+        """The same as samplers look at them, as far as one has."""
         self.ended: list[EndedTrial] = []
         """Stored trials, in number order."""
         self.states = Counter[TrialState]()
@@ -244,6 +246,7 @@ class Study:
             self._take(trial)
             self._running.pop(trial.number, None)
             self._waiting.pop(trial.number, None)
+            self._waiting_known.pop(trial.number, None)
 
     def add_in_order(self, *trials: EndedTrial) -> None:
         """Store ended trials, and those that waited for them; keep the trials that wait for lower numbers.
@@ -362,9 +365,11 @@ class Study:
 
     def _propose_beside(self, first: int, size: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose trials while others train: what the sampler knows depends on which trials have ended by now."""
-        ended = [for_sampler(self._as_optuna(trial)) for _, trial in sorted(self._waiting.items())]
-        taken = [(n, params) for group in self._taken.values() for n, (_, params) in group.items()]
-        running = [params for n, params in taken if self.stored(n) is None and n not in self._waiting]
+        for number in self._waiting.keys() - self._waiting_known.keys():
+            self._waiting_known[number] = for_sampler(self._as_optuna(self._waiting[number]))
+        ended = [trial for _, trial in sorted(self._waiting_known.items())]
+        taken = sorted((n, params) for group in self._taken.values() for n, (_, params) in group.items())
+        running = [params for n, params in taken if n >= len(self.ended) and n not in self._waiting]
         return propose(self.space, [*self._known, *ended], first=first, size=size, running=running)
 
     def _stops_among_all(self, asked: AskedGroup, epoch: int, group: Mapping[int, Score]) -> set[int]:
