@@ -170,13 +170,22 @@ class InMemory:
         """Call an action."""
         action()
 
+    def add_trials(self, study: str, trials: Sequence[optuna.trial.FrozenTrial]) -> None:
+        """Add ended trials."""
+        optuna.load_study(study_name=study, storage=self._storage).add_trials(trials)
 
-def ours(space: SearchSpace, trials: int, *, group: int) -> Search:
-    """Search as the package does, in groups of a size."""
+
+def new_study(space: SearchSpace, trials: int, *, group: int) -> Study:
+    """Return a study that nothing stores."""
     memory: Any = InMemory()
     stored = optuna.create_study(storage=memory.storage(), study_name="ours", direction=space.objective.direction)
     stored.set_user_attr(HEADER, {"placement": PlacementRules(device="cpu").to_dict()})
-    study = Study(space, name="ours", identity="", planned=trials, group_size=group, database=memory)
+    return Study(space, name="ours", identity="", planned=trials, group_size=group, database=memory)
+
+
+def ours(space: SearchSpace, trials: int, *, group: int) -> Search:
+    """Search as the package does, in groups of a size."""
+    study = new_study(space, trials, group=group)
     while proposals := study.next_group(trials):
         histories = yield Request({n: c for n, (c, _) in proposals.items()}, study.stops, study.averages)
         for number, (config, params) in proposals.items():
@@ -279,13 +288,19 @@ def search_all(task: Task, variants: Sequence[str], seeds: Sequence[int], traini
     """Run every variant with every seed of the sampler, all with one training seed."""
     workload = task.build()
     running: dict[tuple[str, int], Search] = {}
-    found = []
     for name in variants:
         for seed in seeds:
             variant = VARIANTS[name]
             space = task.space(seed, variant.pruner)
             space = dataclasses.replace(space, sampler=variant.sampler or space.sampler)
             running[name, seed] = variant.search(space, variant.shown[-1])
+    return run_searches(workload, running, training_seed=training_seed)
+
+
+def run_searches(workload: Workload, searches: Mapping[tuple[str, int], Search], *, training_seed: int) -> list[Found]:
+    """Run searches, by variant and seed; what they ask for at a time trains as rows of one matrix."""
+    running = dict(searches)
+    found = []
     answers: dict[tuple[str, int], Histories | None] = dict.fromkeys(running)
     while running:
         requests = {}
@@ -406,7 +421,7 @@ class Losses:
             if config not in self._known[seed]:
                 missing[seed][config] = None
         calls = [(self._task, list(configs), seed) for seed, configs in missing.items()]
-        for (_, _, seed), found in zip(calls, _in_processes(_measured, calls, self._processes), strict=True):
+        for (_, _, seed), found in zip(calls, in_processes(_measured, calls, self._processes), strict=True):
             self._known[seed] |= found
 
     def winner(self, shown: Delivered) -> str:
@@ -435,7 +450,8 @@ def _searched(call: tuple[str, list[str], list[int], int]) -> list[Found]:
     return search_all(TASKS[task], variants, seeds, training_seed)
 
 
-def _in_processes(function: Callable[[Any], Any], calls: Sequence[Any], processes: int) -> list[Any]:
+def in_processes(function: Callable[[Any], Any], calls: Sequence[Any], processes: int) -> list[Any]:
+    """Call a function with each of several arguments, in as many processes."""
     torch.set_num_threads(1)
     if processes == 1 or not calls:
         return list(map(function, calls))
@@ -450,7 +466,7 @@ def compare(task: str, variants: Sequence[str], searches: int, processes: int) -
         (task, list(variants), [seed for seed in range(searches) if training_seed_of(seed) == training], training)
         for training in TRAINING_SEEDS
     ]
-    found = {(f.variant, f.seed): f for part in _in_processes(_searched, calls, processes) for f in part}
+    found = {(f.variant, f.seed): f for part in in_processes(_searched, calls, processes) for f in part}
     print(f"# {task}: {searches} searches, {time.perf_counter() - began:.0f} s", flush=True)
     shown = {
         (name, count, seed): one
@@ -516,7 +532,7 @@ def measure_pruning(task: str, sets: int, processes: int) -> None:
         (task, [seed for seed in range(sets) if training_seed_of(seed) == training], training)
         for training in TRAINING_SEEDS
     ]
-    curves = [one for part in _in_processes(_curves, calls, processes) for one in part]
+    curves = [one for part in in_processes(_curves, calls, processes) for one in part]
     print(f"# {task}: {len(curves)} sets of 50 random trials; best pruned, epochs trained, of the top five pruned")
     for name, (pruner, group) in RULES.items():
         stopped = [_stopped(trials, TASKS[task].space(0), pruner, group) for trials in curves]

@@ -20,6 +20,7 @@ import optuna
 import torch
 from test_checkpoint import DOCUMENT, TRIALS, begin, outcomes, search
 
+import pipeline.study.database
 import pipeline.study.sqlite
 import pipeline.study.study
 from pipeline.space.load import space_from_document
@@ -29,9 +30,8 @@ DIED = 99
 """Exit status of a process that exited at its crash point."""
 CALLS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
     "build the database": (pipeline.study.sqlite, "build_database", (1,)),
-    "create the study": (optuna, "create_study", (1,)),
-    "name the metric": (optuna.study.Study, "set_metric_names", (1,)),
-    "describe the study": (optuna.study.Study, "set_user_attr", (1,)),
+    "create the study": (pipeline.study.database.Database, "create_study", (1,)),
+    "store a group": (optuna.study.Study, "set_user_attr", (1,)),
     "store a trial": (pipeline.study.study.Study, "add", (1, 4, 5, TRIALS)),
     "make the temporary file": (tempfile, "mkstemp", (3,)),
     "open the temporary file": (os, "fdopen", (3,)),

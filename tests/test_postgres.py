@@ -89,7 +89,10 @@ def test_a_study_is_recorded_whole_in_postgresql(
     assert "has tables of another program, such as MLflow; name another database" in str(refused.value)
 
 
-def test_studies_in_postgresql_are_found_chosen_opened_and_deleted(url: str, tmp_path: Path) -> None:
+def test_studies_in_postgresql_are_found_chosen_opened_and_deleted(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with contextlib.closing(Store(tmp_path, url)) as store:
         for name in ("first", "second"):
             with store.lock(name):
@@ -106,6 +109,13 @@ def test_studies_in_postgresql_are_found_chosen_opened_and_deleted(url: str, tmp
         assert [(trial.params, trial.config, trial.metrics, trial.value) for trial in study.ended] == [
             (trial.params, trial.config, trial.metrics, trial.value) for trial in map(ended_trial, range(2))
         ]
+    other = tmp_path / "other"
+    assert pipeline.search.main(["--root", str(other), "--storage", url, "--delete", "first", "--yes"]) == 0
+    said = f"in {url}, and what MLflow in {other} has of it; files below another root stay"
+    assert capsys.readouterr().out == f"deleted study first: 2 trials {said}\n"
+    with contextlib.closing(Store(tmp_path, url)) as store:
+        assert store.headers() == []
+        assert store.folder("first").exists()
     assert not (tmp_path / "mlruns" / "optuna.db").exists()
 
 

@@ -394,14 +394,26 @@ def test_the_lock_of_a_killed_process_does_not_block(store: Store, holder: subpr
     assert f"driven by process {os.getpid()} on {socket.gethostname()};" in str(refused.value)
 
 
-def test_a_study_that_was_created_but_never_described_is_created_again(store: Store) -> None:
+def test_a_study_is_created_whole_or_not_at_all(store: Store) -> None:
     create(store, space_with(), name="other", trials=9)
-    with store.lock("small-1"):
-        optuna.create_study(study_name="small-1", storage=f"sqlite:///{store.database}")  # and killed here
-    assert store.choose(space_with(), trials=8, name=None) == ("small-1", False)
+    with contextlib.closing(sqlite3.connect(store.database)) as connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON study_user_attributes"
+            " BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
+        )
+    with pytest.raises(StorageError, match=r"^creating study small-1: .*the disk is full"):
+        create(store, space_with(), name="small-1", trials=8)
+    with contextlib.closing(sqlite3.connect(store.database)) as connection:
+        connection.execute("DROP TRIGGER full")
     assert store.choose(space_with(), trials=8, name="small-1") == ("small-1", False)
     create(store, space_with(), name="small-1", trials=8)
     assert [header.name for header in store.headers()] == ["other", "small-1"]
+
+
+def test_a_new_study_is_to_optuna_one_with_a_direction_and_a_named_metric(store: Store) -> None:
+    create(store, space_with(), name="mine", trials=8)
+    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{store.database}")
+    assert (study.direction.name, study.metric_names) == ("MAXIMIZE", ["val/accuracy"])
 
 
 def test_a_database_is_made_whole_whatever_a_killed_process_left(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline import __version__
 from pipeline.errors import InvalidInput, PipelineError, Problem, did_you_mean, printable
 from pipeline.files.atomic import check_writable
 from pipeline.files.locks import is_study_name, refuse_links
-from pipeline.files.postgres import read_url
+from pipeline.files.postgres import STORAGE, read_url
 from pipeline.files.signals import CtrlC
 from pipeline.space.config import WORKLOADS, Own
 from pipeline.space.overrides import parse_override
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
 MAX_SEED = 2**32 - 1
-STORAGE = "PIPELINE_STORAGE"
-"""Environment variable that stands for `--storage`."""
 MAX_SHOWN = 120
 """Most characters of a bad value that a message shows."""
 

@@ -36,7 +36,11 @@ def _delete(store: Store, name: str, *, sure: bool) -> int:
     header = store.header(name, option="--delete")
     store.refuse_another_record(name, "--delete")
     records = " and ".join(map(str, trackers))
-    what = f"study {name}: {counted(header.ended, 'trial')}, {store.folder(name)}, and the study's record, {records}"
+    what = f"study {name}: {counted(header.ended, 'trial')}"
+    if store.folder(name).exists():
+        what += f", {store.folder(name)}, and the study's record, {records}"
+    else:  # trained below another root, with its trials in the same PostgreSQL database
+        what += f" in {store.place}, and what {records} has of it; files below another root stay"
     if not sure and not _agreed(name, what):
         print("nothing was deleted")
         return 1

@@ -75,7 +75,7 @@ def _check_exists(name: str, store: Store, source: str) -> None:
     known = [header.name for header in store.headers()]
     if name not in known:
         remedy = did_you_mean(name, known) if known else "no study has been made there"
-        message = f"there is no study {name!r} in {store.root / 'mlruns'}; {remedy}"
+        message = f"there is no study {name!r} in {store.place}; {remedy}"
         raise InvalidInput(source, [Problem("enqueue.study", message)])
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from pipeline.errors import masked
 
+STORAGE = "PIPELINE_STORAGE"
+"""Environment variable that stands for `--storage`."""
 INSTALL = "pip install 'psycopg[binary]'"
 """The command that installs the driver."""
 FORM = "postgresql://user@host:5432/database"

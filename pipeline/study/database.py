@@ -14,12 +14,14 @@ import optuna
 import sqlalchemy.exc
 from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models  # Optuna's own interface writes a transaction per trial
+from optuna.storages._rdb import models  # Optuna's own interface writes a transaction per attribute, or per trial
+from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial
 from sqlalchemy import insert, text
 from sqlalchemy.orm import Session
 
 from pipeline.errors import StorageError
+from pipeline.space.search_space import Objective
 from pipeline.study.stored_trial import NUMBER, OWN_TRIAL
 
 T = TypeVar("T")
@@ -96,10 +98,6 @@ class Database(ABC):
         # Optuna's summaries would read every trial of every study.
         return self._read(lambda storage: {study.study_name: study.user_attrs for study in storage.get_all_studies()})
 
-    def is_empty(self, study: str) -> bool:
-        """Return whether a study has no trial."""
-        return self._read(lambda storage: storage.get_n_trials(storage.get_study_id_from_name(study)) == 0)
-
     def count_trials(self) -> dict[str, int]:
         """Return the number of trials that searches have stored, by study; other programs' trials do not count."""
 
@@ -108,6 +106,25 @@ class Database(ABC):
                 return {name: count for name, count in connection.execute(text(COUNT))}
 
         return self._read(count)
+
+    def create_study(self, study: str, objective: Objective, attrs: Mapping[str, Any]) -> None:
+        """Create a study with its user attributes in one transaction; called within `write`."""
+        direction = optuna.study.StudyDirection[objective.direction.upper()]
+        metric = models.StudySystemAttributeModel(
+            key=_SYSTEM_ATTR_METRIC_NAMES, value_json=json.dumps([objective.metric])
+        )
+        with Session(self.storage().engine) as session, session.begin():
+            session.add(
+                models.StudyModel(
+                    study_name=study,
+                    directions=[models.StudyDirectionModel(objective=0, direction=direction)],
+                    user_attributes=[
+                        models.StudyUserAttributeModel(key=key, value_json=json.dumps(value))
+                        for key, value in attrs.items()
+                    ],
+                    system_attributes=[metric],  # for Optuna's own tables and plots
+                )
+            )
 
     def add_trials(self, study: str, trials: Sequence[FrozenTrial]) -> None:
         """Add ended trials in one transaction, as Optuna's `add_trial` adds each; called within `write`."""

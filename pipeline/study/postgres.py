@@ -20,7 +20,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 
 from pipeline.errors import InvalidInput, PipelineError, Problem, StorageError, StudyBusy, first_line
-from pipeline.files.postgres import DEFAULTS, connection_parameters
+from pipeline.files.postgres import DEFAULTS, STORAGE, connection_parameters
 from pipeline.study.database import NEWER_OPTUNA, Database, T, storage_errors
 
 PATIENCE_S = 1800.0
@@ -61,7 +61,7 @@ class PostgresDatabase(Database):
         warn: Takes one sentence for people when the database is waited for.
     """
 
-    option = "--storage"
+    option = f"--storage or {STORAGE}"
 
     def __init__(self, url: str, *, warn: Callable[[str], None]) -> None:
         self.name = url

@@ -10,7 +10,6 @@ import os
 import shutil
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import optuna
 from pipeline.errors import InvalidInput, Problem, StorageError, StudyBusy, counted, did_you_mean
 from pipeline.files.atomic import sweep, write_atomic
 from pipeline.files.locks import LOCK, is_study_name, lock, refuse_links, study_folder
+from pipeline.files.postgres import STORAGE
 from pipeline.space.load import space_from_document
 from pipeline.space.placement import PlacementRules
 from pipeline.space.search_space import SearchSpace
@@ -104,6 +104,11 @@ class Store:
         self._database = _database(root, url, warn)
         self._warn = warn
 
+    @property
+    def place(self) -> str:
+        """Where studies are looked for, in messages: the URL, or else the root."""
+        return self.url or str(self.root)
+
     def close(self) -> None:
         """Close the database."""
         self._database.close()
@@ -124,7 +129,7 @@ class Store:
         for name, attrs in studies.items():
             header = attrs.get(HEADER)
             if not isinstance(header, Mapping) or not is_study_name(name):
-                continue  # another program's study, or an abandoned one
+                continue  # another program's study
             if header.get("format") != FORMAT:
                 message = f"is of format {header.get('format')}, and this version reads format {FORMAT}"
                 remedy = f"use another {self._database.option}"
@@ -172,12 +177,12 @@ class Store:
                     and _compared(header, space) == searched_part(_as_given(space))
                 ):
                     return header.name, True
-            taken = self._names()
+            taken = set(self._studies())
             taken |= {name for name in self._folders() if self._is_of_another_record(name)}
             return next(n for i in itertools.count(1) if (n := f"{space.name}-{i}") not in taken), False
         self.refuse_another_record(name, "--study")
         if name not in known:
-            if name in self._names():
+            if name in self._studies():
                 message = "was made by another program in the same database; choose another name"
                 raise InvalidInput("--study", [Problem(name, message)])
             return name, False
@@ -225,19 +230,12 @@ class Store:
             "warm_start": None if space.warm_start is None else dataclasses.asdict(space.warm_start),
             "created": time.time(),
         }
-        storage = self._database.storage(create=True)
-
-        def create() -> None:
-            if self._is_abandoned(name, self._studies().get(name)):
-                optuna.delete_study(study_name=name, storage=storage)
-            direction = space.objective.direction
-            study = optuna.create_study(storage=storage, study_name=name, direction=direction)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names([space.objective.metric])  # for Optuna's own tables and plots
-            study.set_user_attr(HEADER, header)
-
-        self._database.write(f"creating study {name}", create, arrived=lambda: HEADER in self._studies().get(name, {}))
+        self._database.storage(create=True)
+        self._database.write(
+            f"creating study {name}",
+            lambda: self._database.create_study(name, space.objective, {HEADER: header}),
+            arrived=lambda: name in self._studies(),
+        )
         return self.open(name)
 
     def open(
@@ -290,8 +288,7 @@ class Store:
         known = {header.name: header for header in self.headers()}
         if not known:
             remedy = f"run `python -m pipeline.search`, or name another {self._database.option}"
-            place = self.url or str(self.root)
-            raise InvalidInput(self._database.option, [Problem(place, f"holds no study; {remedy}")])
+            raise InvalidInput(self._database.option, [Problem(self.place, f"holds no study; {remedy}")])
         if name is not None and name not in known:
             raise InvalidInput(option, [Problem(name, f"there is no such study; {did_you_mean(name, known)}")])
         return list(known.values())[-1] if name is None else known[name]
@@ -332,7 +329,10 @@ class Store:
         """
         if self._is_of_another_record(study):
             message = f"{study_folder(self.root, study)} has the files of a study of another record"
-            remedy = "name that record by --storage, or leave --storage away; or name another study, or another --root"
+            remedy = (
+                f"name that record by --storage, or, if it is {self.database.name}, by no --storage and no {STORAGE}; "
+            )
+            remedy += "or name another study, or another --root"
             raise InvalidInput(option, [Problem(study, f"{message}; {remedy}")])
 
     def folder(self, study: str) -> Path:
@@ -378,18 +378,6 @@ class Store:
                 write_atomic(path.parent / RECORD, self.url)
             with self._database.lock(study):
                 yield
-
-    def _names(self) -> set[str]:
-        """Return the study names in use in the database, including other programs' studies."""
-        return {name for name, attrs in self._studies().items() if not self._is_abandoned(name, attrs)}
-
-    def _is_abandoned(self, name: str, attrs: Mapping[str, Any] | None) -> bool:
-        """Return whether a search created a study and was killed before it stored the header.
-
-        The folder of such a study exists, since a search takes the lock before it creates the study.
-        """
-        bare = attrs is not None and HEADER not in attrs and is_study_name(name) and self._database.is_empty(name)
-        return bare and self.folder(name).exists()
 
     def _studies(self) -> dict[str, Mapping[str, Any]]:
         return self._database.studies() if self._database.exists() else {}
