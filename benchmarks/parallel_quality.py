@@ -2,9 +2,9 @@
 
 Groups train side by side as with `--workers`: a free worker takes a group, proposed from what the study knows by then,
 and trials are judged as their epochs end. Time is simulated: each worker has its own pace, so that workers do not end
-together. What a search has found is the objective of its best trial. What is lost is a share of what TPE with one worker
-gains over random trials with the same pruner; intervals, 95 %, are bootstrapped over searches in pairs. Tasks and
-training are those of `search_quality.py`.
+together. What a search has found is the objective of its best trial. What is lost is a share of what TPE with one
+worker gains over random trials with the same pruner; intervals, 95 %, are bootstrapped over searches in pairs.
+Tasks and training are those of `search_quality.py`.
 
     python benchmarks/parallel_quality.py --task mlp/sched --searches 20
 """

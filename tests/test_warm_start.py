@@ -185,7 +185,7 @@ def test_an_earlier_study_without_a_complete_trial_is_refused(store: Store) -> N
 def test_an_unknown_study_is_refused_with_near_names_before_and_after_the_data_is_read(
     begun: Store, name: str, remedy: str
 ) -> None:
-    message = f"new.yaml: 1 problem\n  enqueue.study: there is no study {name!r} in {begun.root}/mlruns; {remedy}"
+    message = f"new.yaml: 1 problem\n  enqueue.study: there is no study {name!r} in {begun.root}; {remedy}"
     assert problems_of(begun, enqueue={"study": name}) == message
     with pytest.raises(InvalidInput) as caught:
         refuse_unknown(space_with(enqueue={"study": name}).warm_start, begun, source="new.yaml")

@@ -329,10 +329,8 @@ class Store:
         """
         if self._is_of_another_record(study):
             message = f"{study_folder(self.root, study)} has the files of a study of another record"
-            remedy = (
-                f"name that record by --storage, or, if it is {self.database.name}, by no --storage and no {STORAGE}; "
-            )
-            remedy += "or name another study, or another --root"
+            remedy = f"name that record by --storage, or, if it is {self.database.name}, by neither --storage nor "
+            remedy += f"{STORAGE}; or name another study, or another --root"
             raise InvalidInput(option, [Problem(study, f"{message}; {remedy}")])
 
     def folder(self, study: str) -> Path:
