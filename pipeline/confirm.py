@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         root=arguments.root,
         storage=arguments.storage,
         device=arguments.device,
+        workers=arguments.workers,
+        ray=arguments.ray,
+        cpus_per_worker=arguments.cpus_per_worker,
         from_python=False,
     ).exit_status
 
@@ -48,6 +51,9 @@ def confirm(
     root: Path | str = ".",
     storage: str | None = None,
     device: str = "auto",
+    workers: int | None = None,
+    ray: str | None = None,
+    cpus_per_worker: int | None = None,
     quiet: bool = False,
 ) -> SearchResult:
     """Confirm the best trials of a study, as the command line does.
@@ -63,6 +69,9 @@ def confirm(
         storage: URL of the PostgreSQL database that holds the study's trials, without its password; None:
             PIPELINE_STORAGE, or else `mlruns/optuna.db`.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        workers: As in `pipeline.search.search`; each trains the runs of a seed at a time.
+        ray: The same.
+        cpus_per_worker: The same.
         quiet: Print nothing.
 
     Raises:
@@ -82,6 +91,9 @@ def confirm(
         root=read["root"],
         storage=read["storage"],
         device=device,
+        workers=workers,
+        ray=ray,
+        cpus_per_worker=cpus_per_worker,
         from_python=True,
         quiet=quiet,
     )
@@ -121,6 +133,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_root(parser)
     cli.add_storage(parser)
     cli.add_device(parser)
+    cli.add_workers(parser)
     cli.add_space(parser)
     return parser.parse_args(argv)
 

@@ -74,7 +74,9 @@ def test_what_goes_on_with_a_search_names_its_workers(tmp_path: Path) -> None:
         options, from_python=False, root=Path(), space=dataclasses.replace(options.space, workload=Digits(model="mlp"))
     )
     assert command.resume("mine").endswith(" --workers 2 --ray 10.0.0.1:6379 --cpus-per-worker 3")
-    assert "--ray" not in command.confirm_again("mine")
+    assert command.confirm_again("mine").endswith(
+        "pipeline.confirm --study mine --workers 2 --ray 10.0.0.1:6379 --cpus-per-worker 3"
+    )
 
 
 def test_one_worker_searches_as_this_process_does_with_code_that_it_does_not_have(

@@ -129,19 +129,19 @@ class SearchOptions:
                 storage=None if self.storage is None else repr(self.storage),
                 device=None if self.device == "auto" else repr(self.device),
                 rows=None if self.rows is None or self.confirming else repr(self.rows),
-                **({} if self.confirming else {name: repr(value) for name, value in self._workers().items()}),
+                **{name: repr(value) for name, value in self._workers().items()},
             )
         root = cli.root_options(self.root, self.storage)
         device = "" if self.device == "auto" else f" --device {self.device}"
-        rows = "" if self.rows is None else f" --rows {self.rows}"
-        rows += "".join(
+        workers = "".join(
             f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in self._workers().items()
         )
         if self.confirming:
             size = "".join(f" --{name} {getattr(self.confirm, name)}" for name in sizes)
-            return f"python -m pipeline.confirm --study {study}{size}{self._code()}{root}{device}"
+            return f"python -m pipeline.confirm --study {study}{size}{self._code()}{root}{device}{workers}"
+        rows = "" if self.rows is None else f" --rows {self.rows}"
         trials = f"{self.trials}{' --no-confirm' if skips else ''}"
-        return f"python -m pipeline.search --study {study} --trials {trials}{self._code()}{root}{device}{rows}"
+        return f"python -m pipeline.search --study {study} --trials {trials}{self._code()}{root}{device}{rows}{workers}"
 
     def _workers(self) -> dict[str, int | str]:
         """Return the options that ask for workers, by the name of their argument."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 
 from pipeline.app import cli
-from pipeline.app.run_trials import Worker, gives_up_when
+from pipeline.app.run_trials import FOLDER, Worker, train_all
 from pipeline.errors import counted, first_line
 from pipeline.files.signals import Interrupts
 from pipeline.space.confirm import Confirm, fitting
@@ -18,11 +20,11 @@ from pipeline.space.search_space import SearchSpace
 from pipeline.space.trial import EndedTrial, EpochMetrics
 from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
-from pipeline.study.loop import forget_ended, run_group, store_each
+from pipeline.study.group_state import Proposals
+from pipeline.study.loop import GroupOwner, forget_ended, run_group, store_each
 from pipeline.tracking.process import TrackerProcess
 from pipeline.training.contract import GroupLost, TrialGroup
 from pipeline.training.executor import LocalExecutor
-from pipeline.training.ray_worker import NoPlace
 
 EXPECTED_SHARE = 0.5
 """Share of the epochs of all trials that a search with a pruner trains, about; measured on the ready-made spaces."""
@@ -31,7 +33,7 @@ EXPECTED_SHARE = 0.5
 def run_confirmation(
     confirmation: Confirmation,
     executor: LocalExecutor,
-    worker: Worker,
+    workers: Sequence[Worker],
     checkpoints: Checkpoints,
     tracker: TrackerProcess,
     interrupts: Interrupts,
@@ -42,42 +44,81 @@ def run_confirmation(
     Args:
         confirmation: Says what to train.
         executor: Has the workload.
-        worker: Trains.
-        checkpoints: Of the runs.
+        workers: Each trains the runs of a seed at a time.
+        checkpoints: Of runs that train alone. Runs beside which others train have a folder below.
         tracker: Is told of runs.
         interrupts: Says whether to stop.
         console: Where progress is shown.
     """
-    tests: dict[int, Mapping[str, float]] = {}
-    gives_up_when(worker, interrupts.asked)
-    with _Progress(confirmation, console=console) as progress, contextlib.suppress(NoPlace):
-        while not interrupts.reason and (proposals := confirmation.next_group()):
-            group = worker.executor.build({number: config for number, (config, _) in proposals.items()})
-
-            def on_epoch(metrics: Mapping[int, EpochMetrics], group: TrialGroup = group) -> None:
-                progress.epoch(metrics)
-                tracker.epoch(metrics)
-                tests.update(evaluated_on_test(group, metrics, confirmation.space, executor))
-
-            def add(*runs: EndedTrial) -> None:
-                for run in runs:
-                    confirmation.add(confirmation.marked(run), test=tests.get(run.number, {}))
-
-            ended = run_group(
-                group,
-                proposals,
-                confirmation,
-                checkpoints=checkpoints,
-                environment=worker.environment(),
-                on_epoch=on_epoch,
-                interrupted=interrupts.asked,
-                rules=lambda: worker.executor.rules,
-                on_begin=lambda run: tracker.begin(confirmation.marked(run)),
-                on_end=lambda run: tracker.end(confirmation.marked(run)),
-            )
-            store_each(ended, add)
-            progress.group_ended()
+    with _Progress(confirmation, console=console) as progress:
+        train_all(_Runs(confirmation, executor, checkpoints, tracker, progress), workers, interrupts.asked)
     forget_ended(checkpoints, confirmation)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The runs that a confirmation lacks; see `Work`."""
+
+    owner: Confirmation
+    executor: LocalExecutor
+    checkpoints: Checkpoints
+    tracker: TrackerProcess
+    progress: _Progress
+    taken: set[int] = field(default_factory=set)
+    """Seeds that workers train."""
+
+    def next_group(self) -> Proposals:
+        """Return the next runs."""
+        return self.owner.next_group()
+
+    def has_group(self) -> bool:
+        """Return whether there is a seed to take."""
+        return self.owner.lacks(but=self.taken)
+
+    def take_group(self, *, workers: int) -> Proposals:
+        """Return runs of a seed that no worker has taken."""
+        return self.owner.next_group(but=self.taken)
+
+    def train_group(self, worker: Worker, owner: GroupOwner, proposals: Proposals, **options: Any) -> None:
+        """Train runs of one seed."""
+        confirmation, checkpoints = self.owner, self._checkpoints_of(proposals, beside=owner is not self.owner)
+        (seed,) = {config.seed for config, _ in proposals.values()}
+        self.taken.add(seed)
+        group = worker.executor.build({number: config for number, (config, _) in proposals.items()})
+        tests: dict[int, Mapping[str, float]] = {}
+
+        def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
+            self.progress.epoch(metrics)
+            self.tracker.epoch(metrics)
+            tests.update(evaluated_on_test(group, metrics, confirmation.space, self.executor))
+
+        def add(*runs: EndedTrial) -> None:
+            for run in runs:
+                confirmation.add(confirmation.marked(run), test=tests.get(run.number, {}))
+
+        ended = run_group(
+            group,
+            proposals,
+            owner,
+            checkpoints=checkpoints,
+            environment=worker.environment(),
+            on_epoch=on_epoch,
+            rules=lambda: worker.executor.rules,
+            on_begin=lambda run: self.tracker.begin(confirmation.marked(run)),
+            on_end=lambda run: self.tracker.end(confirmation.marked(run)),
+            **options,
+        )
+        store_each(ended, add)
+        self.taken.remove(seed)
+        self.progress.group_ended(proposals)
+        if checkpoints is not self.checkpoints:
+            with contextlib.suppress(OSError):  # interrupted, so that it has a checkpoint
+                checkpoints.folder.rmdir()
+
+    def _checkpoints_of(self, proposals: Proposals, *, beside: bool) -> Checkpoints:
+        folder = self.checkpoints.folder / f"{FOLDER}{min(proposals)}"
+        alone = not beside and not folder.exists()
+        return self.checkpoints if alone else Checkpoints(folder, warn=self.checkpoints.warn)
 
 
 class _Progress:
@@ -118,9 +159,9 @@ class _Progress:
         if self._status is not None:
             self._status.update(self._line())
 
-    def group_ended(self) -> None:
+    def group_ended(self, numbers: Collection[int]) -> None:
         """Count a group as stored, runs that ended early too; in a pipe, print a line."""
-        self._epochs = dict.fromkeys(self._epochs, self._confirmation.space.epochs)
+        self._epochs |= dict.fromkeys(self._epochs.keys() & numbers, self._confirmation.space.epochs)
         if self._status is None:
             self._console.print(self._line(), soft_wrap=True)
 

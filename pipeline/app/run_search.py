@@ -208,7 +208,7 @@ def _train(
     if done:
         confirmation = Confirmation(study, plan(study, options.confirm))
         runs = Checkpoints(checkpoints.folder / "confirmation", warn=cli.warn)
-        run_confirmation(confirmation, executor, workers[0], runs, tracker, interrupts, console)
+        run_confirmation(confirmation, executor, workers, runs, tracker, interrupts, console)
         done = confirmation.complete or not confirmation.candidates
         if confirmation.complete:
             confirmation.keep()

@@ -64,9 +64,6 @@ def run_trials(
 ) -> None:
     """Train groups until `trials` trials have ended or the search is interrupted; store each trial.
 
-    Each of several workers has a thread. One lock is held for everything but training, so that the study and those who
-    are told take one call at a time.
-
     Args:
         study: Proposes groups, judges their trials, and stores them.
         trials: Number of trials in total.
@@ -81,21 +78,76 @@ def run_trials(
     Raises:
         PipelineError: As a worker raised it; the groups of the other workers have saved checkpoints.
     """
-    run = _Run(study, trials, checkpoints, (study, *told), models, after_epoch, group_ended)
+    run = _Trials(study, trials, checkpoints, (study, *told), models, after_epoch, group_ended)
     run.remove_stored()
-    if len(workers) == 1:
-        gives_up_when(workers[0], interrupted)
-        with contextlib.suppress(NoPlace):
-            run.train(workers[0], study, lambda: study.next_group(trials), interrupted=interrupted)
-    else:
-        _train_together(run, workers, interrupted)
+    train_all(run, workers, interrupted)
     run.remove_stored()
     forget_ended(checkpoints, study)
 
 
+class Work(Protocol):
+    """What workers train, group after group."""
+
+    @property
+    def owner(self) -> GroupOwner:
+        """Whose trials they are."""
+        ...
+
+    def next_group(self) -> Proposals:
+        """Return the next group for a worker that trains alone; empty if there is none."""
+        ...
+
+    def has_group(self) -> bool:
+        """Return whether `take_group` would return a group."""
+        ...
+
+    def take_group(self, *, workers: int) -> Proposals:
+        """Return a group that none of several workers has taken; empty if there is none."""
+        ...
+
+    def train_group(self, worker: Worker, owner: GroupOwner, proposals: Proposals, **options: Any) -> None:
+        """Train a group to its end or until it is interrupted, and store its trials.
+
+        Args:
+            worker: Trains.
+            owner: The owner, perhaps with the rules of this worker alone.
+            proposals: The group.
+            options: Of `run_group`: `interrupted`, `training`.
+        """
+        ...
+
+
+def train_all(work: Work, workers: Sequence[Worker], interrupted: Callable[[], bool]) -> None:
+    """Have workers train until nothing is left or the search is interrupted.
+
+    Each of several workers has a thread. One lock is held for everything but training, so that the study and those who
+    are told take one call at a time.
+    """
+    if len(workers) > 1:
+        _train_together(work, workers, interrupted)
+        return
+    gives_up_when(workers[0], interrupted)
+    with contextlib.suppress(NoPlace):
+        _train(work, workers[0], work.owner, work.next_group, interrupted=interrupted)
+
+
+def _train(
+    work: Work,
+    worker: Worker,
+    owner: GroupOwner,
+    take: Callable[[], Proposals],
+    *,
+    interrupted: Callable[[], bool],
+    training: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> None:
+    """Have a worker train group after group, as long as `take` returns one."""
+    while not interrupted() and (proposals := take()):
+        work.train_group(worker, owner, proposals, interrupted=interrupted, training=training)
+
+
 @dataclass(frozen=True)
-class _Run:
-    """What the workers of a search share."""
+class _Trials:
+    """The trials that a search lacks."""
 
     study: Study
     trials: int
@@ -105,36 +157,41 @@ class _Run:
     after_epoch: Callable[[], None]
     group_ended: Callable[[Collection[int]], None]
 
-    def train(
-        self,
-        worker: Worker,
-        owner: GroupOwner,
-        take: Callable[[], Proposals],
-        *,
-        interrupted: Callable[[], bool],
-        training: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
-    ) -> None:
-        """Have a worker train group after group, as long as `take` returns one."""
-        while proposals := take():
-            ended = run_group(
-                worker.executor.build({number: config for number, (config, _) in proposals.items()}),
-                proposals,
-                owner,
-                checkpoints=self._checkpoints_of(proposals),
-                environment=worker.environment(),
-                on_epoch=self._epoch,
-                interrupted=interrupted,
-                rules=lambda: worker.executor.rules,
-                on_begin=lambda trial: self._tell("begin", trial),
-                on_end=lambda trial: self._tell("end", trial),
-                models=self.models,
-                training=training,
-            )
-            store_each(ended, self.study.add_in_order)
-            self.remove_stored()
-            self.group_ended(proposals)
-            if interrupted():
-                return
+    @property
+    def owner(self) -> Study:
+        """The study."""
+        return self.study
+
+    def next_group(self) -> Proposals:
+        """Return the next group; see `Work`."""
+        return self.study.next_group(self.trials)
+
+    def has_group(self) -> bool:
+        """Return whether there is a group to take."""
+        return self.study.has_group(self.trials)
+
+    def take_group(self, *, workers: int) -> Proposals:
+        """Return a group that no worker has taken."""
+        return self.study.take_group(self.trials, workers=workers)
+
+    def train_group(self, worker: Worker, owner: GroupOwner, proposals: Proposals, **options: Any) -> None:
+        """Train a group; see `Work`."""
+        ended = run_group(
+            worker.executor.build({number: config for number, (config, _) in proposals.items()}),
+            proposals,
+            owner,
+            checkpoints=self._checkpoints_of(proposals),
+            environment=worker.environment(),
+            on_epoch=self._epoch,
+            rules=lambda: worker.executor.rules,
+            on_begin=lambda trial: self._tell("begin", trial),
+            on_end=lambda trial: self._tell("end", trial),
+            models=self.models,
+            **options,
+        )
+        store_each(ended, self.study.add_in_order)
+        self.remove_stored()
+        self.group_ended(proposals)
 
     def remove_stored(self) -> None:
         """Remove the checkpoints of groups whose trials are all stored; a later group may wait for lower numbers."""
@@ -162,16 +219,18 @@ class _Run:
             getattr(listener, verb)(what)
 
 
-def _train_together(run: _Run, workers: Sequence[Worker], interrupted: Callable[[], bool]) -> None:
+def _train_together(work: Work, workers: Sequence[Worker], interrupted: Callable[[], bool]) -> None:
     """Have several workers train, each in a thread; the first error interrupts the others, and is raised."""
     lock, failed = threading.Lock(), threading.Event()
     remote = [worker.executor for worker in workers if isinstance(worker.executor, RayWorker)]
+    for executor in remote:
+        executor.is_idle = False
 
     def ends() -> bool:
         return failed.is_set() or interrupted()
 
     def is_over() -> bool:
-        return ends() or not run.study.has_group(run.trials)
+        return ends() or not work.has_group()
 
     def waiting() -> set[tuple[int, int]]:
         """Return the workers whose group waits for a place: their index, and the number of their actor."""
@@ -182,7 +241,7 @@ def _train_together(run: _Run, workers: Sequence[Worker], interrupted: Callable[
 
         def take() -> Proposals:
             """Take a group, unless a worker's group waits for a place, to which this worker has not given way yet."""
-            return {} if waiting() - gave_way else run.study.take_group(run.trials, workers=len(workers))
+            return {} if waiting() - gave_way else work.take_group(workers=len(workers))
 
         try:
             while not is_over():
@@ -191,8 +250,8 @@ def _train_together(run: _Run, workers: Sequence[Worker], interrupted: Callable[
                     worker.executor.place()
                 gives_up_when(worker, ends)
                 with lock:
-                    owner = _WithRules(run.study, worker.executor.rules)
-                    run.train(worker, owner, take, interrupted=ends, training=lambda: _released(lock))
+                    owner = _WithRules(work.owner, worker.executor.rules)
+                    _train(work, worker, owner, take, interrupted=ends, training=lambda: _released(lock))
                     if isinstance(worker.executor, RayWorker) and waiting() - gave_way:
                         gave_way |= waiting()
                         worker.executor.close()
@@ -222,9 +281,9 @@ def gives_up_when(worker: Worker, over: Callable[[], bool]) -> None:
 
 
 class _WithRules:
-    """A study with the placement rules of one of several workers, which are not stored; see `GroupOwner`."""
+    """An owner with the placement rules of one of several workers, which are not stored; see `GroupOwner`."""
 
-    def __init__(self, study: Study, rules: PlacementRules) -> None:
+    def __init__(self, study: GroupOwner, rules: PlacementRules) -> None:
         self._study = study
         self.rules = rules
 

@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -132,21 +132,28 @@ class Confirmation:
     @property
     def complete(self) -> bool:
         """Whether every run has ended; False if there is no confirmation."""
-        return bool(self.candidates) and not any(self._missing(seed) for seed in self.seeds)
+        return bool(self.candidates) and not self.lacks()
 
     @property
     def epochs_left(self) -> int:
         """Epochs of the runs that have not ended."""
         return sum(len(self._missing(seed)) for seed in self.seeds) * self.space.epochs
 
-    def next_group(self) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
+    def lacks(self, *, but: Collection[int] = ()) -> bool:
+        """Return whether a run has not ended, of other seeds than some."""
+        return any(self._missing(seed) for seed in self.seeds if seed not in but)
+
+    def next_group(self, *, but: Collection[int] = ()) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Return the next group of runs, all of one seed: number to config; empty if every run has ended.
+
+        Args:
+            but: Seeds whose runs train already.
 
         Raises:
             StorageError: A new group cannot be stored.
         """
         for seed in self.seeds:
-            if missing := self._missing(seed):
+            if seed not in but and (missing := self._missing(seed)):
                 wanted = [candidate.with_seed(seed) for candidate in missing]
                 every = [candidate.with_seed(seed) for candidate in self.candidates]
                 asked = (
