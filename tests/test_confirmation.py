@@ -1,20 +1,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import io
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import RULES, tiny_workload
 
 from pipeline.app.answer import Answer, versus
-from pipeline.app.run_confirmation import announcement, evaluated_on_test
+from pipeline.app.run_confirmation import announcement, evaluated_on_test, run_confirmation
+from pipeline.app.run_trials import Worker
 from pipeline.errors import StorageError
+from pipeline.files.signals import Interrupts
+from pipeline.space.config import TrialConfig
 from pipeline.space.confirm import Confirm, Size, fitting
 from pipeline.space.load import space_from_document
 from pipeline.space.optimizers import SGD, Adam
+from pipeline.space.placement import Placement
 from pipeline.space.schedules import Constant, Step
 from pipeline.space.search_space import Objective, SearchSpace
 from pipeline.space.trial import BegunTrial, EndedTrial, EpochMetrics, TrialState
@@ -263,6 +270,70 @@ def test_a_confirmation_that_is_stopped_after_any_epoch_goes_on_to_the_same_numb
         went_on = confirm(store.open(study.name), store.root)
         assert numbers_of(went_on) == numbers_of(whole)
         assert went_on.test() == {"test/loss": 1.0}
+
+
+class Beside(LocalExecutor):
+    """Trains each epoch of a group at the same time as another worker does."""
+
+    def __init__(self, study: Study, barrier: threading.Barrier, trained: list[int]) -> None:
+        super().__init__(tiny_workload(), study.space.example(), device=torch.device("cpu"))
+        self.barrier, self.trained = barrier, trained
+
+    def build(self, configs: Mapping[int, TrialConfig], *, placement: Sequence[Placement] | None = None) -> Any:
+        group = super().build(configs, placement=placement)
+        train = group.train_epoch
+
+        def train_epoch(*, average: bool = False) -> Mapping[int, EpochMetrics]:
+            self.barrier.wait(timeout=60)
+            self.trained.append(min(configs))
+            return train(average=average)
+
+        group.train_epoch = train_epoch  # type: ignore[method-assign]
+        return group
+
+
+class Silent:
+    """A tracker that records nothing."""
+
+    def begin(self, run: object) -> None:
+        """Take a run."""
+
+    epoch = end = begin
+
+
+def confirm_beside(study: Study, folder: Path, *, workers: int, epochs: int | None = None) -> tuple[Confirmation, int]:
+    """Confirm a study with workers; return the number of epochs of groups too, after which to stop."""
+    trained = list[int]()
+    barrier, confirmation = threading.Barrier(workers), planned(study)
+    executors = [Beside(study, barrier, trained) for _ in range(workers)]
+    interrupts = Interrupts(None)
+    interrupts.asked = lambda: len(trained) == epochs  # type: ignore[method-assign]
+    tracker: Any = Silent()
+    run_confirmation(
+        confirmation,
+        executors[0],
+        [Worker(executor, dict) for executor in executors],
+        Checkpoints(folder / study.name, warn=pytest.fail),
+        tracker,
+        interrupts,
+        Console(file=io.StringIO()),
+    )
+    return confirmation, len(trained)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_several_workers_confirm_a_seed_each_and_one_goes_on_after_a_stop_to_the_same_numbers(store: Store) -> None:
+    space = space_with(confirm={"share": 1.0, "finalists": 2, "seeds": 2, "baselines": False})
+    whole = confirm(searched(store, space, name="whole"), store.root)
+    together, trained = confirm_beside(searched(store, space, name="together"), store.root, workers=2)
+    assert (together.complete, trained) == (True, 2 * EPOCHS)
+    assert numbers_of(together) == numbers_of(whole)
+    stopped, before = confirm_beside(searched(store, space, name="stopped"), store.root, workers=2, epochs=4)
+    assert (len(stopped.runs), before) == (0, 4)
+    went_on, after = confirm_beside(store.open("stopped"), store.root, workers=1)
+    assert before + after == 2 * EPOCHS
+    assert numbers_of(went_on) == numbers_of(whole)
+    assert [path for name in ("together", "stopped") for path in (store.root / name).rglob("*")] == []
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -17,6 +17,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from ray_search import options_of, search, write_task
 
+from pipeline.app.run_search import where_trained
 from pipeline.space.config import Digits
 from pipeline.space.placement import from_run_lengths
 from pipeline.space.trial import EndedTrial, TrialState
@@ -31,6 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 TRIALS = 16
+CANARY = "canary-0815"
+"""A password of the search, which no worker gets."""
 TESTS = Path(__file__).parent
 
 
@@ -79,15 +82,42 @@ def test_what_goes_on_with_a_search_names_its_workers(tmp_path: Path) -> None:
     )
 
 
-def test_one_worker_searches_as_this_process_does_with_code_that_it_does_not_have(
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "cuda:0", "workers": None, "gpus": 2}, "cuda:0 (1 of 2 GPUs used; --workers 2), 25 trials at once"),
+        ({"device": "cuda:0", "workers": None, "gpus": 1}, "cuda:0, 25 trials at once"),
+        ({"device": "cpu", "workers": None, "gpus": 0}, "cpu, 25 trials at once"),
+        ({"device": "H100", "workers": 2, "gpus": 2}, "2 workers on H100, at most 25 trials at once each"),
+        ({"device": "cpu", "workers": 1, "gpus": 0}, "1 worker on cpu, 25 trials at once"),
+    ],
+)
+def test_the_headline_says_where_trials_train_and_that_gpus_are_unused(options: dict[str, Any], words: str) -> None:
+    assert where_trained(**options, group=25) == words
+
+
+def test_one_worker_searches_as_this_process_does_with_code_that_it_does_not_have_and_no_password(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_task(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PGPASSWORD", CANARY)  # after the nodes have started, as on machines of their own
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", CANARY)
     expected, _, _ = search(tmp_path / "here")
-    found, _, warnings = search(tmp_path / "there", ray=cluster.address, workers=1)
+    seen: list[str] = []
+
+    def look(epoch: int, workers: list[RayWorker]) -> None:
+        if epoch == 1:
+            for process in psutil.Process().children(recursive=True):
+                seen.extend([*process.cmdline(), *process.environ().values()])
+
+    found, _, warnings = search(tmp_path / "there", look, ray=cluster.address, workers=1)
     assert outcomes(found) == outcomes(expected)
     assert warnings == []
+    assert any(word.startswith("ray::Actor") for word in seen)
+    logs = Path(cluster.head_node.get_logs_dir_path())
+    seen += [p.read_text(errors="replace") for root in (tmp_path, logs) for p in root.rglob("*") if p.is_file()]
+    assert [text for text in seen if CANARY in text] == []
 
 
 def test_nothing_is_lost_or_done_twice_when_controller_and_worker_are_killed(

@@ -22,6 +22,7 @@ from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.confirmation import Confirmation
 from pipeline.study.group_state import Proposals
 from pipeline.study.loop import GroupOwner, forget_ended, run_group, store_each
+from pipeline.study.study import Unlocked
 from pipeline.tracking.process import TrackerProcess
 from pipeline.training.contract import GroupLost, TrialGroup
 from pipeline.training.executor import LocalExecutor
@@ -75,15 +76,15 @@ class _Runs:
         """Return whether there is a seed to take."""
         return self.owner.lacks(but=self.taken)
 
-    def take_group(self, *, workers: int) -> Proposals:
+    def take_group(self, *, workers: int, unlocked: Unlocked) -> Proposals:
         """Return runs of a seed that no worker has taken."""
-        return self.owner.next_group(but=self.taken)
+        proposals = self.owner.next_group(but=self.taken)
+        self.taken.update(_seeds(proposals))
+        return proposals
 
     def train_group(self, worker: Worker, owner: GroupOwner, proposals: Proposals, **options: Any) -> None:
         """Train runs of one seed."""
         confirmation, checkpoints = self.owner, self._checkpoints_of(proposals, beside=owner is not self.owner)
-        (seed,) = {config.seed for config, _ in proposals.values()}
-        self.taken.add(seed)
         group = worker.executor.build({number: config for number, (config, _) in proposals.items()})
         tests: dict[int, Mapping[str, float]] = {}
 
@@ -109,7 +110,7 @@ class _Runs:
             **options,
         )
         store_each(ended, add)
-        self.taken.remove(seed)
+        self.taken.difference_update(_seeds(proposals))
         self.progress.group_ended(proposals)
         if checkpoints is not self.checkpoints:
             with contextlib.suppress(OSError):  # interrupted, so that it has a checkpoint
@@ -119,6 +120,10 @@ class _Runs:
         folder = self.checkpoints.folder / f"{FOLDER}{min(proposals)}"
         alone = not beside and not folder.exists()
         return self.checkpoints if alone else Checkpoints(folder, warn=self.checkpoints.warn)
+
+
+def _seeds(proposals: Proposals) -> set[int]:
+    return {config.seed for config, _ in proposals.values()}
 
 
 class _Progress:

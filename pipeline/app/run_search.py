@@ -281,18 +281,16 @@ def _stopped_by_errors(tracker: TrackerProcess, interrupts: Interrupts, command:
 def _headline(
     study: Study, executor: LocalExecutor, workers: Sequence[Worker], options: SearchOptions
 ) -> tuple[str, str]:
-    space, trials, size = study.space, options.trials, min(study.group_size, options.trials)
-    together = f"{size} trials at once" if size > 1 else "one trial at a time"
-    where = str(executor.device)
-    if options.workers is not None or options.ray is not None:
-        kind = workers[0].environment()["device"]
-        where = counted(len(workers), f"worker on {kind}", f"workers on {kind}")
-        together = f"at most {together} each" if len(workers) > 1 and size > 1 else together
-    elif (gpus := gpus_of(options)) > 1:
-        where += f", 1 of {gpus} GPUs used; --workers {gpus}"
-    together += _which_alone(space, executor)
+    space, trials = study.space, options.trials
+    asked = options.workers is not None or options.ray is not None
+    where = where_trained(
+        str(workers[0].environment()["device"]) if asked else str(executor.device),
+        workers=len(workers) if asked else None,
+        gpus=gpus_of(options),
+        group=min(study.group_size, trials),
+    ) + _which_alone(space, executor)
     name = printable(executor.workload.name)
-    what = f"{name} · {counted(space.epochs, 'epoch')} · {where}, {together}"
+    what = f"{name} · {counted(space.epochs, 'epoch')} · {where}"
     resumed = f", goes on from trial {len(study.ended)}" if study.ended else ""
     if options.confirming:
         resumed = ""
@@ -302,6 +300,23 @@ def _headline(
         those = "its one trial has" if len(study.ended) == 1 else f"all of its {len(study.ended)} trials have"
         resumed = f": {those} ended; ask for more with {'trials=' if options.from_python else '--trials'}"
     return what, f"study {study.name}, seed {space.seed}{resumed}"
+
+
+def where_trained(device: str, *, workers: int | None, gpus: int, group: int) -> str:
+    """Return in words where and how many at a time trials train, and whether GPUs are left unused.
+
+    Args:
+        device: Name or kind of the device.
+        workers: Number of Ray's workers; None: this process trains.
+        gpus: Number of GPUs that the search may use.
+        group: Trials in a group.
+    """
+    together = f"{group} trials at once" if group > 1 else "one trial at a time"
+    if workers is not None:
+        together = f"at most {together} each" if workers > 1 and group > 1 else together
+        return f"{counted(workers, f'worker on {device}', f'workers on {device}')}, {together}"
+    unused = f" (1 of {gpus} GPUs used; --workers {gpus})" if gpus > 1 else ""
+    return f"{device}{unused}, {together}"
 
 
 def _is_unconfirmed(study: Study, options: SearchOptions) -> bool:

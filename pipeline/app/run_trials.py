@@ -17,7 +17,7 @@ from pipeline.study.checkpoint import Checkpoints
 from pipeline.study.group_state import Proposals
 from pipeline.study.loop import GroupOwner, forget_ended, run_group, store_each
 from pipeline.study.models import Models
-from pipeline.study.study import Study
+from pipeline.study.study import Study, Unlocked
 from pipeline.training.contract import Executor
 from pipeline.training.ray_worker import NoPlace, RayWorker
 
@@ -101,8 +101,13 @@ class Work(Protocol):
         """Return whether `take_group` would return a group."""
         ...
 
-    def take_group(self, *, workers: int) -> Proposals:
-        """Return a group that none of several workers has taken; empty if there is none."""
+    def take_group(self, *, workers: int, unlocked: Unlocked) -> Proposals:
+        """Return a group that none of several workers has taken; empty if there is none.
+
+        Args:
+            workers: Number of workers.
+            unlocked: Entered for what other threads need not wait for; one thread at a time calls this method.
+        """
         ...
 
     def train_group(self, worker: Worker, owner: GroupOwner, proposals: Proposals, **options: Any) -> None:
@@ -120,8 +125,8 @@ class Work(Protocol):
 def train_all(work: Work, workers: Sequence[Worker], interrupted: Callable[[], bool]) -> None:
     """Have workers train until nothing is left or the search is interrupted.
 
-    Each of several workers has a thread. One lock is held for everything but training, so that the study and those who
-    are told take one call at a time.
+    Each of several workers has a thread. One lock is held for everything but training and proposing, so that the study
+    and those who are told take one call at a time; another lets one thread at a time propose.
     """
     if len(workers) > 1:
         _train_together(work, workers, interrupted)
@@ -170,9 +175,9 @@ class _Trials:
         """Return whether there is a group to take."""
         return self.study.has_group(self.trials)
 
-    def take_group(self, *, workers: int) -> Proposals:
+    def take_group(self, *, workers: int, unlocked: Unlocked) -> Proposals:
         """Return a group that no worker has taken."""
-        return self.study.take_group(self.trials, workers=workers)
+        return self.study.take_group(self.trials, workers=workers, unlocked=unlocked)
 
     def train_group(self, worker: Worker, owner: GroupOwner, proposals: Proposals, **options: Any) -> None:
         """Train a group; see `Work`."""
@@ -221,7 +226,7 @@ class _Trials:
 
 def _train_together(work: Work, workers: Sequence[Worker], interrupted: Callable[[], bool]) -> None:
     """Have several workers train, each in a thread; the first error interrupts the others, and is raised."""
-    lock, failed = threading.Lock(), threading.Event()
+    lock, asking, failed = threading.Lock(), threading.Lock(), threading.Event()
     remote = [worker.executor for worker in workers if isinstance(worker.executor, RayWorker)]
     for executor in remote:
         executor.is_idle = False
@@ -241,7 +246,10 @@ def _train_together(work: Work, workers: Sequence[Worker], interrupted: Callable
 
         def take() -> Proposals:
             """Take a group, unless a worker's group waits for a place, to which this worker has not given way yet."""
-            return {} if waiting() - gave_way else work.take_group(workers=len(workers))
+            with _released(lock), asking, lock:
+                if waiting() - gave_way:
+                    return {}
+                return work.take_group(workers=len(workers), unlocked=lambda: _released(lock))
 
         try:
             while not is_over():

@@ -8,6 +8,7 @@ and verdicts depend on the order in which trials end; the study stores both, and
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,9 @@ _GROUP, _VERDICTS = "pipeline.group.", "pipeline.verdicts."
 GROUPS_PER_WORKER = 2
 """Groups into which each worker's share of the trials that nobody has is divided. Sizes fall towards the end, so that
 all workers end at about the same time: Hummel et al. (1992), https://doi.org/10.1145/135226.135232."""
+
+
+Unlocked = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +143,9 @@ class Study:
             return {}
         return self._proposed(self._group_of(len(self.ended)) or self._ask_for_group(trials), trials)
 
-    def take_group(self, trials: int, *, workers: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
+    def take_group(
+        self, trials: int, *, workers: int, unlocked: Unlocked = contextlib.nullcontext
+    ) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose a group that no worker has taken: one that was proposed before and is unfinished, else a new one.
 
         The sampler knows every ended trial, stored or not, and which trials are running.
@@ -147,6 +153,8 @@ class Study:
         Args:
             trials: Number of trials of the search in total.
             workers: Number of groups that train at a time.
+            unlocked: Entered while the sampler proposes, which takes long and uses a copy of what is known: other
+                threads may call every other method meanwhile.
 
         Returns:
             As `next_group`; empty if workers have taken all trials.
@@ -156,7 +164,7 @@ class Study:
         """
         group = self._not_taken(trials)
         if group is None and self._asked < trials:
-            group = self._ask_for_group(trials, workers=workers)
+            group = self._ask_for_group(trials, workers=workers, unlocked=unlocked)
         if group is None:
             return {}
         self._taken[group.first] = proposals = self._proposed(group, trials)
@@ -351,26 +359,32 @@ class Study:
             return restore(self.space, group.params[:size], first=group.first)
         return propose(self.space, self._known[: group.known], first=group.first, size=size)
 
-    def _ask_for_group(self, trials: int, *, workers: int = 1) -> AskedGroup:
+    def _ask_for_group(
+        self, trials: int, *, workers: int = 1, unlocked: Unlocked = contextlib.nullcontext
+    ) -> AskedGroup:
         """Store and return a new group that begins with the next trial."""
-        first = self._asked
+        first, known = self._asked, len(self.ended)
         size, params = min(self.group_size, trials - first), None
         if workers > 1:
             size = min(size, -(-(trials - first) // (GROUPS_PER_WORKER * workers)))
-            params = [params for _, params in self._propose_beside(first, size).values()]
-        group = AskedGroup(first=first, size=size, known=len(self.ended), params=params)
+            params = [params for _, params in self._propose_beside(first, size, unlocked).values()]
+        group = AskedGroup(first=first, size=size, known=known, params=params)
         self.note(f"{_GROUP}{first:06}", group.to_dict(), doing=f"storing the group of trial {first}")
         self._groups.append(group)
         return group
 
-    def _propose_beside(self, first: int, size: int) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
+    def _propose_beside(
+        self, first: int, size: int, unlocked: Unlocked
+    ) -> dict[int, tuple[TrialConfig, dict[str, Any]]]:
         """Propose trials while others train: what the sampler knows depends on which trials have ended by now."""
         for number in self._waiting.keys() - self._waiting_known.keys():
             self._waiting_known[number] = for_sampler(self._as_optuna(self._waiting[number]))
         ended = [trial for _, trial in sorted(self._waiting_known.items())]
         taken = sorted((n, params) for group in self._taken.values() for n, (_, params) in group.items())
         running = [params for n, params in taken if n >= len(self.ended) and n not in self._waiting]
-        return propose(self.space, [*self._known, *ended], first=first, size=size, running=running)
+        known = [*self._known, *ended]
+        with unlocked():
+            return propose(self.space, known, first=first, size=size, running=running)
 
     def _stops_among_all(self, asked: AskedGroup, epoch: int, group: Mapping[int, Score]) -> set[int]:
         """Return which trials of a group stop, compared with all that have been measured after the epoch by now.
