@@ -24,6 +24,7 @@ from pipeline.space.trial import EndedTrial, TrialState
 from pipeline.study.store import Store
 from pipeline.study.study import Study
 from pipeline.training.executor import LocalExecutor
+from pipeline.training.ray_cluster import local_ray
 from pipeline.training.ray_worker import RayWorker
 
 pytestmark = [
@@ -118,6 +119,12 @@ def test_one_worker_searches_as_this_process_does_with_code_that_it_does_not_hav
     logs = Path(cluster.head_node.get_logs_dir_path())
     seen += [p.read_text(errors="replace") for root in (tmp_path, logs) for p in root.rglob("*") if p.is_file()]
     assert [text for text in seen if CANARY in text] == []
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_on_this_machine_is_not_a_cluster_that_runs_there_too() -> None:
+    with local_ray(cpus=3, gpus=0, code=None) as started:
+        assert (started.cpus, started.gpus, started.nodes) == (3, 0, 1)
 
 
 def test_nothing_is_lost_or_done_twice_when_controller_and_worker_are_killed(

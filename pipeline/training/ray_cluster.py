@@ -27,7 +27,8 @@ QUIET = {
 SECRETS = ("PG", "MLFLOW_", "PIPELINE_STORAGE")
 """Beginnings of the names of environment variables that hold passwords, which no worker needs."""
 
-
+LOCAL = "local"
+"""Ray's address of a new cluster on this machine, also where another one runs."""
 CONNECT_S = 10.0
 """Longest wait for the head of a cluster to answer."""
 
@@ -61,7 +62,7 @@ def local_ray(*, cpus: int, gpus: int, code: Path | None) -> Iterator[Cluster]:
     with (
         _environment({**own, **LOOPBACK, **QUIET}),
         _connected(
-            code, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _node_ip_address="127.0.0.1"
+            code, LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _node_ip_address="127.0.0.1"
         ) as cluster,
     ):
         yield cluster
@@ -86,12 +87,12 @@ def joined_ray(address: str, *, code: Path | None) -> Iterator[Cluster]:
         raise InvalidInput("--ray", [Problem(address, f"needs the cluster's token; {remedy}; {open_cluster}")])
     if address != "auto":
         _refuse_unreachable(address)
-    with _environment({MODE: os.environ.get(MODE, "token"), **QUIET}), _connected(code, address=address) as cluster:
+    with _environment({MODE: os.environ.get(MODE, "token"), **QUIET}), _connected(code, address) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def _connected(code: Path | None, **options: Any) -> Iterator[Cluster]:
+def _connected(code: Path | None, address: str, **options: Any) -> Iterator[Cluster]:
     import ray
     from ray import _raylet, exceptions
 
@@ -99,17 +100,16 @@ def _connected(code: Path | None, **options: Any) -> Iterator[Cluster]:
         raise InvalidInput("ray", [Problem("", "Ray runs in this process already; call ray.shutdown() first")])
     if code is not None:
         options["runtime_env"] = {"working_dir": str(code)}
-    address = options.get("address")
     raylet: Any = _raylet
     raylet.Config.initialize("")  # Ray read the environment when it was imported
     raylet.AuthenticationTokenLoader.instance().reset_cache()
-    if address is None and raylet.get_authentication_mode() != raylet.AuthenticationMode.TOKEN:
+    if address == LOCAL and raylet.get_authentication_mode() != raylet.AuthenticationMode.TOKEN:
         raise PipelineError(f"Ray would start without a token, since {MODE} is {os.environ.get(MODE)}; unset it")
     try:
         with _without_secrets():
-            ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)
+            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     except (ConnectionError, ValueError, RuntimeError, exceptions.RayError, exceptions.AuthenticationError) as error:
-        if address is None:
+        if address == LOCAL:
             raise PipelineError(f"Ray could not be started: {first_line(error)}") from error
         remedy = "this machine must be a node of the cluster, as after `ray start --head`, and have its token"
         problem = Problem(address, f"cannot be joined: {first_line(error)}; {remedy}")
