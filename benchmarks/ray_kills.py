@@ -1,8 +1,9 @@
 """A search on an emulated Ray cluster, whose parts are killed with SIGKILL in mid-run: is anything lost, or done twice?
 
 Two nodes with two emulated GPUs each train on the CPU; ended trials are in PostgreSQL. As trials end, these are killed
-one after the other: a worker, a node, the database for ten seconds, the search itself, which is then started again. At
-the end every trial must be there once, in the study and in MLflow, and some are trained again in their recorded places.
+one after the other: a worker, a node, the database until ten seconds after the search could not store a trial, the
+search itself, which is then started again. At the end every trial must be there once, in the study and in MLflow, and
+some are trained again in their recorded places.
 
     python benchmarks/ray_kills.py --trials 50 --replays 10
 """
@@ -37,6 +38,7 @@ import postgres_server
 
 STUDY = "kills"
 AWAY_S = 10
+WAITING = "warning: waiting for the database"
 CANARY = "canary-" + secrets.token_hex(8)
 """A password of the database that must not be written anywhere."""
 
@@ -101,6 +103,7 @@ class _Run:
     def kill_worker(self) -> None:
         """Kill an actor."""
         everyone = psutil.Process().children(recursive=True)
+        self.command_lines = [word for process in everyone for word in process.cmdline()]
         actors = [p for p in everyone if p.cmdline()[:1] and p.cmdline()[0].startswith("ray::Actor")]
         actors[0].kill()
         self.say("a worker is killed")
@@ -111,11 +114,14 @@ class _Run:
         self.say("a node is killed")
 
     def kill_database(self) -> None:
-        """Kill the database, and start it again."""
+        """Kill the database, and start it again some time after the search could not store a trial."""
         self.database.kill()
+        away = time.monotonic()
+        while WAITING not in self.output.read_text() and self.process.poll() is None:
+            time.sleep(0.2)
         time.sleep(AWAY_S)
         self.database.start()
-        self.say(f"the database was away for {AWAY_S} s")
+        self.say(f"the database was away for {time.monotonic() - away:.0f} s, and waited for")
 
     def kill_search(self) -> None:
         """Kill the search, and start it again."""
@@ -137,12 +143,14 @@ class _Run:
         _, executor = prepare(study.space, source=STUDY, device="cpu", searching=True)
         chosen = study.ended[:: max(1, len(numbers) // replays)][:replays]
         otherwise = [trial.number for trial in chosen if not repeats(executor, trial)]
-        leaks = [path for path in self.root.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+        leaks: list[object] = [word for word in self.command_lines if CANARY in word]
+        leaks += [path for path in self.root.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
         print(f"states {dict(Counter(trial.state.value for trial in study.ended))}")
         print(
             f"lost {self.trials - len(set(numbers))}, twice {len(numbers) - len(set(numbers))}, in MLflow {len(runs)}"
         )
-        print(f"trained again {len(chosen)}, with other metrics {otherwise}; files with the password {leaks}")
+        print(f"trained again {len(chosen)}, with other metrics {otherwise}")
+        print(f"the password in {len(self.command_lines)} words of command lines and in files: {leaks}")
         for line in self.output.read_text().splitlines():
             if line.startswith("warning"):
                 print(f"    {line}")
