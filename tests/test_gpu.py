@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -107,6 +108,30 @@ def test_products_are_rounded_to_tf32_only_where_the_config_says_so(product: str
     assert error("fp32") < 1e-5
     if torch.cuda.get_device_capability(GPU) >= (8, 0):
         assert 1e-5 < error("tf32") < 1e-2
+
+
+class WithFlags(nn.Module):
+    """A model that turns cuDNN's benchmarks on, which reads and sets switches of tf32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(4 * 36, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 1, 8, 8) to logits (batch, class)."""
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allowed):
+            logits: Tensor = self.head(F.relu(self.body(images)).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_a_model_that_sets_flags_of_cudnn_trains(precision: str) -> None:
+    workload = dataclasses.replace(digits("cnn"), build_model=WithFlags)
+    config = tiny_config(batch_size=64, precision=precision)
+    results = LocalExecutor(workload, config, device=GPU).build({0: config, 1: config}).train_epoch()
+    assert [metrics.failed for metrics in results.values()] == [None, None]
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
