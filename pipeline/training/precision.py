@@ -40,12 +40,18 @@ def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) ->
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-        with _products_in_tf32(config.precision == "tf32") if on_cuda else contextlib.nullcontext():
+        with current(device), _products_in_tf32(config.precision == "tf32") if on_cuda else contextlib.nullcontext():
             yield
     finally:
         torch.set_num_threads(threads_before)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.cudnn.benchmark = benchmark
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a CUDA device that is there is the current one: pinned memory and streams are of it."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if there else contextlib.nullcontext()
 
 
 def dtype_of(precision: str) -> torch.dtype:
