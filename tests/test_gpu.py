@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
 from pipeline.space.config import TrialConfig
-from pipeline.space.optimizers import SGD, Adam, AdamW, RMSprop
+from pipeline.space.optimizers import SGD, Adafactor, Adam, AdamW, RMSprop
 from pipeline.space.schedules import Cosine, OneCycle, Step
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.executor import LocalExecutor
@@ -172,6 +172,23 @@ def test_a_matrix_that_does_not_fit_into_the_memory_is_halved_until_it_does() ->
     for results in history:
         assert results[31].finished
         assert results[31].metrics["val/loss"] == pytest.approx(alone.train_epoch()[31].metrics["val/loss"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_plain_trials_that_do_not_fit_together_train_one_at_a_time_to_the_same_numbers() -> None:
+    def build_model() -> nn.Module:  # 67 MB, so that eight exceed `SPARE_BYTES`
+        return nn.Sequential(nn.Linear(6, 2048), nn.Tanh(), nn.Linear(2048, 8192), nn.Tanh(), nn.Linear(8192, 3))
+
+    configs = {n: tiny_config(Adafactor(base_lr=0.001 * (1 + n)), param_groups=ONE_GROUP) for n in range(8)}
+    trainer = LocalExecutor(tiny_workload(build_model), configs[0], device=GPU)
+    alone = trainer.build({7: configs[7]})
+    expected = [alone.train_epoch()[7].metrics for _ in range(2)]
+    del alone
+    group = trainer.build(configs)
+    history = [group.train_epoch() for _ in range(2)]
+    assert all(metrics.finished for results in history for metrics in results.values())
+    for results, metrics in zip(history, expected, strict=True):
+        assert results[7].metrics == pytest.approx(metrics, rel=1e-4)
 
 
 class Rows(Dataset[tuple[Tensor, int]]):
