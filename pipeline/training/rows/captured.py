@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ class Captured:
             static = map_tensors(torch.clone, tree)
             replay = self._capture(lambda: self._function(static), self._device)
         except Exception as error:  # nothing was computed
-            self.eager_because = f"{type(error).__name__}, {first_line(error)}"
+            cause = error.__context__ or error  # the end of a capture that has failed raises too
+            self.eager_because = f"{type(cause).__name__}, {first_line(cause)}"
             return None
         return _Graph(replay, tensors(static))
 
@@ -110,13 +112,21 @@ def capture_graph(function: Callable[[], Any], device: torch.device) -> Callable
     """Capture the operations of a function as a CUDA graph; see `Capture`."""
     if torch.cuda.mem_get_info(device)[0] < torch.cuda.memory_reserved(device):
         torch.cuda.empty_cache()  # a graph takes memory of its own
-    graph, (stream, pool) = torch.cuda.CUDAGraph(), _stream_and_pool(device)
-    with torch.cuda.stream(stream):
+    graph, place = torch.cuda.CUDAGraph(), _place(device)
+    pool, random_state = place.pool(), place.generator.get_state()
+    with torch.cuda.stream(place.stream):
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             value = function()
         finally:
-            graph.capture_end()
+            try:
+                graph.capture_end()
+            except Exception:  # PyTorch leaves its random state and its allocator as in a capture
+                place.generator.graphsafe_set_state(torch.Generator(device).set_state(random_state))
+                torch._C._cuda_endAllocateToPool(place.index, pool)
+                torch._C._cuda_releasePool(place.index, pool)
+                raise
+    place.graphs.add(graph)
 
     def replay() -> Any:
         graph.replay()
@@ -130,10 +140,26 @@ def capture_on(device: torch.device) -> Capture | None:
     return capture_graph if device.type == "cuda" else None
 
 
+class _Place:
+    """Where the graphs of a device are captured. The graphs run one after another and share their memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.index: int = torch.cuda.current_device() if device.index is None else device.index
+        self.generator = torch.cuda.default_generators[self.index]
+        self.graphs = weakref.WeakSet[torch.cuda.CUDAGraph]()
+        self._pool: Any = None
+
+    def pool(self) -> Any:
+        """Return the pool of memory of the graphs; a pool ends with its last graph."""
+        if not self.graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
 @functools.cache
-def _stream_and_pool(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
-    """Return where graphs of a device are captured; graphs that run one after another share their memory."""
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+def _place(device: torch.device) -> _Place:
+    return _Place(device)
 
 
 @contextmanager
