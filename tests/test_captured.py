@@ -61,14 +61,14 @@ class Counted:
 
 def test_the_second_call_of_each_shape_is_captured() -> None:
     counted = Counted()
-    captured = Captured(counted, CPU, counted.capture)
+    captured = Captured(CPU, counted.capture)
     for size, captures in [(3, 0), (3, 1), (3, 1), (4, 1), (4, 2), (3, 2), (4, 2)]:
-        assert captured((torch.full((size,), 1.5),)).tolist() == [3.0] * size
+        assert captured(counted, (torch.full((size,), 1.5),)).tolist() == [3.0] * size
         assert counted.captures == captures
     captured.clear()
-    captured((torch.ones(3),))
+    captured(counted, (torch.ones(3),))
     assert counted.captures == 2
-    assert captured((torch.ones(3),), key="other").tolist() == [2.0] * 3
+    assert captured(counted, (torch.ones(3),), key="other").tolist() == [2.0] * 3
     assert counted.captures == 2
 
 
@@ -78,32 +78,32 @@ def test_values_of_earlier_calls_stay() -> None:
     def capture(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
         return lambda: static.copy_(function())  # as a graph, which writes to the same memory each time
 
-    captured = Captured(lambda tree: tree[0] + 1, CPU, capture)
-    values = [captured((torch.full((2,), float(number)),)) for number in range(4)]
+    captured = Captured(CPU, capture)
+    values = [captured(lambda tree: tree[0] + 1, (torch.full((2,), float(number)),)) for number in range(4)]
     assert [value.tolist() for value in values] == [[1.0] * 2, [2.0] * 2, [3.0] * 2, [4.0] * 2]
 
 
 def test_batches_of_ever_new_shapes_are_not_all_captured() -> None:
     counted = Counted()
-    captured = Captured(counted, CPU, counted.capture)
+    captured = Captured(CPU, counted.capture)
     for _ in range(2):
         for size in range(1, MAX_GRAPHS + 5):
-            assert len(captured((torch.ones(size),))) == size
+            assert len(captured(counted, (torch.ones(size),))) == size
     assert counted.captures == MAX_GRAPHS
 
 
 def test_a_batch_of_more_than_tensors_is_not_captured() -> None:
     counted = Counted()
-    captured = Captured(counted, CPU, counted.capture)
+    captured = Captured(CPU, counted.capture)
     for _ in range(3):
-        captured((torch.ones(1), "a graph"))
+        captured(counted, (torch.ones(1), "a graph"))
     assert (counted.captures, counted.calls) == (0, 3)
 
 
 def test_random_numbers_of_the_cpu_would_be_frozen_and_are_not_captured() -> None:
     counted = Counted()
-    captured = Captured(lambda tree: tree[0] * torch.rand(()), DEVICE, counted.capture)
-    values = {captured((torch.ones(1),)).item() for _ in range(4)}
+    captured = Captured(DEVICE, counted.capture)
+    values = {captured(lambda tree: tree[0] * torch.rand(()), (torch.ones(1),)).item() for _ in range(4)}
     assert len(values) == 4
     assert counted.captures == 0
     assert captured.eager_because == "random numbers are drawn on the CPU"
@@ -115,7 +115,7 @@ def test_what_cannot_be_captured_is_computed_once_a_call_and_said() -> None:
     def refuse(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    captured = Captured(counted, CPU, refuse)
-    assert [captured((torch.ones(1),)).item() for _ in range(3)] == [2.0] * 3
+    captured = Captured(CPU, refuse)
+    assert [captured(counted, (torch.ones(1),)).item() for _ in range(3)] == [2.0] * 3
     assert counted.calls == 3
     assert captured.eager_because == "RuntimeError, operation not permitted when stream is capturing"

@@ -23,6 +23,8 @@ from pipeline.workloads.trees import leaves, map_tensors, tensors
 MAX_GRAPHS = 8
 """Most graphs of a function; batches of further shapes are computed operation by operation."""
 
+Function = Callable[[Any], Any]
+"""Takes a tree of tensors, and returns one."""
 Capture = Callable[[Callable[[], Any], torch.device], Callable[[], Any]]
 """Takes a function without arguments, and computes nothing; returns a function that repeats the operations and returns
 their value, in the same tensors each time."""
@@ -36,19 +38,17 @@ class _Graph:
 
 
 class Captured:
-    """A function of a tree of tensors; from its second call of each shape on, its operations run as one graph.
+    """Calls a function of a tree of tensors; from the second call of each shape on, its operations run as one graph.
 
     The first call of a shape runs as usual, to find out whether the host waits for the device, which a graph cannot do.
     The function may change other tensors in place. These are part of the graph: call `clear` when they are replaced.
 
     Args:
-        function: Takes a tree of tensors and returns one. Python runs the function only while it is captured.
         device: Where the function computes.
         capture: Captures operations; None: the function always runs as usual.
     """
 
-    def __init__(self, function: Callable[[Any], Any], device: torch.device, capture: Capture | None) -> None:
-        self._function = function
+    def __init__(self, device: torch.device, capture: Capture | None) -> None:
         self._device = device
         self._capture = capture
         self._graphs: dict[Hashable, _Graph | None] = {}
@@ -56,26 +56,27 @@ class Captured:
         self.eager_because: str | None = None
         """Why the function runs operation by operation; None if it does not."""
 
-    def __call__(self, tree: Any, *, key: Hashable = None) -> Any:
-        """Return the value of the function, in new tensors.
+    def __call__(self, function: Function, tree: Any, *, key: Hashable = None) -> Any:
+        """Return the value of a function, in new tensors.
 
         Args:
+            function: The same in every call; Python runs the function only while it is captured.
             tree: The function's argument; a graph is captured of a tree of nothing but tensors.
             key: What else the operations depend on.
         """
         eager = self._capture is None or self.eager_because is not None
         if eager or not all(isinstance(leaf, Tensor | None) for leaf in leaves(tree)):
-            return self._function(tree)
+            return function(tree)
         arguments = tensors(tree)
         shape = (key, *((tensor.shape, tensor.stride(), tensor.dtype) for tensor in arguments))
         if shape not in self._graphs:
             if len(self._graphs) == MAX_GRAPHS:
-                return self._function(tree)
+                return function(tree)
             self._graphs[shape] = None
-            return self._tried(tree)
-        graph = self._graphs[shape] or self._captured(tree)
+            return self._tried(function, tree)
+        graph = self._graphs[shape] or self._captured(function, tree)
         if graph is None:
-            return self._function(tree)
+            return function(tree)
         self._graphs[shape] = graph
         for static, tensor in zip(graph.inputs, arguments, strict=True):
             static.copy_(tensor)
@@ -85,22 +86,22 @@ class Captured:
         """Forget the graphs: tensors that they change have been replaced."""
         self._graphs = {}
 
-    def _tried(self, tree: Any) -> Any:
+    def _tried(self, function: Function, tree: Any) -> Any:
         """Return the value of the function, and note whether the host waits for the device or draws random numbers."""
         before = torch.get_rng_state()
         with _waits_noted(self._device) as waits:
-            value = self._function(tree)
+            value = function(tree)
         if waits:
             self.eager_because = "the host waits for the device within a step"
         elif self._device.type != "cpu" and not torch.equal(before, torch.get_rng_state()):
             self.eager_because = "random numbers are drawn on the CPU"
         return value
 
-    def _captured(self, tree: Any) -> _Graph | None:
+    def _captured(self, function: Function, tree: Any) -> _Graph | None:
         assert self._capture is not None
         try:
             static = map_tensors(torch.clone, tree)
-            replay = self._capture(lambda: self._function(static), self._device)
+            replay = self._capture(lambda: function(static), self._device)
         except Exception as error:  # nothing was computed
             cause = error.__context__ or error  # the end of a capture that has failed raises too
             self.eager_because = f"{type(cause).__name__}, {first_line(cause)}"

@@ -86,10 +86,7 @@ class MatrixOptimizer:
         plans: list[dict[str, Tensor]] = []
         for block in self._blocks:
             rows = [settings[number] for number in members[block.rows]]
-            hyper = {
-                name: torch.stack([_table(row, name, names).expand(steps, -1) for row in rows], dim=1)
-                for name in rows[0][0][names[0]]
-            }
+            hyper = {name: _table(rows, name, names, steps) for name in rows[0][0][names[0]]}
             plans.append(_plan(block.rule.coefficients(hyper, numbers, block.carry)))
         self.shapes = tuple(tuple((name, values.shape[1:]) for name, values in plan.items()) for plan in plans)
         table = torch.cat([values.flatten(1) for plan in plans for values in plan.values()], dim=1)
@@ -237,9 +234,13 @@ def _each_step(settings: list[dict[str, dict[str, float]]], steps: int) -> list[
     return settings if len(settings) == steps else settings * steps
 
 
-def _table(settings: Sequence[Mapping[str, Mapping[str, float]]], name: str, groups: Sequence[str]) -> Tensor:
-    """Return one hyperparameter of one trial as (step, group), float64."""
-    return torch.tensor([[values[group][name] for group in groups] for values in settings], dtype=torch.float64)
+def _table(rows: Sequence[list[dict[str, dict[str, float]]]], name: str, groups: Sequence[str], steps: int) -> Tensor:
+    """Return a hyperparameter of some rows as (step, row, group), float64."""
+    if all(len(row) == 1 for row in rows):
+        steady = [[row[0][group][name] for group in groups] for row in rows]
+        return torch.tensor(steady, dtype=torch.float64).expand(steps, -1, -1)
+    values = [[[at[group][name] for group in groups] for at in _each_step(row, steps)] for row in rows]
+    return torch.tensor(values, dtype=torch.float64).transpose(0, 1)
 
 
 def _numbers(group: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, float]:

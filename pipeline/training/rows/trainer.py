@@ -103,7 +103,7 @@ class FusedTrials:
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
         self._each_row = RowModel(
-            self._model, {*trained, *self._buffers}, Pooling(device, channels_last=self._config.channels_last)
+            self._model, {*trained, *self._buffers}, Pooling(device, channels_last=self._config.channels_last), device
         )
         self._accumulation = Accumulation(
             self._config.accumulate, self._config.batch_size, epoch_length(workload, self._config.seed)
@@ -124,9 +124,7 @@ class FusedTrials:
             steps_per_epoch=self._accumulation.steps,
             directions=workload.directions,
         )
-        self._training, self._evaluating = (
-            Captured(step, device, capture) for step in (self._train_on, self._evaluate_on)
-        )
+        self._training, self._evaluating = Captured(device, capture), Captured(device, capture)
 
     @property
     def eager_because(self) -> str | None:
@@ -177,7 +175,7 @@ class FusedTrials:
         coefficients = self._optimizer.coefficients(number) if accumulate == 1 else None
         arguments = (batch.inputs, None if batch.targets is batch.inputs else batch.targets, coefficients)
         with self._seeded("step", number):
-            losses, gradients = self._training(arguments, key=self._optimizer.shapes)
+            losses, gradients = self._training(self._train_on, arguments, key=self._optimizer.shapes)
         if accumulate > 1:
             self._accumulate(gradients, number)
         if self._accumulation.ends(number):
@@ -253,7 +251,7 @@ class FusedTrials:
         self._model.eval()
         arguments = (batch.inputs, None if batch.targets is batch.inputs else batch.targets, matrix)
         with self._seeded("evaluation", evaluation.batches):
-            losses, outputs = self._evaluating(arguments)
+            losses, outputs = self._evaluating(self._evaluate_on, arguments)
             evaluation.add(losses, outputs, batch.targets, size=batch.size)
 
     def _evaluate_on(self, arguments: tuple[Any, Any, Tensor]) -> tuple[Tensor, Any]:
