@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from pipeline.training.pooling import Pooling
-from pipeline.training.rows.batch_norm import batch_norm_of_rows
+from pipeline.training.rows.operations import operations_of_rows
 from pipeline.workloads.trees import map_tensors, with_tensors
 from pipeline.workloads.trees import tensors as tensors_of
 
@@ -57,7 +57,7 @@ class RowModel:
         trees = []
 
         def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            with batch_norm_of_rows(self._device):
+            with operations_of_rows(self._device):
                 trees.append(self._compute(function, {**parameters, **buffers}))
             return tuple(tensors_of(trees[0]))
 
