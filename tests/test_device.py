@@ -23,6 +23,7 @@ from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.rows.update_rules import has_rule
+from pipeline.workloads.check import workload_problems
 from pipeline.workloads.workload import Metric, Split, Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,3 +232,33 @@ def test_a_loss_and_a_metric_that_hold_tensors_move_with_the_data(trainer: Calla
         assert same([there.train_epoch(), there.test()], [expected, tested])
     assert tested[0]["test/spread"] > 0
     assert tested[0]["test/loss_again"] == pytest.approx(tested[0]["test/loss"])
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_loss_is_tried_on_the_device_before_the_search() -> None:
+    def problems(weight: Tensor, device: torch.device) -> list[str]:
+        workload = dataclasses.replace(
+            tiny_workload(), loss=lambda outputs, targets: F.cross_entropy(outputs, targets, weight)
+        )
+        placed = on_device(workload, device=device)
+        return [str(problem) for problem in workload_problems(placed, batch_sizes=[8], device=device)]
+
+    assert problems(WEIGHT, CPU) == problems(WEIGHT.to(DEVICE), DEVICE) == []
+    (problem,) = problems(WEIGHT, DEVICE)
+    assert problem.startswith("workload: the loss raised RuntimeError on outputs (6, 3) and targets (6): ")
+    assert "on lazy:0 and on the CPU" in problem
+
+
+@pytest.mark.usefixtures("waits")
+def test_what_is_wrong_on_the_cpu_too_is_not_tried_on_the_device() -> None:
+    seen = []
+
+    class Noting(TinyModel):
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.append(inputs.device)
+            return super().forward(inputs)
+
+    workload = dataclasses.replace(tiny_workload(Noting), loss=lambda outputs, targets: outputs[:, targets.max() + 1])
+    (problem,) = workload_problems(on_device(workload, device=DEVICE), batch_sizes=[8], device=DEVICE)
+    assert "IndexError" in str(problem)  # which stops a CUDA device for good
+    assert set(seen) == {CPU}

@@ -14,6 +14,7 @@ from tiny import ONE_GROUP, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
+from torch.utils.data import Dataset, default_collate
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import SGD, Adam, AdamW, RMSprop
@@ -25,7 +26,9 @@ from pipeline.training.precision import dtype_of, precision
 from pipeline.training.rows.captured import capture_on
 from pipeline.training.rows.operations import operations_of_rows
 from pipeline.training.rows.trainer import FusedTrials
+from pipeline.workloads.check import workload_problems
 from pipeline.workloads.digits import digits
+from pipeline.workloads.random_state import random_states, seeded
 from pipeline.workloads.workload import Split, Workload
 
 pytestmark = [
@@ -139,6 +142,30 @@ def test_products_are_rounded_to_tf32_only_where_the_config_says_so(product: str
         assert 1e-5 < error("tf32") < 1e-2
 
 
+class WithFlags(nn.Module):
+    """A model that turns cuDNN's benchmarks on, which reads and sets switches of tf32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(4 * 36, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, 1, 8, 8) to logits (batch, class)."""
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allowed):
+            logits: Tensor = self.head(F.relu(self.body(images)).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_a_model_that_sets_flags_of_cudnn_trains(precision: str) -> None:
+    workload = dataclasses.replace(digits("cnn"), build_model=WithFlags)
+    config = tiny_config(batch_size=64, precision=precision)
+    results = LocalExecutor(workload, config, device=GPU).build({0: config, 1: config}).train_epoch()
+    assert [metrics.failed for metrics in results.values()] == [None, None]
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_trials_of_lower_precision_train_as_rows_and_learn(precision: str) -> None:
     config = tiny_config(Adam(base_lr=0.01), batch_size=64, precision=precision, param_groups=ONE_GROUP)
@@ -174,6 +201,60 @@ def test_a_matrix_that_does_not_fit_into_the_memory_is_halved_until_it_does() ->
     for results in history:
         assert results[31].finished
         assert results[31].metrics["val/loss"] == pytest.approx(alone.train_epoch()[31].metrics["val/loss"], rel=1e-3)
+
+
+class Rows(Dataset[tuple[Tensor, int]]):
+    """Samples that are read by another process, and pinned."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((6,), float(index)), index % 3
+
+
+def test_the_named_device_is_the_current_one_while_trials_train() -> None:
+    device, before = torch.device("cuda", torch.cuda.device_count() - 1), torch.cuda.current_device()
+    seen = set()
+
+    class Noting(TinyModel):
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.add((inputs.device, torch.cuda.current_device()))
+            return super().forward(inputs)
+
+    config = tiny_config()
+    for data in (tiny_workload().train, Rows()):
+        collate = None if isinstance(data, Split) else default_collate
+        workload = dataclasses.replace(tiny_workload(Noting), train=data, collate=collate)
+        group = LocalExecutor(workload, config, device=device).build({0: config, 1: config})
+        seen.clear()
+        assert all(metrics.finished for metrics in group.train_epoch().values())
+        assert seen == {(device, device.index)}
+    assert torch.cuda.current_device() == before
+
+
+def test_seeding_a_device_leaves_the_random_states_as_they_were() -> None:
+    states = random_states(GPU)
+    drawn = []
+    for seed in (0, 0, 1):
+        with seeded(seed, GPU):
+            drawn.append(torch.rand(4, device=GPU))
+    assert random_states(GPU) == states
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_loss_that_stays_on_the_cpu_is_said_before_the_search_and_one_on_the_device_is_not() -> None:
+    def problems(weight: Tensor) -> list[str]:
+        workload = dataclasses.replace(
+            tiny_workload(), loss=lambda outputs, targets: F.cross_entropy(outputs, targets, weight)
+        )
+        placed = on_device(workload, device=GPU)
+        return [str(problem) for problem in workload_problems(placed, batch_sizes=[8], device=GPU)]
+
+    assert problems(torch.ones(3, device=GPU)) == []
+    (problem,) = problems(torch.ones(3))
+    assert problem.startswith("workload: the loss raised RuntimeError")
 
 
 def test_a_model_on_cuda_begins_with_the_weights_that_it_has_on_the_cpu() -> None:
