@@ -2,7 +2,7 @@
 # Everything that a CUDA device is to show, in about six minutes: tests, a whole search, throughput, a profile.
 #
 #   bash benchmarks/gpu.sh                    all steps
-#   bash benchmarks/gpu.sh tests profile      some of: versions tests search again throughput large cifar profile
+#   bash benchmarks/gpu.sh tests profile      some of: versions tests search again throughput large cifar memory profile
 #   DEVICE=cpu bash benchmarks/gpu.sh         the same in small, to try the script
 #
 # DEVICE (cuda), OUT (gpu_out: logs and JSON), PYTHON (python3). Wheels in .whl/, if there are any, are installed first, into
@@ -17,7 +17,7 @@ if compgen -G ".whl/*.whl" >/dev/null; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" .whl/*.whl || exit 1
   PYTHONPATH=$PWD:$work/site
 fi
-steps=" ${*:-versions tests search again throughput large cifar profile} "; failures=0
+steps=" ${*:-versions tests search again throughput large cifar memory profile} "; failures=0
 
 # step NAME SECONDS PATTERN COMMAND…: runs a command and prints its end; lines with the pattern go into the summary.
 step() {
@@ -35,12 +35,12 @@ chosen() { [[ $steps == *" $1 "* ]]; }
 if [ "${DEVICE%%:*}" = cpu ]; then
   small=(--rows 1 4 --seconds 0.1 --repeats 1 --samples 64); large=(--models net --rows 2 "${small[@]:2}")
   precisions=("bf16" "bf16 --channels-last"); profiled=(--rows 4 --samples 64)
-  profiled_bf16=(--models net "${profiled[@]}"); cifar=(--samples 32 --epochs 2 --trials 2 --group 2)
+  memory=(--samples 32 --most 2); profiled_bf16=(--models net "${profiled[@]}"); cifar=(--samples 32 --epochs 2 --trials 2 --group 2)
 else
   small=(--rows 1 8 32 64 --seconds 0.5 --repeats 2)
-  large=(--models resnet18 --rows 1 8 32 --seconds 0.5 --repeats 1 --samples 512)
+  large=(--models resnet18 --rows 1 8 --seconds 0.5 --repeats 1 --samples 512)
   precisions=("fp32" "tf32" "bf16" "bf16 --channels-last"); profiled=(--rows 32)
-  profiled_bf16=(--models resnet18 --rows 8 --samples 1024)
+  memory=(); profiled_bf16=(--models resnet18 --rows 8 --samples 1024)
   cifar=(--samples 5000 --epochs 4 --trials 50 --group 25 --precision bf16)
 fi
 
@@ -75,6 +75,9 @@ chosen cifar && step cifar 75 '^(complete|search|images|TFLOP|memory)' \
   "$PYTHON" benchmarks/cifar_search.py --device "$DEVICE" "${cifar[@]}"
 
 figures='^(per training step|rows|steps|epoch_ms|step|launches|graph|sync|kernels|busy|first|gaps|allocated|reserved)'
+chosen memory && step memory 60 'predicted|epoch|rows|memory' \
+  "$PYTHON" benchmarks/gpu_memory.py --device "$DEVICE" "${memory[@]}"
+
 chosen profile && step profile 60 "$figures" \
   "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" "${profiled[@]}" --json "$OUT/profile.json"
 chosen profile && step profile-bf16 45 "$figures" \

@@ -38,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
 from pipeline.training.precision import precision
+from pipeline.training.rows.captured import capture_on
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.data import to_device
 
@@ -81,7 +82,8 @@ def profile_model(model: str, options: argparse.Namespace) -> dict[str, Any]:
     config = {"precision": options.precision, "channels_last": options.channels_last}
     configs = {n: dataclasses.replace(build_config(model, n), **config) for n in range(options.rows)}
     with precision(configs[0], device) if device.type == "cuda" else contextlib.nullcontext():
-        group = FusedTrials(configs, workload, device=device, draws=())
+        capture = None if options.eager else capture_on(device)
+        group = FusedTrials(configs, workload, device=device, draws=(), capture=capture)
         for _ in range(WARM_UP_EPOCHS):
             group.train_epoch()
         steps = -(-len(workload.train) // BATCH[model])
@@ -207,6 +209,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=32, metavar="N", help="trials of the matrix (default: 32)")
     samples_help = "random images to train net and resnet18 on (default: as throughput.py)"
     parser.add_argument("--samples", type=int, metavar="N", help=samples_help)
+    eager_help = "run steps operation by operation, not as graphs"
+    parser.add_argument("--eager", action="store_true", help=eager_help)
     choices = ["fp32", "tf32", "bf16"]
     parser.add_argument("--precision", choices=choices, default="fp32", help="fp32, tf32 or bf16 (default: fp32)")
     parser.add_argument("--channels-last", action="store_true", help="images with the channels last")

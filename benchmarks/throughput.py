@@ -234,8 +234,9 @@ def measure_model(model: str, options: Options) -> dict[str, Any]:
         Side([Loop(workload, configs[number], device=device) for number in range(len(OPTIMIZERS))], device, threads)
         for threads in loop_threads
     ]
+    placed = to_device(workload, device=device, dtype=torch.float32)
     plain = Side(
-        [PlainTrials({n: configs[n]}, workload, device=device, draws=()) for n in range(len(OPTIMIZERS))],
+        [PlainTrials({n: configs[n]}, placed, device=device, draws=()) for n in range(len(OPTIMIZERS))],
         device,
         threads=1,
     )

@@ -31,6 +31,7 @@ from pipeline.training.plain import PlainTrials
 from pipeline.training.precision import precision
 from pipeline.training.process import ProcessDied, RemoteTrials, TrainingProcess, can_fork
 from pipeline.training.replay import ReplayedTrial
+from pipeline.training.rows.captured import capture_on
 from pipeline.training.rows.measure import Finding
 from pipeline.training.rows.probe import probe
 from pipeline.training.rows.trainer import FusedTrials
@@ -162,6 +163,11 @@ class LocalExecutor:
         """Divide running trials into shards."""
         return place(configs, self.rules)
 
+    @property
+    def eager_because(self) -> str | None:
+        """Why rows like the probed config train operation by operation on a CUDA device; None if they do not."""
+        return self._probed(self._config).eager_because
+
     def describe(self, configs: Mapping[int, TrialConfig]) -> str:
         """Return how trials are placed, for people: `rows 4 + 4, plain 1`."""
         for config in configs.values():
@@ -229,7 +235,9 @@ class LocalExecutor:
         options |= {"draws": self._draws, "output_size": self._output_size}
         if plain:
             return PlainTrials(configs, self.workload, unsaved=self._unsaved, **options)
-        return FusedTrials(configs, self.workload, **options)
+        finding = self._probed(next(iter(configs.values())))
+        capture = capture_on(self.device) if finding.eager_because is None else None
+        return FusedTrials(configs, self.workload, capture=capture, **options)
 
     def train(
         self, trainers: Sequence[ShardTrainer], *, average: bool = False
