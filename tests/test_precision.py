@@ -89,6 +89,18 @@ def test_precisions_that_were_set_before_are_put_back() -> None:
     assert settings() == before
 
 
+@pytest.mark.parametrize(("device", "expected"), [(CUDA, False), (CPU, True)], ids=["cuda", "cpu"])
+def test_algorithms_of_convolutions_are_not_tried_on_cuda(device: torch.device, expected: bool) -> None:
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = True
+        with precision(tiny_config(), device):
+            assert torch.backends.cudnn.benchmark is expected
+        assert torch.backends.cudnn.benchmark is True
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def test_a_cpu_computes_with_one_thread_and_its_products_stay_as_they_are() -> None:
     before = settings()
     with precision(tiny_config(), CPU):

@@ -39,6 +39,7 @@ def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) ->
             if on_cuda:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
             torch.use_deterministic_algorithms(True)
+        if config.deterministic or on_cuda:  # to try all algorithms for the convolutions of a matrix takes minutes
             torch.backends.cudnn.benchmark = False
         with current(device), _products_in_tf32(config.precision == "tf32") if on_cuda else contextlib.nullcontext():
             yield
