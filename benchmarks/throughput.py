@@ -13,12 +13,16 @@ On a CPU the loop is measured with PyTorch's own number of threads and with one,
 measured are several loops in as many processes, which is what a ratio on several cores has to be divided by for
 the gain per core. Each number of rows is measured in turns with the loop, and a side counts as its fastest turn.
 
+All sides compute in the same `--precision`; on CUDA PyTorch itself would round the factors of convolutions to tf32.
+With `--channels-last` all of them lay images and kernels out with the channels last.
+
 The digits are real; `net` (the network of PyTorch's CIFAR-10 tutorial) and `resnet18` see random images of CIFAR-10's
 shape, so nothing is said of what they learn. Nor is anything of Optuna, MLflow or a search's start; see
 `search_overhead.py` and `peer_search.py`. Needs only torch, torchvision and scikit-learn:
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --device cuda --models mlp cnn net resnet18 --json throughput.json
+    python benchmarks/throughput.py --device cuda --models resnet18 --precision bf16 --channels-last --rows 1 8
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import platform
@@ -44,14 +49,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package need not be installed
 
-from pipeline.space.config import Own, TrialConfig
+from pipeline.space.config import Own, Precision, TrialConfig
 from pipeline.space.optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 from pipeline.space.param_groups import ParamGroup
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import GroupLost
+from pipeline.training.epoch import autocast
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
+from pipeline.training.precision import precision
 from pipeline.workloads.data import MAX_EVAL_BATCH, first_batch, samples_of, to_device
 from pipeline.workloads.digits import digits
 from pipeline.workloads.workload import Metric, Split, Workload, accuracy
@@ -113,7 +120,9 @@ class Loop:
         self.device = device
         self.loss = workload.loss
         self.epoch = 0
-        self.model = workload.build_model().to(device)
+        self.autocast = functools.partial(autocast, config, device)
+        self.layout = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model = workload.build_model().to(device).to(memory_format=self.layout)
         self.optimizer = torch_optimizer(self.model, config.optimizer)
         assert isinstance(workload.train, Split)
         assert isinstance(workload.val, Split)
@@ -126,21 +135,27 @@ class Loop:
         self.model.train()
         for images, labels in self.train_loader:
             self.optimizer.zero_grad()
-            loss = self.loss(self.model(images.to(self.device)), labels.to(self.device))
+            with self.autocast():
+                loss = self.loss(self.model(self._moved(images)), labels.to(self.device))
             loss.backward()
             self.optimizer.step()
         self.model.eval()
         total, correct, count = 0.0, 0, 0
         with torch.no_grad():
             for images, labels in self.val_loader:
-                images, labels = images.to(self.device), labels.to(self.device)
-                outputs = self.model(images)
-                total += self.loss(outputs, labels).item() * len(labels)
+                labels = labels.to(self.device)
+                with self.autocast():
+                    outputs = self.model(self._moved(images))
+                    loss = self.loss(outputs, labels)
+                total += loss.item() * len(labels)
                 correct += int((outputs.argmax(dim=1) == labels).sum().item())
                 count += len(labels)
         self.epoch += 1
         metrics = {"val/loss": total / count, "val/accuracy": correct / count}
         return {0: EpochMetrics(epoch=self.epoch, step=self.epoch * len(self.train_loader), metrics=metrics, lr={})}
+
+    def _moved(self, images: Tensor) -> Tensor:
+        return images.to(self.device, memory_format=self.layout if images.ndim == 4 else torch.preserve_format)
 
 
 @dataclass
@@ -186,6 +201,8 @@ class Options:
     seconds: float
     repeats: int
     samples: int | None
+    precision: Precision
+    channels_last: bool
     peak_tflops: float | None
     json: Path | None
 
@@ -198,7 +215,9 @@ def main() -> None:
     print("peak " + ", ".join(f"{value:.3g} TFLOP/s ({name})" for name, value in peaks.items()))
     figures = {}
     for model in options.models:
-        figures[model] = measure_model(model, options)
+        config = build_config(model, 0, options)
+        with precision(config, options.device) if options.device.type == "cuda" else contextlib.nullcontext():
+            figures[model] = measure_model(model, options)
         _print_model(model, figures[model], peaks)
     if options.json:
         report = {"machine": _machine(options.device), "peak_tflops": peaks, "models": figures}
@@ -209,14 +228,15 @@ def measure_model(model: str, options: Options) -> dict[str, Any]:
     """Return a model's rates, in trial-epochs per second, and what one trial-epoch computes."""
     device = options.device
     workload = build_workload(model, device, options.samples)
-    configs = {number: build_config(model, number) for number in range(max(len(OPTIMIZERS), *options.rows))}
+    configs = {number: build_config(model, number, options) for number in range(max(len(OPTIMIZERS), *options.rows))}
     loop_threads = [None, 1] if device.type == "cpu" and torch.get_num_threads() > 1 else [None]
     loops = [
         Side([Loop(workload, configs[number], device=device) for number in range(len(OPTIMIZERS))], device, threads)
         for threads in loop_threads
     ]
+    placed = to_device(workload, device=device, dtype=torch.float32)
     plain = Side(
-        [PlainTrials({n: configs[n]}, workload, device=device, draws=()) for n in range(len(OPTIMIZERS))],
+        [PlainTrials({n: configs[n]}, placed, device=device, draws=()) for n in range(len(OPTIMIZERS))],
         device,
         threads=1,
     )
@@ -244,6 +264,7 @@ def measure_model(model: str, options: Options) -> dict[str, Any]:
         "loop": {_thread_name(loop.threads): loop.best for loop in loops},
         "plain": plain.best,
         "trials": table,
+        "precision": options.precision + (", channels last" if options.channels_last else ""),
         "gflop_per_trial_epoch": _epoch_flops(workload, BATCH[model], device) / 1e9,
     }
 
@@ -299,7 +320,7 @@ def build_workload(model: str, device: torch.device, samples: int | None) -> Wor
     )
 
 
-def build_config(model: str, number: int) -> TrialConfig:
+def build_config(model: str, number: int, options: Options | None = None) -> TrialConfig:
     """Return a trial: the optimizers in turn, rates that none diverges at, head and body at rates of their own."""
     rate = 0.01 * (1 + number % 7 / 7)
     return TrialConfig(
@@ -309,6 +330,8 @@ def build_config(model: str, number: int) -> TrialConfig:
         seed=0,
         optimizer=OPTIMIZERS[number % len(OPTIMIZERS)](rate),
         scheduler=Constant(),
+        precision=options.precision if options else "fp32",
+        channels_last=options.channels_last if options else False,
         param_groups={"head": ParamGroup(pattern=("fc*",), lr_ratio=2.0), "body": ParamGroup(pattern=("*",))},
     )
 
@@ -354,20 +377,22 @@ def _epoch_flops(workload: Workload, batch: int, device: torch.device) -> float:
 
 
 def _measured_peaks(device: torch.device) -> Iterator[tuple[str, float]]:
-    """Yield what a large matrix product reaches, in TFLOP/s, on CUDA also in TF32, which convolutions use there."""
+    """Yield what a large matrix product reaches in each precision, in TFLOP/s; on a CPU in float32 alone."""
     size = 8_192 if device.type == "cuda" else 1_024
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    for precision in ("highest", "high") if device.type == "cuda" else ("highest",):
-        torch.set_float32_matmul_precision(precision)
+    names: tuple[Precision, ...] = ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32",)
+    for name in names:
+        config = dataclasses.replace(build_config("mlp", 0), precision=name)
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         seconds = []
-        for _ in range(8):
-            _wait(device)
-            start = time.perf_counter()
-            torch.mm(a, b)
-            _wait(device)
-            seconds.append(time.perf_counter() - start)
-        yield "float32 matmul" if precision == "highest" else "TF32 matmul", 2 * size**3 / min(seconds) / 1e12
-    torch.set_float32_matmul_precision("highest")
+        with precision(config, device) if device.type == "cuda" else contextlib.nullcontext():
+            for _ in range(8):
+                _wait(device)
+                start = time.perf_counter()
+                torch.mm(a, b)
+                _wait(device)
+                seconds.append(time.perf_counter() - start)
+        yield f"{name} matmul", 2 * size**3 / min(seconds) / 1e12
 
 
 def _print_model(model: str, figures: Mapping[str, Any], peaks: Mapping[str, float]) -> None:
@@ -375,7 +400,7 @@ def _print_model(model: str, figures: Mapping[str, Any], peaks: Mapping[str, flo
     loop = max(figures["loop"].values())
     print(
         f"\n{model}: {figures['parameters']:,} parameters, {figures['train_samples']:,} samples to train on and "
-        f"{figures['val_samples']:,} to validate, batch {figures['batch']}"
+        f"{figures['val_samples']:,} to validate, batch {figures['batch']}, {figures['precision']}"
     )
     print(f"{'':24}{'trial-epochs/s':>15}{'loop beside':>13}{'ratio':>8}   part of the peak")
 
@@ -398,6 +423,9 @@ def _print_model(model: str, figures: Mapping[str, Any], peaks: Mapping[str, flo
             print(f"RATIO 8 trials to loop         {row['rate'] / row['loop']:.2f}")
         if row["trials"] == 1:
             print(f"RATIO one row to plain trainer {row['rate'] / row['plain']:.2f}")
+    ratios = " · ".join(f"{row['trials']}: {row['rate'] / row['loop']:.2f}" for row in table)
+    plain = f"plain: {figures['plain'] / loop:.2f}"
+    print(f"RATIOS to loop, {model} in {figures['precision']}, by trials   {ratios} · {plain}")
 
 
 def _machine(device: torch.device) -> str:
@@ -438,6 +466,9 @@ def _parse() -> Options:
     parser.add_argument("--repeats", type=int, default=3, help="turns, of which the fastest counts (default: 3)")
     samples_help = f"random images to train net and resnet18 on (default: {CUDA_SAMPLES}; CPU {CPU_SAMPLES})"
     parser.add_argument("--samples", type=int, metavar="N", help=samples_help)
+    choices = ["fp32", "tf32", "bf16"]
+    parser.add_argument("--precision", choices=choices, default="fp32", help="fp32, tf32 or bf16 (default: fp32)")
+    parser.add_argument("--channels-last", action="store_true", help="images and kernels with the channels last")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device (default: a matmul's, measured)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     arguments = vars(parser.parse_args())

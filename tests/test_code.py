@@ -313,6 +313,6 @@ def test_own_code_is_imported_from_its_file_under_a_name_of_its_own() -> None:
 
 def test_arithmetic_on_cuda_is_that_of_the_search() -> None:
     config = tiny_config(param_groups=ONE)
-    assert "fp32_precision" not in python_code(config, directions={}, comment="")
-    assert 'cudnn.conv.fp32_precision = "ieee"' in python_code(config, directions={}, comment="", cuda=True)
-    assert 'cuda.matmul.fp32_precision = "tf32"' in code_of(precision="tf32")
+    assert "allow_tf32" not in python_code(config, directions={}, comment="")
+    assert "cudnn.allow_tf32 = False" in python_code(config, directions={}, comment="", cuda=True)
+    assert "cuda.matmul.allow_tf32 = True" in code_of(precision="tf32")

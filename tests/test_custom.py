@@ -312,7 +312,7 @@ EQUAL_SAMPLES = [(torch.ones(6), 0)] * 9
 )
 def test_data_model_loss_and_metrics_are_tried_before_the_search(changes: dict[str, Any], expected: list[str]) -> None:
     workload = to_device(dataclasses.replace(tiny_workload(), **changes), device=CPU, dtype=torch.float32)
-    found = [str(problem) for problem in workload_problems(workload, batch_sizes=[8])]
+    found = [str(problem) for problem in workload_problems(workload, batch_sizes=[8], device=CPU)]
     assert len(found) == len(expected)
     for problem, beginning in zip(found, expected, strict=True):
         assert problem.startswith(beginning)

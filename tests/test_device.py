@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,16 +14,18 @@ from pretended import DEVICE, pretended_device
 from tiny import ONE_GROUP, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset, default_collate
 
 from pipeline.space.config import TrialConfig
 from pipeline.space.optimizers import OPTIMIZERS, SGD, Adafactor, Adam
 from pipeline.space.schedules import Cosine, OneCycle, Plateau, Step
-from pipeline.training.contract import TrialGroup
+from pipeline.training.contract import GroupLost, TrialGroup
 from pipeline.training.epoch import Record
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.plain import PlainTrials
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.training.rows.update_rules import has_rule
+from pipeline.workloads.check import workload_problems
 from pipeline.workloads.workload import Metric, Split, Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,6 +184,68 @@ def test_trying_the_memory_computes_a_training_and_an_evaluation_batch() -> None
     assert sizes == [(8, True), (20, False)]
 
 
+class Large(TinyModel):
+    """A model of which the pretended device holds only one; `held` has the parameters of each that is there."""
+
+    def __init__(self, held: list[weakref.ref[Tensor]], *, full_when: str) -> None:
+        super().__init__()
+        self.held, self.full_when = held, full_when
+        self.cycle = [self]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.held.append(weakref.ref(self.head.weight))
+        self._check("built")
+        return moved
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self._check("trained")
+        return super().forward(inputs)
+
+    def _check(self, now: str) -> None:
+        self.held[:] = [weight for weight in self.held if weight() is not None]
+        if now == self.full_when and len(self.held) > 1:
+            raise torch.OutOfMemoryError("a second model does not fit")
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """Samples of a split, which are collated, and so read in each epoch."""
+
+    def __init__(self, split: Any) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.split.inputs[index], self.split.targets[index]
+
+
+@pytest.mark.parametrize(("full_when", "streamed"), [("built", False), ("trained", True)])
+def test_plain_trials_of_which_a_device_holds_only_one_train_to_the_same_numbers(
+    full_when: str, streamed: bool
+) -> None:
+    configs = {number: tiny_config(Adafactor(base_lr=0.01 * (1 + number))) for number in range(2)}
+
+    def trained(build_model: Callable[[], nn.Module], *, lost: bool) -> list[Any]:
+        workload = tiny_workload()
+        if streamed:
+            splits: dict[str, Any] = {name: Rows(getattr(workload, name)) for name in ("train", "val", "test")}
+            workload = dataclasses.replace(workload, collate=default_collate, **splits)
+        executor = LocalExecutor(workload, configs[0], device=DEVICE)  # which tries two trials at a time
+        executor = executor.on(on_device(dataclasses.replace(workload, build_model=build_model), device=DEVICE))
+        group = executor.build(configs)
+        if lost:
+            with pytest.raises(GroupLost, match="a second model does not fit"):
+                group.train_epoch()
+            group.load_state_dict({})
+        return whole_life(group, executor.build(configs))
+
+    with pretended_device():
+        large = trained(functools.partial(Large, [], full_when=full_when), lost=full_when == "trained")
+        assert same(large, trained(TinyModel, lost=False))
+
+
 class Spread(nn.Module):
     """A metric as those of torchmetrics: a module that gets batch after batch, and whose state is no buffer."""
 
@@ -231,3 +296,33 @@ def test_a_loss_and_a_metric_that_hold_tensors_move_with_the_data(trainer: Calla
         assert same([there.train_epoch(), there.test()], [expected, tested])
     assert tested[0]["test/spread"] > 0
     assert tested[0]["test/loss_again"] == pytest.approx(tested[0]["test/loss"])
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_loss_is_tried_on_the_device_before_the_search() -> None:
+    def problems(weight: Tensor, device: torch.device) -> list[str]:
+        workload = dataclasses.replace(
+            tiny_workload(), loss=lambda outputs, targets: F.cross_entropy(outputs, targets, weight)
+        )
+        placed = on_device(workload, device=device)
+        return [str(problem) for problem in workload_problems(placed, batch_sizes=[8], device=device)]
+
+    assert problems(WEIGHT, CPU) == problems(WEIGHT.to(DEVICE), DEVICE) == []
+    (problem,) = problems(WEIGHT, DEVICE)
+    assert problem.startswith("workload: the loss raised RuntimeError on outputs (6, 3) and targets (6): ")
+    assert "on lazy:0 and on the CPU" in problem
+
+
+@pytest.mark.usefixtures("waits")
+def test_what_is_wrong_on_the_cpu_too_is_not_tried_on_the_device() -> None:
+    seen = []
+
+    class Noting(TinyModel):
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.append(inputs.device)
+            return super().forward(inputs)
+
+    workload = dataclasses.replace(tiny_workload(Noting), loss=lambda outputs, targets: outputs[:, targets.max() + 1])
+    (problem,) = workload_problems(on_device(workload, device=DEVICE), batch_sizes=[8], device=DEVICE)
+    assert "IndexError" in str(problem)  # which stops a CUDA device for good
+    assert set(seen) == {CPU}

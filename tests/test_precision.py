@@ -28,6 +28,9 @@ def settings() -> tuple[Any, ...]:
     return (
         torch.get_num_threads(),
         [product.fp32_precision for product in PRODUCTS],
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.cudnn.benchmark,
@@ -57,6 +60,45 @@ def test_products_on_cuda_are_rounded_only_where_the_config_says_so(value: str, 
     with precision(tiny_config(precision=value), CUDA):
         assert [product.fp32_precision for product in PRODUCTS] == [expected] * 3
         assert current_settings(CUDA)["fp32_precision"] == expected
+
+
+@pytest.mark.parametrize("value", ["fp32", "tf32"])
+def test_a_model_may_use_the_older_switches_of_tf32(value: str) -> None:
+    # With PyTorch's newer switches alone, reading an older one raises, and `cudnn.flags` reads one.
+    tf32 = value == "tf32"
+    with precision(tiny_config(precision=value), CUDA):
+        for _ in range(2):
+            with torch.backends.cudnn.flags(enabled=True):
+                assert torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+            assert all((product.fp32_precision == "tf32") == tf32 for product in PRODUCTS)
+
+
+def test_precisions_that_were_set_before_are_put_back() -> None:
+    before = settings()
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = False
+    changed = settings()
+    with precision(tiny_config(precision="tf32"), CUDA):
+        assert settings() != changed
+    assert settings() == changed
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.fp32_precision = before[1][0]
+    assert settings() == before
+
+
+@pytest.mark.parametrize(("device", "expected"), [(CUDA, False), (CPU, True)], ids=["cuda", "cpu"])
+def test_algorithms_of_convolutions_are_not_tried_on_cuda(device: torch.device, expected: bool) -> None:
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = True
+        with precision(tiny_config(), device):
+            assert torch.backends.cudnn.benchmark is expected
+        assert torch.backends.cudnn.benchmark is True
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def test_a_cpu_computes_with_one_thread_and_its_products_stay_as_they_are() -> None:
@@ -112,7 +154,7 @@ def test_all_of_training_and_testing_happens_under_the_settings(build_model: Cal
     group.train_epoch()
     group.test()
     assert len(SEEN) > 10
-    assert {(threads, deterministic) for threads, _, deterministic, *_ in SEEN} == {(1, True)}
+    assert {(seen[0], seen[-3]) for seen in SEEN} == {(1, True)}
     assert settings() == before
 
 

@@ -106,9 +106,8 @@ def _settings(config: TrialConfig, *, cuda: bool) -> Iterator[str]:
     if config.precision == "fp64":
         yield "model.double()"
     if config.precision == "tf32" or (cuda and config.precision == "fp32"):
-        value = literal("tf32" if config.precision == "tf32" else "ieee")
-        for products in ("cuda.matmul", "cudnn.conv", "cudnn.rnn"):
-            yield f"torch.backends.{products}.fp32_precision = {value}"
+        for products in ("cuda.matmul", "cudnn"):
+            yield f"torch.backends.{products}.allow_tf32 = {config.precision == 'tf32'}"
     if config.channels_last:
         yield "model.to(memory_format=torch.channels_last)"
     if config.deterministic:

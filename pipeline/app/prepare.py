@@ -21,7 +21,7 @@ from pipeline.space.search_space import SearchSpace
 from pipeline.training.check import own_code_problems
 from pipeline.training.executor import LocalExecutor
 from pipeline.training.loops import ask
-from pipeline.training.precision import dtype_of
+from pipeline.training.precision import current, dtype_of
 from pipeline.workloads.build import built_model
 from pipeline.workloads.check import workload_problems
 from pipeline.workloads.data import epoch_length, to_device
@@ -60,32 +60,35 @@ def prepare(
         InvalidInput: With every problem of the file for this workload, or there is no such device.
     """
     chosen = choose_device(device)
-    try:
-        dtype = dtype_of(space.precision)
-        workload = workload or load_workload(space.workload)
-        if isinstance(workload, Loop):
-            return _prepare_loop(space, workload, device=chosen, searching=searching, rows=rows)
-        workload = _placed(workload, chosen, dtype)
-        model = _first_model(workload, space.seed, dtype)
-        space = with_layers(space, _trained_names(model))
-        steps = _steps_per_epoch(space, workload)
-        space = with_steps_per_epoch(space, steps)
-    except InvalidInput as error:
-        raise InvalidInput(source, error.problems) from None
-    except DataError as error:
-        raise InvalidInput(source, [Problem("workload", str(error))]) from None
-    problems = [*problems_with_model(space, workload, model)]
-    problems += objective_problems(space, workload) if searching or space.objective.of == "best" else ()
-    problems += precision_problems(space, chosen)
-    if not problems:
-        problems = list(workload_problems(workload, batch_sizes=space.batch_sizes, seed=space.seed, dtype=dtype))
-    if not problems:
-        problems = list(own_code_problems(space, model, steps=steps, device=chosen))
-    if problems:
-        raise InvalidInput(source, problems)
-    config = dataclasses.replace(space.example(), batch_size=max(space.batch_sizes))
-    processes = torch.get_num_threads()
-    return space, LocalExecutor(workload, config, device=chosen, dtype=dtype, rows=rows, processes=processes)
+    with current(chosen):
+        try:
+            dtype = dtype_of(space.precision)
+            workload = workload or load_workload(space.workload)
+            if isinstance(workload, Loop):
+                return _prepare_loop(space, workload, device=chosen, searching=searching, rows=rows)
+            workload = _placed(workload, chosen, dtype)
+            model = _first_model(workload, space.seed, dtype)
+            space = with_layers(space, _trained_names(model))
+            steps = _steps_per_epoch(space, workload)
+            space = with_steps_per_epoch(space, steps)
+        except InvalidInput as error:
+            raise InvalidInput(source, error.problems) from None
+        except DataError as error:
+            raise InvalidInput(source, [Problem("workload", str(error))]) from None
+        problems = [*problems_with_model(space, workload, model)]
+        problems += objective_problems(space, workload) if searching or space.objective.of == "best" else ()
+        problems += precision_problems(space, chosen)
+        if not problems:
+            problems = list(
+                workload_problems(workload, batch_sizes=space.batch_sizes, device=chosen, seed=space.seed, dtype=dtype)
+            )
+        if not problems:
+            problems = list(own_code_problems(space, model, steps=steps, device=chosen))
+        if problems:
+            raise InvalidInput(source, problems)
+        config = dataclasses.replace(space.example(), batch_size=max(space.batch_sizes))
+        processes = torch.get_num_threads()
+        return space, LocalExecutor(workload, config, device=chosen, dtype=dtype, rows=rows, processes=processes)
 
 
 def _prepare_loop(

@@ -333,6 +333,8 @@ def _which_alone(space: SearchSpace, executor: LocalExecutor) -> str:
     if len(plain) == len(sized):
         return f", each alone, since {why}"
     words = f", those of batch_size {' and '.join(plain)} each alone, since {why}" if plain else ""
+    if executor.eager_because is not None:
+        words += f", operation by operation, since {executor.eager_because}"
     alone = [name for name in space.optimizers if not has_rule(optimizer_class(name))]
     alone += filter(is_own, space.schedulers)
     return words + (f", those of {' and '.join(alone)} each alone" if alone else "")

@@ -178,8 +178,9 @@ def _floats(values: Sequence[Any]) -> list[float]:
 
 def _accuracies(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return each row's accuracy (row,), from outputs (row, sample, class) and targets (sample,)."""
-    if len(outputs) == 1:
-        return accuracy(outputs[0], targets).unsqueeze(0)
+    if outputs.shape[1:-1] == targets.shape:  # as `accuracy`, without the time that `vmap` takes
+        hits = (outputs.argmax(dim=-1) == targets).flatten(1)
+        return hits.to(torch.float32 if hits.device.type == "mps" else torch.float64).mean(dim=1)
     values: Tensor = vmap(accuracy, in_dims=(0, None))(outputs, targets)
     return values
 

@@ -25,11 +25,13 @@ from pipeline.space.placement import Placement, PlacementRules, matrix_key
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import Map, Stepwise, TrialGroup, train_epoch_together, trial_error
 from pipeline.training.loops import LoopTrial, ask
+from pipeline.training.offload import OffloadedTrials, released
 from pipeline.training.placement import Shard, describe, place, why_plain
 from pipeline.training.plain import PlainTrials
 from pipeline.training.precision import precision
 from pipeline.training.process import ProcessDied, RemoteTrials, TrainingProcess, can_fork
 from pipeline.training.replay import ReplayedTrial
+from pipeline.training.rows.captured import capture_on
 from pipeline.training.rows.measure import Finding
 from pipeline.training.rows.probe import probe
 from pipeline.training.rows.trainer import FusedTrials
@@ -82,6 +84,8 @@ class LocalExecutor:
         self._processes: list[TrainingProcess] = []
         self._tried_rows = Counter[int]()
         """Batch size to the rows of the largest matrix for which `try_memory` succeeded."""
+        self._offloads = False
+        """Whether plain trials are on the device one at a time, because memory ran out with all of a group."""
         on_cpu = device.type == "cpu"
         self._forks = on_cpu and can_fork() and not is_streamed(self.workload)
         self.rules = PlacementRules(
@@ -159,6 +163,11 @@ class LocalExecutor:
         """Divide running trials into shards."""
         return place(configs, self.rules)
 
+    @property
+    def eager_because(self) -> str | None:
+        """Why rows like the probed config train operation by operation on a CUDA device; None if they do not."""
+        return self._probed(self._config).eager_because
+
     def describe(self, configs: Mapping[int, TrialConfig]) -> str:
         """Return how trials are placed, for people: `rows 4 + 4, plain 1`."""
         for config in configs.values():
@@ -166,16 +175,22 @@ class LocalExecutor:
         return describe(self.place(configs))
 
     def lower_row_limit(self, rows: int) -> None:
-        """Lower the row limit to half of `rows`, which did not fit into memory.
+        """Lower the row limit to half of `rows`, which did not fit into memory; instead of 1, offload plain trials.
 
         Raises:
-            PipelineError: A single row did not fit.
+            PipelineError: A single trial did not fit.
         """
-        if rows == 1:
+        if rows > 1:
+            self.rules = dataclasses.replace(self.rules, row_limit=-(-rows // 2))
+        elif not self.offload():
             raise PipelineError(f"{self.device}: no memory is left for even one trial")
-        self.rules = dataclasses.replace(self.rules, row_limit=-(-rows // 2))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        released()
+
+    def offload(self) -> bool:
+        """Keep plain trials on the device one at a time from now on; return whether this is a change."""
+        changes = not (self._offloads or self.device.type == "cpu" or isinstance(self.workload, Loop))
+        self._offloads = self._offloads or changes
+        return changes
 
     def start_processes(self, shards: int) -> int:
         """Start the processes that a number of shards needs; return the number of processes, this one included."""
@@ -202,6 +217,8 @@ class LocalExecutor:
         if 0 < process <= len(self._processes):
             with contextlib.suppress(ProcessDied):
                 return self._processes[process - 1].build(configs, plain=plain)
+        if plain and self._offloads:
+            return OffloadedTrials(configs, lambda configs: cast(PlainTrials, self.build_here(configs, True)))
         trainer = self.build_here(configs, plain)
         size = _batch_size(trainer)
         if self.device.type != "cpu" and isinstance(trainer, FusedTrials) and len(configs) > self._tried_rows[size]:
@@ -218,13 +235,15 @@ class LocalExecutor:
         options |= {"draws": self._draws, "output_size": self._output_size}
         if plain:
             return PlainTrials(configs, self.workload, unsaved=self._unsaved, **options)
-        return FusedTrials(configs, self.workload, **options)
+        finding = self._probed(next(iter(configs.values())))
+        capture = capture_on(self.device) if finding.eager_because is None else None
+        return FusedTrials(configs, self.workload, capture=capture, **options)
 
     def train(
         self, trainers: Sequence[ShardTrainer], *, average: bool = False
     ) -> list[dict[int, EpochMetrics] | Exception]:
         """Train shards for an epoch, at the same time where possible; return the metrics or the exception of each."""
-        if is_streamed(self.workload) and len(trainers) > 1:
+        if is_streamed(self.workload) and len(trainers) > 1 and not self._offloads:
             return self._train_streamed(trainers, average=average)
         queues: dict[int, list[ShardTrainer]] = {}
         for index, trainer in enumerate(trainers):

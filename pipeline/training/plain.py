@@ -308,6 +308,7 @@ class PlainTrial:
         metrics = {"train/loss": mean_loss(losses, record.sizes), **self.evaluation.results("val")[0]}
         accumulate = self.config.accumulate
         diverged = why_diverged(losses, metrics, first_step=first, accumulate=accumulate, epoch=self.epoch)
+        self.strategy.zero_grad()  # gradients would take memory while the other trials of the group train
         if diverged is None:
             self.strategy.end_epoch(metrics)
         averaged = {} if self.mean is None else self.mean.evaluation.results("val")[0]

@@ -29,25 +29,30 @@ def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) ->
         threads: Number of threads on a CPU; the rounding of a sum depends on it.
     """
     threads_before = torch.get_num_threads()
-    products = [product.fp32_precision for product in PRODUCTS]
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
+    on_cuda = device.type == "cuda"
     try:
         if device.type == "cpu":
             torch.set_num_threads(threads)
-        if device.type == "cuda":
-            _set_products(["tf32" if config.precision == "tf32" else "ieee"] * len(PRODUCTS))
         if config.deterministic:
-            if device.type == "cuda":
+            if on_cuda:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
             torch.use_deterministic_algorithms(True)
+        if config.deterministic or on_cuda:  # to try all algorithms for the convolutions of a matrix takes minutes
             torch.backends.cudnn.benchmark = False
-        yield
+        with current(device), _products_in_tf32(config.precision == "tf32") if on_cuda else contextlib.nullcontext():
+            yield
     finally:
         torch.set_num_threads(threads_before)
-        _set_products(products)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.cudnn.benchmark = benchmark
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a CUDA device that is there is the current one: pinned memory and streams are of it."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if there else contextlib.nullcontext()
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -61,6 +66,32 @@ def current_settings(device: torch.device) -> dict[str, Any]:
         return {"threads": torch.get_num_threads(), "deterministic": torch.are_deterministic_algorithms_enabled()}
     cuda_settings = {"fp32_precision": PRODUCTS[0].fp32_precision} if device.type == "cuda" else {}
     return {**cuda_settings, "deterministic": torch.are_deterministic_algorithms_enabled()}
+
+
+@contextlib.contextmanager
+def _products_in_tf32(tf32: bool) -> Iterator[None]:
+    """Set whether products round their factors to tf32, and restore it.
+
+    PyTorch has an older and a newer interface to this, and both are set: where the two disagree, reading the older
+    raises, and a model reads the older by calling `torch.backends.cudnn.flags`.
+    """
+    before = [product.fp32_precision for product in PRODUCTS]
+    older: tuple[str, bool] | None = None
+    with contextlib.suppress(RuntimeError):  # the two disagree already
+        older = torch.get_float32_matmul_precision(), _CUDNN.allow_tf32
+    try:
+        _set_older("high" if tf32 else "highest", tf32)
+        _set_products(["tf32" if tf32 else "ieee"] * len(PRODUCTS))
+        yield
+    finally:
+        if older is not None:
+            _set_older(*older)
+        _set_products(before)
+
+
+def _set_older(matmul: str, convolutions_in_tf32: bool) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    _CUDNN.allow_tf32 = convolutions_in_tf32
 
 
 def _set_products(precisions: list[str]) -> None:

@@ -15,6 +15,7 @@ from pipeline.space.config import TrialConfig
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.contract import GroupLost, ended_by
 from pipeline.training.loops import LoopTrial
+from pipeline.training.offload import OffloadedTrials
 from pipeline.training.placement import Shard, split
 from pipeline.training.plain import PlainTrials
 from pipeline.training.process import ProcessDied, RemoteTrials
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_LOSSES = 4
 """Times that processes may die, or memory run out for one trial, in one epoch before the search stops."""
-ShardTrainer = FusedTrials | PlainTrials | LoopTrial | RemoteTrials
+ShardTrainer = FusedTrials | PlainTrials | OffloadedTrials | LoopTrial | RemoteTrials
 """Trains the rows of one matrix, or one plain trial, in this process or another."""
 States = Mapping[str, Any]
 """Trial number, as text, to the state of its parameters, optimizer and schedule."""
@@ -143,11 +144,12 @@ class ShardedTrials:
                     if shard not in staying:
                         self._trainers.append(self._build(shard, process))
             except torch.OutOfMemoryError:
-                self._take_states(but=())
-                self._executor.lower_row_limit(len(shard.numbers))
+                pass  # until here the traceback keeps tensors alive
             else:
                 self._states = {}
                 return
+            self._take_states(but=())
+            self._executor.lower_row_limit(len(shard.numbers))
 
     def _drop_ended(self) -> None:
         """Have trainers stop the trials that no longer run, and release the trainers that are left with none."""
@@ -181,6 +183,8 @@ class ShardedTrials:
                 f"memory ran out with {max(full)} trials in a matrix; from now on there are at most {limit}"
             )
         error = lost[0][1]
+        if full:
+            self._executor.offload()
         if full or isinstance(error, ProcessDied):
             self._count_loss(error)
         if full or (isinstance(error, ProcessDied) and self._losses[self._epoch] == 1):

@@ -1,4 +1,4 @@
-"""Check that a workload's data, model, loss and metrics fit each other, by trying a few samples on the CPU."""
+"""Check that a workload's data, model, loss and metrics fit each other, by trying a few samples."""
 
 from __future__ import annotations
 
@@ -38,12 +38,21 @@ CLASSES_SHOWN = 5
 
 
 def workload_problems(
-    workload: Workload, *, batch_sizes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32
+    workload: Workload,
+    *,
+    batch_sizes: Sequence[int],
+    device: torch.device,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Problem]:
     """Yield the problems of a workload that `pipeline.workloads.data.to_device` returned.
 
+    The samples are tried on the CPU, where an index out of range raises an error and does not stop the device. Without
+    a problem there, or if the problem is that a tensor is on the device already, they are tried on the device too.
+
     Args:
         workload: A custom workload, or a built-in one with data from files.
+        device: Where trials train.
         batch_sizes: Samples per batch.
         seed: The search's.
         dtype: Type of floating-point data.
@@ -54,13 +63,12 @@ def workload_problems(
     yield from not_finite
     if not_finite:
         return
-    tried = _Tried(_on_cpu(workload, dtype), seed=seed, dtype=dtype)
-    with seeded(seed):
-        problems = (
-            list(order_problems(workload, seed))
-            or tried.problems()
-            or [problem for size in batch_sizes for problem in _last_batch_problems(tried, size, seed)]
-        )
+    problems = list(order_problems(workload, seed))
+    for place in () if problems else dict.fromkeys((CPU, device)):
+        if all(device.type in str(problem) for problem in problems):
+            tried = _Tried(_on(workload, place, dtype), seed=seed, device=place, dtype=dtype)
+            with seeded(seed, place):
+                problems = tried.problems() or list(_last_batch_problems(tried, batch_sizes, seed))
     yield from problems
     if not problems:
         yield from _class_problems(in_memory, tried.outputs)
@@ -75,13 +83,13 @@ def order_problems(workload: Workload, seed: int) -> Iterator[Problem]:
         yield Problem("workload", str(error))
 
 
-def _on_cpu(workload: Workload, dtype: torch.dtype) -> Workload:
-    """Return a workload whose loss and metrics compute on the CPU."""
+def _on(workload: Workload, device: torch.device, dtype: torch.dtype) -> Workload:
+    """Return a workload whose loss and metrics compute on a device."""
     metrics = {
-        name: dataclasses.replace(metric, function=on_device(metric.function, CPU, dtype))
+        name: dataclasses.replace(metric, function=on_device(metric.function, device, dtype))
         for name, metric in workload.metrics.items()
     }
-    return dataclasses.replace(workload, loss=on_device(workload.loss, CPU, dtype), metrics=metrics)
+    return dataclasses.replace(workload, loss=on_device(workload.loss, device, dtype), metrics=metrics)
 
 
 def _not_finite(name: str, split: Split) -> Iterator[Problem]:
@@ -95,12 +103,12 @@ def _not_finite(name: str, split: Split) -> Iterator[Problem]:
 
 
 class _Tried:
-    """A model that is trained and evaluated on a few samples, as trials are, on the CPU."""
+    """A model that is trained and evaluated on a few samples, as trials are."""
 
-    def __init__(self, workload: Workload, *, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, workload: Workload, *, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         self.workload = workload
-        self.dtype = dtype
-        self.model = built_model(workload, seed=seed, device=CPU, dtype=dtype)
+        self.device, self.dtype = device, dtype
+        self.model = built_model(workload, seed=seed, device=device, dtype=dtype)
         self.outputs: Any = None
         """Outputs of the last batch."""
 
@@ -112,9 +120,9 @@ class _Tried:
             ]
         for name in ("train", "val"):
             try:
-                batch = _extremes(self.workload, name)
+                batch = _extremes(self.workload, name, self.device)
                 if self.workload.collate is not None:
-                    again = _extremes(self.workload, name)
+                    again = _extremes(self.workload, name, self.device)
                     if numbers_of(again.both) != numbers_of(batch.both):
                         raise DataError(f"collate differs when it is called again with the same seed; {DRAW_FROM}")
             except DataError as error:
@@ -201,12 +209,12 @@ def _measured(metric: Metric, outputs: Any, targets: Any) -> Any:
     return accumulating.compute()
 
 
-def _last_batch_problems(tried: _Tried, batch_size: int, seed: int) -> Iterator[Problem]:
+def _last_batch_problems(tried: _Tried, batch_sizes: Sequence[int], seed: int) -> Iterator[Problem]:
     """Yield a problem if the last batch has one sample and the model, with BatchNorm perhaps, cannot train on it."""
     samples, length = samples_of(tried.workload, "train"), epoch_length(tried.workload, seed)
-    if length % batch_size == 1 and length > 1:
+    for batch_size in (size for size in batch_sizes if length % size == 1 and length > 1):
         try:
-            one = first_batch(samples, 1).map(functools.partial(move, device=CPU, dtype=tried.dtype))
+            one = first_batch(samples, 1).map(functools.partial(move, device=tried.device, dtype=tried.dtype))
             one = model_batch(tried.workload, one, tried.dtype)
         except DataError as error:
             message = f"{batch_size} leaves one of {length} samples for the last batch, and {error}"
@@ -265,7 +273,7 @@ def _are_labels(outputs: Any, targets: Any) -> bool:
     return whole and targets.ndim == 1 and outputs.ndim == 2 and outputs.shape[1] > 1
 
 
-def _extremes(workload: Workload, name: str) -> Batch:
+def _extremes(workload: Workload, name: str, device: torch.device) -> Batch:
     """Return a few samples; if targets are whole numbers, with a sample of the smallest and of the largest target."""
     samples = samples_of(workload, name)
     samples = samples.read_here() if isinstance(samples, Streamed) else samples
@@ -276,7 +284,7 @@ def _extremes(workload: Workload, name: str) -> Batch:
     elif len(indices) < 2:
         indices *= 2
     (batch,) = samples.batches([torch.tensor(indices)], seed=0)
-    return batch.map(lambda leaf: leaf.to(CPU) if callable(getattr(leaf, "to", None)) else leaf)
+    return batch.map(lambda leaf: leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf)
 
 
 def _attempt(who: str, given: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Problem | None]:

@@ -20,10 +20,9 @@ def seed_global(seed: int, device: torch.device) -> None:
     `torch.manual_seed` also seeds kinds of devices that are absent, and records a traceback for each, which takes
     0.3 ms.
     """
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed_all(seed)
-    elif device.type == "mps":
+    for generator in _generators(device):
+        generator.manual_seed(seed)
+    if device.type == "mps":
         torch.mps.manual_seed(seed)
 
 
@@ -32,6 +31,15 @@ def seed_host(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def _generators(device: torch.device | None) -> list[torch.Generator]:
+    """Return torch's global random generators of the CPU and of a CUDA device."""
+    if device is None or device.type != "cuda":
+        return [torch.default_generator]
+    torch.cuda.init()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
 @contextlib.contextmanager
@@ -44,15 +52,16 @@ def random_states_kept(kinds: Collection[str] = KINDS, device: torch.device | No
     """
     python = random.getstate() if "python" in kinds else None
     numpy = np.random.get_state() if "numpy" in kinds else None
-    on_device = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=on_device, enabled="torch" in kinds):
-        try:
-            yield
-        finally:
-            if python is not None:
-                random.setstate(python)
-            if numpy is not None:
-                np.random.set_state(numpy)
+    generators = [(generator, generator.get_state()) for generator in _generators(device) if "torch" in kinds]
+    try:
+        yield
+    finally:
+        for generator, state in generators:
+            generator.set_state(state)
+        if python is not None:
+            random.setstate(python)
+        if numpy is not None:
+            np.random.set_state(numpy)
 
 
 @contextlib.contextmanager

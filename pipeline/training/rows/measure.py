@@ -48,6 +48,8 @@ class Finding:
     """The count of numbers in the model's outputs for one sample."""
     trial_bytes: int
     """Approximate memory of a trial in a training step, in bytes; 0: not known."""
+    eager_because: str | None = None
+    """Why rows train operation by operation on a device that could run a step as a whole; None if they do not."""
 
     def without_rows(self, why: str) -> Finding:
         """Return the finding for a model that cannot be rows."""

@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
 from pipeline.training.pooling import Pooling
+from pipeline.training.rows.operations import operations_of_rows
 from pipeline.workloads.trees import map_tensors, with_tensors
 from pipeline.workloads.trees import tensors as tensors_of
 
@@ -26,10 +28,12 @@ class RowModel:
         model: Computes with the tensors of rows in place of its own parameters and buffers.
         names: Parameters and buffers that differ between rows; rows share the others.
         pooling: Context of forward passes.
+        device: Where the model computes.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str], pooling: Pooling) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str], pooling: Pooling, device: torch.device) -> None:
         self._model = model
+        self._device = device
         self._slots = [slot for slot in _slots(model) if slot[2] in names]
         self._pooling = pooling
 
@@ -53,7 +57,8 @@ class RowModel:
         trees = []
 
         def one(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            trees.append(self._compute(function, {**parameters, **buffers}))
+            with operations_of_rows(self._device):
+                trees.append(self._compute(function, {**parameters, **buffers}))
             return tuple(tensors_of(trees[0]))
 
         values = vmap(one, randomness="same")(parameters, buffers)

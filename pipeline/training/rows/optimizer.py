@@ -19,18 +19,8 @@ CLIP_EPS = 1e-6
 """Added to a norm before dividing, as in `torch.nn.utils.clip_grad_norm_`."""
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The coefficients of an epoch of a block, on the device; see `Coefficients`."""
-
-    rate: Tensor
-    """(step, group, row, 1)"""
-    direction: Tensor
-    """(step, coefficient, row, 1)"""
-    l2: Tensor | None
-    """(step, group, row, 1)"""
-    shrink: Tensor | None
-    """(step, group, row, 1)"""
+Shapes = tuple[tuple[tuple[str, torch.Size], ...], ...]
+"""For each block, names of fields of `Coefficients` and their shapes in one step."""
 
 
 @dataclass
@@ -78,7 +68,10 @@ class MatrixOptimizer:
         limits = [math.inf if config.clip_grad_norm is None else config.clip_grad_norm for config in configs.values()]
         self._clips = any(map(math.isfinite, limits))
         self._norm_limits = torch.tensor(limits, device=self._device, dtype=self._dtype).unsqueeze(1)
-        self._plans: list[_Plan] = []
+        self.shapes: Shapes = ()
+        """What a step's coefficients consist of, in the planned epoch."""
+        self._table = self._norm_limits
+        """The coefficients of the planned epoch (step, coefficient), on the device."""
 
     def plan_epoch(self) -> dict[int, dict[str, list[float]]]:
         """Read the rates of a whole epoch from every trial's schedulers, and compute the coefficients.
@@ -90,14 +83,14 @@ class MatrixOptimizer:
         settings = {number: list(self._settings(strategy)) for number, strategy in self._strategies.items()}
         numbers = torch.arange(self._steps + 1, self._steps + steps + 1, dtype=torch.float64).view(-1, 1, 1)
         names, members = list(self._groups), list(settings)
-        self._plans = []
+        plans: list[dict[str, Tensor]] = []
         for block in self._blocks:
             rows = [settings[number] for number in members[block.rows]]
-            hyper = {
-                name: torch.stack([_table(row, name, names).expand(steps, -1) for row in rows], dim=1)
-                for name in rows[0][0][names[0]]
-            }
-            self._plans.append(self._to_plan(block.rule.coefficients(hyper, numbers, block.carry)))
+            hyper = {name: _table(rows, name, names, steps) for name in rows[0][0][names[0]]}
+            plans.append(_plan(block.rule.coefficients(hyper, numbers, block.carry)))
+        self.shapes = tuple(tuple((name, values.shape[1:]) for name, values in plan.items()) for plan in plans)
+        table = torch.cat([values.flatten(1) for plan in plans for values in plan.values()], dim=1)
+        self._table = table.to(self._dtype).to(self._device, non_blocking=True)
         self._steps += steps
         recorded = {name: group.name for name, group in self._strategies[members[0]].torch_groups.items()}
         return {
@@ -105,14 +98,18 @@ class MatrixOptimizer:
             for number, row in settings.items()
         }
 
+    def coefficients(self, step: int) -> Tensor:
+        """Return the coefficients (coefficient,) of a step of the planned epoch, counted from 0."""
+        return self._table[step]
+
     @torch.no_grad()
-    def update(self, matrix: Tensor, gradients: Tensor, *, step: int) -> None:
+    def update(self, matrix: Tensor, gradients: Tensor, coefficients: Tensor) -> None:
         """Update every row in place.
 
         Args:
             matrix: (row, parameter)
             gradients: (row, parameter); overwritten.
-            step: Number of the step in the planned epoch, counted from 0.
+            coefficients: Of the step, (coefficient,).
         """
         groups = self._groups.values()
         if self._clips:
@@ -120,16 +117,18 @@ class MatrixOptimizer:
             factors = (self._norm_limits / (norms + CLIP_EPS)).clamp_(max=1.0)
             # Without a limit the factor is inf / norm, which is NaN if the norm overflows.
             gradients.mul_(factors.masked_fill_(self._norm_limits.isinf(), 1.0))
-        for block, plan in zip(self._blocks, self._plans, strict=True):
+        parts = iter(coefficients.split([shape.numel() for shapes in self.shapes for _, shape in shapes]))
+        for block, shapes in zip(self._blocks, self.shapes, strict=True):
             p, g = matrix[block.rows], gradients[block.rows]
-            if plan.l2 is not None:
-                for columns, l2 in zip(groups, plan.l2[step], strict=True):
+            plan = {name: next(parts).view(shape).unbind() for name, shape in shapes}
+            if "l2" in plan:
+                for columns, l2 in zip(groups, plan["l2"], strict=True):
                     g[:, columns].addcmul_(p[:, columns], l2)
-            direction = block.rule.direction(g, block.states, plan.direction[step].unbind())
-            if plan.shrink is not None:
-                for columns, shrink in zip(groups, plan.shrink[step], strict=True):
+            direction = block.rule.direction(g, block.states, plan["direction"])
+            if "shrink" in plan:
+                for columns, shrink in zip(groups, plan["shrink"], strict=True):
                     p[:, columns].mul_(shrink)
-            for columns, rate in zip(groups, plan.rate[step], strict=True):
+            for columns, rate in zip(groups, plan["rate"], strict=True):
                 p[:, columns].addcmul_(direction[:, columns], rate, value=-1)
 
     def end_epoch(self, number: int, metrics: Mapping[str, float]) -> None:
@@ -195,19 +194,17 @@ class MatrixOptimizer:
                 for scheduler in strategy.schedulers:
                     scheduler.step()
 
-    def _to_plan(self, coefficients: Coefficients) -> _Plan:
-        def columns(values: Tensor) -> Tensor:
-            on_host = values.permute(0, 2, 1).unsqueeze(-1).to(self._dtype).contiguous()
-            return on_host.to(self._device, non_blocking=True)
 
-        rate, l2, shrink = coefficients.rate, coefficients.l2, coefficients.shrink
-        direction = [values[:, :, 0].expand(rate.shape[:2]) for values in coefficients.direction]  # equal in all groups
-        return _Plan(
-            rate=columns(rate),
-            direction=columns(torch.stack(direction, dim=-1) if direction else rate[:, :, :0]),
-            l2=columns(l2) if l2 is not None and bool(l2.any()) else None,
-            shrink=columns(shrink) if shrink is not None and bool((shrink != 1).any()) else None,
-        )
+def _plan(coefficients: Coefficients) -> dict[str, Tensor]:
+    """Return the coefficients of an epoch of a block, each (step, group or coefficient, row, 1), on the CPU."""
+    rate, l2, shrink = coefficients.rate, coefficients.l2, coefficients.shrink
+    direction = [values[:, :, 0].expand(rate.shape[:2]) for values in coefficients.direction]  # equal in all groups
+    plan = {"rate": rate, "direction": torch.stack(direction, dim=-1) if direction else rate[:, :, :0]}
+    if l2 is not None and bool(l2.any()):
+        plan["l2"] = l2
+    if shrink is not None and bool((shrink != 1).any()):
+        plan["shrink"] = shrink
+    return {name: values.permute(0, 2, 1).unsqueeze(-1) for name, values in plan.items()}
 
 
 def row_order(configs: Mapping[int, TrialConfig]) -> dict[int, TrialConfig]:
@@ -237,9 +234,13 @@ def _each_step(settings: list[dict[str, dict[str, float]]], steps: int) -> list[
     return settings if len(settings) == steps else settings * steps
 
 
-def _table(settings: Sequence[Mapping[str, Mapping[str, float]]], name: str, groups: Sequence[str]) -> Tensor:
-    """Return one hyperparameter of one trial as (step, group), float64."""
-    return torch.tensor([[values[group][name] for group in groups] for values in settings], dtype=torch.float64)
+def _table(rows: Sequence[list[dict[str, dict[str, float]]]], name: str, groups: Sequence[str], steps: int) -> Tensor:
+    """Return a hyperparameter of some rows as (step, row, group), float64."""
+    if all(len(row) == 1 for row in rows):
+        steady = [[row[0][group][name] for group in groups] for row in rows]
+        return torch.tensor(steady, dtype=torch.float64).expand(steps, -1, -1)
+    values = [[[at[group][name] for group in groups] for at in _each_step(row, steps)] for row in rows]
+    return torch.tensor(values, dtype=torch.float64).transpose(0, 1)
 
 
 def _numbers(group: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, float]:

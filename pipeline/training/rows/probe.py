@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from pipeline.space.optimizers import SGD
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.plain import PlainTrials
+from pipeline.training.rows.captured import capture_on
 from pipeline.training.rows.measure import BATCH, Finding, measure_step
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.build import built_model
@@ -25,7 +27,9 @@ from pipeline.workloads.random_state import random_states_kept
 from pipeline.workloads.streamed import Streamed
 from pipeline.workloads.workload import Workload
 
-SAMPLES = 32
+SAMPLES = {"cuda": 48}
+"""Kind of device to the number of samples; of other kinds 32. On CUDA the second step is captured, and the third runs
+as captured."""
 BASE_LRS = {0: 0.01, 1: 0.02}
 """Trial number to `base_lr`: two rows that differ."""
 TOLERANCE = {"fp64": 0.01, "fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
@@ -52,7 +56,7 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
 def _find(workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype) -> Finding:
     tolerance = TOLERANCE[config.precision]
     workload = to_device(workload, device=device, dtype=dtype)
-    small = _with_samples(workload, SAMPLES)
+    small = _with_samples(workload, SAMPLES.get(device.type, 2 * BATCH))
     configs = _configs(dataclasses.replace(config, batch_size=min(config.batch_size, BATCH)))
     with random_states_kept(device=device):
         finding = measure_step(small, config, device, dtype)
@@ -66,7 +70,7 @@ def _find(workload: Workload, config: TrialConfig, device: torch.device, dtype: 
         if finding.plain_because:
             return finding
         try:
-            fused = _train(FusedTrials, configs, small, device, dtype)
+            rows = fused = _train(FusedTrials, configs, small, device, dtype)
             same = _same(fused, plain, tolerance)
             if not same and dtype != torch.float64:
                 # After many layers such as ReLU, rounding in float32 alone may exceed the tolerance, in float64 not.
@@ -76,7 +80,18 @@ def _find(workload: Workload, config: TrialConfig, device: torch.device, dtype: 
                 same = _same(fused, plain, tolerance)
         except (Exception, SystemExit) as error:  # a model may raise anything
             return finding.without_rows(_missing_vmap_rule(error) or f"{type(error).__name__}, {first_line(error)}")
-        return finding if same else finding.without_rows("as rows it trains to other numbers")
+        if not same:
+            return finding.without_rows("as rows it trains to other numbers")
+        if (capture := capture_on(device)) is None:
+            return finding
+        try:
+            captured = _train(functools.partial(FusedTrials, capture=capture), configs, small, device, dtype)
+            eager_because = captured.eager_because
+            if eager_because is None and not _same(captured, rows, tolerance):
+                eager_because = "its captured steps train to other numbers"
+        except Exception as error:
+            eager_because = f"{type(error).__name__}, {first_line(error)}"
+        return dataclasses.replace(finding, eager_because=eager_because)
 
 
 def _missing_vmap_rule(error: BaseException) -> str | None:
@@ -96,19 +111,22 @@ class _Trained:
     metrics: Mapping[int, EpochMetrics]
     states: Mapping[int, Mapping[str, Tensor]]
     """Model state of each trial that finished the epoch."""
+    eager_because: str | None = None
+    """As `FusedTrials.eager_because`."""
 
 
 def _train(
-    cls: type[FusedTrials | PlainTrials],
+    build: Callable[..., FusedTrials | PlainTrials],
     configs: Mapping[int, TrialConfig],
     workload: Workload,
     device: torch.device,
     dtype: torch.dtype,
 ) -> _Trained:
-    group = cls(configs, workload, device=device, dtype=dtype)
+    group = build(configs, workload, device=device, dtype=dtype)
     start, metrics = group.model_state(0), group.train_epoch()
     names = frozenset(name for name, _ in built_model(workload, seed=0, device=device, dtype=dtype).named_parameters())
-    return _Trained(start, names, metrics, {n: group.model_state(n) for n, epoch in metrics.items() if epoch.finished})
+    states = {number: group.model_state(number) for number, epoch in metrics.items() if epoch.finished}
+    return _Trained(start, names, metrics, states, group.eager_because if isinstance(group, FusedTrials) else None)
 
 
 def _same(fused: _Trained, plain: _Trained, tolerance: float) -> bool:

@@ -7,6 +7,7 @@ placeholder parameters.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from pipeline.training.epoch import (
 )
 from pipeline.training.evaluation import Evaluation, MeanWeights
 from pipeline.training.pooling import Pooling
+from pipeline.training.rows.captured import Capture, Captured
 from pipeline.training.rows.layout import lay_out
 from pipeline.training.rows.model import RowModel
 from pipeline.training.rows.optimizer import MatrixOptimizer, row_order
@@ -62,6 +64,7 @@ class FusedTrials:
     Args:
         configs: Trial number to config; every optimizer has an update rule.
         workload, device, dtype, draws, output_size: As `PlainTrials` takes them.
+        capture: Captures steps, so that a device runs a step as a whole; None: steps run operation by operation.
     """
 
     plain = False
@@ -76,6 +79,7 @@ class FusedTrials:
         dtype: torch.dtype = torch.float32,
         draws: Collection[str] = KINDS,
         output_size: int = 0,
+        capture: Capture | None = None,
     ) -> None:
         self._draws = {*draws, "torch"}  # seeding torch costs little, and a model may draw later than the probe looked
         self._output_size = output_size
@@ -99,7 +103,7 @@ class FusedTrials:
             name: b.detach().unsqueeze(0).repeat(rows, *[1] * b.ndim) for name, b in self._model.named_buffers()
         }
         self._each_row = RowModel(
-            self._model, {*trained, *self._buffers}, Pooling(device, channels_last=self._config.channels_last)
+            self._model, {*trained, *self._buffers}, Pooling(device, channels_last=self._config.channels_last), device
         )
         self._accumulation = Accumulation(
             self._config.accumulate, self._config.batch_size, epoch_length(workload, self._config.seed)
@@ -120,6 +124,12 @@ class FusedTrials:
             steps_per_epoch=self._accumulation.steps,
             directions=workload.directions,
         )
+        self._training, self._evaluating = Captured(device, capture), Captured(device, capture)
+
+    @property
+    def eager_because(self) -> str | None:
+        """Why steps run operation by operation although they were to be captured; None if they do not."""
+        return self._training.eager_because or self._evaluating.eager_because
 
     def try_memory(self) -> None:
         """Compute a training and an evaluation batch; the state of the group does not change.
@@ -130,7 +140,8 @@ class FusedTrials:
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         train, val = (samples_of(self._workload, name) for name in ("train", "val"))
         batch = model_batch(self._workload, first_batch(train, self._config.batch_size), self._dtype)
-        _, gradients = self.gradients(batch)
+        with self._seeded("step", 0):
+            _, gradients = self.gradients(batch)
         _temporaries = [torch.empty_like(gradients) for _ in range(3)]  # an update allocates two, a mean one
         size = evaluation_batch_size(val, self._config, output_size=self._output_size)
         self.evaluate_step(model_batch(self._workload, first_batch(val, size), self._dtype))
@@ -160,41 +171,63 @@ class FusedTrials:
 
     def train_step(self, batch: Batch) -> None:
         """Update every row on one batch."""
-        self.update(*self.gradients(batch), samples=batch.size)
+        number, accumulate = len(self._record.sizes), self._config.accumulate
+        coefficients = self._optimizer.coefficients(number) if accumulate == 1 else None
+        arguments = (batch.inputs, None if batch.targets is batch.inputs else batch.targets, coefficients)
+        with self._seeded("step", number):
+            losses, gradients = self._training(self._train_on, arguments, key=self._optimizer.shapes)
+        if accumulate > 1:
+            self._accumulate(gradients, number)
+        if self._accumulation.ends(number):
+            self._average()
+        self._record.losses.append(noted(losses))
+        self._record.sizes.append(batch.size)
+
+    def _train_on(self, arguments: tuple[Any, Any, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Update every row on (inputs, targets, coefficients); return the losses (row,).
+
+        Without targets the inputs are the targets. Without coefficients no row is updated, and the gradients
+        (row, parameter) are returned too.
+        """
+        inputs, targets, coefficients = arguments
+        losses, gradients = self.gradients(Batch(inputs, inputs if targets is None else targets, 0))
+        if coefficients is None:
+            return losses, gradients
+        self._optimizer.update(self._matrix, gradients, coefficients)
+        return losses, None
 
     def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return each row's loss (row,) and gradients (row, parameter) on the next batch of the epoch.
+        """Return each row's loss (row,) and gradients (row, parameter) on a batch.
 
         Raises:
             RuntimeError: The loss does not depend on a parameter. PyTorch's optimizers skip such a parameter, without
                 weight decay and without counting the step, which a row cannot do.
         """
         parameters = {name: p.detach().requires_grad_() for name, p in self._layout.views(self._matrix).items()}
-        step = len(self._record.sizes)
-        with seeded_step(self._draws, self._device, self._config.seed, "step", self._epoch, step):
-            with autocast(self._config, self._device):
-                losses, _ = self._losses(batch, parameters)
-            gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        with autocast(self._config, self._device):
+            losses, _ = self._losses(batch, parameters)
+        gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
         if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
             raise RuntimeError(f"the loss does not depend on {', '.join(unused)}")
         return losses.detach(), torch.cat([gradient.reshape(len(losses), -1) for gradient in gradients], dim=1)
 
-    def update(self, losses: Tensor, gradients: Tensor, *, samples: int) -> None:
-        """Update every row by its gradients (row, parameter), which are overwritten; record the losses (row,)."""
-        number, accumulate = len(self._record.sizes), self._config.accumulate
-        if accumulate > 1:
-            gradients.mul_(self._accumulation.share(number))
-            gradients = gradients if self._accumulated is None else self._accumulated.add_(gradients)
-            self._accumulated = None if self._accumulation.ends(number) else gradients
+    def _accumulate(self, gradients: Tensor, number: int) -> None:
+        """Add the gradients of a batch, which are overwritten, and update every row after the last batch of a step."""
+        gradients.mul_(self._accumulation.share(number))
+        gradients = gradients if self._accumulated is None else self._accumulated.add_(gradients)
+        self._accumulated = None if self._accumulation.ends(number) else gradients
         if self._accumulation.ends(number):
-            self._optimizer.update(self._matrix, gradients, step=number // accumulate)
-            self._average()
-            if self._mean is not None:
-                self._mean.add([self._matrix])
-        self._record.losses.append(noted(losses))
-        self._record.sizes.append(samples)
+            step = number // self._config.accumulate
+            self._optimizer.update(self._matrix, gradients, self._optimizer.coefficients(step))
+
+    def _seeded(self, purpose: str, number: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context that seeds random states for a step or an evaluated batch of the present epoch."""
+        return seeded_step(self._draws, self._device, self._config.seed, purpose, self._epoch, number)
 
     def _average(self) -> None:
+        """Add the weights after a step to the averages that there are."""
+        if self._mean is not None:
+            self._mean.add([self._matrix])
         if self._config.ema is None:
             return
         if self._averages is None:
@@ -216,10 +249,16 @@ class FusedTrials:
 
     def _evaluate(self, batch: Batch, matrix: Tensor, evaluation: Evaluation) -> None:
         self._model.eval()
-        parameters = self._layout.views(matrix)
-        with seeded_step(self._draws, self._device, self._config.seed, "evaluation", self._epoch, evaluation.batches):
-            losses, outputs = self._losses(batch, parameters, evaluating=True)
+        arguments = (batch.inputs, None if batch.targets is batch.inputs else batch.targets, matrix)
+        with self._seeded("evaluation", evaluation.batches):
+            losses, outputs = self._evaluating(self._evaluate_on, arguments)
             evaluation.add(losses, outputs, batch.targets, size=batch.size)
+
+    def _evaluate_on(self, arguments: tuple[Any, Any, Tensor]) -> tuple[Tensor, Any]:
+        """Return each row's loss (row,) and outputs on (inputs, targets, matrix); see `_train_on`."""
+        inputs, targets, matrix = arguments
+        batch = Batch(inputs, inputs if targets is None else targets, 0)
+        return self._losses(batch, self._layout.views(matrix), evaluating=True)
 
     def end_epoch(self) -> dict[int, EpochMetrics]:
         """Return the epoch's metrics, step the schedules that move every epoch, and remove diverged rows."""
@@ -363,6 +402,8 @@ class FusedTrials:
         self._averages = None if self._averages is None else self._averages[index]
         self._buffers = {name: buffer[index] for name, buffer in self._buffers.items()}
         self._optimizer.keep(staying)
+        self._training.clear()
+        self._evaluating.clear()
         self.configs = {n: c for n, c in self.configs.items() if n in numbers}
 
 
