@@ -273,7 +273,9 @@ def test_a_confirmation_that_is_stopped_after_any_epoch_goes_on_to_the_same_numb
 
 
 class Beside(LocalExecutor):
-    """Trains each epoch of a group at the same time as another worker does."""
+    """Trains an epoch when another worker does too; one after the other, since both use one process's random state."""
+
+    turn = threading.Lock()
 
     def __init__(self, study: Study, barrier: threading.Barrier, trained: list[int]) -> None:
         super().__init__(tiny_workload(), study.space.example(), device=torch.device("cpu"))
@@ -284,9 +286,10 @@ class Beside(LocalExecutor):
         train = group.train_epoch
 
         def train_epoch(*, average: bool = False) -> Mapping[int, EpochMetrics]:
-            self.barrier.wait(timeout=60)
             self.trained.append(min(configs))
-            return train(average=average)
+            self.barrier.wait(timeout=60)
+            with self.turn:
+                return train(average=average)
 
         group.train_epoch = train_epoch  # type: ignore[method-assign]
         return group
