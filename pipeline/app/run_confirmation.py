@@ -52,7 +52,8 @@ def run_confirmation(
         console: Where progress is shown.
     """
     with _Progress(confirmation, console=console) as progress:
-        train_all(_Runs(confirmation, executor, checkpoints, tracker, progress), workers, interrupts.asked)
+        work = _Runs(confirmation, executor, checkpoints, tracker, progress, interrupts)
+        train_all(work, workers, interrupts.asked)
     forget_ended(checkpoints, confirmation)
 
 
@@ -65,12 +66,13 @@ class _Runs:
     checkpoints: Checkpoints
     tracker: TrackerProcess
     progress: _Progress
+    interrupts: Interrupts
     taken: set[int] = field(default_factory=set)
     """Seeds that workers train."""
 
     def next_group(self) -> Proposals:
         """Return the next runs."""
-        return self.owner.next_group()
+        return {} if self.interrupts.reason else self.owner.next_group()
 
     def has_group(self) -> bool:
         """Return whether there is a seed to take."""
@@ -78,7 +80,7 @@ class _Runs:
 
     def take_group(self, *, workers: int, unlocked: Unlocked) -> Proposals:
         """Return runs of a seed that no worker has taken."""
-        proposals = self.owner.next_group(but=self.taken)
+        proposals = {} if self.interrupts.reason else self.owner.next_group(but=self.taken)
         self.taken.update(_seeds(proposals))
         return proposals
 

@@ -146,8 +146,10 @@ def _train(
     training: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> None:
     """Have a worker train group after group, as long as `take` returns one."""
-    while not interrupted() and (proposals := take()):
+    while proposals := take():
         work.train_group(worker, owner, proposals, interrupted=interrupted, training=training)
+        if interrupted():
+            return
 
 
 @dataclass(frozen=True)
