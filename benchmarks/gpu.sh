@@ -80,6 +80,8 @@ chosen memory && step memory 60 'predicted|epoch|rows|memory' \
 
 chosen profile && step profile 60 "$figures" \
   "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" "${profiled[@]}" --json "$OUT/profile.json"
+chosen profile && step profile-eager 60 "$figures" \
+  "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" "${profiled[@]}" --eager --json "$OUT/profile-eager.json"
 chosen profile && step profile-bf16 45 "$figures" \
   "$PYTHON" benchmarks/gpu_profile.py --device "$DEVICE" --precision bf16 "${profiled_bf16[@]}" --json "$OUT/profile-bf16.json"
 

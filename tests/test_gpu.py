@@ -302,12 +302,8 @@ class Waiting(TinyModel):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map inputs (batch, 6) to logits (batch, class)."""
-        assert math.isfinite(float(self.scale.sum()))
+        assert math.isfinite(float(torch.ones(3, device=GPU).sum()))
         return super().forward(inputs)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.ones(3, device=GPU)  # no buffer, so no row of it
 
 
 class Synchronizing(TinyModel):

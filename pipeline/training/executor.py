@@ -175,7 +175,7 @@ class LocalExecutor:
         return describe(self.place(configs))
 
     def lower_row_limit(self, rows: int) -> None:
-        """Lower the row limit to half of `rows`, which did not fit into memory; instead of 1, offload plain trials.
+        """Lower the row limit to half of `rows`, which did not fit into memory; if `rows` is 1, offload plain trials.
 
         Raises:
             PipelineError: A single trial did not fit.
@@ -217,7 +217,7 @@ class LocalExecutor:
         if 0 < process <= len(self._processes):
             with contextlib.suppress(ProcessDied):
                 return self._processes[process - 1].build(configs, plain=plain)
-        if plain and self._offloads:
+        if plain and self._offloads and not self._unsaved:  # a state that is not saved would be trained again
             return OffloadedTrials(configs, lambda configs: cast(PlainTrials, self.build_here(configs, True)))
         trainer = self.build_here(configs, plain)
         size = _batch_size(trainer)

@@ -70,14 +70,14 @@ class OffloadedTrials:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state, and drop the trials that are not in the state."""
         self.configs = {number: config for number, config in self.configs.items() if str(number) in state}
-        self._state = state
+        self._state = _on_cpu(state)
 
     def _on_device(self, use: Callable[[PlainTrials], Value]) -> Value:
-        """Return what a function returns of the trials, which are on the device until then."""
+        """Build the trials on the device, call a function of them, and release them."""
         released()
         trials = self._build(self.configs)
         if self._state is not None:
-            trials.load_state_dict(self._state)
+            trials.load_state_dict(_on_cpu(self._state))
         return use(trials)
 
 
@@ -89,4 +89,5 @@ def released() -> None:
 
 
 def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(map_tensors(lambda tensor: tensor.detach().cpu(), dict(state)))
+    """Return a state whose tensors are copies on the CPU; training changes the tensors of a loaded state in place."""
+    return dict(map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), dict(state)))

@@ -39,7 +39,7 @@ def precision(config: TrialConfig, device: torch.device, *, threads: int = 1) ->
             if on_cuda:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
             torch.use_deterministic_algorithms(True)
-        if config.deterministic or on_cuda:  # to try all algorithms for the convolutions of a matrix takes minutes
+        if config.deterministic or on_cuda:  # trying all algorithms for a matrix takes too long
             torch.backends.cudnn.benchmark = False
         with current(device), _products_in_tf32(config.precision == "tf32") if on_cuda else contextlib.nullcontext():
             yield
@@ -73,7 +73,8 @@ def _products_in_tf32(tf32: bool) -> Iterator[None]:
     """Set whether products round their factors to tf32, and restore it.
 
     PyTorch has an older and a newer interface to this, and both are set: where the two disagree, reading the older
-    raises, and a model reads the older by calling `torch.backends.cudnn.flags`.
+    raises, and a model reads the older by calling `torch.backends.cudnn.flags`. If the two disagreed before, only the
+    newer is restored.
     """
     before = [product.fp32_precision for product in PRODUCTS]
     older: tuple[str, bool] | None = None

@@ -106,7 +106,8 @@ class ShardedTrials:
         if not self._trainers:  # before the first epoch
             self._call(self._arrange)
         trainer = next(trainer for trainer in self._trainers if number in trainer.configs)
-        return self._call(lambda: trainer.model_state(number))
+        with self._executor.precision():  # epochs may be trained again
+            return self._call(lambda: trainer.model_state(number))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every trial, without the placement."""

@@ -65,7 +65,7 @@ def workload_problems(
         return
     problems = list(order_problems(workload, seed))
     for place in () if problems else dict.fromkeys((CPU, device)):
-        if all(device.type in str(problem) for problem in problems):
+        if all(f"{device.type}:" in str(problem) for problem in problems):  # as in: expected cpu, got cuda:0
             tried = _Tried(_on(workload, place, dtype), seed=seed, device=place, dtype=dtype)
             with seeded(seed, place):
                 problems = tried.problems() or list(_last_batch_problems(tried, batch_sizes, seed))

@@ -6,13 +6,13 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,21 @@ MAX_GRAPHS = 8
 
 Function = Callable[[Any], Any]
 """Takes a tree of tensors, and returns one."""
-Capture = Callable[[Callable[[], Any], torch.device], Callable[[], Any]]
-"""Takes a function without arguments, and computes nothing; returns a function that repeats the operations and returns
-their value, in the same tensors each time."""
+
+
+class Capture(Protocol):
+    """Captures the operations of functions on one device."""
+
+    failures: int
+    """The number of captures that have failed; every failure makes the graphs before it useless."""
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Capture the operations of a function; nothing is computed.
+
+        Returns:
+            A function that repeats the operations and returns their value, in the same tensors each time.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,8 @@ class Captured:
     """Calls a function of a tree of tensors; from the second call of each shape on, its operations run as one graph.
 
     The first call of a shape runs as usual, to find out whether the host waits for the device, which a graph cannot do.
-    The function may change other tensors in place. These are part of the graph: call `clear` when they are replaced.
+    The function may read and change other tensors in place, such as parameters: the graph holds their addresses. Call
+    `clear` when such a tensor is replaced.
 
     Args:
         device: Where the function computes.
@@ -51,30 +64,33 @@ class Captured:
     def __init__(self, device: torch.device, capture: Capture | None) -> None:
         self._device = device
         self._capture = capture
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the graphs: tensors that they read or change have been replaced."""
         self._graphs: dict[Hashable, _Graph | None] = {}
         """Shape of the arguments to the graph; None before the second call."""
+        self._failures = 0 if self._capture is None else self._capture.failures
         self.eager_because: str | None = None
-        """Why the function runs operation by operation; None if it does not."""
+        """Why the function runs operation by operation, although it was to be captured; None: it runs as graphs."""
 
     def __call__(self, function: Function, tree: Any, *, key: Hashable = None) -> Any:
         """Return the value of a function, in new tensors.
 
         Args:
-            function: The same in every call; Python runs the function only while it is captured.
+            function: The same in every call. Python runs the function only while it is captured.
             tree: The function's argument; a graph is captured of a tree of nothing but tensors.
-            key: What else the operations depend on.
+            key: What decides the operations besides shapes, strides and types of the tree's tensors.
         """
-        eager = self._capture is None or self.eager_because is not None
-        if eager or not all(isinstance(leaf, Tensor | None) for leaf in leaves(tree)):
+        if self._capture is None or self.eager_because or not all(isinstance(x, Tensor | None) for x in leaves(tree)):
             return function(tree)
+        if self._failures != self._capture.failures:
+            self.clear()
         arguments = tensors(tree)
         shape = (key, *((tensor.shape, tensor.stride(), tensor.dtype) for tensor in arguments))
         if shape not in self._graphs:
-            if len(self._graphs) == MAX_GRAPHS:
-                return function(tree)
-            self._graphs[shape] = None
-            return self._tried(function, tree)
-        graph = self._graphs[shape] or self._captured(function, tree)
+            return self._tried(function, tree, shape)
+        graph = self._graphs[shape] or self._captured(self._capture, function, tree)
         if graph is None:
             return function(tree)
         self._graphs[shape] = graph
@@ -82,88 +98,96 @@ class Captured:
             static.copy_(tensor)
         return map_tensors(torch.clone, graph.replay())
 
-    def clear(self) -> None:
-        """Forget the graphs: tensors that they change have been replaced."""
-        self._graphs = {}
-
-    def _tried(self, function: Function, tree: Any) -> Any:
-        """Return the value of the function, and note whether the host waits for the device or draws random numbers."""
+    def _tried(self, function: Function, tree: Any, shape: Hashable) -> Any:
+        """Return the value of the function, and note whether a graph can be captured."""
+        if len(self._graphs) == MAX_GRAPHS:
+            return function(tree)
         before = torch.get_rng_state()
         with _waits_noted(self._device) as waits:
             value = function(tree)
+        self._graphs[shape] = None
         if waits:
             self.eager_because = "the host waits for the device within a step"
         elif self._device.type != "cpu" and not torch.equal(before, torch.get_rng_state()):
             self.eager_because = "random numbers are drawn on the CPU"
         return value
 
-    def _captured(self, function: Function, tree: Any) -> _Graph | None:
-        assert self._capture is not None
+    def _captured(self, capture: Capture, function: Function, tree: Any) -> _Graph | None:
         try:
             static = map_tensors(torch.clone, tree)
-            replay = self._capture(lambda: function(static), self._device)
+            return _Graph(capture(lambda: function(static)), tensors(static))
         except Exception as error:  # nothing was computed
-            cause = error.__context__ or error  # the end of a capture that has failed raises too
-            self.eager_because = f"{type(cause).__name__}, {first_line(cause)}"
+            self.eager_because = f"{type(error).__name__}, {first_line(error)}"
             return None
-        return _Graph(replay, tensors(static))
-
-
-def capture_graph(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Capture the operations of a function as a CUDA graph; see `Capture`."""
-    if torch.cuda.mem_get_info(device)[0] < torch.cuda.memory_reserved(device):
-        torch.cuda.empty_cache()  # a graph takes memory of its own
-    graph, place = torch.cuda.CUDAGraph(), _place(device)
-    pool, random_state = place.pool(), place.generator.get_state()
-    with torch.cuda.stream(place.stream):
-        graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            value = function()
-        finally:
-            try:
-                graph.capture_end()
-            except Exception:  # PyTorch leaves its random state and its allocator as in a capture
-                place.generator.graphsafe_set_state(torch.Generator(device).set_state(random_state))
-                torch._C._cuda_endAllocateToPool(place.index, pool)
-                torch._C._cuda_releasePool(place.index, pool)
-                raise
-    place.graphs.add(graph)
-
-    def replay() -> Any:
-        graph.replay()
-        return value
-
-    return replay
 
 
 def capture_on(device: torch.device) -> Capture | None:
     """Return what captures steps on a device; None where steps run operation by operation."""
-    return capture_graph if device.type == "cuda" else None
+    return _cuda_graphs(device) if device.type == "cuda" else None
 
 
-class _Place:
-    """Where the graphs of a device are captured. The graphs run one after another and share their memory."""
+class CudaGraphs:
+    """Captures operations on a CUDA device as graphs. The graphs run one after another and share their memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.index: int = torch.cuda.current_device() if device.index is None else device.index
-        self.generator = torch.cuda.default_generators[self.index]
-        self.graphs = weakref.WeakSet[torch.cuda.CUDAGraph]()
+        torch.cuda.init()
+        self.failures = 0
+        self._device = device
+        self._index: int = torch.cuda.current_device() if device.index is None else device.index
+        self._generator = torch.cuda.default_generators[self._index]
+        self._stream = torch.cuda.Stream(device)
+        self._alive = weakref.WeakSet[torch.cuda.CUDAGraph]()
         self._pool: Any = None
 
-    def pool(self) -> Any:
-        """Return the pool of memory of the graphs; a pool ends with its last graph."""
-        if not self.graphs:
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """See `Capture`."""
+        torch.cuda.synchronize(self._device)  # a capture writes the random seed that graphs in the queue may yet read
+        if torch.cuda.mem_get_info(self._device)[0] < torch.cuda.memory_reserved(self._device):
+            torch.cuda.empty_cache()  # a graph takes memory of its own
+        if not self._alive:  # PyTorch gives up a pool of memory with the last graph that uses it
             self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
+        graph, random_state = torch.cuda.CUDAGraph(), self._generator.get_state()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                value = function()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    self._end(graph, random_state)
+                raise
+            self._end(graph, random_state)
+        self._alive.add(graph)
+
+        def replay() -> Any:
+            graph.replay()
+            return value
+
+        return replay
+
+    def _end(self, graph: torch.cuda.CUDAGraph, random_state: Tensor) -> None:
+        """End a capture.
+
+        Raises:
+            RuntimeError: An operation has made the capture invalid.
+        """
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # PyTorch leaves the generator in a capture. With another state, graphs of the former state are useless.
+            self._generator.graphsafe_set_state(torch.Generator(self._device).set_state(random_state))
+            self.failures += 1
+            with contextlib.suppress(RuntimeError):  # torch 2.11 leaves the allocator in a capture too
+                torch._C._cuda_endAllocateToPool(self._index, self._pool)
+                torch._C._cuda_releasePool(self._index, self._pool)
+            raise
 
 
 @functools.cache
-def _place(device: torch.device) -> _Place:
-    return _Place(device)
+def _cuda_graphs(device: torch.device) -> CudaGraphs:
+    return CudaGraphs(device)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _waits_noted(device: torch.device) -> Iterator[list[str]]:
     """Yield a list of the operations for which the host waits for the device."""
     waits: list[str] = []

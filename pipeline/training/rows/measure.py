@@ -22,7 +22,7 @@ from pipeline.training.contract import copied
 from pipeline.workloads.build import built_model, run_model
 from pipeline.workloads.data import first_batch, model_batch, samples_of
 from pipeline.workloads.random_state import KINDS, random_states, seeded
-from pipeline.workloads.trees import tensors
+from pipeline.workloads.trees import leaves, tensors
 from pipeline.workloads.workload import Batch, Workload
 
 PARAMETER_COPIES = 6
@@ -49,7 +49,7 @@ class Finding:
     trial_bytes: int
     """Approximate memory of a trial in a training step, in bytes; 0: not known."""
     eager_because: str | None = None
-    """Why rows train operation by operation on a device that could run a step as a whole; None if they do not."""
+    """Why rows train operation by operation on a device that captures steps; None if their steps are captured."""
 
     def without_rows(self, why: str) -> Finding:
         """Return the finding for a model that cannot be rows."""
@@ -69,6 +69,7 @@ def measure_step(workload: Workload, config: TrialConfig, device: torch.device, 
     attributes = _plain_attributes(model)
     versions = {name: parameter._version for name, parameter in model.named_parameters()}  # counts in-place writes
     draws, written, unsaved, chance, output_size = frozenset(KINDS), None, None, None, 0
+    eager_because, state_of_loss = None, _comparable(vars(workload.loss) if hasattr(workload.loss, "__dict__") else {})
     loss_repeats = True
     with contextlib.suppress(Exception, SystemExit):
         with seeded(0, device):
@@ -91,6 +92,7 @@ def measure_step(workload: Workload, config: TrialConfig, device: torch.device, 
         elif not repeats:
             unsaved = "state is more than parameters and buffers"
         chance = _chance(draws, reads=numbers.found)
+        eager_because = _why_eager(model, workload, state_of_loss)
     if not loss_repeats:
         message = "the loss keeps state, since it gives another value for the same batch; all trials would share it"
         raise InvalidInput("workload", [Problem("workload", f"{message}; keep it in a buffer of the model")])
@@ -101,6 +103,7 @@ def measure_step(workload: Workload, config: TrialConfig, device: torch.device, 
         draws=draws,
         unsaved=unsaved,
         output_size=output_size,
+        eager_because=eager_because,
         trial_bytes=int(saved.bytes * steps) + copies * sum(p.nbytes for p in model.parameters()),
     )
     if unsaved:
@@ -129,6 +132,16 @@ def _chance(draws: Container[str], *, reads: bool) -> str | None:
         if kind in draws:
             return f"random numbers of {library} may choose what a step computes"
     return "a random number that Python reads may choose what a step computes" if reads else None
+
+
+def _why_eager(model: nn.Module, workload: Workload, state_of_loss: Any) -> str | None:
+    """Return why a captured step may go stale: what Python replaces or changes stays as it was captured."""
+    for name, value in _attributes(model).items():
+        if any(isinstance(leaf, Tensor) for leaf in leaves(value)):
+            return f"the model's {name} holds a tensor that is no buffer"
+    if hasattr(workload.loss, "__dict__") and _comparable(vars(workload.loss)) != state_of_loss:
+        return "the loss changes an attribute"
+    return None
 
 
 def _computed_again(
@@ -162,9 +175,14 @@ def _plain_attributes(model: nn.Module) -> dict[str, Any]:
 
 def _held_state(model: nn.Module) -> dict[str, Any]:
     """Return what a model's attributes hold besides parameters and buffers, to be compared."""
+    return {name: _comparable(value) for name, value in _attributes(model).items()}
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Return the attributes of all modules besides parameters, buffers and modules."""
     registered = ("_parameters", "_buffers", "_modules", "training")
     return {
-        f"{prefix}.{name}".lstrip("."): _comparable(value)
+        f"{prefix}.{name}".lstrip("."): value
         for prefix, module in model.named_modules()
         for name, value in vars(module).items()
         if name not in registered

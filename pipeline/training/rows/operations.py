@@ -83,9 +83,10 @@ class _Dropout(_Operation):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], inputs: Tensor, p: float) -> tuple[Tensor, int]:
-        """Multiply every row by the factors of one row, which the kernel draws as for a model alone."""
+        """Drop out of every row what the kernel drops out of a model alone; the kernel draws for one row."""
         inputs = _rows_at(0, inputs, in_dims[0], info.batch_size)
-        return inputs * F.dropout(torch.ones_like(inputs[0]), p), 0
+        kept = F.dropout(torch.ones_like(inputs[0]), p) != 0
+        return inputs * kept * (1 / (1 - p)), 0
 
 
 def _rows_at(axis: int, tensor: Tensor, dim: int | None, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from pipeline.space.optimizers import SGD
 from pipeline.space.schedules import Constant
 from pipeline.space.trial import EpochMetrics
 from pipeline.training.plain import PlainTrials
-from pipeline.training.rows.captured import capture_on
+from pipeline.training.rows.captured import Capture, capture_on
 from pipeline.training.rows.measure import BATCH, Finding, measure_step
 from pipeline.training.rows.trainer import FusedTrials
 from pipeline.workloads.build import built_model
@@ -27,9 +27,9 @@ from pipeline.workloads.random_state import random_states_kept
 from pipeline.workloads.streamed import Streamed
 from pipeline.workloads.workload import Workload
 
-SAMPLES = {"cuda": 48}
-"""Kind of device to the number of samples; of other kinds 32. On CUDA the second step is captured, and the third runs
-as captured."""
+SAMPLES = 32
+CAPTURED_EPOCHS = 3
+"""Epochs of trials whose steps are captured: the second captures every shape, and in the third all steps are graphs."""
 BASE_LRS = {0: 0.01, 1: 0.02}
 """Trial number to `base_lr`: two rows that differ."""
 TOLERANCE = {"fp64": 0.01, "fp32": 0.01, "tf32": 0.05, "bf16": 0.25}
@@ -56,7 +56,7 @@ def probe(workload: Workload, config: TrialConfig, *, device: torch.device, dtyp
 def _find(workload: Workload, config: TrialConfig, device: torch.device, dtype: torch.dtype) -> Finding:
     tolerance = TOLERANCE[config.precision]
     workload = to_device(workload, device=device, dtype=dtype)
-    small = _with_samples(workload, SAMPLES.get(device.type, 2 * BATCH))
+    small = _with_samples(workload, SAMPLES)
     configs = _configs(dataclasses.replace(config, batch_size=min(config.batch_size, BATCH)))
     with random_states_kept(device=device):
         finding = measure_step(small, config, device, dtype)
@@ -70,7 +70,7 @@ def _find(workload: Workload, config: TrialConfig, device: torch.device, dtype: 
         if finding.plain_because:
             return finding
         try:
-            rows = fused = _train(FusedTrials, configs, small, device, dtype)
+            fused = _train(FusedTrials, configs, small, device, dtype)
             same = _same(fused, plain, tolerance)
             if not same and dtype != torch.float64:
                 # After many layers such as ReLU, rounding in float32 alone may exceed the tolerance, in float64 not.
@@ -82,16 +82,32 @@ def _find(workload: Workload, config: TrialConfig, device: torch.device, dtype: 
             return finding.without_rows(_missing_vmap_rule(error) or f"{type(error).__name__}, {first_line(error)}")
         if not same:
             return finding.without_rows("as rows it trains to other numbers")
-        if (capture := capture_on(device)) is None:
-            return finding
-        try:
-            captured = _train(functools.partial(FusedTrials, capture=capture), configs, small, device, dtype)
-            eager_because = captured.eager_because
-            if eager_because is None and not _same(captured, rows, tolerance):
-                eager_because = "its captured steps train to other numbers"
-        except Exception as error:
-            eager_because = f"{type(error).__name__}, {first_line(error)}"
-        return dataclasses.replace(finding, eager_because=eager_because)
+        capture = capture_on(device)
+        if capture is None or finding.eager_because:
+            return dataclasses.replace(finding, eager_because=None) if capture is None else finding
+        return dataclasses.replace(finding, eager_because=_why_eager(capture, configs, small, device, dtype, tolerance))
+
+
+def _why_eager(
+    capture: Capture,
+    configs: Mapping[int, TrialConfig],
+    workload: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> str | None:
+    """Return why steps are not captured; None if captured steps train to the numbers of other steps."""
+    try:
+        eager, captured = (
+            _train(
+                functools.partial(FusedTrials, capture=used), configs, workload, device, dtype, epochs=CAPTURED_EPOCHS
+            )
+            for used in (None, capture)
+        )
+        same = _same(captured, eager, tolerance)
+    except Exception as error:  # a model may raise anything
+        return f"{type(error).__name__}, {first_line(error)}"
+    return captured.eager_because or (None if same else "its captured steps train to other numbers")
 
 
 def _missing_vmap_rule(error: BaseException) -> str | None:
@@ -102,7 +118,7 @@ def _missing_vmap_rule(error: BaseException) -> str | None:
 
 @dataclass(frozen=True)
 class _Trained:
-    """The result of training some trials for an epoch."""
+    """The result of training some trials."""
 
     start: Mapping[str, Tensor]
     """Initial model state, the same for every trial."""
@@ -110,9 +126,9 @@ class _Trained:
     """Names of the parameters in a model state; the others are buffers."""
     metrics: Mapping[int, EpochMetrics]
     states: Mapping[int, Mapping[str, Tensor]]
-    """Model state of each trial that finished the epoch."""
+    """Model state of each trial that finished the last epoch."""
     eager_because: str | None = None
-    """As `FusedTrials.eager_because`."""
+    """Why no step was captured; see `FusedTrials.eager_because`."""
 
 
 def _train(
@@ -121,9 +137,12 @@ def _train(
     workload: Workload,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    epochs: int = 1,
 ) -> _Trained:
     group = build(configs, workload, device=device, dtype=dtype)
-    start, metrics = group.model_state(0), group.train_epoch()
+    start = group.model_state(0)
+    metrics = [group.train_epoch() for _ in range(epochs)][-1]
     names = frozenset(name for name, _ in built_model(workload, seed=0, device=device, dtype=dtype).named_parameters())
     states = {number: group.model_state(number) for number, epoch in metrics.items() if epoch.finished}
     return _Trained(start, names, metrics, states, group.eager_because if isinstance(group, FusedTrials) else None)

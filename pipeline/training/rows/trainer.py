@@ -8,6 +8,7 @@ placeholder parameters.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from pipeline.space.config import TrialConfig
 from pipeline.space.placement import Placement
 from pipeline.space.trial import EpochMetrics
-from pipeline.training.contract import Batches, copied, train_epoch_of
+from pipeline.training.contract import Batches, train_epoch_of
 from pipeline.training.epoch import (
     Accumulation,
     Record,
@@ -50,6 +51,7 @@ from pipeline.workloads.data import (
     training_batches,
 )
 from pipeline.workloads.random_state import KINDS
+from pipeline.workloads.trees import map_tensors
 from pipeline.workloads.workload import Batch, Workload
 
 IGNORED = -100
@@ -128,7 +130,7 @@ class FusedTrials:
 
     @property
     def eager_because(self) -> str | None:
-        """Why steps run operation by operation although they were to be captured; None if they do not."""
+        """Why steps run operation by operation although they were to be captured; None: they run as graphs."""
         return self._training.eager_because or self._evaluating.eager_because
 
     def try_memory(self) -> None:
@@ -146,6 +148,7 @@ class FusedTrials:
         size = evaluation_batch_size(val, self._config, output_size=self._output_size)
         self.evaluate_step(model_batch(self._workload, first_batch(val, size), self._dtype))
         self._record, self._buffers = Record(), buffers
+        self._evaluating.clear()
         self._evaluation = Evaluation(self._workload, len(self.configs))
 
     def train_epoch(self, *, average: bool = False) -> dict[int, EpochMetrics]:
@@ -175,7 +178,8 @@ class FusedTrials:
         coefficients = self._optimizer.coefficients(number) if accumulate == 1 else None
         arguments = (batch.inputs, None if batch.targets is batch.inputs else batch.targets, coefficients)
         with self._seeded("step", number):
-            losses, gradients = self._training(self._train_on, arguments, key=self._optimizer.shapes)
+            key = None if coefficients is None else self._optimizer.shapes
+            losses, gradients = self._training(self._train_on, arguments, key=key)
         if accumulate > 1:
             self._accumulate(gradients, number)
         if self._accumulation.ends(number):
@@ -243,20 +247,25 @@ class FusedTrials:
     @torch.no_grad()
     def evaluate_step(self, batch: Batch) -> None:
         """Evaluate every row on one batch of a split."""
-        if self._mean is not None:
-            self._evaluate(copied(batch), self._mean.weights[0], self._mean.evaluation)
-        self._evaluate(batch, self._evaluated, self._evaluation)
-
-    def _evaluate(self, batch: Batch, matrix: Tensor, evaluation: Evaluation) -> None:
+        arguments = (batch.inputs, None if batch.targets is batch.inputs else batch.targets)
         self._model.eval()
-        arguments = (batch.inputs, None if batch.targets is batch.inputs else batch.targets, matrix)
-        with self._seeded("evaluation", evaluation.batches):
-            losses, outputs = self._evaluating(self._evaluate_on, arguments)
-            evaluation.add(losses, outputs, batch.targets, size=batch.size)
+        if self._mean is not None:
+            with self._seeded("evaluation", self._mean.evaluation.batches):
+                inputs, targets = (map_tensors(torch.clone, part) for part in arguments)
+                losses, outputs = self._evaluate_on(self._mean.weights[0], (inputs, targets))
+                self._mean.evaluation.add(losses, outputs, batch.targets, size=batch.size)
+        matrix = self._evaluated
+        with self._seeded("evaluation", self._evaluation.batches):
+            evaluate = functools.partial(self._evaluate_on, matrix)
+            losses, outputs = self._evaluating(evaluate, arguments, key=id(matrix))
+            self._evaluation.add(losses, outputs, batch.targets, size=batch.size)
 
-    def _evaluate_on(self, arguments: tuple[Any, Any, Tensor]) -> tuple[Tensor, Any]:
-        """Return each row's loss (row,) and outputs on (inputs, targets, matrix); see `_train_on`."""
-        inputs, targets, matrix = arguments
+    def _evaluate_on(self, matrix: Tensor, arguments: tuple[Any, Any]) -> tuple[Tensor, Any]:
+        """Return each row's loss (row,) and outputs on (inputs, targets), with the parameters (row, parameter).
+
+        Without targets the inputs are the targets.
+        """
+        inputs, targets = arguments
         batch = Batch(inputs, inputs if targets is None else targets, 0)
         return self._losses(batch, self._layout.views(matrix), evaluating=True)
 
