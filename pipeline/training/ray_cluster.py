@@ -24,6 +24,8 @@ QUIET = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray would print each death of a worker, with its own log, to stdout
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray warns otherwise that this default will change
 }
+PRIORITY = {"RAY_worker_niceness": "0"}
+"""Has workers run at the priority of the search; by default Ray's workers give way to everything else on a machine."""
 SECRETS = ("PG", "MLFLOW_", "PIPELINE_STORAGE")
 """Beginnings of the names of environment variables that hold passwords, which no worker needs."""
 
@@ -60,7 +62,7 @@ def local_ray(*, cpus: int, gpus: int, code: Path | None) -> Iterator[Cluster]:
     if not _has_token():
         own[TOKEN] = secrets.token_hex(32)
     with (
-        _environment({**own, **LOOPBACK, **QUIET}),
+        _environment({**PRIORITY, **own, **LOOPBACK, **QUIET}),
         _connected(
             code, LOCAL, num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _node_ip_address="127.0.0.1"
         ) as cluster,
