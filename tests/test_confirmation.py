@@ -434,7 +434,7 @@ def test_the_first_of_the_search_is_the_answer_until_every_run_has_ended(store: 
     assert Answer.of(study).lines(confirm="COMMAND") == [
         "best          #1 sgd 1.0e-01, step 1 × 0.1, head ×0.1, clip 5",
         "              val/accuracy 0.8000 with one seed",
-        "unconfirmed   the confirmation has not ended",
+        "unconfirmed   the confirmation is not done",
         "confirm it    COMMAND",
     ]
     off = searched(store, space_with(confirm={"share": 0.0}), name="off")

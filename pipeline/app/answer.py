@@ -68,7 +68,7 @@ class Answer:
             return "the search has not ended"
         if self.confirmation.complete:
             return "no candidate trained to its end with every seed"
-        return self.confirmation.reason or "the confirmation has not ended"
+        return self.confirmation.reason or "the confirmation is not done"
 
     def lines(self, *, confirm: str) -> list[str]:
         """Return lines that say which strategy is best, and how sure that is; empty if no trial is complete.
