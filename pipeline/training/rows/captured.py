@@ -173,12 +173,12 @@ class CudaGraphs:
         try:
             graph.capture_end()
         except RuntimeError:
-            # PyTorch leaves the generator in a capture. With another state, graphs of the former state are useless.
-            self._generator.graphsafe_set_state(torch.Generator(self._device).set_state(random_state))
             self.failures += 1
-            with contextlib.suppress(RuntimeError):  # torch 2.11 leaves the allocator in a capture too
+            with contextlib.suppress(RuntimeError):  # torch 2.11 leaves the allocator in a capture
                 torch._C._cuda_endAllocateToPool(self._index, self._pool)
                 torch._C._cuda_releasePool(self._index, self._pool)
+            # The generator is left in a capture too. With another state, graphs of the former state are useless.
+            self._generator.graphsafe_set_state(torch.Generator(self._device).set_state(random_state))
             raise
 
 
