@@ -661,6 +661,31 @@ def test_a_study_that_is_removed_in_mid_run_is_noticed_at_the_next_trial(store: 
             write()
 
 
+def test_a_database_that_is_locked_after_the_wait_is_waited_for_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    create(store, space_with(), name="mine", trials=3)
+    tries: list[int] = []
+
+    def write() -> None:
+        tries.append(len(tries))
+        if len(tries) < 3:
+            raise sqlite3.OperationalError("database is locked")
+
+    store._database.write("writing", write)
+    assert tries == [0, 1, 2]
+
+
+def test_trials_go_to_the_study_that_was_opened_whatever_its_name_is_by_now(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    create(store, space_with(), name="mine", trials=3)
+    study = store.open("mine")
+    with contextlib.closing(sqlite3.connect(store.database)) as connection, connection:
+        connection.execute("UPDATE studies SET study_name = 'renamed'")
+    optuna.create_study(study_name="mine", storage=f"sqlite:///{store.database}")
+    study.add(ended_trial(0))
+    assert theirs(store).trials == []
+
+
 def test_a_search_waits_for_a_database_that_another_program_has_locked_and_says_so(tmp_path: Path) -> None:
     warnings: list[str] = []
 

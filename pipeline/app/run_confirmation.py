@@ -89,11 +89,13 @@ class _Runs:
         confirmation, checkpoints = self.owner, self._checkpoints_of(proposals, beside=owner is not self.owner)
         group = worker.executor.build({number: config for number, (config, _) in proposals.items()})
         tests: dict[int, Mapping[str, float]] = {}
+        training = options.get("training", contextlib.nullcontext)
 
         def on_epoch(metrics: Mapping[int, EpochMetrics]) -> None:
             self.progress.epoch(metrics)
             self.tracker.epoch(metrics)
-            tests.update(evaluated_on_test(group, metrics, confirmation.space, self.executor))
+            with training():  # other workers need not wait for it
+                tests.update(evaluated_on_test(group, metrics, confirmation.space, self.executor))
 
         def add(*runs: EndedTrial) -> None:
             for run in runs:

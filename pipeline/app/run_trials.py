@@ -237,7 +237,9 @@ def _train_together(work: Work, workers: Sequence[Worker], interrupted: Callable
         return failed.is_set() or interrupted()
 
     def is_over() -> bool:
-        return ends() or not work.has_group()
+        """Return whether nothing is left to take; called without the lock."""
+        with lock:
+            return ends() or not work.has_group()
 
     def waiting() -> set[tuple[int, int]]:
         """Return the workers whose group waits for a place: their index, and the number of their actor."""
@@ -249,7 +251,7 @@ def _train_together(work: Work, workers: Sequence[Worker], interrupted: Callable
         def take() -> Proposals:
             """Take a group, unless a worker's group waits for a place, to which this worker has not given way yet."""
             with _released(lock), asking, lock:
-                if waiting() - gave_way:
+                if ends() or waiting() - gave_way:
                     return {}
                 return work.take_group(workers=len(workers), unlocked=lambda: _released(lock))
 

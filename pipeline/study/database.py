@@ -126,11 +126,9 @@ class Database(ABC):
                 )
             )
 
-    def add_trials(self, study: str, trials: Sequence[FrozenTrial]) -> None:
+    def add_trials(self, study_id: int, trials: Sequence[FrozenTrial]) -> None:
         """Add ended trials in one transaction, as Optuna's `add_trial` adds each; called within `write`."""
-        storage = self.storage()
-        study_id = storage.get_study_id_from_name(study)
-        with Session(storage.engine) as session, session.begin():
+        with Session(self.storage().engine) as session, session.begin():
             # Other programs that add a trial wait here (PostgreSQL) or at the first insertion (SQLite).
             models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
             rows = [

@@ -65,7 +65,7 @@ class SqliteDatabase(Database):
         return action()
 
     def write(self, doing: str, action: Callable[[], object], *, arrived: Callable[[], bool] | None = None) -> None:
-        """Wait while another program has locked the database, then call an action.
+        """Wait while another program has locked the database, then call an action, which does all or nothing.
 
         Raises:
             StorageError: The file cannot be written, or is not the one that was opened: what is written would be lost.
@@ -73,10 +73,16 @@ class SqliteDatabase(Database):
         if self._opened is None or file_identity(self.path) != self._opened:
             remedy = "put it back; without it, the same command begins the study anew"
             raise StorageError(f"{self.path} was removed or replaced by another program meanwhile; {remedy}")
-        with storage_errors(f"waiting for {self.path}"):
-            wait_until_unlocked(self.path, on_wait=self._say_locked)
-        with storage_errors(doing):
-            action()
+        while True:
+            with storage_errors(f"waiting for {self.path}"):
+                wait_until_unlocked(self.path, on_wait=self._say_locked)
+            try:
+                with storage_errors(doing):
+                    action()
+                return
+            except StorageError as error:
+                if "database is locked" not in str(error):  # since the wait
+                    raise
 
     def lock(self, study: str) -> contextlib.AbstractContextManager[None]:
         """Hold nothing: the lock in the study's folder is enough, since the database is below the same root."""

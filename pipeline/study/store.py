@@ -183,7 +183,8 @@ class Store:
         self.refuse_another_record(name, "--study")
         if name not in known:
             if name in self._studies():
-                message = "was made by another program in the same database; choose another name"
+                message = "was made by another program in the same database"
+                message += "; choose another name, or remove it with `optuna delete-study`"
                 raise InvalidInput("--study", [Problem(name, message)])
             return name, False
         if differences := list(_differences(_compared(known[name], space), searched_part(_as_given(space)))):

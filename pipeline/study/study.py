@@ -246,7 +246,7 @@ class Study:
         frozen = [self._as_optuna(trial) for trial in trials]
         self._write(
             f"storing trial {first}" if len(trials) == 1 else f"storing trials {first} to {first + len(trials) - 1}",
-            lambda: self._database.add_trials(self.name, frozen),
+            lambda: self._database.add_trials(self._stored._study_id, frozen),
             arrived=lambda: self._have_arrived(first),
         )
         self._known += map(for_sampler, frozen)
