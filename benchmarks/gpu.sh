@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a CUDA device is to show, in about six minutes: tests, a whole search, throughput, a profile.
+# Everything that a CUDA device is to show, in some six minutes: tests, a whole search, throughput, memory, a profile.
+# (An estimate: on an H200 the steps were run one by one.)
 #
 #   bash benchmarks/gpu.sh                    all steps
 #   bash benchmarks/gpu.sh tests profile      some of: versions tests search again throughput large cifar memory profile

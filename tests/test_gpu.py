@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_device import configs_of_every_rule, same
+from test_device import Net, configs_of_every_rule, same
 from tiny import ONE_GROUP, TinyModel, on_device, tiny_config, tiny_workload
 from torch import Tensor, nn
 from torch.func import vmap
@@ -119,7 +119,7 @@ def test_every_row_drops_out_what_a_model_alone_drops_out(dtype: torch.dtype) ->
 @pytest.mark.parametrize("name", ["fp64", "fp32", "bf16"])
 def test_a_model_with_batch_norm_and_dropout_trains_as_rows(name: str) -> None:
     config = tiny_config(Adam(base_lr=0.01), precision=name)
-    trainer = LocalExecutor(tiny_workload(Noisy), config, device=GPU, dtype=dtype_of(name))
+    trainer = LocalExecutor(tiny_workload(Net), config, device=GPU, dtype=dtype_of(name))
     assert (trainer.plain_because, trainer.eager_because) == (None, None)
 
 
@@ -283,20 +283,6 @@ def test_a_model_on_cuda_begins_with_the_weights_that_it_has_on_the_cpu() -> Non
     assert all(torch.equal(on_gpu[name], on_cpu[name]) for name in on_cpu)
 
 
-class Noisy(nn.Module):
-    """A convolution, BatchNorm and dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(0.2), nn.Flatten())
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Map inputs (batch, 6) to logits (batch, class)."""
-        logits: Tensor = self.head(self.body(inputs.view(-1, 1, 2, 3)))
-        return logits
-
-
 class Waiting(TinyModel):
     """Looks at a number of the device in each step."""
 
@@ -345,7 +331,7 @@ def test_captured_steps_equal_steps_run_by_operations_to_the_bit(changes: dict[s
         configs = {number: tiny_config(Adam(base_lr=0.01 * (1 + number)), **changes) for number in range(3)}
     configs = {number: dataclasses.replace(config, deterministic=True) for number, config in configs.items()}
     with precision(configs[0], GPU):
-        captured, eager = (rows_on_gpu(Noisy, configs, captured=captured) for captured in (True, False))
+        captured, eager = (rows_on_gpu(Net, configs, captured=captured) for captured in (True, False))
         found, expected = some_epochs(captured), some_epochs(eager)
     assert captured.eager_because is None
     assert same(found, expected)
@@ -365,10 +351,10 @@ def test_steps_that_cannot_be_captured_run_operation_by_operation(model: type[nn
         found, expected = (some_epochs(rows_on_gpu(model, configs, captured=captured)) for captured in (True, False))
         assert same(found, expected)
         assert LocalExecutor(tiny_workload(model), configs[0], device=GPU).eager_because == reason
-        after = rows_on_gpu(Noisy, configs, captured=True)  # another model is captured afterwards
+        after = rows_on_gpu(Net, configs, captured=True)  # another model is captured afterwards
         again = some_epochs(after)
         assert after.eager_because is None
-        assert same(again, some_epochs(rows_on_gpu(Noisy, configs, captured=False)))
+        assert same(again, some_epochs(rows_on_gpu(Net, configs, captured=False)))
 
 
 def test_a_search_captures_steps() -> None:
